@@ -1,0 +1,102 @@
+"""The table of published YuLan-Mini checkpoints: what one can start from.
+
+Source: the authors' repository RUC-GSAI/YuLan-Mini and the technical report (arXiv 2412.17743); the scores are theirs.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["llama", "yulanmini"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One start; scores are percentages as published, `context` is in tokens."""
+
+    alias: str
+    repository: str | None
+    stage: str
+    phase: int | None
+    context: int
+    optimizer_states: bool
+    architecture: Architecture
+    lambada: float | None = None
+    gsm8k: float | None = None
+    humaneval: float | None = None
+    note: str = ""
+
+
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    Checkpoint("phase5", "yulan-team/YuLan-Mini-Phase5", "stable", 5, 4096, False, "yulanmini", 53.85, 3.41, 12.26),
+    Checkpoint("phase10", "yulan-team/YuLan-Mini-Phase10", "stable", 10, 4096, False, "yulanmini", 55.00, 9.57, 15.95),
+    Checkpoint("phase15", "yulan-team/YuLan-Mini-Phase15", "stable", 15, 4096, False, "yulanmini", 55.81, 13.81, 16.99),
+    Checkpoint("phase20", "yulan-team/YuLan-Mini-Phase20", "stable", 20, 4096, True, "yulanmini", 55.81, 21.39, 20.79),
+    Checkpoint("phase25", "yulan-team/YuLan-Mini-Phase25", "stable", 25, 4096, True, "yulanmini", 55.67, 29.94, 34.06),
+    Checkpoint(
+        "before-annealing",
+        "yulan-team/YuLan-Mini-Before-Annealing",
+        "stable",
+        25,
+        4096,
+        True,
+        "yulanmini",
+        55.67,
+        29.94,
+        34.06,
+        "phase25's weights, as the start of annealing",
+    ),
+    Checkpoint(
+        "base-4k",
+        None,
+        "annealing",
+        26,
+        4096,
+        False,
+        "llama",
+        64.72,
+        66.65,
+        61.60,
+        "the authors' documents give no link; use a local folder",
+    ),
+    Checkpoint("base", "yulan-team/YuLan-Mini", "annealing", 27, 28723, False, "llama", 65.67, 68.46, 64.00),
+    Checkpoint("instruct", "yulan-team/YuLan-Mini-Instruct", "post-trained", None, 28723, False, "llama"),
+    Checkpoint(
+        "nano",
+        None,
+        "untrained",
+        None,
+        1024,
+        False,
+        "yulanmini",
+        note="a few million random weights in the published layout, built on this machine; for trying things out",
+    ),
+)
+
+_PHASE_ALIAS = re.compile(r"phase([1-9]|1\d|2[0-5])")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def list_aliases() -> list[str]:
+    """Return the aliases of the table, in its order."""
+    return [checkpoint.alias for checkpoint in CHECKPOINTS]
+
+
+def find_alias(name: str) -> Checkpoint | None:
+    """Return the start that `name` stands for, or None; every phase from `phase1` to `phase25` resolves.
+
+    The authors published more phases than their table of scores lists, always under the same pattern of names.
+    """
+    for checkpoint in CHECKPOINTS:
+        if checkpoint.alias == name:
+            return checkpoint
+    match = _PHASE_ALIAS.fullmatch(name)
+    if match is None:
+        return None
+    phase = int(match.group(1))
+    return Checkpoint(name, f"yulan-team/YuLan-Mini-Phase{phase}", "stable", phase, 4096, False, "yulanmini")
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether `name` reads as `owner/repository`, with or without an `@revision`."""
+    return _HUB_ID.fullmatch(name.partition("@")[0]) is not None

@@ -1,0 +1,97 @@
+"""Output folders that are either complete or not there."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import OutputError
+
+
+def check_output_free(folder: Path) -> None:
+    """Refuse an output path that is a file, or a folder that already holds something.
+
+    Raises:
+        OutputError: the path is taken; nothing was changed.
+    """
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")
+    elif folder.exists() or folder.is_symlink():
+        raise OutputError(f"{folder}: the output path exists and is not a folder; choose another")
+
+
+@contextlib.contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`, which takes its place once the block has ended without an error.
+
+    A reader therefore sees the whole folder or none, whenever the process is stopped. When the block raises, the
+    temporary folder is removed; after a kill it stays behind under a name that starts with a dot and ends in `.partial`.
+
+    Raises:
+        OutputError: `folder` exists and is not empty, or cannot be written (permission, space).
+    """
+    check_output_free(folder)
+    with translate_os_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        with translate_os_errors(folder):
+            yield partial
+            partial.chmod(0o777 & ~_read_umask())
+            _sync_folder(partial)
+            # Renaming over an empty folder is atomic; over a full one it fails, so that nobody's files are lost.
+            partial.rename(folder)
+            _sync_path(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def translate_os_errors(folder: Path) -> Iterator[None]:
+    """Turn the system's "no space", "no permission" and the like into one clear message about `folder`."""
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOTDIR: "a part of the path is a file, not a folder",
+        errno.ENOTEMPTY: "another process has just written it",
+        errno.EEXIST: "another process has just written it",
+        errno.ENAMETOOLONG: "the name is too long",
+        errno.EFBIG: "the file is larger than this system allows",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        where = f" (at {error.filename})" if error.filename else ""
+        raise OutputError(f"{folder}: cannot be written: {reasons[error.errno]}{where}; nothing was left there") from error
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
