@@ -1,0 +1,163 @@
+"""Check a recipe against everything it names: methods, options, files, formats, templates. Never imports torch."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.checkpoints import find_alias, is_hub_id, list_aliases
+from finetune.data.rows import FORMATS
+from finetune.errors import RecipeError, describe_unknown_name
+from finetune.recipe import AdapterSection, Draft, Recipe, describe_unknown_key, read_recipe
+from finetune.resources import list_templates
+from finetune.train.methods import METHODS, Method
+from finetune.train.options import read_trainer_options
+
+_SHORTEST_ROW = 8
+
+
+def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, check it wholly, and return it with every path made absolute.
+
+    Raises:
+        RecipeError: with every problem that was found, not only the first.
+    """
+    draft = read_recipe(source, overrides)
+    problems = [*draft.problems, *_list_problems(draft)]
+    if problems:
+        raise RecipeError(str(source), problems)
+    return _resolve_paths(draft)
+
+
+def _list_problems(draft: Draft) -> Iterator[str]:
+    recipe = draft.recipe
+    # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
+    yield from _check_method(recipe)
+    yield from _check_checkpoint(recipe)
+    yield from _check_data(recipe, draft.source.parent)
+    yield from _check_adapter(recipe)
+    if not -(2**31) <= recipe.seed < 2**31:
+        yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
+
+
+def _check_method(recipe: Recipe) -> Iterator[str]:
+    method = METHODS.get(recipe.method)
+    if method is None:
+        yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
+        return
+    yield from _check_trainer(recipe.trainer, method)
+
+
+def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
+    options = read_trainer_options(method.config_module, method.config_class)
+    for key, value in trainer.items():
+        if key in method.owned:
+            yield f"trainer.{key}: {method.owned[key]}"
+        elif key not in options:
+            yield f"trainer.{key}: {describe_unknown_key(key, set(options) - set(method.owned))}"
+        elif expected := options[key].describe_mismatch(value):
+            yield f"trainer.{key}: must be {expected}; found {value!r}"
+
+
+def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
+    name = recipe.model.checkpoint
+    if Path(name).expanduser().is_dir() or find_alias(name) or is_hub_id(name):
+        return
+    if name.startswith((".", "/", "~")):
+        yield f"model.checkpoint: there is no folder {name}"
+    else:
+        yield (
+            f"model.checkpoint: {name!r} is {describe_unknown_name(name, list_aliases())}; "
+            "a hub id (owner/repository) or a local folder works too"
+        )
+
+
+def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
+    data = recipe.data
+    if not data.train:
+        yield "data.train: is missing; name at least one data file"
+    for key, names in (("train", data.train), ("eval", data.eval)):
+        for name in names:
+            if _find_file(name, folder) is None:
+                yield f"data.{key}: {name} does not exist{_suggest_file(name, folder)}"
+    if data.format != "auto" and data.format not in FORMATS:
+        yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
+    yield from _check_template(data.template, folder)
+    if data.eval and data.held_out:
+        yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
+    if data.held_out < 0 or (isinstance(data.held_out, float) and data.held_out >= 1):
+        yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
+    if data.max_tokens < _SHORTEST_ROW:
+        yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+
+
+def _check_template(template: str, folder: Path) -> Iterator[str]:
+    if template == "auto" or template in list_templates():
+        return
+    if template.endswith((".jinja", ".j2")) or "/" in template:
+        if _find_file(template, folder) is None:
+            yield f"data.template: {template} does not exist{_suggest_file(template, folder)}"
+        return
+    yield f"data.template: {template!r} is {describe_unknown_name(template, ['auto', *list_templates()])}"
+
+
+def _check_adapter(recipe: Recipe) -> Iterator[str]:
+    adapter, quantize = recipe.adapter, recipe.model.quantize
+    if adapter.kind == "none":
+        changed = [key for key, value in vars(adapter).items() if key != "kind" and value != vars(AdapterSection())[key]]
+        for key in changed:
+            yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
+        if quantize != "none":
+            yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora or quantize: none"
+        return
+    if adapter.rank < 1:
+        yield f"adapter.rank: must be at least 1; found {adapter.rank}"
+    if adapter.alpha <= 0:
+        yield f"adapter.alpha: must be above 0; found {adapter.alpha}"
+    if not 0 <= adapter.dropout < 1:
+        yield f"adapter.dropout: must be at least 0 and below 1; found {adapter.dropout}"
+    if not adapter.targets:
+        yield "adapter.targets: is empty; use all-linear, or names such as q_proj"
+    if "lm_head" in adapter.targets:
+        yield "adapter.targets: lm_head cannot carry LoRA (TRL's loss reads its weight directly); use adapter.train_tokens"
+    if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
+        yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
+    if adapter.init == "pissa" and quantize != "none":
+        yield f"adapter.init: pissa changes the base weights at the start, which {quantize} weights do not allow; set model.quantize: none"
+    if adapter.init == "pissa" and adapter.dora:
+        yield "adapter.dora: cannot be combined with init: pissa; choose one"
+
+
+def _find_file(name: str, folder: Path) -> Path | None:
+    """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
+    path = Path(name).expanduser()
+    candidates = [path] if path.is_absolute() else [folder / path, path]
+    return next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
+
+
+def _suggest_file(name: str, folder: Path) -> str:
+    path = Path(name).expanduser()
+    for parent in dict.fromkeys([folder / path.parent, path.parent]):
+        if parent.is_dir():
+            names = [entry.name for entry in parent.iterdir() if entry.is_file()]
+            if matches := difflib.get_close_matches(path.name, names, n=1):
+                return f"; {(path.parent / matches[0]).as_posix()} does"
+    return f" (looked in {folder.resolve()} and {Path.cwd()})"
+
+
+def _resolve_paths(draft: Draft) -> Recipe:
+    recipe, folder = draft.recipe, draft.source.parent
+    data = replace(
+        recipe.data,
+        train=tuple(str(_find_file(name, folder)) for name in recipe.data.train),
+        eval=tuple(str(_find_file(name, folder)) for name in recipe.data.eval),
+    )
+    if recipe.data.template != "auto" and recipe.data.template not in list_templates():
+        data = replace(data, template=str(_find_file(recipe.data.template, folder)))
+    model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
+    if checkpoint.is_dir():
+        model = replace(model, checkpoint=str(checkpoint.resolve()))
+    output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
+    method = METHODS[recipe.method]
+    trainer = {**method.defaults, **recipe.trainer}
+    return replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))

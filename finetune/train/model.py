@@ -1,0 +1,141 @@
+"""Load a Llama-format base for training or for use, on the device of this process."""
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.errors import CheckpointError, MachineError
+from finetune.recipe import ModelSection
+
+AutocastDtype = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type that weights are held in, and the one that matrix products run in where that differs."""
+
+    weights: torch.dtype
+    autocast: AutocastDtype
+
+
+def choose_device() -> torch.device:
+    """Return this process's own device: the GPU of its LOCAL_RANK, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool) -> Precision:
+    """Choose what suits the device, or follow the recipe's `model.dtype`.
+
+    Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
+    step of the type would be lost, and float16 gradients cannot be unscaled.
+    """
+    if dtype == "auto":
+        if device.type == "cpu":
+            dtype = "float32"
+        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "float16"
+        else:
+            dtype = "bfloat16"
+        if trains_all_weights:
+            return Precision(torch.float32, _name_autocast(dtype))
+    if dtype == "float16" and trains_all_weights:
+        return Precision(torch.float32, "fp16")
+    weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return Precision(weights, _name_autocast(dtype))
+
+
+def _name_autocast(dtype: str) -> AutocastDtype:
+    names: dict[str, AutocastDtype] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    return names[dtype]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer, with its own `<pad>` and padding on the right.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer that can be read without running its code.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); "
+            "the folder needs the checkpoint's tokenizer.json and tokenizer_config.json"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        if "<pad>" not in tokenizer.get_vocab():
+            raise CheckpointError(
+                f"{folder}: the tokenizer has no padding token and no <pad> in its vocabulary; use YuLan-Mini's tokenizer"
+            )
+        tokenizer.pad_token = "<pad>"
+    return tokenizer
+
+
+def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> LlamaForCausalLM:
+    """Load Llama weights in the recipe's quantization, whole, on one device.
+
+    Raises:
+        MachineError: the quantization or the attention kernel cannot run here.
+    """
+    if section.quantize != "none":
+        check_quantization(section.quantize, device)
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            folder,
+            dtype=precision.weights,
+            quantization_config=_make_quantization(section.quantize, precision.weights),
+            attn_implementation=None if section.attention == "auto" else section.attention,
+            # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
+            device_map={"": device} if device.type == "cuda" else None,
+            local_files_only=True,
+        )
+    except ImportError as error:
+        raise MachineError(f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}") from error
+    return model if section.quantize != "none" else model.to(device)  # type: ignore[arg-type,return-value]
+
+
+def _make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize == "none":
+        return None
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def check_quantization(quantize: str, device: torch.device) -> None:
+    """Quantize one small matrix on the device, so that a machine that cannot is told before anything is loaded.
+
+    Raises:
+        MachineError: bitsandbytes is missing, or does not run on this device.
+    """
+    advice = "set model.quantize: none, or use a CPU or an NVIDIA GPU with bitsandbytes installed"
+    try:
+        functional = importlib.import_module("bitsandbytes.functional")
+        matrix = torch.zeros(64, 64, device=device)
+        if quantize == "nf4":
+            functional.quantize_4bit(matrix, quant_type="nf4")
+        else:
+            functional.int8_vectorwise_quant(matrix.to(torch.float16))
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MachineError(f"model.quantize: {quantize} cannot run on this {device.type} device ({reason}); {advice}") from error

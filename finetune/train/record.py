@@ -1,0 +1,141 @@
+"""What a run leaves behind about itself, and how later stages find it again.
+
+The folder of a result (`adapter/` or `model/` of a run directory) carries `finetune.json` (the base it belongs to, by path
+and by content; its template) and `rows.json` (a few real rows as token ids, on which an export is compared).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import CheckpointError, ExportError, FinetuneError
+from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+
+ORIGIN_FILE = "finetune.json"
+ROWS_FILE = "rows.json"
+ResultKind = Literal["adapter", "model"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a result comes from: the start as the recipe named it, the Llama folder it was trained on, its template."""
+
+    checkpoint: str
+    base: str
+    base_fingerprint: str
+    quantize: str
+    dtype: str
+    template: str
+    template_fingerprint: str
+    method: str
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row as the model saw it; `labels` hold -100 where nothing is trained."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained adapter or model on disk; `origin` is None for a folder that PEFT wrote elsewhere."""
+
+    kind: ResultKind
+    folder: Path
+    origin: Origin | None
+    rows: tuple[SampleRow, ...]
+
+
+def write_origin(folder: Path, origin: Origin, rows: list[SampleRow]) -> None:
+    """Write `finetune.json` and `rows.json` beside the weights of a result."""
+    write_json(folder / ORIGIN_FILE, asdict(origin))
+    write_json(folder / ROWS_FILE, [asdict(row) for row in rows])
+
+
+def is_result(path: Path) -> bool:
+    """Tell whether a path is a run directory or a folder of adapter weights, rather than a checkpoint."""
+    return any((path / name).exists() for name in ("adapter", "model", "run.json", "adapter_config.json"))
+
+
+def open_result(path: Path) -> Result:
+    """Open a run directory, or an adapter folder of ours or of PEFT's.
+
+    Raises:
+        FinetuneError: there is no finished result at that path.
+    """
+    if not path.is_dir():
+        raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
+    if (path / "adapter_config.json").is_file():
+        return _open_folder(path, "adapter")
+    for kind in ("adapter", "model"):
+        if (path / kind).is_dir():
+            return _open_folder(path / kind, kind)  # type: ignore[arg-type]
+    if (path / "run.json").is_file():
+        raise FinetuneError(f"{path}: this run has not finished; go on with `finetune train {path / 'recipe.yaml'} --resume`")
+    raise FinetuneError(
+        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
+    )
+
+
+def _open_folder(folder: Path, kind: ResultKind) -> Result:
+    origin = _read_json_file(folder / ORIGIN_FILE)
+    rows = _read_json_file(folder / ROWS_FILE) or []
+    try:
+        return Result(
+            kind,
+            folder,
+            Origin(**origin) if origin is not None else None,
+            tuple(SampleRow(**row) for row in rows),
+        )
+    except TypeError as error:
+        raise FinetuneError(f"{folder / ORIGIN_FILE}: was written by another version of this kit ({error})") from error
+
+
+def find_base(result: Result) -> Path:
+    """Return the Llama folder that an adapter was trained on, after comparing its content.
+
+    Raises:
+        CheckpointError: the base cannot be found.
+        ExportError: a base is there but holds other weights than the adapter was trained on.
+    """
+    origin = result.origin
+    if origin is None:
+        return as_llama(find_checkpoint(_read_peft_base(result.folder)))
+    base = Path(origin.base)
+    if not base.is_dir():
+        base = as_llama(find_checkpoint(origin.checkpoint))
+    found = fingerprint_checkpoint(base)
+    if found != origin.base_fingerprint:
+        raise ExportError(
+            f"{result.folder}: this adapter was trained on other weights than {base} holds now "
+            f"(content {origin.base_fingerprint[:12]}, found {found[:12]}); restore the checkpoint {origin.checkpoint!r} that it was trained on"
+        )
+    return base
+
+
+def _read_peft_base(folder: Path) -> str:
+    name = (_read_json_file(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: does not say which base the adapter belongs to; set its base_model_name_or_path"
+        )
+    return str(name)
+
+
+def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_json_file(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error
