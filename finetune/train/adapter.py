@@ -1,0 +1,86 @@
+"""Attach the trained part of a run to its base, and save it so that it fits the base as published."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from finetune.errors import TrainingError
+from finetune.recipe import AdapterSection
+
+# Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
+# matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
+_PISSA = "pissa_niter_16"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# A trained row differs from the others by its size. Rows that never occurred keep their initial size, or were only decayed.
+_UNTRAINED_RATIO = 0.25
+
+
+def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path) -> PreTrainedModel | PeftModel:
+    """Return the model with a fresh LoRA adapter in float32, or the model itself where all weights are trained.
+
+    Raises:
+        TrainingError: a token to be trained lies outside the table.
+    """
+    if section.kind == "none":
+        return model
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if beyond := [token for token in section.train_tokens if token >= rows]:
+        raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the table of {rows:,} tokens")
+    tokens = list(section.train_tokens)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules="all-linear" if section.targets == ("all-linear",) else list(section.targets),
+        use_rslora=section.rslora,
+        use_dora=section.dora,
+        init_lora_weights=_PISSA if section.init == "pissa" else True,
+        # The folded tables are never tied, so both carry their own rows.
+        trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens} if tokens else None,
+    )
+    model.name_or_path = str(base)
+    return get_peft_model(model, config)
+
+
+def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
+    """Return those tokens whose rows look as if training never reached them: far smaller than the usual row."""
+    found = set()
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        sizes = table.weight.detach().float().norm(dim=1)  # type: ignore[union-attr,operator]
+        usual = sizes.median()
+        found |= {token for token in token_ids if sizes[token] < _UNTRAINED_RATIO * usual}
+    return sorted(found)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter as PEFT does, without copies of the embedding tables."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
+
+
+def subtract_start(folder: Path, start: Path) -> None:
+    """Rewrite a saved PiSSA adapter as a plain LoRA adapter of the unchanged base, exactly.
+
+    PiSSA moves the leading part `s * B0 A0` of every weight W into its adapter and trains on what remains, so the trained
+    weight is `W - s * B0 A0 + s * B A = W + s * [B | -B0] [A ; A0]`: LoRA of twice the rank with the same scale.
+
+    Source: PiSSA (arXiv 2404.02948), appendix C.
+    """
+    trained, initial = load_file(folder / _WEIGHTS), load_file(start / _WEIGHTS)
+    for name, tensor in trained.items():
+        if "lora_A" in name:
+            trained[name] = torch.cat([tensor, initial[name]], dim=0)
+        elif "lora_B" in name:
+            trained[name] = torch.cat([tensor, -initial[name]], dim=1)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+    config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
+    save_file(trained, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Look at what will really be trained, before step 1.
+
+Every check is an error: a run that trains on nothing, never stops, or dies at its first evaluation must not start.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from finetune.data.dataset import IGNORED_LABEL
+from finetune.errors import TrainingError
+
+BatchRow = tuple[list[int], list[int]]
+
+
+def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
+    """Check the first real batch: trained tokens, a stop token, one bos per row, no padding that is trained.
+
+    Raises:
+        TrainingError: naming the row of the batch and what is wrong with it.
+    """
+    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
+    with torch.random.fork_rng(devices=[]):
+        batch = next(iter(trainer.get_train_dataloader()))
+    if not (batch["labels"] != IGNORED_LABEL).any():
+        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
+    rows = list(_split_rows(batch))
+    for number, (token_ids, labels) in enumerate(rows, start=1):
+        where = f"first batch, row {number} of {len(rows)}"
+        _check_row(where, token_ids, labels, tokenizer)
+    if not any(label in stop_tokens for _, labels in rows for label in labels):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
+        raise TrainingError(
+            f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "
+            "look at the rows with `finetune preview`"
+        )
+
+
+def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    if all(label == IGNORED_LABEL for label in labels):
+        raise TrainingError(f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`")
+    bos = token_ids.count(tokenizer.bos_token_id)
+    if bos != 1 or token_ids[0] != tokenizer.bos_token_id:
+        raise TrainingError(
+            f"{where}: must begin with {tokenizer.bos_token} and hold it once; found it {bos} times; "
+            "remove it from the data, or from the template"
+        )
+    wrong = next((i for i, label in enumerate(labels) if label not in (IGNORED_LABEL, token_ids[i])), None)
+    if wrong is not None:
+        raise TrainingError(f"{where}: token {wrong} is {token_ids[wrong]} but would be trained as {labels[wrong]}")
+
+
+def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
+    """Yield the rows of a batch without their padding; a packed batch is split where positions start again."""
+    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    if "position_ids" in batch:
+        starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+            yield ids[0, start:end].tolist(), labels[0, start:end].tolist()
+        return
+    for row, row_labels, mask in zip(ids, labels, batch["attention_mask"].cpu(), strict=True):
+        length = int(mask.sum())
+        yield row[:length].tolist(), row_labels[:length].tolist()
+
+
+def check_evaluation(trainer: Trainer, evaluation: Dataset) -> None:
+    """Run one evaluation step over the longest held-out rows, so that a run cannot die at its first evaluation.
+
+    Raises:
+        TrainingError: the step runs out of memory.
+    """
+    size = trainer.args.per_device_eval_batch_size * trainer.args.world_size
+    lengths = [len(ids) for ids in evaluation["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
+    rows = evaluation.select(longest).select_columns(["input_ids", "labels"])
+    try:
+        trainer.evaluate(rows, metric_key_prefix="preflight")
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
+            "lower trainer.per_device_eval_batch_size"
+        ) from error

@@ -1,0 +1,286 @@
+"""One training run: from a checked recipe to a run directory."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from finetune.data.dataset import DataSettings, Splits, load_splits
+from finetune.data.template import ChatTemplate, find_template, list_stop_tokens
+from finetune.errors import OutputError, TrainingError
+from finetune.folders import check_output_free, translate_os_errors, write_folder
+from finetune.recipe import Recipe, dump_recipe, to_plain
+from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.train.environment import describe_environment
+from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
+from finetune.train.preflight import check_evaluation, check_first_batch
+from finetune.train.progress import draw_losses, read_metrics
+from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.trainer import build_trainer, make_config
+
+logger = logging.getLogger(__name__)
+
+_PISSA_START = "pissa-start"
+_SAMPLE_ROWS, _SAMPLE_TOKENS = 16, 512
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen."""
+
+    run: str
+    steps: int
+    tokens: int
+    train_loss: float
+    eval_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Everything that is fixed before the trainer is built."""
+
+    recipe: Recipe
+    precision: Precision
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    splits: Splits
+
+
+def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
+    """Train what a checked recipe says and leave a run directory.
+
+    Raises:
+        FinetuneError: anything of the user's that stops the run; before step 1 nothing is left behind.
+    """
+    started = time.monotonic()
+    run = Path(recipe.output)
+    device = choose_device()
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
+    checkpoint = _find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
+    start = _prepare(recipe, config, precision)
+    with _leave_nothing_before_step_one(run):
+        model = _build_model(start, device)
+        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
+        with torch.random.fork_rng(devices=[]):
+            _check_before_step_one(trainer, start)
+    _describe_work(trainer, start)
+    if trainer.is_world_process_zero():
+        _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
+    set_seed(recipe.seed)
+    with translate_os_errors(run):
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
+    if trainer.is_world_process_zero():
+        _write_result(run, start, model)
+        draw_losses(run, f"{run.name}: {recipe.method} from {Path(recipe.model.checkpoint).name}")
+        _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
+    trainer.accelerator.wait_for_everyone()
+    return summary
+
+
+def _find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
+    """Return the checkpoint to go on from, after making sure that it is the same run.
+
+    Raises:
+        OutputError: a fresh run would write into a folder that is not empty.
+        TrainingError: there is nothing to resume, or the recipe has changed since.
+    """
+    if not resume:
+        try:
+            check_output_free(run)
+        except OutputError as error:
+            raise OutputError(f"{error}; or go on with the run in it by --resume") from None
+        return None
+    saved = run / "recipe.yaml"
+    if not saved.is_file():
+        raise TrainingError(f"{run}: there is no run to resume (no recipe.yaml); start it without --resume")
+    if (run / "adapter").is_dir() or (run / "model").is_dir():
+        raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
+    if changes := _list_changes(saved.read_text(encoding="utf-8"), dump_recipe(recipe)):
+        raise TrainingError(
+            f"{run}: the recipe has changed since this run started, so it cannot be resumed:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + f"\nrestore these lines, or resume with the run's own recipe: finetune train {saved} --resume"
+        )
+    checkpoint: str | None = get_last_checkpoint(str(run))
+    if checkpoint is None:
+        raise TrainingError(f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume")
+    logger.info("resuming %s from %s", run, Path(checkpoint).name)
+    return checkpoint
+
+
+def _list_changes(saved: str, current: str) -> list[str]:
+    before, now = saved.splitlines(), current.splitlines()
+    return [f"- {line.strip()}" for line in before if line not in now] + [
+        f"+ {line.strip()}" for line in now if line not in before
+    ]
+
+
+def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
+    # Downloads, folds and caches are made by one process; the others then find them.
+    with config.main_process_first(desc="preparing the start"):
+        base = as_llama(find_checkpoint(recipe.model.checkpoint))
+    tokenizer = load_tokenizer(base)
+    template = find_template(recipe.data.template, tokenizer)
+    tokenizer.chat_template = template.source
+    splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
+    for note in (*template.notes, *splits.report.notes):
+        logger.info("%s", note)
+    return _Start(recipe, precision, base, tokenizer, template, splits)
+
+
+def _read_data_settings(recipe: Recipe) -> DataSettings:
+    data = recipe.data
+    return DataSettings(
+        train=tuple(Path(path) for path in data.train),
+        evaluation=tuple(Path(path) for path in data.eval),
+        held_out=data.held_out,
+        format=data.format,
+        columns=data.columns,
+        system=data.system,
+        max_tokens=data.max_tokens,
+        overflow=data.overflow,
+    )
+
+
+def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
+    recipe = start.recipe
+    base = load_base(start.base, recipe.model, start.precision, device)
+    stop_tokens = list_stop_tokens(start.tokenizer, start.template)
+    special = sorted({*stop_tokens, *start.template.list_special_tokens(start.tokenizer)})
+    untrained = set(find_untrained_tokens(base, special)) - set(recipe.adapter.train_tokens)
+    if untrained and recipe.adapter.kind != "none":
+        names = ", ".join(f"{start.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
+        logger.warning(
+            "these tokens of the template look untrained in this start: %s; to train their rows set adapter.train_tokens: %s",
+            names,
+            sorted(untrained),
+        )
+    set_seed(recipe.seed)
+    return attach_adapter(base, recipe.adapter, start.base)
+
+
+def _check_before_step_one(trainer: Trainer, start: _Start) -> None:
+    check_first_batch(trainer, start.tokenizer, list_stop_tokens(start.tokenizer, start.template))
+    if start.splits.evaluation is not None:
+        check_evaluation(trainer, start.splits.evaluation)
+
+
+@contextlib.contextmanager
+def _leave_nothing_before_step_one(run: Path) -> Iterator[None]:
+    """Remove the empty folder that the trainer makes, when the run does not come to its first step."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            run.rmdir()  # fails, as it should, where the folder holds anything
+        raise
+
+
+def _describe_work(trainer: Trainer, start: _Start) -> None:
+    config, report = trainer.args, start.splits.report
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    logger.info("rows: %s", report.describe())
+    logger.info(
+        "each step: %d rows (%d a device x %d accumulated x %d %s)",
+        batch,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.world_size,
+        "process" if config.world_size == 1 else "processes",
+    )
+    logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
+
+
+def _write_run_files(
+    run: Path,
+    start: _Start,
+    model: PreTrainedModel | PeftModel,
+    *,
+    status: str,
+    resumed: bool,
+    summary: RunSummary | None = None,
+) -> None:
+    with translate_os_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        if summary is None and not resumed:
+            (run / "recipe.yaml").write_text(dump_recipe(start.recipe), encoding="utf-8")
+            if start.recipe.adapter.init == "pissa" and isinstance(model, PeftModel):
+                save_adapter(model, run / _PISSA_START)
+        record: dict[str, Any] = {
+            "status": status,
+            "resumed": resumed,
+            "recipe": to_plain(start.recipe),
+            "base": str(start.base),
+            "data": start.splits.report.to_json(),
+            **describe_environment(),
+            "result": asdict(summary) if summary else None,
+        }
+        write_json(run / "run.json", record)
+
+
+def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
+    lines = read_metrics(run)
+    if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
+        trainer.evaluate()
+        trainer.accelerator.wait_for_everyone()
+        lines = read_metrics(run)
+
+    def last(name: str) -> Any:  # noqa: ANN401 - a number of either kind
+        return next((line[name] for line in reversed(lines) if name in line), None)
+
+    return RunSummary(
+        run=str(run),
+        steps=steps,
+        tokens=int(last("num_tokens") or 0),
+        train_loss=last("loss") or float("nan"),
+        eval_loss=last("eval_loss"),
+        seconds=round(seconds, 1),
+    )
+
+
+def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) -> None:
+    recipe = start.recipe
+    trained = "adapter" if isinstance(model, PeftModel) else "model"
+    with write_folder(run / trained) as folder:
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder)
+            if recipe.adapter.init == "pissa":
+                subtract_start(folder, run / _PISSA_START)
+        else:
+            model.save_pretrained(folder)
+        start.tokenizer.save_pretrained(folder)
+        write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
+    (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
+
+
+def _describe_origin(start: _Start) -> Origin:
+    return Origin(
+        checkpoint=start.recipe.model.checkpoint,
+        base=str(start.base),
+        base_fingerprint=fingerprint_checkpoint(start.base),
+        quantize=start.recipe.model.quantize,
+        dtype=str(start.precision.weights).removeprefix("torch."),
+        template=start.template.name,
+        template_fingerprint=start.template.fingerprint,
+        method=start.recipe.method,
+    )
+
+
+def _choose_sample_rows(splits: Splits) -> list[SampleRow]:
+    rows = splits.train if splits.evaluation is None else splits.evaluation
+    chosen = rows.select(range(min(_SAMPLE_ROWS, len(rows))))
+    return [SampleRow(row["input_ids"][:_SAMPLE_TOKENS], row["labels"][:_SAMPLE_TOKENS]) for row in chosen]

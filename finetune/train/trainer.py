@@ -1,0 +1,110 @@
+"""Build TRL's trainer for a recipe: pass its options through, and decide what the kit owns."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from finetune.data.dataset import Splits
+from finetune.errors import RecipeError
+from finetune.recipe import Recipe
+from finetune.train.methods import METHODS
+from finetune.train.model import Precision
+from finetune.train.progress import MetricsWriter, ProgressBar
+
+_MODEL_COLUMNS = ("input_ids", "labels")
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    precision: Precision,
+) -> Trainer:
+    """Return the method's TRL trainer over rows that are tokens already.
+
+    Raises:
+        RecipeError: TRL or transformers refuses a combination of options.
+    """
+    method = METHODS[recipe.method]
+    trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
+    config = make_config(recipe, splits.evaluation is not None, precision)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        trainer: Trainer = trainer_class(
+            model=model,
+            args=config,
+            train_dataset=_keep_model_columns(splits.train),
+            eval_dataset=_keep_model_columns(splits.evaluation) if splits.evaluation is not None else None,
+            processing_class=tokenizer,
+        )
+    except ValueError as error:
+        raise RecipeError("trainer", [str(error)]) from error
+    if isinstance(model, PeftModel):
+        _restore_parameters(model, start)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar())
+    trainer.add_callback(MetricsWriter(Path(recipe.output)))
+    return trainer
+
+
+def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> TrainingArguments:
+    """Return TRL's configuration for a recipe.
+
+    Raises:
+        RecipeError: a combination of options that transformers refuses.
+    """
+    method = METHODS[recipe.method]
+    options = dict(recipe.trainer)
+    packs = bool(options.get("packing"))
+    if evaluates:
+        options.setdefault("eval_strategy", "epoch")
+        # Never larger than in training, where it is known to fit.
+        options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
+    owned: dict[str, Any] = {
+        "output_dir": recipe.output,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "bf16": precision.autocast == "bf16",
+        "fp16": precision.autocast == "fp16",
+        # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
+        "max_length": recipe.data.max_tokens if packs else None,
+        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
+        "prediction_loss_only": True,
+        # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
+        "logging_nan_inf_filter": False,
+    }
+    config_class = getattr(importlib.import_module(method.config_module), method.config_class)
+    try:
+        config: TrainingArguments = config_class(**options, **owned)
+    except (ValueError, TypeError) as error:
+        raise RecipeError("trainer", [str(error)]) from error
+    return config
+
+
+def _keep_model_columns(rows: Dataset) -> Dataset:
+    return rows.select_columns(list(_MODEL_COLUMNS))
+
+
+def _restore_parameters(model: PeftModel, start: dict[str, torch.Tensor]) -> None:
+    """Give the adapter back the float32 values that it had before TRL rounded it to bfloat16.
+
+    TRL casts the adapters of quantized bases. Steps of a usual size are smaller than half a bfloat16 step of
+    the weight, so most of them would be lost.
+    """
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.data = start[name].to(parameter.device)
