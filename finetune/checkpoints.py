@@ -100,3 +100,26 @@ def find_alias(name: str) -> Checkpoint | None:
 def is_hub_id(name: str) -> bool:
     """Tell whether `name` reads as `owner/repository`, with or without an `@revision`."""
     return _HUB_ID.fullmatch(name.partition("@")[0]) is not None
+
+
+def describe_checkpoints() -> str:
+    """Return the table as text: aliases, stages, and the scores that the authors published."""
+    head = ("alias", "stage", "phase", "context", "states", "stored as", "LAMBADA", "GSM8K", "HumanEval", "repository")
+    rows = [head]
+    for start in CHECKPOINTS:
+        scores = ("" if score is None else f"{score:.2f}" for score in (start.lambada, start.gsm8k, start.humaneval))
+        rows.append(
+            (
+                start.alias,
+                start.stage,
+                "" if start.phase is None else str(start.phase),
+                f"{start.context:,}",
+                "yes" if start.optimizer_states else "",
+                start.architecture,
+                *scores,
+                start.repository or f"({start.note})",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    return "\n".join([*lines, "", "phaseN works for every N from 1 to 25; so does any hub id or local folder."])

@@ -23,7 +23,7 @@ from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_a
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
 from finetune.train.preflight import check_evaluation, check_first_batch
-from finetune.train.progress import draw_losses, read_metrics
+from finetune.train.progress import draw_losses
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.trainer import build_trainer, make_config
 
@@ -141,6 +141,13 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
     return _Start(recipe, precision, base, tokenizer, template, splits)
 
 
+def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
+    """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
+    tokenizer = load_tokenizer(as_llama(find_checkpoint(recipe.model.checkpoint)))
+    template = find_template(recipe.data.template, tokenizer)
+    return tokenizer, load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
+
+
 def _read_data_settings(recipe: Recipe) -> DataSettings:
     data = recipe.data
     return DataSettings(
@@ -233,13 +240,12 @@ def _write_run_files(
 
 
 def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
-    lines = read_metrics(run)
+    # The trainer's own history is the same in every process; the file belongs to the first one.
+    lines = trainer.state.log_history
     if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
         trainer.evaluate()
-        trainer.accelerator.wait_for_everyone()
-        lines = read_metrics(run)
 
-    def last(name: str) -> Any:  # noqa: ANN401 - a number of either kind
+    def last(name: str) -> float | None:
         return next((line[name] for line in reversed(lines) if name in line), None)
 
     return RunSummary(
