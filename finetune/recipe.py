@@ -252,7 +252,8 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:  # noqa: ANN401
             return None if member is type(None) and value is None else _convert_scalar(value, member)
         except _MismatchError:
             continue
-    raise _MismatchError(" or ".join(_TYPE_NAMES[member] for member in members))
+    names = [_TYPE_NAMES[member] for member in members if not (member is int and float in members)]
+    raise _MismatchError(" or ".join(names))
 
 
 def _convert_tuple(value: Any, member: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any YAML value

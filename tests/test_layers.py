@@ -1,0 +1,90 @@
+"""The imports of the package point one way: a stage never knows the stages after it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "finetune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Each layer may import the earlier ones; modules of one layer may import each other.
+LAYERS = [
+    {"errors"},
+    {"folders", "resources", "checkpoints"},
+    {"recipe"},
+    {"yulan"},
+    {"starts"},
+    {"data"},
+    {"train"},
+    {"check"},
+    {"export", "evaluate"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+YULAN_MAY_IMPORT = {"errors", "folders", "yulan"}
+
+
+def list_imports(tree):
+    """Yield every name of ours that a module imports, as `finetune.x.y`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [str(node.module)]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "finetune")
+
+
+def name_layer(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_module(path):
+    return ".".join(("finetune", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_imports_point_to_earlier_layers(path):
+    layer = name_layer(path)
+    if path == PACKAGE / "__init__.py":
+        assert not list(list_imports(ast.parse(path.read_text())))
+        return
+    assert layer in RANK, f"{layer} has no place in LAYERS"
+    for name in list_imports(ast.parse(path.read_text(encoding="utf-8"))):
+        target = name.split(".")[1]
+        assert RANK[target] <= RANK[layer], f"{name_module(path)} imports {name}, which comes later"
+        if layer == "yulan":
+            assert target in YULAN_MAY_IMPORT, f"{name_module(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if m != PACKAGE / "cli.py"], ids=name_module)
+def test_imports_stand_at_the_top(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    inner = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in top]
+    assert not inner, f"{name_module(path)} imports inside a block in lines {inner}"
+
+
+def test_imports_have_no_circle():
+    graph = {name_module(path): set(list_imports(ast.parse(path.read_text(encoding="utf-8")))) for path in MODULES}
+    finished: set[str] = set()
+
+    def visit(module, trail):
+        assert module not in trail, f"circle: {' -> '.join([*trail, module])}"
+        if module in finished:
+            return
+        for target in graph.get(module, ()):
+            visit(target, [*trail, module])
+        finished.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if m.name == "__init__.py" and m.parent != PACKAGE], ids=name_module)
+def test_packages_are_empty(path):
+    assert path.read_text(encoding="utf-8") == ""

@@ -1,0 +1,139 @@
+"""The recipe loader: strict YAML, every problem at once, precedence, round trip."""
+
+import dataclasses
+
+import pytest
+
+from finetune.errors import RecipeError
+from finetune.recipe import AdapterSection, Recipe, dump_recipe, read_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_recipe(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_recipe
+
+
+def read(path, *overrides):
+    draft = read_recipe(path, overrides)
+    assert draft.problems == ()
+    return draft.recipe
+
+
+def test_defaults_then_file_then_overrides(write):
+    path = write("adapter: {rank: 8, alpha: 20}\n")
+    assert read(path).adapter == AdapterSection(rank=8, alpha=20)
+    assert read(path, "adapter.rank=4").adapter == AdapterSection(rank=4, alpha=20)
+    assert read(write("seed: 1\n"), "adapter.rank=4").adapter == AdapterSection(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4),  # YAML 1.1 reads this as text
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("no", "no"),  # YAML 1.1 reads these as false and true
+        ("on", "on"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("010", 10.0),  # YAML 1.1 reads this as eight
+        ("12:30", "12:30"),  # YAML 1.1 reads this as 750
+        ("'2e-4'", "2e-4"),
+    ],
+)
+def test_scalars_mean_what_people_write(write, text, value):
+    found = read(write(f"trainer: {{x: {text}}}\n")).trainer["x"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_one_value_may_stand_for_a_list(write):
+    recipe = read(write("data: {train: a.jsonl}\nadapter: {train_tokens: 104, targets: [q_proj, v_proj]}\n"))
+    assert recipe.data.train == ("a.jsonl",)
+    assert recipe.adapter.train_tokens == (104,)
+    assert recipe.adapter.targets == ("q_proj", "v_proj")
+
+
+def test_every_problem_is_listed_at_once(write):
+    draft = read_recipe(
+        write(
+            "methud: sft\n"
+            "model: {quantise: nf4, quantize: int4}\n"
+            "data: 3\n"
+            "adapter: {rank: 1.5, dora: yes, train_tokens: [104, x], alpha: true}\n"
+            "seed: '7'\n"
+        )
+    )
+    assert draft.problems == (
+        "methud: unknown key; did you mean 'method'?",
+        "model.quantise: unknown key; did you mean 'quantize'?",
+        "model.quantize: must be one of none, int8, nf4; found 'int4'",
+        "data: must be a section of keys and values; found 3",
+        "adapter.rank: must be a whole number; found 1.5",
+        "adapter.dora: must be true or false; found 'yes'",
+        "adapter.train_tokens: must be a whole number, or a list of such; found a list of 2",
+        "adapter.alpha: must be a number; found true",
+        "seed: must be a whole number; found '7'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2, column 1: the key 'seed' stands twice, in lines 1 and 2"),
+        ("model:\n  dtype: auto\n  dtype: auto\n", "line 3, column 3: the key 'dtype' stands twice, in lines 2 and 3"),
+        ("a: [1\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
+        ("- 1\n", "must hold keys and values; found a list of 1"),
+        ("", "the file is empty; a recipe needs at least data.train"),
+        ("1: 2\n", "line 1, column 1: the key 1 is not a word"),
+        ("a: !!python/object:os.system x\n", "line 1, column 4: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
+        ("a: &x 1\nb: *y\n", "line 2, column 4: found undefined alias 'y'"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(write, text, problem):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(text))
+    assert caught.value.problems == [problem]
+
+
+def test_a_missing_file_names_its_neighbours(write, tmp_path):
+    write("seed: 1\n")
+    with pytest.raises(RecipeError, match=r"there is no such file; .* holds recipe.yaml"):
+        read_recipe(tmp_path / "recipes.yaml")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"seed: \xff\n")
+    with pytest.raises(RecipeError, match=r"is not UTF-8 text \(byte 6\)"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("seed", "--set seed: must read section.key=value, such as model.quantize=nf4"),
+        ("seed.x=1", "--set seed.x=1: 'seed' is not a section"),
+        ("model.quant=nf4", "model.quant: unknown key; did you mean 'quantize'?"),
+    ],
+)
+def test_overrides_are_checked_like_the_file(write, override, problem):
+    assert read_recipe(write("seed: 1\n"), [override]).problems == (problem,)
+
+
+def test_a_dumped_recipe_reads_back_equal(write):
+    recipe = read(write("data: {train: [a, b], columns: {prompt: q}, held_out: 0.1}\ntrainer: {learning_rate: 2e-4}\n"))
+    assert read(write(dump_recipe(recipe))) == recipe
+    assert read(write(dump_recipe(Recipe()))) == Recipe()
+
+
+def test_sections_stay_few():
+    own = sum(len(dataclasses.fields(field.default_factory)) for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.default_factory))
+    assert own <= 25
