@@ -1,0 +1,246 @@
+"""Fold a checkpoint of the native architecture into plain Llama weights, exactly.
+
+Every factor of the native forward pass (muP scales, WeSaR alphas, residual and norm scales) multiplies a weight that Llama
+has too, so the Llama model computes the same function. The arithmetic runs in float64 and is rounded once, to the type that is written.
+
+Source: the forward pass of the authors' model class (RUC-GSAI/YuLan-Mini); technical report (arXiv 2412.17743), section 2.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.errors import CheckpointError
+from finetune.folders import write_folder
+from finetune.yulan.layout import NativeConfig, check_tensors, find_architecture, list_native_tensors, parse_native_config, read_config
+from finetune.yulan.shards import TensorSpec, write_shards
+from finetune.yulan.tensors import TensorFolder, open_tensors
+
+DEFAULT_SHARD_BYTES = 2 * 10**9
+PAD_TOKEN, EOS_TOKEN, END_OF_TURN = 102, 2, 106
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_TIED_COPY = frozenset({"lm_head.weight"})
+# The tables have 190 million numbers: in float64 at once they would need 1.5 GB.
+_CHUNK_ELEMENTS = 4_000_000
+RowMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold wrote; `bytes` counts the weights."""
+
+    output: Path
+    dtype: str
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+def fold_checkpoint(
+    source: Path, output: Path, dtype: str = "auto", max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> FoldReport:
+    """Write the Llama form of a native checkpoint; `auto` keeps the type that its matrices are stored in.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, is Llama already, or has no Llama form.
+        OutputError: the output folder is not empty or cannot be written.
+    """
+    started = time.monotonic()
+    if find_architecture(source) == "llama":
+        raise CheckpointError(f"{source}: is stored as Llama already; use it as it is, there is nothing to fold")
+    fold = Fold.open(source)
+    chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
+    specs = [TensorSpec(name, shape, chosen) for name, shape in list_llama_tensors(fold.config).items()]
+    with write_folder(output) as folder:
+        size = write_shards(folder, specs, lambda name: fold.fold_tensor(name, chosen), max_shard_bytes)
+        write_llama_config(folder, fold.config, chosen)
+        copy_tokenizer(source, folder)
+    name = str(chosen).removeprefix("torch.")
+    return FoldReport(output, name, len(specs), size, round(time.monotonic() - started, 3))
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A native checkpoint, seen as the Llama tensors that compute the same."""
+
+    config: NativeConfig
+    tensors: TensorFolder
+
+    @classmethod
+    def open(cls, source: Path) -> "Fold":
+        """Open a native checkpoint and check that it is complete and can be folded.
+
+        Raises:
+            CheckpointError: see `fold_checkpoint`.
+        """
+        config = parse_native_config(read_config(source), source)
+        if config.qk_layernorm:
+            raise CheckpointError(
+                f"{source}: qk_layernorm normalises queries and keys, which Llama cannot express; this checkpoint cannot be folded"
+            )
+        tensors = open_tensors(source)
+        check_tensors(tensors, list_native_tensors(config), _TIED_COPY if config.tied else frozenset())
+        return cls(config, tensors)
+
+    def fold_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return one Llama tensor, rounded once; `name` is one of `list_llama_tensors`."""
+        if name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
+            return torch.zeros(self.config.hidden_size, dtype=dtype)
+        stored = "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
+        return map_rows(self.tensors.read(stored), self._find_row_map(name), dtype)
+
+    def _find_row_map(self, name: str) -> RowMap:
+        """Return what the fold does to a stored tensor; it only ever mixes numbers within a row."""
+        if name == "model.embed_tokens.weight":
+            return self._map_embedding()
+        if name == "lm_head.weight":
+            factor = self._read_alpha("lm_head_alpha") * self.config.dim_model_base_logits / self.config.hidden_size
+            return lambda rows: rows * factor
+        if "norm" in name:
+            factor = self.config.ln_scale * self._read_alpha(f"{name.removesuffix('.weight')}_alpha")
+            return lambda rows: self._shift_norm(rows) * factor
+        factor = self._find_projection_factor(name)
+        return lambda rows: rows * factor
+
+    def _find_projection_factor(self, name: str) -> float:
+        prefix, module, projection, _ = name.rsplit(".", 3)
+        if module == "mlp" and projection == "down_proj":
+            return self._read_alpha(f"{prefix}.down_proj_alpha") * self.config.residual_scale
+        if module == "mlp":
+            return self._read_alpha(f"{prefix}.gate_up_proj_alpha")
+        factor = self._read_alpha(f"{prefix}.{module}.{projection}_alpha")
+        if projection == "o_proj":
+            return factor * self.config.residual_scale
+        if projection == "q_proj":
+            # The native logits carry sqrt(dim_model_base_attn) / head_dim, Llama's own 1 / sqrt(head_dim).
+            return factor * (self.config.dim_model_base_attn / self.config.head_dim) ** 0.5
+        return factor
+
+    def _map_embedding(self) -> RowMap:
+        config = self.config
+        if config.embedding_norm == "none":
+            return lambda rows: rows * config.scale_emb
+        # These norms act on one row of the table at a time, so a row can be stored as what they make of it.
+        weight = self.tensors.read("model.embedding_layernorm.weight").double()
+
+        def normalise(rows: torch.Tensor) -> torch.Tensor:
+            rows = rows * config.scale_emb
+            if config.embedding_norm == "layer":
+                rows = rows - rows.mean(dim=1, keepdim=True)
+                return rows * (rows.square().mean(dim=1, keepdim=True) + config.layer_norm_eps).rsqrt() * weight
+            scale = self._shift_norm(weight) * config.ln_scale
+            return rows * (rows.square().mean(dim=1, keepdim=True) + config.rms_norm_eps).rsqrt() * scale
+
+        return normalise
+
+    def _shift_norm(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 1 if self.config.gemma_norm else weight
+
+    def _read_alpha(self, name: str) -> float:
+        """Return a stored alpha; where the layout has none its factor is 1, whatever the configuration lists."""
+        return float(self.tensors.read(name).double()) if name in self.tensors.entries else 1.0
+
+
+def map_rows(tensor: torch.Tensor, row_map: RowMap, dtype: torch.dtype) -> torch.Tensor:
+    """Apply a map to the rows of a tensor in float64, some at a time, and round the result once."""
+    if tensor.dim() < 2:
+        return row_map(tensor.double()).to(dtype)
+    result = torch.empty(tensor.shape, dtype=dtype)
+    step = max(1, _CHUNK_ELEMENTS // tensor.shape[1])
+    for start in range(0, tensor.shape[0], step):
+        result[start : start + step] = row_map(tensor[start : start + step].double())
+    return result
+
+
+def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of the folded model with their shapes, in the order of the layers."""
+    width, inner = config.hidden_size, config.intermediate_size
+    rows = config.num_heads * config.head_dim
+    key_rows = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (width,)
+        for name, extents in {
+            "q": (rows, width),
+            "k": (key_rows, width),
+            "v": (key_rows, width),
+            "o": (width, rows),
+        }.items():
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = extents
+            if config.attention_bias:
+                shapes[f"{prefix}.self_attn.{name}_proj.bias"] = extents[:1]
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+        for name, extents in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
+            shapes[f"{prefix}.mlp.{name}_proj.weight"] = extents
+    shapes["model.norm.weight"] = (width,)
+    shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+def write_llama_config(folder: Path, config: NativeConfig, dtype: torch.dtype) -> None:
+    """Write `config.json` and `generation_config.json` of the folded model."""
+    tokens: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": EOS_TOKEN}
+    stops = [EOS_TOKEN]
+    if config.vocab_size > END_OF_TURN:
+        tokens["pad_token_id"] = PAD_TOKEN
+        stops.append(END_OF_TURN)
+    content = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        # Both spellings: servers that pin an older transformers read only the first.
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        **tokens,
+    }
+    _write_json(folder / "config.json", content)
+    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer files, without the references to code that some carry."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None) is not None:
+            _write_json(path, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

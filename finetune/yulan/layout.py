@@ -1,0 +1,245 @@
+"""The published layout of a YuLan-Mini checkpoint: its configuration, and the tensors that belong to it.
+
+Source: the authors' configuration files and model classes (RUC-GSAI/YuLan-Mini, and the remote code of their checkpoints).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import CheckpointError
+from finetune.yulan.tensors import TensorFolder
+
+NATIVE_TYPES = ("yulanmini", "miniyulan")
+Architecture = Literal["llama", "yulanmini"]
+Shape = tuple[int, ...]
+SCALAR: Shape = ()  # stored as [] or [1]: both are accepted everywhere
+
+# A comma before a closing bracket, as Before-Annealing's config.json has it; strings are matched first and kept.
+_STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's `config.json`, also with the stray commas that some were published with.
+
+    Raises:
+        CheckpointError: there is no configuration, or it cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        reason = "there is no such folder" if not folder.is_dir() else "holds no config.json, so it is not a checkpoint"
+        raise CheckpointError(f"{folder}: {reason}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(_STRING_OR_COMMA.sub(lambda match: match[1] or match[2], text))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must hold an object; found {type(config).__name__}")
+    return config
+
+
+def find_architecture(folder: Path) -> Architecture:
+    """Tell whether a checkpoint is stored as Llama or in YuLan-Mini's own architecture; its remote code is never run.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    model_type = read_config(folder).get("model_type")
+    if model_type == "llama":
+        return "llama"
+    if model_type in NATIVE_TYPES:
+        return "yulanmini"
+    raise CheckpointError(
+        f"{folder / 'config.json'}: model_type is {model_type!r}; this kit reads llama, {' and '.join(NATIVE_TYPES)}"
+    )
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """What a published configuration says about the arithmetic.
+
+    `residual_scale` is the factor on both residual branches (1 where the configuration means none). Dead switches
+    (`embed_tokens_alpha`, `use_emb_alpha`, `dim_model_base`, every initial `*_alpha` value) are left out on purpose.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_positions: int
+    rope_theta: float
+    rms_norm_eps: float
+    layer_norm_eps: float
+    scale_emb: float
+    ln_scale: float
+    residual_scale: float
+    dim_model_base_attn: float
+    dim_model_base_logits: float
+    gemma_norm: bool
+    wesar: bool
+    norm_alphas: bool
+    attention_bias: bool
+    tied: bool
+    qk_layernorm: bool
+    embedding_norm: Literal["none", "rms", "layer"]
+
+
+def parse_native_config(config: Mapping[str, Any], source: Path) -> NativeConfig:
+    """Read the published keys, with every fault in one message.
+
+    Raises:
+        CheckpointError: keys are missing or impossible, or ask for what the published model class cannot do either.
+    """
+    reader = _ConfigReader(config)
+    hidden, heads = reader.read_int("hidden_size"), reader.read_int("num_attention_heads")
+    layers = reader.read_int("num_hidden_layers")
+    head_dim = hidden // heads if heads and hidden % heads == 0 else 0
+    if not head_dim:
+        reader.faults.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    if config.get("rope_scaling") is not None:
+        reader.faults.append("rope_scaling is set, which the published model class cannot compute")
+    if config.get("use_sliding_window") or config.get("sliding_window") is not None:
+        reader.faults.append("a sliding window is set, which the published model class cannot compute")
+    if config.get("hidden_act", "silu") != "silu":
+        reader.faults.append(f"hidden_act is {config['hidden_act']!r}; only silu is known")
+    if config.get("rms_type", "llama") not in ("llama", "gemma"):
+        reader.faults.append(f"rms_type is {config['rms_type']!r}; known are llama and gemma")
+    wesar = bool(config.get("wesar_weights", True))
+    native = NativeConfig(
+        vocab_size=reader.read_int("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=reader.read_int("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_key_value_heads=reader.read_int("num_key_value_heads"),
+        head_dim=head_dim,
+        max_positions=reader.read_int("max_position_embeddings"),
+        rope_theta=reader.read_float("rope_theta", 10_000.0),
+        rms_norm_eps=reader.read_float("rms_norm_eps", 1e-6),
+        layer_norm_eps=reader.read_float("layer_norm_eps", 1e-6),
+        scale_emb=reader.read_float("scale_emb", 1.0),
+        ln_scale=reader.read_float("ln_scale", 1.0),
+        residual_scale=_read_residual_scale(reader, layers),
+        dim_model_base_attn=reader.read_float("dim_model_base_attn", head_dim),
+        dim_model_base_logits=reader.read_float("dim_model_base_logits", hidden),
+        gemma_norm=config.get("rms_type", "llama") == "gemma",
+        wesar=wesar,
+        norm_alphas=wesar and bool(config.get("use_norm_alpha", True)),
+        attention_bias=bool(config.get("attention_bias", True)),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        qk_layernorm=bool(config.get("qk_layernorm", False)),
+        embedding_norm="rms" if config.get("embedding_rmsln") else "layer" if config.get("embedding_ln") else "none",
+    )
+    if reader.faults:
+        raise CheckpointError(f"{source / 'config.json'}: {'; '.join(reader.faults)}")
+    return native
+
+
+def _read_residual_scale(reader: "_ConfigReader", layers: int) -> float:
+    value = reader.config.get("hidden_states_shrink", 1.0)
+    if value == "muparam":
+        return 1.0 / math.sqrt(layers) if layers else 1.0
+    scale = reader.read_float("hidden_states_shrink", 1.0)
+    # The published class applies it in this range only; outside, the branches are added as they are.
+    return scale if 0 <= scale < 1 else 1.0
+
+
+class _ConfigReader:
+    """Collect every fault of a configuration instead of stopping at the first."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.faults: list[str] = []
+
+    def read_int(self, key: str) -> int:
+        value = self.config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.faults.append(f"{key} must be a whole number above 0; found {value!r}")
+            return 0
+        return value
+
+    def read_float(self, key: str, default: float) -> float:
+        value = self.config.get(key, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.faults.append(f"{key} must be a number; found {value!r}")
+            return default
+        return float(value)
+
+
+def list_native_tensors(config: NativeConfig) -> dict[str, Shape]:
+    """Return every tensor of the published layout with its shape; `lm_head.weight` is there when untied."""
+    width = config.hidden_size
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    if config.embedding_norm != "none":
+        shapes["model.embedding_layernorm.weight"] = (width,)
+    for layer in range(config.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _list_layer_tensors(config).items()}
+    shapes["model.norm.weight"] = (width,)
+    if config.norm_alphas:
+        shapes["model.norm_alpha"] = SCALAR
+    if not config.tied:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    if config.wesar:
+        shapes["lm_head_alpha"] = SCALAR
+    return shapes
+
+
+def _list_layer_tensors(config: NativeConfig) -> dict[str, Shape]:
+    width, inner = config.hidden_size, config.intermediate_size
+    rows = {"q": config.num_heads * config.head_dim}
+    rows["k"] = rows["v"] = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, Shape] = {}
+    for name, extent in rows.items():
+        shapes[f"self_attn.{name}_proj.weight"] = (extent, width)
+        if config.attention_bias:
+            shapes[f"self_attn.{name}_proj.bias"] = (extent,)
+    shapes["self_attn.o_proj.weight"] = (width, rows["q"])
+    if config.qk_layernorm:
+        for name, heads in (("q", config.num_heads), ("k", config.num_key_value_heads)):
+            for head in range(heads):
+                shapes[f"self_attn.{name}_layernorm.norms.{head}.weight"] = (config.head_dim,)
+    shapes |= {f"mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+    shapes["mlp.down_proj.weight"] = (width, inner)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"{norm}.weight"] = (width,)
+        if config.norm_alphas:
+            shapes[f"{norm}_alpha"] = SCALAR
+    if config.wesar:
+        shapes |= {f"self_attn.{name}_proj_alpha": SCALAR for name in "qkvo"}
+        shapes |= {"gate_up_proj_alpha": SCALAR, "down_proj_alpha": SCALAR}
+    return shapes
+
+
+def check_tensors(tensors: TensorFolder, expected: Mapping[str, Shape], optional: frozenset[str] = frozenset()) -> None:
+    """Compare names and shapes with what the configuration asks for.
+
+    Raises:
+        CheckpointError: with the first few of every kind of fault.
+    """
+    missing = [name for name in expected if name not in tensors.entries]
+    unexpected = [name for name in tensors.names if name not in expected and name not in optional]
+    misshapen = [
+        f"{name} is {list(tensors.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors.entries and not _fits(tensors.shape(name), shape)
+    ]
+    faults = [
+        f"{len(found)} {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
+        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+        if found
+    ]
+    if faults:
+        raise CheckpointError(f"{tensors.folder}: the tensors do not fit config.json: {'; '.join(faults)}")
+
+
+def _fits(found: Shape, expected: Shape) -> bool:
+    return found in (SCALAR, (1,)) if expected == SCALAR else found == expected
