@@ -14,6 +14,7 @@ from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
 
 _SHORTEST_ROW = 8
+_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -104,12 +105,21 @@ def _check_template(template: str, folder: Path) -> Iterator[str]:
 def _check_adapter(recipe: Recipe) -> Iterator[str]:
     adapter, quantize = recipe.adapter, recipe.model.quantize
     if adapter.kind == "none":
-        changed = [key for key, value in vars(adapter).items() if key != "kind" and value != vars(AdapterSection())[key]]
-        for key in changed:
-            yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
+        for key, value in vars(adapter).items():
+            if key != "kind" and value != vars(AdapterSection())[key]:
+                yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
         if quantize != "none":
-            yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora or quantize: none"
+            yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora, or quantize: none"
         return
+    yield from _check_lora(adapter)
+    if adapter.init == "pissa" and quantize != "none":
+        yield (
+            "adapter.init: pissa changes the base weights at the start, which quantized ones do not allow; "
+            f"set model.quantize: none, or remove init; found quantize: {quantize}"
+        )
+
+
+def _check_lora(adapter: AdapterSection) -> Iterator[str]:
     if adapter.rank < 1:
         yield f"adapter.rank: must be at least 1; found {adapter.rank}"
     if adapter.alpha <= 0:
@@ -118,12 +128,13 @@ def _check_adapter(recipe: Recipe) -> Iterator[str]:
         yield f"adapter.dropout: must be at least 0 and below 1; found {adapter.dropout}"
     if not adapter.targets:
         yield "adapter.targets: is empty; use all-linear, or names such as q_proj"
-    if "lm_head" in adapter.targets:
-        yield "adapter.targets: lm_head cannot carry LoRA (TRL's loss reads its weight directly); use adapter.train_tokens"
+    for target in adapter.targets:
+        if target == "lm_head":
+            yield "adapter.targets: lm_head cannot carry LoRA (TRL's loss reads its weight directly); use adapter.train_tokens"
+        elif target not in _LINEAR_LAYERS and adapter.targets != ("all-linear",):
+            yield f"adapter.targets: {target!r} is {describe_unknown_name(target, _LINEAR_LAYERS)}; or all-linear alone"
     if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
         yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
-    if adapter.init == "pissa" and quantize != "none":
-        yield f"adapter.init: pissa changes the base weights at the start, which {quantize} weights do not allow; set model.quantize: none"
     if adapter.init == "pissa" and adapter.dora:
         yield "adapter.dora: cannot be combined with init: pissa; choose one"
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from finetune.data.dataset import IGNORED_LABEL
+from finetune.data.gates import IGNORED_LABEL
 from finetune.errors import TrainingError
 
 BatchRow = tuple[list[int], list[int]]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.data.dataset import DataSettings, Splits, load_splits
-from finetune.data.template import ChatTemplate, find_template, list_stop_tokens
+from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.errors import OutputError, TrainingError
 from finetune.folders import check_output_free, translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
@@ -165,9 +165,8 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
     recipe = start.recipe
     base = load_base(start.base, recipe.model, start.precision, device)
-    stop_tokens = list_stop_tokens(start.tokenizer, start.template)
-    special = sorted({*stop_tokens, *start.template.list_special_tokens(start.tokenizer)})
-    untrained = set(find_untrained_tokens(base, special)) - set(recipe.adapter.train_tokens)
+    control_tokens = list_template_tokens(start.tokenizer, start.template)
+    untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
     if untrained and recipe.adapter.kind != "none":
         names = ", ".join(f"{start.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
         logger.warning(

@@ -1,0 +1,56 @@
+"""What every row must hold before it may be trained; each gate is an error, never a warning."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.errors import DataError, TemplateError
+
+IGNORED_LABEL = -100
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
+    """Refuse a padding token that ends answers: its loss is masked, so the model would never learn to stop.
+
+    Raises:
+        TemplateError: pad is one of the stop tokens.
+    """
+    if tokenizer.pad_token_id in stop_tokens:
+        raise TemplateError(
+            f"the padding token {tokenizer.pad_token!r} is also a stop token; padding is never trained, so the model would "
+            "never stop; use a tokenizer whose padding token is <pad>"
+        )
+
+
+def describe_row_fault(
+    token_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int], *, is_cut: bool
+) -> str | None:
+    """Return what forbids to train a row, or None: bos not once, nothing trained, an answer without its stop token.
+
+    The last answer of a row that was cut by `data.overflow: truncate` has lost its stop token, which is counted elsewhere.
+    """
+    bos = tokenizer.bos_token_id
+    if token_ids[0] != bos or token_ids.count(bos) != 1:
+        count = token_ids.count(bos)
+        return f"holds {tokenizer.bos_token} {count} times, expected once at the start; remove it from the text or the template"
+    if all(label == IGNORED_LABEL for label in labels):
+        return "has no trained token"
+    for end in range(1, len(labels) + 1):
+        is_answer_end = labels[end - 1] != IGNORED_LABEL and (end == len(labels) or labels[end] == IGNORED_LABEL)
+        if is_answer_end and labels[end - 1] not in stop_tokens and not (is_cut and end == len(labels)):
+            ending = tokenizer.convert_ids_to_tokens(labels[end - 1])
+            expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
+            return f"an answer ends in {ending!r}, not in a stop token ({expected})"
+    return None
+
+
+def check_rows(faults: Sequence[tuple[str, str]]) -> None:
+    """Raise one message for all faulty rows, given as `(where, fault)`.
+
+    Raises:
+        DataError: there is at least one.
+    """
+    if faults:
+        shown = "\n".join(f"  {where}: {fault}" for where, fault in faults[:5])
+        more = f"\n  … and {len(faults) - 5:,} more rows" if len(faults) > 5 else ""
+        raise DataError(f"{len(faults):,} rows cannot be trained:\n{shown}{more}" if len(faults) > 1 else ": ".join(faults[0]))

@@ -1,0 +1,225 @@
+"""Chat templates, and the one function that turns a conversation into tokens.
+
+Training, evaluation, chat and export all go through here, so that a model is asked in the very form it was trained in.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from finetune.errors import TemplateError
+from finetune.resources import list_templates
+
+DEFAULT_TEMPLATE = "yulan-mini"
+Messages = Sequence[Mapping[str, str]]
+Span = tuple[int, int]
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SAMPLE: Messages = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, and how its trained spans are found: by its generation marks, or by rendering prefixes."""
+
+    name: str
+    source: str
+    spans: Literal["marks", "prefixes"] = "marks"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the source; two templates with the same one render the same."""
+        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens; `trained` says for each whether it is learnt."""
+
+    token_ids: list[int]
+    trained: list[bool]
+
+
+def find_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """Return the template of a recipe: `auto`, a shipped name, or a jinja file.
+
+    `auto` takes the tokenizer's own template where what is trained can be told in it, else `yulan-mini`.
+
+    Raises:
+        TemplateError: the template cannot be rendered, or does not mark what is trained, or trains no stop token.
+    """
+    shipped = list_templates()
+    if choice == "auto":
+        return _find_own_template(tokenizer) or _check_template(_read_template(DEFAULT_TEMPLATE, shipped[DEFAULT_TEMPLATE]), tokenizer)
+    path = shipped.get(choice, Path(choice))
+    template = _read_template(choice if choice in shipped else str(path), path)
+    if not _GENERATION_MARK.search(template.source):
+        raise TemplateError(
+            f"{path}: does not mark what is trained; put {{% generation %}} before the assistant's text and "
+            "{% endgeneration %} after the token that ends its turn"
+        )
+    return _check_template(template, tokenizer)
+
+
+def _read_template(name: str, path: Path) -> ChatTemplate:
+    try:
+        return ChatTemplate(name, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{path}: the chat template cannot be read ({error})") from error
+
+
+def _find_own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    source = tokenizer.chat_template
+    if not isinstance(source, str) or not source.strip():
+        return None
+    for name, path in list_templates().items():
+        if path.read_text(encoding="utf-8") == source:
+            return _check_template(ChatTemplate(name, source), tokenizer)
+    has_marks = _GENERATION_MARK.search(source) is not None
+    template = ChatTemplate("the tokenizer's own", source, "marks" if has_marks else "prefixes")
+    try:
+        return _check_template(template, tokenizer)
+    except TemplateError as error:
+        note = f"the tokenizer's own chat template cannot be trained with ({error}); using {DEFAULT_TEMPLATE} instead"
+        fallback = list_templates()[DEFAULT_TEMPLATE].read_text(encoding="utf-8")
+        return _check_template(ChatTemplate(DEFAULT_TEMPLATE, fallback, notes=(note,)), tokenizer)
+
+
+def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """Try the template on a small conversation and return it."""
+    encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
+    trained = [token for token, is_trained in zip(encoded.token_ids, encoded.trained, strict=True) if is_trained]
+    if not trained:
+        raise TemplateError(f"{template.name}: marks nothing of an assistant's turn as trained")
+    if trained[-1] not in _list_control_tokens(tokenizer):
+        ending = tokenizer.convert_ids_to_tokens(trained[-1])
+        raise TemplateError(
+            f"{template.name}: a trained answer ends in {ending!r}, which is no token that can stop generation; "
+            "put the token that ends a turn inside the generation marks"
+        )
+    if encoded.token_ids.count(int(tokenizer.bos_token_id)) != 1 or encoded.token_ids[0] != tokenizer.bos_token_id:
+        raise TemplateError(f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})")
+    return template
+
+
+def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(token for token, text in added.items() if text.special)}
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages]
+) -> list[Encoded]:
+    """Render and tokenize conversations together; a token is trained when any of its characters is.
+
+    Raises:
+        TemplateError: the template refuses a conversation.
+    """
+    texts, spans = _render(tokenizer, template, conversations)
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    return [
+        Encoded(list(token_ids), _mark_tokens(offsets, trained))
+        for token_ids, offsets, trained in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
+    ]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages) -> list[int]:
+    """Return the tokens after which the assistant's answer is generated."""
+    text = _render_one(tokenizer, template, messages, add_generation_prompt=True)
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return token_ids
+
+
+def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's eos, and the one that the template trains."""
+    encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
+    last = max(position for position, is_trained in enumerate(encoded.trained) if is_trained)
+    return sorted({int(tokenizer.eos_token_id), encoded.token_ids[last]})
+
+
+def list_template_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
+    """Return the control tokens that the template writes, without bos: those a base model may never have seen."""
+    encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
+    return sorted(set(encoded.token_ids) & _list_control_tokens(tokenizer) - {int(tokenizer.bos_token_id)})
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages]
+) -> tuple[list[str], list[list[Span]]]:
+    if template.spans == "marks":
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages) for messages in conversations],
+                chat_template=template.source,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise _explain(template, error) from error
+        return texts, [[(start, end) for start, end in found] for found in spans]
+    texts = [_render_one(tokenizer, template, messages) for messages in conversations]
+    pairs = zip(conversations, texts, strict=True)
+    return texts, [_find_spans(tokenizer, template, messages, text) for messages, text in pairs]
+
+
+def _render_one(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, *, add_generation_prompt: bool = False
+) -> str:
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template.source,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise _explain(template, error) from error
+    return str(texts[0])
+
+
+def _explain(template: ChatTemplate, error: Exception) -> TemplateError:
+    line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return TemplateError(f"{template.name}{line}: the chat template cannot be rendered: {error}")
+
+
+def _find_spans(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str) -> list[Span]:
+    """Find each answer in a rendering: it begins where the prompt for it ends.
+
+    Raises:
+        TemplateError: a shorter conversation does not render to the beginning of a longer one.
+    """
+    spans = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render_one(tokenizer, template, messages[:position], add_generation_prompt=True)
+        after = _render_one(tokenizer, template, messages[: position + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise TemplateError("it renders an earlier turn differently once another follows")
+        # White space behind the stop token belongs to what follows.
+        spans.append((len(before), len(after.rstrip())))
+    return spans
+
+
+def _mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    trained = [False] * len(offsets)
+    position = 0
+    for start, end in spans:
+        while position < len(offsets) and offsets[position][1] <= start:
+            position += 1
+        while position < len(offsets) and offsets[position][0] < end:
+            trained[position] = True
+            position += 1
+    return trained

@@ -1,0 +1,146 @@
+"""A recipe is checked against everything it names, without importing torch."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from finetune.check import load_recipe
+from finetune.errors import RecipeError
+from finetune.resources import list_recipes
+from finetune.train.methods import METHODS
+from finetune.train.options import read_trainer_options
+
+DATA = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(DATA)
+
+    def write_recipe(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_recipe
+
+
+def list_problems(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipes_are_fine(name):
+    path = list_recipes()[name]
+    assert load_recipe(path).method in METHODS
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
+
+
+def test_paths_become_absolute(write, tmp_path):
+    recipe = load_recipe(write("data: {train: pairs.jsonl}\nmodel: {checkpoint: .}\n"))
+    assert recipe.data.train == (str(tmp_path / "pairs.jsonl"),)
+    assert recipe.model.checkpoint == str(tmp_path)
+    assert recipe.output == str(tmp_path / "runs" / "recipe")
+
+
+def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
+    path = write("data: {train: pairs.jsonl}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "pairs.jsonl").write_text(DATA)
+    (elsewhere / "mine.jsonl").write_text(DATA)
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(path).data.train == (str(tmp_path / "pairs.jsonl"),)
+    assert load_recipe(path, ["data.train=mine.jsonl"]).data.train == (str(elsewhere / "mine.jsonl"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("method: stf", "method: 'stf' is unknown; did you mean 'sft'?"),
+        ("method: ppo", "method: 'ppo' is unknown; known are sft"),
+        ("model: {checkpoint: before-anealing}", "model.checkpoint: 'before-anealing' is unknown; did you mean 'before-annealing'?"),
+        ("model: {checkpoint: ./missing}", "model.checkpoint: there is no folder ./missing"),
+        ("data: {train: pair.jsonl}", "data.train: pair.jsonl does not exist; pairs.jsonl does"),
+        ("data: {train: []}", "data.train: is missing; name at least one data file"),
+        ("data: {template: yulan_mini}", "data.template: 'yulan_mini' is unknown; did you mean 'yulan-mini'?"),
+        ("data: {template: my.jinja}", "data.template: my.jinja does not exist"),
+        ("data: {format: alpacca}", "data.format: 'alpacca' is unknown; did you mean 'alpaca'?"),
+        ("data: {held_out: 1.5}", "data.held_out: must be a share below 1"),
+        ("data: {held_out: 2, eval: pairs.jsonl}", "data.held_out: data.eval names files to evaluate on already"),
+        ("data: {max_tokens: 0}", "data.max_tokens: must be at least 8; found 0"),
+        ("adapter: {rank: 0}", "adapter.rank: must be at least 1; found 0"),
+        ("adapter: {dropout: 1.0}", "adapter.dropout: must be at least 0 and below 1; found 1.0"),
+        ("adapter: {targets: [lm_head]}", "adapter.targets: lm_head cannot carry LoRA"),
+        ("adapter: {targets: [q_porj]}", "adapter.targets: 'q_porj' is unknown; did you mean 'q_proj'?"),
+        ("adapter: {train_tokens: [104, 104]}", "adapter.train_tokens: must be token ids, each once"),
+        ("adapter: {kind: none, rank: 8}", "adapter.rank: has no effect where adapter.kind is none"),
+        ("adapter: {kind: none}\nmodel: {quantize: nf4}", "model.quantize: nf4 weights cannot be trained in full"),
+        ("adapter: {init: pissa}\nmodel: {quantize: nf4}", "adapter.init: pissa changes the base weights"),
+        ("adapter: {init: pissa, dora: true}", "adapter.dora: cannot be combined with init: pissa"),
+        ("trainer: {lerning_rate: 1e-4}", "trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        ("trainer: {max_length: 12}", "trainer.max_length: set data.max_tokens instead; the kit owns this setting"),
+        ("trainer: {learning_rate: fast}", "trainer.learning_rate: must be float; found 'fast'"),
+        ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be float; found True"),
+        ("trainer: {lr_scheduler_type: cosin}", "trainer.lr_scheduler_type: must be one of linear, cosine,"),
+        ("trainer: {optim: adam8}", "trainer.optim: must be one of "),
+        ("trainer: {loss_type: dpo}", "trainer.loss_type: must be one of nll, dft"),
+    ],
+)
+def test_each_mistake_has_its_own_sentence(write, text, problem):
+    if "data:" not in text:
+        text += "\ndata: {train: pairs.jsonl}"
+    elif "train:" not in text:
+        text = text.replace("{", "{train: pairs.jsonl, ", 1)
+    problems = list_problems(write(text))
+    assert len(problems) == 1
+    assert problems[0].startswith(problem)
+
+
+def test_all_problems_come_together(write):
+    problems = list_problems(
+        write("methud: dpo\ntrainer: {max_length: 5, packng: true}\ndata: {train: pair.jsonl}\n"), "adapter.rank=-1"
+    )
+    assert problems == [
+        "methud: unknown key; did you mean 'method'?",
+        "trainer.max_length: set data.max_tokens instead; the kit owns this setting",
+        "trainer.packng: unknown key; did you mean 'packing'?",
+        "data.train: pair.jsonl does not exist; pairs.jsonl does",
+        "adapter.rank: must be at least 1; found -1",
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_read_from_the_sources_are_those_of_the_class(name):
+    import trl
+
+    method = METHODS[name]
+    config = getattr(trl, method.config_class)
+    fields = {field.name for field in dataclasses.fields(config) if field.init}
+    assert set(read_trainer_options(method.config_module, method.config_class)) == fields
+    assert set(method.owned) <= fields
+    assert set(method.defaults) <= fields - set(method.owned)
+
+
+def test_choices_read_from_the_sources_are_those_of_the_enums():
+    from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+    options = read_trainer_options("trl.trainer.sft_config", "SFTConfig")
+    assert set(options["lr_scheduler_type"].choices) == {member.value for member in SchedulerType}
+    assert set(options["eval_strategy"].choices) == {member.value for member in IntervalStrategy}
+
+
+def test_checking_never_imports_torch(write):
+    path = write("data: {train: pairs.jsonl}\n")
+    code = (
+        "import sys\nfrom finetune.cli import main\n"
+        f"try:\n    main(['check', {str(path)!r}])\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
