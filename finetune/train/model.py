@@ -106,7 +106,21 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
         )
     except ImportError as error:
         raise MachineError(f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}") from error
+    if section.quantize == "nf4":
+        _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)  # type: ignore[arg-type,return-value]
+
+
+def _keep_weights_differentiable(model: LlamaForCausalLM) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel.
+
+    On processors with AVX512-BF16 it does so at the first evaluation, for good, and the kernel has no gradient: training
+    would then fail, or go on without the gradient of the layers before (bitsandbytes 0.50, `Linear4bit.forward`).
+    """
+    layer = importlib.import_module("bitsandbytes.nn").Linear4bit
+    for module in model.modules():
+        if isinstance(module, layer):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -70,6 +70,9 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     method = METHODS[recipe.method]
     options = dict(recipe.trainer)
     packs = bool(options.get("packing"))
+    # Both follow from the machine and from our own bar; transformers' defaults would warn, and hide the bar.
+    options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    options.setdefault("disable_tqdm", False)
     if evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.

@@ -1,0 +1,105 @@
+"""Open a run or a model for use, and answer with the very template that it was trained with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.data.template import ChatTemplate, encode_prompt, find_template, list_stop_tokens
+from finetune.errors import FinetuneError, TemplateError
+from finetune.recipe import ModelSection
+from finetune.starts import as_llama, find_checkpoint
+from finetune.train.model import choose_device, choose_precision, load_base, load_tokenizer
+from finetune.train.record import Result, find_base, is_result, open_result
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use, with its tokenizer, its template and the tokens that end an answer."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    stop_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer; `stopped_by` is the stop token that ended it, or `max_tokens`."""
+
+    text: str
+    tokens: int
+    stopped_by: str
+
+
+def open_model(name: str) -> LoadedModel:
+    """Open a run (its base as it was trained, with the adapter), or a model by alias, hub id or folder.
+
+    Raises:
+        FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and is_result(path):
+        return _open_result(open_result(path))
+    folder = as_llama(find_checkpoint(name))
+    device = choose_device()
+    model = load_base(folder, ModelSection(), choose_precision("auto", device, False), device)
+    return _complete(model, load_tokenizer(folder))
+
+
+def _open_result(result: Result) -> LoadedModel:
+    device = choose_device()
+    origin = result.origin
+    section = ModelSection() if origin is None else ModelSection(quantize=origin.quantize, dtype=origin.dtype)  # type: ignore[arg-type]
+    precision = choose_precision("auto", device, False)
+    base = find_base(result) if result.kind == "adapter" else result.folder
+    model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)
+    if result.kind == "adapter":
+        model = PeftModel.from_pretrained(model, result.folder)
+    with_tokenizer = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
+    loaded = _complete(model, load_tokenizer(with_tokenizer))
+    if origin is not None and loaded.template.fingerprint != origin.template_fingerprint:
+        raise TemplateError(
+            f"{result.folder}: its chat template is not the one that it was trained with ({origin.template}); "
+            "restore chat_template.jinja, or train again"
+        )
+    return loaded
+
+
+def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    template = find_template("auto", tokenizer)
+    return LoadedModel(model.eval(), tokenizer, template, tuple(list_stop_tokens(tokenizer, template)))
+
+
+def answer(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], max_new_tokens: int, temperature: float = 0.0
+) -> Answer:
+    """Generate the assistant's next turn; temperature 0 takes the likeliest token each time.
+
+    Raises:
+        FinetuneError: the number of new tokens or the temperature makes no sense.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise FinetuneError(
+            f"an answer needs at least 1 new token and a temperature of 0 or more; found {max_new_tokens} and {temperature}"
+        )
+    prompt = torch.tensor([encode_prompt(loaded.tokenizer, loaded.template, messages)], device=loaded.model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        bos_token_id=loaded.tokenizer.bos_token_id,
+        eos_token_id=list(loaded.stop_tokens),
+        pad_token_id=loaded.tokenizer.pad_token_id,
+    )
+    with torch.inference_mode():
+        output = loaded.model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+        )
+    tokens: list[int] = output[0, prompt.shape[1] :].tolist()
+    stopped = tokens[-1] in loaded.stop_tokens
+    text = loaded.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+    return Answer(str(text), len(tokens), loaded.tokenizer.convert_ids_to_tokens(tokens[-1]) if stopped else "max_tokens")
