@@ -105,7 +105,7 @@ def is_hub_id(name: str) -> bool:
 def describe_checkpoints() -> str:
     """Return the table as text: aliases, stages, and the scores that the authors published."""
     head = ("alias", "stage", "phase", "context", "states", "stored as", "LAMBADA", "GSM8K", "HumanEval", "repository")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for start in CHECKPOINTS:
         scores = ("" if score is None else f"{score:.2f}" for score in (start.lambada, start.gsm8k, start.humaneval))
         rows.append(
@@ -121,5 +121,7 @@ def describe_checkpoints() -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
     return "\n".join([*lines, "", "phaseN works for every N from 1 to 25; so does any hub id or local folder."])

@@ -49,7 +49,9 @@ def _make_parser() -> argparse.ArgumentParser:
     def add_verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.set_defaults(run=run)
-        verb.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
+        verb.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output and nothing else"
+        )
         return verb
 
     def add_recipe(verb: argparse.ArgumentParser) -> None:
@@ -63,7 +65,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
     add_verb("checkpoints", _run_checkpoints, "list what one can start from")
     fold = add_verb("fold", _run_fold, "write the exact Llama form of a checkpoint")
-    fold.add_argument("checkpoint", metavar="CHECKPOINT", help="an alias, a hub id with an optional @revision, or a folder")
+    fold.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="an alias, a hub id with an optional @revision, or a folder"
+    )
     add_writing(fold)
     add_recipe(add_verb("check", _run_check, "check a recipe without loading anything"))
     preview = add_verb("preview", _run_preview, "show rows as the model will see them, with what is trained marked")
@@ -73,19 +77,25 @@ def _make_parser() -> argparse.ArgumentParser:
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
     export = add_verb("export", _run_export, "merge a run into Llama-format weights, and prove that they are right")
-    export.add_argument("result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote")
+    export.add_argument(
+        "result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote"
+    )
     add_writing(export)
     export.add_argument("--no-verify", action="store_true", help="skip reopening and comparing")
     evaluate = add_verb("evaluate", _run_evaluate, "loss, perplexity and token accuracy on held-out rows")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
     evaluate.add_argument("--data", type=Path, required=True, nargs="+", metavar="FILE", help="rows to evaluate on")
-    evaluate.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="leave longer rows out (default: 2048)")
+    evaluate.add_argument(
+        "--max-tokens", type=int, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
+    )
     chat = add_verb("chat", _run_chat, "talk to a run or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
     chat.add_argument("--prompt", metavar="TEXT", help="answer once and stop")
     chat.add_argument("--system", metavar="TEXT", help="a system line")
     chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
     demo = add_verb("demo", _run_demo, "the whole line in miniature: train, export, verify, answer")
     demo.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     return parser
@@ -126,8 +136,8 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 def _run_preview(arguments: argparse.Namespace) -> int:
     from finetune.check import load_recipe
-    from finetune.train.run import prepare_rows
     from finetune.data.preview import describe_preview, preview_rows
+    from finetune.train.run import prepare_rows
 
     tokenizer, splits = prepare_rows(load_recipe(arguments.recipe, arguments.set))
     preview = preview_rows(splits, tokenizer, arguments.rows)
@@ -175,7 +185,7 @@ def _run_chat(arguments: argparse.Namespace) -> int:
     loaded = open_model(arguments.model)
     history = [{"role": "system", "content": arguments.system}] if arguments.system else []
 
-    def reply(text: str) -> Any:  # noqa: ANN401 - an Answer, whose module is imported inside the verb
+    def reply(text: str) -> Any:
         messages = [*history, {"role": "user", "content": text}]
         return answer(loaded, messages, arguments.max_new_tokens, arguments.temperature)
 
@@ -204,13 +214,13 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     return _print_result(arguments, _to_json(result), describe_demo(result))
 
 
-def _print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:  # noqa: ANN401 - any JSON value
+def _print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:
     if _is_main_process():
         print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
     return _SUCCESS
 
 
-def _to_json(value: Any) -> Any:  # noqa: ANN401 - a result dataclass, and any JSON value
+def _to_json(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value), default=str))
 
 

@@ -72,12 +72,16 @@ def _ask(model: str) -> list[Answer]:
 
 def _read_comparison(report: ExportReport) -> dict[str, object]:
     verify = report.verify
-    return {} if verify is None else {
-        "max_abs": verify.max_abs,
-        "kl": verify.kl,
-        "top1_agreement": verify.top1_agreement,
-        "rows": verify.rows,
-    }
+    return (
+        {}
+        if verify is None
+        else {
+            "max_abs": verify.max_abs,
+            "kl": verify.kl,
+            "top1_agreement": verify.top1_agreement,
+            "rows": verify.rows,
+        }
+    )
 
 
 def describe_demo(result: DemoResult) -> str:

@@ -72,7 +72,9 @@ def translate_os_errors(folder: Path) -> Iterator[None]:
         if error.errno not in reasons:
             raise
         where = f" (at {error.filename})" if error.filename else ""
-        raise OutputError(f"{folder}: cannot be written: {reasons[error.errno]}{where}; nothing was left there") from error
+        raise OutputError(
+            f"{folder}: cannot be written: {reasons[error.errno]}{where}; nothing was left there"
+        ) from error
 
 
 def _read_umask() -> int:

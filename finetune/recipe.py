@@ -7,7 +7,7 @@ What a recipe says about other tables (methods, templates, formats, the trainer'
 import dataclasses
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -91,7 +91,9 @@ _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 # Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
@@ -108,7 +110,8 @@ def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[An
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a word", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}", problem_mark=key_node.start_mark
+                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}",
+                problem_mark=key_node.start_mark,
             )
         seen[key] = line
     return loader.construct_mapping(node, deep=True)
@@ -141,7 +144,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     return {name: _to_plain(value) for name, value in vars(recipe).items()}
 
 
-def _to_plain(value: Any) -> Any:  # noqa: ANN401 - any YAML value
+def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {name: _to_plain(inner) for name, inner in vars(value).items()}
     if isinstance(value, Mapping):
@@ -166,7 +169,7 @@ def _load_yaml_file(source: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML value
+def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -203,7 +206,7 @@ def _apply_override(content: dict[str, Any], override: str, problems: list[str])
     target[key] = _parse_yaml(text, f"--set {override}")
 
 
-def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:  # noqa: ANN401
+def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     hints = get_type_hints(section)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -218,7 +221,7 @@ def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, p
     return section(**values)
 
 
-def describe_unknown_key(key: str, known: Mapping[str, Any]) -> str:
+def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, with its nearest known key."""
     return describe_unknown_name(key, known).replace("unknown", "unknown key", 1)
 
@@ -227,7 +230,7 @@ class _MismatchError(Exception):
     """A value is not what its key takes; the text says what would be."""
 
 
-def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:  # noqa: ANN401 - any YAML value and type
+def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
@@ -246,7 +249,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:  # n
     return _convert_scalar(value, hint)
 
 
-def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:  # noqa: ANN401 - any YAML value
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
     for member in members:
         try:
             return None if member is type(None) and value is None else _convert_scalar(value, member)
@@ -256,7 +259,7 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:  # noqa: ANN401
     raise _MismatchError(" or ".join(names))
 
 
-def _convert_tuple(value: Any, member: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any YAML value
+def _convert_tuple(value: Any, member: Any) -> tuple[Any, ...]:
     # One file or one module is common enough that it need not be written as a list.
     values = value if isinstance(value, list) else [value]
     try:
@@ -265,7 +268,7 @@ def _convert_tuple(value: Any, member: Any) -> tuple[Any, ...]:  # noqa: ANN401 
         raise _MismatchError(f"{mismatch}, or a list of such") from None
 
 
-def _convert_mapping(value: Any, member: Any) -> dict[str, Any]:  # noqa: ANN401 - any YAML value
+def _convert_mapping(value: Any, member: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _MismatchError("keys and values")
     if member is Any:
@@ -282,7 +285,7 @@ _TYPE_NAMES: dict[Any, str] = {
 }
 
 
-def _convert_scalar(value: Any, member: Any) -> Any:  # noqa: ANN401 - any YAML value
+def _convert_scalar(value: Any, member: Any) -> Any:
     if member is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     # bool is a kind of int in Python, never in a recipe.
@@ -291,7 +294,7 @@ def _convert_scalar(value: Any, member: Any) -> Any:  # noqa: ANN401 - any YAML 
     return value
 
 
-def _describe(value: Any) -> str:  # noqa: ANN401 - any YAML value
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a section of keys and values"
     if isinstance(value, list):

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.errors import CheckpointError, OutputError, describe_unknown_name
@@ -51,7 +56,9 @@ def _download(repository: str, revision: str | None, name: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED_FILES)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise CheckpointError(f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private") from error
+        raise CheckpointError(
+            f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         at = f" --revision {revision}" if revision else ""
         raise CheckpointError(

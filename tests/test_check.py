@@ -64,7 +64,10 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
     [
         ("method: stf", "method: 'stf' is unknown; did you mean 'sft'?"),
         ("method: ppo", "method: 'ppo' is unknown; known are sft"),
-        ("model: {checkpoint: before-anealing}", "model.checkpoint: 'before-anealing' is unknown; did you mean 'before-annealing'?"),
+        (
+            "model: {checkpoint: before-anealing}",
+            "model.checkpoint: 'before-anealing' is unknown; did you mean 'before-annealing'?",
+        ),
         ("model: {checkpoint: ./missing}", "model.checkpoint: there is no folder ./missing"),
         ("data: {train: pair.jsonl}", "data.train: pair.jsonl does not exist; pairs.jsonl does"),
         ("data: {train: []}", "data.train: is missing; name at least one data file"),

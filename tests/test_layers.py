@@ -85,6 +85,8 @@ def test_imports_have_no_circle():
         visit(module, [])
 
 
-@pytest.mark.parametrize("path", [m for m in MODULES if m.name == "__init__.py" and m.parent != PACKAGE], ids=name_module)
+@pytest.mark.parametrize(
+    "path", [m for m in MODULES if m.name == "__init__.py" and m.parent != PACKAGE], ids=name_module
+)
 def test_packages_are_empty(path):
     assert path.read_text(encoding="utf-8") == ""

@@ -93,7 +93,10 @@ def test_every_problem_is_listed_at_once(write):
         ("- 1\n", "must hold keys and values; found a list of 1"),
         ("", "the file is empty; a recipe needs at least data.train"),
         ("1: 2\n", "line 1, column 1: the key 1 is not a word"),
-        ("a: !!python/object:os.system x\n", "line 1, column 4: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
+        (
+            "a: !!python/object:os.system x\n",
+            "line 1, column 4: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'",
+        ),
         ("a: &x 1\nb: *y\n", "line 2, column 4: found undefined alias 'y'"),
     ],
 )
@@ -135,5 +138,9 @@ def test_a_dumped_recipe_reads_back_equal(write):
 
 
 def test_sections_stay_few():
-    own = sum(len(dataclasses.fields(field.default_factory)) for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.default_factory))
+    own = sum(
+        len(dataclasses.fields(field.default_factory))
+        for field in dataclasses.fields(Recipe)
+        if dataclasses.is_dataclass(field.default_factory)
+    )
     assert own <= 25

@@ -68,7 +68,9 @@ class DataReport:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        parts = [f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"]
+        parts = [
+            f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"
+        ]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -101,7 +103,9 @@ class _TokenRow:
     is_cut: bool
 
 
-def load_splits(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int) -> Splits:
+def load_splits(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int
+) -> Splits:
     """Read, split, render and tokenize the rows of a recipe.
 
     Raises:
@@ -115,7 +119,9 @@ def load_splits(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, temp
         train, held_out = _hold_out(train, settings.held_out, seed)
     train_rows, train_report = _make_split(train, settings, tokenizer, template)
     if not train_rows:
-        raise DataError(f"no row is left for training: all {len(train):,} exceed data.max_tokens: {settings.max_tokens}")
+        raise DataError(
+            f"no row is left for training: all {len(train):,} exceed data.max_tokens: {settings.max_tokens}"
+        )
     held_rows, held_report = _make_split(held_out, settings, tokenizer, template) if held_out else ([], None)
     if held_out and not held_rows:
         raise DataError(f"no held-out row is left: all {len(held_out):,} exceed data.max_tokens: {settings.max_tokens}")
@@ -170,7 +176,9 @@ def _make_split(
     encoded: list[_TokenRow] = []
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        for row, tokens in zip(batch, encode_conversations(tokenizer, template, [row.messages for row in batch]), strict=True):
+        for row, tokens in zip(
+            batch, encode_conversations(tokenizer, template, [row.messages for row in batch]), strict=True
+        ):
             pairs = zip(tokens.token_ids, tokens.trained, strict=True)
             labels = [token if is_trained else IGNORED_LABEL for token, is_trained in pairs]
             encoded.append(_TokenRow(row.origin, tokens.token_ids, labels, False))
@@ -239,10 +247,14 @@ def _note_losses(train: SplitReport, held_out: SplitReport | None, settings: Dat
     dropped, truncated = sum(s.dropped for s in splits), sum(s.truncated for s in splits)
     notes = []
     if dropped:
-        notes.append(f"{dropped:,} rows exceed data.max_tokens: {settings.max_tokens} and are left out (data.overflow: {settings.overflow})")
+        notes.append(
+            f"{dropped:,} rows exceed data.max_tokens: {settings.max_tokens} and are left out (data.overflow: {settings.overflow})"
+        )
     if truncated:
         cut = sum(s.answers_cut for s in splits)
-        notes.append(f"{truncated:,} rows are cut at {settings.max_tokens} tokens; {cut:,} answers lose their end and their stop token")
+        notes.append(
+            f"{truncated:,} rows are cut at {settings.max_tokens} tokens; {cut:,} answers lose their end and their stop token"
+        )
     return tuple(notes)
 
 
@@ -256,4 +268,6 @@ def _fingerprint(*splits: Sequence[_TokenRow]) -> str:
 
 
 def _make_dataset(rows: Sequence[_TokenRow]) -> Dataset:
-    return Dataset.from_dict({name: [vars(row)[name] for row in rows] for name in ("input_ids", "labels", "origin", "is_cut")})
+    return Dataset.from_dict(
+        {name: [vars(row)[name] for row in rows] for name in ("input_ids", "labels", "origin", "is_cut")}
+    )

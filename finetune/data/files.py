@@ -56,7 +56,9 @@ def _read_text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        raise DataError(
+            f"{path}, line {line}: is not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
@@ -74,7 +76,9 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         hint = "; is it JSON lines? then name it .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno}){hint}") from error
+        raise DataError(
+            f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno}){hint}"
+        ) from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: must hold a list of rows; found {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
@@ -82,14 +86,14 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         yield where, _check_object(row, where)
 
 
-def _parse_json(line: str, where: str) -> Any:  # noqa: ANN401 - any JSON value
+def _parse_json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from error
 
 
-def _check_object(row: Any, where: str) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def _check_object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object with keys; found {type(row).__name__}")
     return row
@@ -101,7 +105,9 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise DataError(f"{where}: has another number of fields than the {len(reader.fieldnames or [])} of the first line")
+                raise DataError(
+                    f"{where}: has another number of fields than the {len(reader.fieldnames or [])} of the first line"
+                )
             yield where, dict(row)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error

@@ -23,7 +23,12 @@ def check_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]
 
 
 def describe_row_fault(
-    token_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int], *, is_cut: bool
+    token_ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int],
+    *,
+    is_cut: bool,
 ) -> str | None:
     """Return what forbids to train a row, or None: bos not once, nothing trained, an answer without its stop token.
 
@@ -53,4 +58,6 @@ def check_rows(faults: Sequence[tuple[str, str]]) -> None:
     if faults:
         shown = "\n".join(f"  {where}: {fault}" for where, fault in faults[:5])
         more = f"\n  … and {len(faults) - 5:,} more rows" if len(faults) > 5 else ""
-        raise DataError(f"{len(faults):,} rows cannot be trained:\n{shown}{more}" if len(faults) > 1 else ": ".join(faults[0]))
+        raise DataError(
+            f"{len(faults):,} rows cannot be trained:\n{shown}{more}" if len(faults) > 1 else ": ".join(faults[0])
+        )

@@ -42,7 +42,9 @@ def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int)
     return Preview(rows, splits.report.to_json())
 
 
-def _join_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], trained: list[int]) -> list[tuple[str, bool]]:
+def _join_pieces(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], trained: list[int]
+) -> list[tuple[str, bool]]:
     """Decode runs of equal marks together: a character can be spread over several tokens."""
     pieces, start = [], 0
     for end in range(1, len(token_ids) + 1):

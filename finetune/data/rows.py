@@ -43,8 +43,13 @@ def _read_message(message: object, number: int) -> Message:
         raise _RowError(f"{where} has no {missing[0]!r}; found {', '.join(map(str, message)) or 'nothing'}")
     role = message["role"]
     if role not in ROLES:
-        hint = find_close_match(str(role), ROLES) or {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(str(role))
-        raise _RowError(f"{where} has the role {role!r}; expected {', '.join(ROLES)}" + (f" (did you mean {hint!r}?)" if hint else ""))
+        hint = find_close_match(str(role), ROLES) or {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(
+            str(role)
+        )
+        raise _RowError(
+            f"{where} has the role {role!r}; expected {', '.join(ROLES)}"
+            + (f" (did you mean {hint!r}?)" if hint else "")
+        )
     return {"role": str(role), "content": _read_text(message["content"], f"the content of {where}")}
 
 
@@ -142,7 +147,9 @@ def _check_order(messages: Sequence[Message]) -> None:
         expected = ("user", "assistant")[position % 2]
         if message["role"] != expected:
             number = position + 1 + len(messages) - len(turns)
-            raise _RowError(f"message {number} is of the {message['role']}; turns must alternate, so it should be of the {expected}")
+            raise _RowError(
+                f"message {number} is of the {message['role']}; turns must alternate, so it should be of the {expected}"
+            )
     if not turns or turns[-1]["role"] != "assistant":
         raise _RowError("the conversation ends with the user; it must end with the assistant's answer")
 
@@ -173,5 +180,7 @@ _ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assi
 def _propose_columns(row: Mapping[str, Any]) -> str:
     keys = [str(key) for key in row]
     question = next((key for word in _QUESTION_WORDS for key in keys if word in key.lower()), "QUESTION_KEY")
-    answer = next((key for word in _ANSWER_WORDS for key in keys if word in key.lower() and key != question), "ANSWER_KEY")
+    answer = next(
+        (key for word in _ANSWER_WORDS for key in keys if word in key.lower() and key != question), "ANSWER_KEY"
+    )
     return f"{{prompt: {question}, completion: {answer}}}"

@@ -62,7 +62,9 @@ def find_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
     """
     shipped = list_templates()
     if choice == "auto":
-        return _find_own_template(tokenizer) or _check_template(_read_template(DEFAULT_TEMPLATE, shipped[DEFAULT_TEMPLATE]), tokenizer)
+        return _find_own_template(tokenizer) or _check_template(
+            _read_template(DEFAULT_TEMPLATE, shipped[DEFAULT_TEMPLATE]), tokenizer
+        )
     path = shipped.get(choice, Path(choice))
     template = _read_template(choice if choice in shipped else str(path), path)
     if not _GENERATION_MARK.search(template.source):
@@ -110,7 +112,9 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
             "put the token that ends a turn inside the generation marks"
         )
     if encoded.token_ids.count(int(tokenizer.bos_token_id)) != 1 or encoded.token_ids[0] != tokenizer.bos_token_id:
-        raise TemplateError(f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})")
+        raise TemplateError(
+            f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})"
+        )
     return template
 
 
@@ -175,7 +179,11 @@ def _render(
 
 
 def _render_one(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     try:
         texts, _ = render_jinja_template(
@@ -194,7 +202,9 @@ def _explain(template: ChatTemplate, error: Exception) -> TemplateError:
     return TemplateError(f"{template.name}{line}: the chat template cannot be rendered: {error}")
 
 
-def _find_spans(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str) -> list[Span]:
+def _find_spans(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str
+) -> list[Span]:
     """Find each answer in a rendering: it begins where the prompt for it ends.
 
     Raises:

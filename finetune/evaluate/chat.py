@@ -102,4 +102,6 @@ def answer(
     tokens: list[int] = output[0, prompt.shape[1] :].tolist()
     stopped = tokens[-1] in loaded.stop_tokens
     text = loaded.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
-    return Answer(str(text), len(tokens), loaded.tokenizer.convert_ids_to_tokens(tokens[-1]) if stopped else "max_tokens")
+    return Answer(
+        str(text), len(tokens), loaded.tokenizer.convert_ids_to_tokens(tokens[-1]) if stopped else "max_tokens"
+    )

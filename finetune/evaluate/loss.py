@@ -47,7 +47,9 @@ def evaluate_rows(loaded: LoadedModel, rows: Dataset) -> Scores:
             labels = torch.tensor(row["labels"], device=loaded.model.device)[1:]
             chosen = labels != IGNORED_LABEL
             hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][chosen]
-            for states, targets in zip(hidden.split(_CHUNK_POSITIONS), labels[chosen].split(_CHUNK_POSITIONS), strict=True):
+            for states, targets in zip(
+                hidden.split(_CHUNK_POSITIONS), labels[chosen].split(_CHUNK_POSITIONS), strict=True
+            ):
                 logits = head(states).float()
                 loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
                 correct += int((logits.argmax(-1) == targets).sum())

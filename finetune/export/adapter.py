@@ -21,12 +21,37 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # These say how an adapter was trained, not what it computes.
 _WITHOUT_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode"
-    " init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config"
-    " megatron_core modules_to_save peft_type peft_version qalora_group_size revision target_modules task_type"
-    " trainable_token_indices velora_config monteclora_config".split()
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "velora_config",
+        "monteclora_config",
+    ]
 )
-_KNOWN = frozenset("alpha_pattern bias fan_in_fan_out lora_alpha r rank_pattern use_dora use_rslora".split())
+_KNOWN = frozenset(
+    ["alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"]
+)
 # These starts leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ train against a base that they have changed.
 _INNOCENT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _SUFFIXES = {
@@ -58,9 +83,7 @@ class Adapter:
     @property
     def is_empty(self) -> bool:
         """Tell whether merging changes nothing: every B is zero, and nothing is replaced."""
-        return all(
-            set(change.parts) <= {"a", "b"} and not change.parts["b"].any() for change in self.changes.values()
-        )
+        return all(set(change.parts) <= {"a", "b"} and not change.parts["b"].any() for change in self.changes.values())
 
     def merge_tensor(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """Return a base tensor with its change, in float32; one without a change comes back as it is."""
@@ -124,7 +147,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); give a folder that PEFT wrote") from error
     if config.get("peft_type") != "LORA":
-        raise ExportError(f"{path}: is an adapter of the kind {config.get('peft_type')!r}; only LORA can be merged here")
+        raise ExportError(
+            f"{path}: is an adapter of the kind {config.get('peft_type')!r}; only LORA can be merged here"
+        )
     start = config.get("init_lora_weights")
     if start not in _INNOCENT_STARTS:
         raise ExportError(
@@ -157,7 +182,9 @@ def _complete_change(name: str, change: _Change, config: Mapping[str, Any], shap
     module = name.removesuffix(".weight")
     for first, second in (("a", "b"), ("embedding_a", "embedding_b")):
         if (first in parts) != (second in parts):
-            return [f"{module}: has LoRA's {'A' if first in parts else 'B'} without its {'B' if first in parts else 'A'}"]
+            return [
+                f"{module}: has LoRA's {'A' if first in parts else 'B'} without its {'B' if first in parts else 'A'}"
+            ]
     low_rank = parts.get("a", parts.get("embedding_a"))
     if low_rank is not None:
         rank = _find_pattern(config.get("rank_pattern") or {}, module, config["r"])
@@ -187,12 +214,12 @@ _SHAPES: Mapping[str, Callable[[tuple[int, ...], Any, tuple[int, ...]], tuple[in
 }
 
 
-def _find_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:  # noqa: ANN401 - an int or a float
+def _find_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:
     """Return the value of the first pattern that matches the end of a module's name, as PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _find_tokens(indices: Any, module: str) -> tuple[int, ...]:  # noqa: ANN401 - a list, or lists by module
+def _find_tokens(indices: Any, module: str) -> tuple[int, ...]:
     if isinstance(indices, Mapping):
         indices = next((tokens for key, tokens in indices.items() if module.split(".")[-1] == key.split(".")[-1]), ())
     return tuple(indices or ())

@@ -107,7 +107,10 @@ def _encode_bundled_rows(folder: Path, template: ChatTemplate) -> list[SampleRow
     tokenizer = load_tokenizer(folder)
     raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_MOST_ROWS]
     conversations = [read_row(FORMATS["messages"], {}, row, where) for where, row in raw]
-    return [SampleRow(encoded.token_ids, encoded.token_ids) for encoded in encode_conversations(tokenizer, template, conversations)]
+    return [
+        SampleRow(encoded.token_ids, encoded.token_ids)
+        for encoded in encode_conversations(tokenizer, template, conversations)
+    ]
 
 
 def _load(folder: Path) -> PreTrainedModel:
@@ -141,9 +144,7 @@ def _compute_logits(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow
     return torch.cat(chosen)
 
 
-def _compare(
-    trained: torch.Tensor, exported: torch.Tensor, untouched: torch.Tensor | None, rows: int
-) -> Comparison:
+def _compare(trained: torch.Tensor, exported: torch.Tensor, untouched: torch.Tensor | None, rows: int) -> Comparison:
     return Comparison(
         max_abs=(trained - exported).abs().max().item(),
         kl=_measure_kl(trained, exported),

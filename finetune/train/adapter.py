@@ -28,7 +28,7 @@ def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path)
     """
     if section.kind == "none":
         return model
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = model.get_input_embeddings().weight.shape[0]
     if beyond := [token for token in section.train_tokens if token >= rows]:
         raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the table of {rows:,} tokens")
     tokens = list(section.train_tokens)
@@ -52,7 +52,7 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
     """Return those tokens whose rows look as if training never reached them: far smaller than the usual row."""
     found = set()
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        sizes = table.weight.detach().float().norm(dim=1)  # type: ignore[union-attr,operator]
+        sizes = table.weight.detach().float().norm(dim=1)
         usual = sizes.median()
         found |= {token for token in token_ids if sizes[token] < _UNTRAINED_RATIO * usual}
     return sorted(found)

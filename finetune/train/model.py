@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: the folder holds no tokenizer that can be read without running its code.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); "
@@ -105,10 +105,12 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
             local_files_only=True,
         )
     except ImportError as error:
-        raise MachineError(f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}") from error
+        raise MachineError(
+            f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}"
+        ) from error
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
-    return model if section.quantize != "none" else model.to(device)  # type: ignore[arg-type,return-value]
+    return model if section.quantize != "none" else model.to(device)
 
 
 def _keep_weights_differentiable(model: LlamaForCausalLM) -> None:
@@ -152,4 +154,6 @@ def check_quantization(quantize: str, device: torch.device) -> None:
             functional.int8_vectorwise_quant(matrix.to(torch.float16))
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MachineError(f"model.quantize: {quantize} cannot run on this {device.type} device ({reason}); {advice}") from error
+        raise MachineError(
+            f"model.quantize: {quantize} cannot run on this {device.type} device ({reason}); {advice}"
+        ) from error

@@ -36,7 +36,7 @@ class TrainerOption:
     annotation: str
     choices: tuple[str, ...] = ()
 
-    def describe_mismatch(self, value: Any) -> str | None:  # noqa: ANN401 - any YAML value
+    def describe_mismatch(self, value: Any) -> str | None:
         """Return what `value` should have been, or None where it fits."""
         if self.choices and isinstance(value, str) and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
@@ -103,7 +103,9 @@ def _find_import(tree: ast.Module, name: str, module: str) -> str:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             parent = module.rsplit(".", node.level)[0]
             return f"{parent}.{node.module}" if node.level else str(node.module)
-    raise MachineError(f"{module}: the installed trl defines {name} in a way this kit does not know; install a trl from its range")
+    raise MachineError(
+        f"{module}: the installed trl defines {name} in a way this kit does not know; install a trl from its range"
+    )
 
 
 @cache
@@ -118,7 +120,10 @@ def _read_enums(tree: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "ExplicitEnum" for base in node.bases):
             values = [inner.value for inner in node.body if isinstance(inner, ast.Assign)]
-            yield node.name, tuple(str(v.value) for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
+            yield (
+                node.name,
+                tuple(str(v.value) for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)),
+            )
 
 
 def _read_choices(field: ast.AnnAssign) -> tuple[str, ...]:

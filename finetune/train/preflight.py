@@ -40,7 +40,9 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
 
 def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     if all(label == IGNORED_LABEL for label in labels):
-        raise TrainingError(f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`")
+        raise TrainingError(
+            f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`"
+        )
     bos = token_ids.count(tokenizer.bos_token_id)
     if bos != 1 or token_ids[0] != tokenizer.bos_token_id:
         raise TrainingError(

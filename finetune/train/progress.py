@@ -36,7 +36,7 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(  # noqa: PLR0913
+    def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -73,7 +73,7 @@ class MetricsWriter(TrainerCallback):
             kept = [line for line in read_metrics(self._file.parent) if line["step"] <= state.global_step]
             self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def on_log(  # noqa: PLR0913
+    def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,

@@ -72,9 +72,11 @@ def open_result(path: Path) -> Result:
         return _open_folder(path, "adapter")
     for kind in ("adapter", "model"):
         if (path / kind).is_dir():
-            return _open_folder(path / kind, kind)  # type: ignore[arg-type]
+            return _open_folder(path / kind, kind)
     if (path / "run.json").is_file():
-        raise FinetuneError(f"{path}: this run has not finished; go on with `finetune train {path / 'recipe.yaml'} --resume`")
+        raise FinetuneError(
+            f"{path}: this run has not finished; go on with `finetune train {path / 'recipe.yaml'} --resume`"
+        )
     raise FinetuneError(
         f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
     )
@@ -125,14 +127,14 @@ def _read_peft_base(folder: Path) -> str:
     return str(name)
 
 
-def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - any JSON value
+def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _read_json_file(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+def _read_json_file(path: Path) -> Any:
     if not path.is_file():
         return None
     try:

@@ -116,7 +116,9 @@ def _find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
         )
     checkpoint: str | None = get_last_checkpoint(str(run))
     if checkpoint is None:
-        raise TrainingError(f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume")
+        raise TrainingError(
+            f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume"
+        )
     logger.info("resuming %s from %s", run, Path(checkpoint).name)
     return checkpoint
 

@@ -41,7 +41,9 @@ def build_trainer(
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     try:
         trainer: Trainer = trainer_class(
             model=model,

@@ -18,7 +18,14 @@ import torch
 
 from finetune.errors import CheckpointError
 from finetune.folders import write_folder
-from finetune.yulan.layout import NativeConfig, check_tensors, find_architecture, list_native_tensors, parse_native_config, read_config
+from finetune.yulan.layout import (
+    NativeConfig,
+    check_tensors,
+    find_architecture,
+    list_native_tensors,
+    parse_native_config,
+    read_config,
+)
 from finetune.yulan.shards import TensorSpec, write_shards
 from finetune.yulan.tensors import TensorFolder, open_tensors
 
@@ -154,7 +161,7 @@ class Fold:
 
     def _read_alpha(self, name: str) -> float:
         """Return a stored alpha; where the layout has none its factor is 1, whatever the configuration lists."""
-        return float(self.tensors.read(name).double()) if name in self.tensors.entries else 1.0
+        return float(self.tensors.read(name).double().item()) if name in self.tensors.entries else 1.0
 
 
 def map_rows(tensor: torch.Tensor, row_map: RowMap, dtype: torch.dtype) -> torch.Tensor:

@@ -165,10 +165,15 @@ def _write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
 
 
 def _read_texts(paths: Sequence[Path]) -> list[str]:
-    return [text for path in paths for line in path.read_text(encoding="utf-8").splitlines() for text in _walk_texts(json.loads(line))]
+    return [
+        text
+        for path in paths
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for text in _walk_texts(json.loads(line))
+    ]
 
 
-def _walk_texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - any JSON value
+def _walk_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

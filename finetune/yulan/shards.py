@@ -57,9 +57,11 @@ def write_shards(
     """
     shards = _plan_shards(specs, max_shard_bytes)
     total = sum(spec.bytes for spec in specs)
-    names = [SINGLE_FILE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]
+    names = (
+        [SINGLE_FILE]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard, produce)
     if len(shards) > 1:
@@ -87,7 +89,9 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[str]
         for spec in specs:
             tensor = produce(spec.name)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise ValueError(f"{spec.name}: planned {spec.shape} of {spec.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}")
+                raise ValueError(
+                    f"{spec.name}: planned {spec.shape} of {spec.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
             # Raw bytes: numpy has no bfloat16, but every type can be seen as bytes.
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 

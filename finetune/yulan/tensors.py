@@ -87,7 +87,9 @@ class TensorFolder:
             while filled < len(buffer):
                 count = file.readinto(view[filled:])
                 if not count:
-                    raise CheckpointError(f"{entry.file}: ends within the tensor {name}; the file was changed while it was read")
+                    raise CheckpointError(
+                        f"{entry.file}: ends within the tensor {name}; the file was changed while it was read"
+                    )
                 filled += count
         if not buffer:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -143,11 +145,15 @@ def _read_index(path: Path) -> dict[str, str]:
     for shard in sorted(set(pairs.values())):
         # A downloaded index must not make us read, or write, anywhere else.
         if PurePosixPath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{path}: names the file {shard!r}, which lies outside the folder; the index was tampered with")
+            raise CheckpointError(
+                f"{path}: names the file {shard!r}, which lies outside the folder; the index was tampered with"
+            )
         if not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the file {shard!r}; only .safetensors files are read")
         if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path.parent}: the shard {shard} that {path.name} names is missing; download it again")
+            raise CheckpointError(
+                f"{path.parent}: the shard {shard} that {path.name} names is missing; download it again"
+            )
     return pairs
 
 
@@ -174,7 +180,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
     needed = max((entry.end for entry in entries.values()), default=8 + length)
     if size != needed:
-        raise CheckpointError(f"{path}: has {size:,} bytes where its header needs {needed:,}; it is truncated or damaged, download it again")
+        raise CheckpointError(
+            f"{path}: has {size:,} bytes where its header needs {needed:,}; it is truncated or damaged, download it again"
+        )
     return entries
 
 

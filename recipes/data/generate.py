@@ -155,7 +155,14 @@ UNITS = (
     ("minutes", "seconds", "分钟", "秒", 60),
     ("weeks", "days", "周", "天", 7),
 )
-SINGULAR = {"kilometres": "kilometre", "metres": "metre", "kilograms": "kilogram", "hours": "hour", "minutes": "minute", "weeks": "week"}
+SINGULAR = {
+    "kilometres": "kilometre",
+    "metres": "metre",
+    "kilograms": "kilogram",
+    "hours": "hour",
+    "minutes": "minute",
+    "weeks": "week",
+}
 
 
 def make_row(*turns: str, system: str | None = None) -> list[Message]:
