@@ -208,8 +208,11 @@ def _run_chat(arguments: argparse.Namespace) -> int:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging as transformers_logging
+
     from finetune.demo import describe_demo, run_demo
 
+    transformers_logging.disable_progress_bar()  # one bar for each of six loads of a tiny model is noise
     result = run_demo(arguments.output)
     return _print_result(arguments, _to_json(result), describe_demo(result))
 

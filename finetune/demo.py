@@ -16,7 +16,7 @@ from finetune.yulan.shards import parse_size
 
 logger = logging.getLogger(__name__)
 
-_QUESTIONS = ("Who are you?", "你是谁？", "What is 12 + 7?")
+_QUESTIONS = ("Can you tell me who you are?", "请问你是谁？", "What is the capital of France?")
 _LONGEST_ANSWER = 64
 
 
@@ -101,7 +101,7 @@ def describe_demo(result: DemoResult) -> str:
     for item in result.answers:
         lines += [
             f"  Q  {item['question']}",
-            f"     before: {_shorten(item['before'])}",
+            f"     before: {_shorten(item['before']) or '(nothing but control tokens)'}",
             f"     after:  {_shorten(item['after'])}   [stopped by {item['stopped_by']}]",
         ]
     lines += [

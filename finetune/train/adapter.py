@@ -45,7 +45,11 @@ def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path)
         trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens} if tokens else None,
     )
     model.name_or_path = str(base)
-    return get_peft_model(model, config)
+    tuned = get_peft_model(model, config)
+    if tokens:
+        # TRL's loss reads weight and bias of the head; PEFT's wrapper of trained rows passes on the weight only.
+        tuned.get_output_embeddings().register_parameter("bias", None)
+    return tuned
 
 
 def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:

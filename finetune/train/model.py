@@ -28,8 +28,10 @@ class Precision:
     autocast: AutocastDtype
 
 
-def choose_device() -> torch.device:
+def choose_device(use_cpu: bool = False) -> torch.device:
     """Return this process's own device: the GPU of its LOCAL_RANK, else Apple's, else the CPU."""
+    if use_cpu:
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if torch.backends.mps.is_available():

@@ -65,7 +65,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     """
     started = time.monotonic()
     run = Path(recipe.output)
-    device = choose_device()
+    device = choose_device(bool(recipe.trainer.get("use_cpu")))
     precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = _find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None

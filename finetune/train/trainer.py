@@ -75,6 +75,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     # Both follow from the machine and from our own bar; transformers' defaults would warn, and hide the bar.
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     options.setdefault("disable_tqdm", False)
+    options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     if evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.

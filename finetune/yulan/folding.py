@@ -7,6 +7,7 @@ Source: the forward pass of the authors' model class (RUC-GSAI/YuLan-Mini); tech
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -136,7 +137,7 @@ class Fold:
             return factor * self.config.residual_scale
         if projection == "q_proj":
             # The native logits carry sqrt(dim_model_base_attn) / head_dim, Llama's own 1 / sqrt(head_dim).
-            return factor * (self.config.dim_model_base_attn / self.config.head_dim) ** 0.5
+            return factor * math.sqrt(self.config.dim_model_base_attn / self.config.head_dim)
         return factor
 
     def _map_embedding(self) -> RowMap:
@@ -161,7 +162,7 @@ class Fold:
 
     def _read_alpha(self, name: str) -> float:
         """Return a stored alpha; where the layout has none its factor is 1, whatever the configuration lists."""
-        return float(self.tensors.read(name).double().item()) if name in self.tensors.entries else 1.0
+        return float(self.tensors.read(name).double()) if name in self.tensors.entries else 1.0
 
 
 def map_rows(tensor: torch.Tensor, row_map: RowMap, dtype: torch.dtype) -> torch.Tensor:
