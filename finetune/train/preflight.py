@@ -7,10 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finetune.data.gates import IGNORED_LABEL
 from finetune.errors import TrainingError
+from finetune.train.progress import PREFLIGHT
 
 BatchRow = tuple[list[int], list[int]]
 
@@ -67,20 +75,35 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
         yield row[:length].tolist(), row_labels[:length].tolist()
 
 
-def check_evaluation(trainer: Trainer, evaluation: Dataset) -> None:
-    """Run one evaluation step over the longest held-out rows, so that a run cannot die at its first evaluation.
+class EvaluationCheck(TrainerCallback):
+    """Run one evaluation step over the longest held-out rows before step 1, so that no run dies at its first evaluation.
 
-    Raises:
-        TrainingError: the step runs out of memory.
+    It is a callback because it must come after the model has been wrapped: an evaluation before `train()` leaves accelerate
+    with a model that it believes to be prepared, and processes then train apart without exchanging gradients
+    (transformers 5.23, accelerate 1.15).
     """
-    size = trainer.args.per_device_eval_batch_size * trainer.args.world_size
-    lengths = [len(ids) for ids in evaluation["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
-    rows = evaluation.select(longest).select_columns(["input_ids", "labels"])
-    try:
-        trainer.evaluate(rows, metric_key_prefix="preflight")
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
-            "lower trainer.per_device_eval_batch_size"
-        ) from error
+
+    def __init__(self, trainer: Trainer, evaluation: Dataset) -> None:
+        self._trainer = trainer
+        self._evaluation = evaluation
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Evaluate one batch on every process.
+
+        Raises:
+            TrainingError: the step runs out of memory.
+        """
+        size = args.per_device_eval_batch_size * args.world_size
+        lengths = [len(ids) for ids in self._evaluation["input_ids"]]
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
+        rows = self._evaluation.select(longest).select_columns(["input_ids", "labels"])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._trainer.evaluate(rows, metric_key_prefix=PREFLIGHT)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
+                "lower trainer.per_device_eval_batch_size"
+            ) from error

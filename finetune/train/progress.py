@@ -14,6 +14,7 @@ from finetune.errors import TrainingError
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
+PREFLIGHT = "preflight"  # the prefix of an evaluation that only tries whether it fits
 
 
 class ProgressBar(TrainerCallback):
@@ -86,8 +87,8 @@ class MetricsWriter(TrainerCallback):
         Raises:
             TrainingError: the training loss is NaN or infinite.
         """
-        line = {name: value for name, value in (logs or {}).items() if not name.startswith("preflight")}
-        if not line or "train_runtime" in line:
+        line = logs or {}
+        if "train_runtime" in line or any(name.startswith(PREFLIGHT) for name in line):
             return
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,8 +23,8 @@ from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
-from finetune.train.preflight import check_evaluation, check_first_batch
-from finetune.train.progress import draw_losses
+from finetune.train.preflight import EvaluationCheck, check_first_batch
+from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.trainer import build_trainer, make_config
 
@@ -70,17 +71,18 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = _find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
-    with _leave_nothing_before_step_one(run):
+    with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        with torch.random.fork_rng(devices=[]):
-            _check_before_step_one(trainer, start)
-    _describe_work(trainer, start)
-    if trainer.is_world_process_zero():
-        _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
-    set_seed(recipe.seed)
-    with translate_os_errors(run):
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        check_first_batch(trainer, start.tokenizer, list_stop_tokens(start.tokenizer, start.template))
+        if start.splits.evaluation is not None:
+            trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
+        _describe_work(trainer, start)
+        if trainer.is_world_process_zero():
+            _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
+        set_seed(recipe.seed)
+        with translate_os_errors(run):
+            output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     if trainer.is_world_process_zero():
         _write_result(run, start, model)
@@ -180,20 +182,15 @@ def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftM
     return attach_adapter(base, recipe.adapter, start.base)
 
 
-def _check_before_step_one(trainer: Trainer, start: _Start) -> None:
-    check_first_batch(trainer, start.tokenizer, list_stop_tokens(start.tokenizer, start.template))
-    if start.splits.evaluation is not None:
-        check_evaluation(trainer, start.splits.evaluation)
-
-
 @contextlib.contextmanager
-def _leave_nothing_before_step_one(run: Path) -> Iterator[None]:
-    """Remove the empty folder that the trainer makes, when the run does not come to its first step."""
+def _leave_nothing_before_step_one(run: Path, checkpoint: str | None) -> Iterator[None]:
+    """Remove a fresh run's folder when the run stops before its first logged step or checkpoint."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            run.rmdir()  # fails, as it should, where the folder holds anything
+        # The folder was empty when this run began, so all that is in it is ours.
+        if checkpoint is None and not read_metrics(run) and not list(run.glob("checkpoint-*")):
+            shutil.rmtree(run, ignore_errors=True)
         raise
 
 

@@ -24,6 +24,10 @@ from finetune.train.model import Precision
 from finetune.train.progress import MetricsWriter, ProgressBar
 
 _MODEL_COLUMNS = ("input_ids", "labels")
+_RENAMED_OPTIONS = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 def build_trainer(
@@ -72,6 +76,11 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     method = METHODS[recipe.method]
     options = dict(recipe.trainer)
     packs = bool(options.get("packing"))
+    # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
+    for old, new in _RENAMED_OPTIONS.items():
+        if old in options:
+            options[new] = options.pop(old)
+    options.setdefault("activation_checkpointing", True)
     # Both follow from the machine and from our own bar; transformers' defaults would warn, and hide the bar.
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     options.setdefault("disable_tqdm", False)

@@ -1,0 +1,61 @@
+"""Small runs: a recipe on nano, a few rows, a few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.check import load_recipe
+from finetune.resources import find_demo_data
+from finetune.train.run import run_training
+
+RECIPE = """
+model: {checkpoint: nano}
+data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
+adapter: {rank: 4, alpha: 8}
+trainer:
+  max_steps: 4
+  learning_rate: 2e-3
+  per_device_train_batch_size: 8
+  per_device_eval_batch_size: 8
+  logging_steps: 1
+  eval_strategy: "no"
+  save_strategy: "no"
+  gradient_checkpointing: false
+  disable_tqdm: true
+"""
+
+
+@pytest.fixture
+def make_recipe(tmp_path, nano_llama):
+    """Return a function that checks the small recipe with overrides; its run lies in `tmp_path/<name>`."""
+    lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
+    (tmp_path / "held.jsonl").write_text("".join(lines[32:40]), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+
+    def make(name, *overrides):
+        return load_recipe(tmp_path / "recipe.yaml", [f"output={tmp_path / name}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def train(make_recipe):
+    """Return a function that trains the small recipe and gives its run directory."""
+
+    def run(name, *overrides, resume=False):
+        return Path(run_training(make_recipe(name, *overrides), resume).run)
+
+    return run
+
+
+@pytest.fixture
+def read_losses():
+    """Return a function that reads the training losses of a run, step by step."""
+
+    def read(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    return read
