@@ -166,7 +166,7 @@ def _resolve_paths(draft: Draft) -> Recipe:
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(_find_file(recipe.data.template, folder)))
     model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
-    if checkpoint.is_dir():
+    if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]

@@ -1,0 +1,335 @@
+"""The command line as a person uses it: exit codes, one clear message, clean standard output, nothing half-written."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.cli import main
+from finetune.resources import find_demo_data
+
+ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+RECIPE = """
+model: {checkpoint: nano}
+data: {train: rows.jsonl, held_out: 4, max_tokens: 128}
+adapter: {rank: 2}
+trainer: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false, disable_tqdm: true}
+output: run
+"""
+
+
+@pytest.fixture(autouse=True)
+def keep_logging_as_it_was():
+    logger = logging.getLogger("finetune")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a small recipe and twenty rows."""
+    monkeypatch.chdir(tmp_path)
+    rows = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+    (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """Return a function that runs one verb and gives its exit status, standard output and standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return ended.value.code, output.out, output.err
+
+    return run
+
+
+def list_files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_the_straight_line(call, folder):
+    status, out, _ = call("check", "recipe.yaml", "--json")
+    assert (status, json.loads(out)["ok"]) == (0, True)
+
+    status, out, _ = call("preview", "recipe.yaml", "--json", "-n", 2)
+    preview = json.loads(out)
+    assert status == 0
+    assert preview["counts"]["train"]["rows"] == 16
+    assert preview["counts"]["evaluation"]["rows"] == 4
+    for row in preview["rows"]:
+        assert len(row["token_ids"]) == len(row["trained"])
+        assert row["token_ids"][-1] == 106
+        assert row["trained"][-1] == 1
+
+    status, out, err = call("train", "recipe.yaml", "--json")
+    assert status == 0
+    assert {"run", "steps", "tokens", "train_loss", "eval_loss", "seconds"} == set(json.loads(out))
+    assert "each step: 2 rows (2 a device x 1 accumulated x 1 process)" in err
+
+    status, out, _ = call("export", "run", "-o", "exported", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["verify"]["max_abs"] <= 1e-4
+    assert report["verify"]["top1_agreement"] == 1.0
+    assert {"output", "bytes", "seconds", "verify"} <= set(report)
+    generation = json.loads((folder / "exported" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 106], "pad_token_id": 102}
+    assert json.loads((folder / "exported" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+    scores = {}
+    for model in ("run", "exported", "nano"):
+        status, out, _ = call("evaluate", model, "--data", "rows.jsonl", "--json")
+        assert status == 0
+        scores[model] = json.loads(out)
+        assert set(scores[model]) == {"loss", "perplexity", "accuracy", "tokens"}
+    assert scores["run"]["loss"] == pytest.approx(scores["exported"]["loss"], abs=1e-5)
+    assert scores["run"]["loss"] != pytest.approx(scores["nano"]["loss"], abs=1e-5)
+
+    for model in ("run", "exported"):
+        status, out, _ = call("chat", model, "--prompt", "你好！", "--max-new-tokens", 3, "--json")
+        assert status == 0
+        assert set(json.loads(out)) == {"answer", "tokens", "stopped_by"}
+
+
+def test_evaluate_is_the_mean_over_all_trained_tokens(call, folder, nano_llama):
+    """A reference without chunks, sorting or batches: the loss of transformers, weighted by hand."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from finetune.data.template import encode_conversations, find_template
+
+    tokenizer, model = AutoTokenizer.from_pretrained(nano_llama), LlamaForCausalLM.from_pretrained(nano_llama)
+    rows = [json.loads(line)["messages"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+    total, count = 0.0, 0
+    for encoded in encode_conversations(tokenizer, find_template("yulan-mini", tokenizer), rows):
+        labels = [t if is_trained else -100 for t, is_trained in zip(encoded.token_ids, encoded.trained, strict=True)]
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([encoded.token_ids]), labels=torch.tensor([labels])).loss
+        total, count = total + loss.item() * sum(encoded.trained), count + sum(encoded.trained)
+    _, out, _ = call("evaluate", "nano", "--data", "rows.jsonl", "--json")
+    scores = json.loads(out)
+    assert scores["tokens"] == count
+    assert scores["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_checkpoints(call):
+    status, out, _ = call("checkpoints", "--json")
+    table = {row["alias"]: row for row in json.loads(out)}
+    assert status == 0
+    assert table["base"]["gsm8k"] == 68.46
+    assert table["phase25"]["optimizer_states"] is True
+    status, out, _ = call("checkpoints")
+    assert "yulan-team/YuLan-Mini-Before-Annealing" in out
+
+
+def test_fold(call, folder, nano):
+    status, out, _ = call("fold", nano, "-o", "folded", "--dtype", "bfloat16", "--max-shard-size", "2MB", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["dtype"] == "bfloat16"
+    shards = sorted((folder / "folded").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert report["bytes"] == sum(t.nbytes for shard in shards for t in load_file(shard).values())
+
+
+BAD_FILES = {
+    "broken.jsonl": ROW * 17 + '{"messages": [\n' + ROW,
+    "empty.jsonl": "",
+    "user.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
+    "fields.jsonl": '{"question": "a", "response": "b"}\n',
+    "good.jsonl": ROW * 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle.quantize=nf4"], "modle: unknown key; did you mean 'model'?"),
+        (["adapter.rank=big"], "adapter.rank: must be a whole number; found 'big'"),
+        (["data.train=row.jsonl"], "data.train: row.jsonl does not exist; rows.jsonl does"),
+        (["data.train=broken.jsonl"], "broken.jsonl, line 18: broken JSON"),
+        (["data.train=empty.jsonl"], "empty.jsonl: the file holds no rows"),
+        (["data.train=user.jsonl"], "user.jsonl, line 1: the conversation ends with the user"),
+        (["data.train=fields.jsonl"], "data.columns: {prompt: question, completion: response}"),
+        (["data.template=plain.jinja"], "plain.jinja: does not mark what is trained"),
+        (["data.max_tokens=9"], "20 of 20 rows are longer than data.max_tokens: 9"),
+        (["model.checkpoint=nanno"], "model.checkpoint: 'nanno' is unknown; did you mean 'nano'?"),
+        (["model.checkpoint=weightless"], "weightless: holds no weights"),
+        (["model.attention=flash_attention_2"], "model.attention: flash_attention_2 cannot run here"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_recipes_give_one_message_and_leave_nothing(call, folder, nano, overrides, message):
+    for name, text in BAD_FILES.items():
+        (folder / name).write_text(text)
+    (folder / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    shutil.copytree(nano, folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    before = list_files(folder)
+    extra = ["data.held_out=0"] if overrides == ["data.max_tokens=9"] else []
+    status, out, err = call("train", "recipe.yaml", *(word for item in overrides + extra for word in ("-s", item)))
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert list_files(folder) == before
+
+
+def test_a_key_written_twice_is_refused(call, folder):
+    (folder / "recipe.yaml").write_text(RECIPE + "output: other\n")
+    status, _, err = call("check", "recipe.yaml")
+    assert status == 2
+    assert "the key 'output' stands twice, in lines 6 and 7" in err
+
+
+def test_check_lists_problems_as_json(call, folder):
+    status, out, _ = call("check", "recipe.yaml", "-s", "methd=sft", "-s", "adapter.rank=0", "--json")
+    assert status == 2
+    assert json.loads(out) == {
+        "ok": False,
+        "problems": ["methd: unknown key; did you mean 'method'?", "adapter.rank: must be at least 1; found 0"],
+        "recipe": None,
+    }
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def misshape(path):
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, path)
+
+
+def pickle_only(path):
+    path.rename(path.with_name("pytorch_model.bin"))
+
+
+def point_outside(path):
+    names = load_file(path).keys()
+    index = {"weight_map": dict.fromkeys(names, "../../secret.safetensors")}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_shard(path):
+    names = load_file(path).keys()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "holds no weights"),
+        (cut, "it is truncated or damaged, download it again"),
+        (misshape, "1 of a wrong shape (model.norm.weight is [3], expected [256])"),
+        (pickle_only, "holds only pickled weights (pytorch_model.bin)"),
+        (point_outside, "names the file '../../secret.safetensors', which lies outside the folder"),
+        (lose_shard, "the shard model-00001-of-00002.safetensors that model.safetensors.index.json names is missing"),
+    ],
+    ids=["no-weights", "truncated", "wrong-shape", "pickled", "outside", "shard-missing"],
+)
+def test_bad_checkpoints_give_one_message_and_leave_nothing(call, folder, nano, damage, message):
+    shutil.copytree(nano, folder / "copy")
+    damage(folder / "copy" / "model.safetensors")
+    for verb in (["fold", "copy", "-o", "folded"], ["train", "recipe.yaml", "-s", "model.checkpoint=copy"]):
+        status, out, err = call(*verb)
+        assert (status, out) == (2, "")
+        assert message in err
+    assert not (folder / "folded").exists()
+    assert not (folder / "run").exists()
+
+
+def test_a_full_folder_is_not_written_to(call, folder, nano):
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("mine")
+    for verb in (["fold", nano, "-o", "full"], ["train", "recipe.yaml", "-s", "output=full"], ["demo", "-o", "full"]):
+        status, _, err = call(*verb)
+        assert status == 2
+        assert "the output folder exists and is not empty" in err
+    assert list_files(folder / "full") == ["mine.txt"]
+
+
+def test_an_adapter_for_another_base_is_refused(call, folder, nano):
+    shutil.copytree(nano, folder / "copy")
+    assert call("fold", "copy", "-o", "llama")[0] == 0
+    assert call("train", "recipe.yaml", "-s", "model.checkpoint=llama")[0] == 0
+    tensors = load_file(folder / "llama" / "model.safetensors")
+    tensors["model.norm.weight"][0] += 0.5
+    save_file(tensors, folder / "llama" / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = call("export", "run", "-o", "exported")
+    assert status == 2
+    assert "was trained on other weights than" in err
+    assert not (folder / "exported").exists()
+
+
+def test_an_unfinished_run_is_not_exported(call, folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    status, _, err = call("export", "run", "-o", "exported")
+    assert status == 2
+    assert "this run has not finished" in err
+
+
+def test_a_full_disk_is_one_sentence(call, folder, nano, monkeypatch):
+    import errno
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("finetune.yulan.shards._write_file", fail)
+    status, _, err = call("fold", nano, "-o", "folded")
+    assert status == 2
+    assert "folded: cannot be written: the disk is full" in err
+    assert list_files(folder) == ["recipe.yaml", "rows.jsonl"]
+
+
+def test_nf4_where_bitsandbytes_cannot_run(call, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # importing it then fails
+    status, _, err = call("train", "recipe.yaml", "-s", "model.quantize=nf4")
+    assert status == 2
+    assert "model.quantize: nf4 cannot run on this cpu device" in err
+    assert not (folder / "run").exists()
+
+
+def test_an_interrupt_exits_with_130(call, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.checkpoints.describe_checkpoints", interrupt)
+    status, _, err = call("checkpoints")
+    assert (status, err) == (130, "finetune checkpoints: interrupted\n")
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("finetune.checkpoints.describe_checkpoints", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["checkpoints"])
+
+
+def test_the_module_runs_too():
+    done = subprocess.run([sys.executable, "-m", "finetune", "--help"], capture_output=True, text=True, check=True)
+    assert "finetune demo" in done.stdout
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = (
+        "import sys, finetune\nfrom finetune.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'yaml', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
