@@ -86,7 +86,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     if trainer.is_world_process_zero():
         _write_result(run, start, model)
-        draw_losses(run, f"{run.name}: {recipe.method} from {Path(recipe.model.checkpoint).name}")
+        draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
     return summary
