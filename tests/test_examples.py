@@ -1,12 +1,14 @@
 """The examples run as their docstrings say, and stay short."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from finetune.resources import find_demo_data
+from finetune.evaluate.chat import answer, open_model
+from finetune.resources import find_demo_data, list_templates
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -30,8 +32,8 @@ def test_compare_checkpoints(tmp_path, nano):
     assert table[1].split()[1:] == table[2].split()[1:]
 
 
-def test_open_export_answers_as_chat_does(nano_llama):
-    from finetune.evaluate.chat import answer, open_model
-
-    expected = answer(open_model(str(nano_llama)), [{"role": "user", "content": "Hello!"}], 64).text
-    assert run_example("open_export", nano_llama, "Hello!").rstrip("\n") == expected
+def test_open_export_answers_as_chat_does(nano_llama, tmp_path):
+    shutil.copytree(nano_llama, tmp_path / "export")
+    shutil.copyfile(list_templates()["yulan-mini"], tmp_path / "export" / "chat_template.jinja")
+    expected = answer(open_model(str(tmp_path / "export")), [{"role": "user", "content": "Hello!"}], 64).text
+    assert run_example("open_export", tmp_path / "export", "Hello!").rstrip("\n") == expected.rstrip("\n")
