@@ -20,7 +20,7 @@ from finetune.yulan.shards import TensorSpec, write_shards
 NANO_VERSION = 1  # part of the cache key: a changed recipe below must not meet an old build
 _SEED = 20241217
 _MAX_SHARD_BYTES = 2 * 10**9
-_VOCABULARY = 2048
+_VOCABULARY = 1536
 _SPECIAL_TOKENS = {
     0: "<unk>",
     1: "<s>",
@@ -105,7 +105,7 @@ def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
     """Draw every tensor from one seeded generator, so that effective weights have the usual size 1/sqrt(fan in).
 
     WeSaR stores a matrix at one small common scale and keeps its size in the alpha beside it.
-    Source: WeSaR (arXiv 2411.16525); the published configurations.
+    Source: WeSaR (arXiv 2410.05052); the published configurations.
     """
     generator = torch.Generator().manual_seed(_SEED)
     spread = float(CONFIG["initializer_range"])

@@ -17,13 +17,13 @@ data:
   train: gsm8k.jsonl
   columns: {prompt: question, completion: answer}
   held_out: 20
-  max_tokens: 512
+  max_tokens: 256
   overflow: drop
 adapter: {rank: 16, alpha: 32}
 trainer:
   max_steps: 24
   learning_rate: 2e-3
-  per_device_train_batch_size: 8
+  per_device_train_batch_size: 2
   gradient_checkpointing: false
   logging_steps: 1
   disable_tqdm: true
