@@ -19,7 +19,7 @@ from finetune.errors import CheckpointError, OutputError, describe_unknown_name
 from finetune.resources import find_demo_data
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, read_config
-from finetune.yulan.nano import NANO_VERSION, build_nano
+from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
 from finetune.yulan.tensors import list_weight_files
 
 # Weights as safetensors, and text; never code, never pickles.
@@ -70,7 +70,7 @@ def _download(repository: str, revision: str | None, name: str) -> Path:
 
 def _find_nano() -> Path:
     files = [find_demo_data("demo.jsonl"), find_demo_data("demo_eval.jsonl")]
-    key = hashlib.sha256(f"{NANO_VERSION}".encode())
+    key = hashlib.sha256(f"{NANO_VERSION}:{CONFIG}".encode())
     for file in files:
         key.update(file.read_bytes())
     return _make_once(find_cache() / "nano" / key.hexdigest()[:16], lambda folder: build_nano(folder, files))

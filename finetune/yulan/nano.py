@@ -17,7 +17,7 @@ from finetune.folders import write_folder
 from finetune.yulan.layout import NativeConfig, list_native_tensors, parse_native_config
 from finetune.yulan.shards import TensorSpec, write_shards
 
-NANO_VERSION = 1  # part of the cache key: a changed recipe below must not meet an old build
+NANO_VERSION = 1  # part of the cache key, as CONFIG is: raise it when the code below makes other bytes
 _SEED = 20241217
 _MAX_SHARD_BYTES = 2 * 10**9
 _VOCABULARY = 1536

@@ -224,5 +224,5 @@ def test_nano_starts_without_knowledge(nano_llama):
     ids = torch.randint(107, 1536, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    # ln 1536 = 7.3 is the loss of an even guess; random logits of spread about one add about a half.
-    assert 7.3 < loss < 9.3
+    # ln 1536 = 7.3 is the loss of an even guess; a tied table makes a random network repeat its input, which costs more.
+    assert 7.3 < loss < 10
