@@ -59,7 +59,7 @@ class YuLanMiniHeadNorm(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalise states of (rows, heads, tokens, head_dim), all heads at once."""
-        weights = torch.stack([norm.weight for norm in self.norms]).unsqueeze(1).to(states.dtype)
+        weights = torch.stack([*self.norms.parameters()]).unsqueeze(1).to(states.dtype)
         return functional.layer_norm(states, states.shape[-1:], eps=self.eps) * weights
 
 
