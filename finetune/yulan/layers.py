@@ -29,8 +29,8 @@ def make_alpha(config: YuLanMiniConfig, name: str, shape: tuple[int, ...] = ()) 
 
 
 def multiply(value: Any, alpha: torch.Tensor | None) -> Any:
-    """Multiply by a factor that the configuration may leave out."""
-    return value if alpha is None else value * alpha
+    """Multiply by a factor that the configuration may leave out; as a scalar it never widens a tensor's type."""
+    return value if alpha is None else value * alpha.reshape(())
 
 
 class YuLanMiniRMSNorm(nn.Module):

@@ -546,6 +546,19 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
         torch.testing.assert_close(again.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_factors_in_float32_leave_the_states_in_bfloat16():
+    """As `prepare_model_for_kbit_training` leaves a quantized model."""
+    model = make_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(make_ids()).logits
+        for name, parameter in model.named_parameters():
+            if name.endswith("_alpha"):
+                parameter.data = parameter.data.float()
+        logits = model(make_ids()).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits, expected)
+
+
 def test_outputs_as_a_tuple():
     model, ids = make_model(), make_ids()
     with torch.no_grad():
