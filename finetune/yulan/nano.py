@@ -105,7 +105,7 @@ def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
     """Draw every tensor from one seeded generator, so that effective weights have the usual size 1/sqrt(fan in).
 
     WeSaR stores a matrix at one small common scale and keeps its size in the alpha beside it.
-    Source: WeSaR (arXiv 2411.16525); the published configurations.
+    Source: WeSaR (arXiv 2410.05052); the published configurations.
     """
     generator = torch.Generator().manual_seed(_SEED)
     spread = float(CONFIG["initializer_range"])
