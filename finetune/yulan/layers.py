@@ -28,24 +28,24 @@ def make_alpha(config: YuLanMiniConfig, name: str, shape: tuple[int, ...] = ()) 
     return nn.Parameter(torch.full(shape, float(vars(config)[name])))
 
 
-def multiply(value: Any, alpha: torch.Tensor | None) -> Any:
+def multiply(value: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     """Multiply by a factor that the configuration may leave out; as a scalar it never widens a tensor's type."""
     return value if alpha is None else value * alpha.reshape(())
 
 
 class YuLanMiniRMSNorm(nn.Module):
-    """RMSNorm times a factor, rounded once; `rms_type: gemma` stores the weight less 1."""
+    """RMSNorm times `ln_scale` and a factor, rounded once; `rms_type: gemma` stores the weight less 1."""
 
-    def __init__(self, native: NativeConfig, factor: float = 1.0) -> None:
+    def __init__(self, native: NativeConfig) -> None:
         super().__init__()
         self.offset = 1.0 if native.gemma_norm else 0.0
-        self.eps, self.factor = native.rms_norm_eps, factor
+        self.eps, self.ln_scale = native.rms_norm_eps, native.ln_scale
         self.weight = nn.Parameter(torch.full((native.hidden_size,), 1.0 - self.offset))
 
-    def forward(self, states: torch.Tensor, factor: torch.Tensor | float | None = None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise the last dimension, in float32 or wider."""
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        weight = (self.weight.to(wide.dtype) + self.offset) * (self.factor if factor is None else factor)
+        weight = multiply((self.weight.to(wide.dtype) + self.offset) * self.ln_scale, alpha)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(states.dtype)
 
 
@@ -141,7 +141,7 @@ class YuLanMiniDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: YuLanMiniConfig, layer_idx: int) -> None:
         super().__init__()
         native = config.read_native(Path())
-        self.ln_scale, self.residual_scale = native.ln_scale, native.residual_scale
+        self.residual_scale = native.residual_scale
         self.self_attn = YuLanMiniAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = YuLanMiniRMSNorm(native)
@@ -153,11 +153,9 @@ class YuLanMiniDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return the states after this layer, (rows, tokens, width)."""
-        normed = self.input_layernorm(hidden_states, multiply(self.ln_scale, self.input_layernorm_alpha))
+        normed = self.input_layernorm(hidden_states, self.input_layernorm_alpha)
         attended, _ = self.self_attn(normed, **kwargs)
         hidden_states = hidden_states + attended * self.residual_scale
-        normed = self.post_attention_layernorm(
-            hidden_states, multiply(self.ln_scale, self.post_attention_layernorm_alpha)
-        )
-        mixed: torch.Tensor = multiply(self.mlp(multiply(normed, self.gate_up_proj_alpha)), self.down_proj_alpha)
+        normed = self.post_attention_layernorm(hidden_states, self.post_attention_layernorm_alpha)
+        mixed = multiply(self.mlp(multiply(normed, self.gate_up_proj_alpha)), self.down_proj_alpha)
         return hidden_states + mixed * self.residual_scale

@@ -81,7 +81,6 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
     def __init__(self, config: YuLanMiniConfig) -> None:
         super().__init__(config)
         native = config.read_native(Path())
-        self.ln_scale = native.ln_scale
         # Without WeSaR the authors' class does not scale the embedding's gradient either.
         shrink = config.shrink_alpha if native.wesar else 1.0
         self.embed_tokens = ScaledEmbedding(native.vocab_size, native.hidden_size, native.scale_emb, shrink)
@@ -89,7 +88,7 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
         if native.embedding_norm == "layer":
             self.embedding_layernorm = nn.LayerNorm(native.hidden_size, eps=native.layer_norm_eps, bias=False)
         elif native.embedding_norm == "rms":
-            self.embedding_layernorm = YuLanMiniRMSNorm(native, factor=native.ln_scale)
+            self.embedding_layernorm = YuLanMiniRMSNorm(native)
         self.layers = nn.ModuleList(YuLanMiniDecoderLayer(config, index) for index in range(native.num_layers))
         self.norm = YuLanMiniRMSNorm(native)
         self.register_parameter("norm_alpha", make_alpha(config, "norm_alpha") if native.norm_alphas else None)
@@ -145,7 +144,7 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        states = self.norm(states, multiply(self.ln_scale, self.norm_alpha))
+        states = self.norm(states, self.norm_alpha)
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
