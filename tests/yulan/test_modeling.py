@@ -330,6 +330,19 @@ def test_generation_with_cache_equals_without(switch, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_returned_cache_goes_on_where_it_ended(attention):
+    model, ids = make_model(attention), make_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model(ids[:, :13], use_cache=True).past_key_values
+        assert cache.get_seq_length() == 13
+        rest = model(ids[:, 13:], past_key_values=cache).logits
+    assert (rest - expected[:, 13:]).abs().max() <= 1e-5 * expected.std()
+    with torch.no_grad():
+        assert model(ids, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_left_padded_batch_equals_one_by_one(attention):
     model = make_speaker(attention)
     prompts = [make_ids(1, length, seed=length) for length in (5, 11, 17)]
