@@ -112,6 +112,8 @@ def parse_native_config(config: Mapping[str, Any], source: Path) -> NativeConfig
         reader.faults.append(f"hidden_act is {config['hidden_act']!r}; only silu is known")
     if config.get("rms_type", "llama") not in ("llama", "gemma"):
         reader.faults.append(f"rms_type is {config['rms_type']!r}; known are llama and gemma")
+    if config.get("embedding_ln") and config.get("embedding_rmsln"):
+        reader.faults.append("embedding_ln and embedding_rmsln are both true; the published model class has one norm")
     wesar = bool(config.get("wesar_weights", True))
     native = NativeConfig(
         vocab_size=reader.read_int("vocab_size"),
