@@ -1,6 +1,7 @@
 """The whole line on the nano checkpoint with the bundled data: train, export, verify, evaluate, answer."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +33,15 @@ class DemoResult:
     answers: list[dict[str, str]]
 
 
-def run_demo(output: Path) -> DemoResult:
-    """Train nano with nf4 LoRA, export it, and compare it with what it was.
+def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
+    """Train nano with nf4 LoRA, export it, and compare it with what it was; `overrides` change the recipe.
 
     Raises:
         OutputError: `output` is not empty.
     """
     check_output_free(output)
     rows = [find_demo_data("demo_eval.jsonl")]
-    recipe = load_recipe(list_recipes()["demo"], [f"output={output / 'run'}"])
+    recipe = load_recipe(list_recipes()["demo"], [f"output={output / 'run'}", *overrides])
     logger.info("1/4  before: nano is a tiny random network in YuLan-Mini's layout")
     before = evaluate_path("nano", rows, recipe.data.max_tokens)
     answers_before = _ask("nano")

@@ -74,7 +74,7 @@ class DataReport:
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
-            count = sum(getattr(split, name) for split in (self.train, self.evaluation) if split is not None)
+            count = sum(vars(split)[name] for split in (self.train, self.evaluation) if split is not None)
             if count:
                 parts.append(f"{count:,} {name.replace('_', ' ')}")
         return f"{', '.join(parts)}; template {self.template}"

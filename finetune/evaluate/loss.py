@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from finetune.data.dataset import DataSettings, load_splits
 from finetune.data.gates import IGNORED_LABEL
@@ -60,5 +61,5 @@ def evaluate_rows(loaded: LoadedModel, rows: Dataset) -> Scores:
 
 def _split_model(loaded: LoadedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the layers and the head apart, so that logits are made only where they are needed."""
-    model = loaded.model.get_base_model() if hasattr(loaded.model, "peft_config") else loaded.model
+    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     return model.model, model.get_output_embeddings()

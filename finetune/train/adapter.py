@@ -56,7 +56,7 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
     """Return those tokens whose rows look as if training never reached them: far smaller than the usual row."""
     found = set()
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        sizes = table.weight.detach().float().norm(dim=1)
+        sizes = torch.linalg.vector_norm(table.weight.detach(), dim=1, dtype=torch.float32)
         usual = sizes.median()
         found |= {token for token in token_ids if sizes[token] < _UNTRAINED_RATIO * usual}
     return sorted(found)

@@ -1,0 +1,20 @@
+"""The demo, shortened: what it returns, and that its summary says it."""
+
+import pytest
+
+from finetune.demo import describe_demo, run_demo
+
+
+def test_the_demo_goes_all_the_way(tmp_path):
+    result = run_demo(tmp_path / "demo", ["trainer.max_steps=30", "trainer.disable_tqdm=true"])
+    assert result.loss_after < 0.7 * result.loss_before
+    assert result.verify["max_abs"] <= 1e-4
+    assert result.verify["top1_agreement"] == 1.0
+    assert result.verify["rows"] == 16
+    assert len(result.answers) == 3
+    text = describe_demo(result)
+    assert f"before {result.loss_before:.3f}   after {result.loss_after:.3f}" in text
+    assert f"finetune chat {tmp_path / 'demo' / 'export'}" in text
+    for folder in ("run", "export"):
+        assert str(tmp_path / "demo" / folder) in text
+    assert result.loss_before == pytest.approx(9.0, abs=0.5)  # a random network on rows it never saw
