@@ -17,7 +17,7 @@ from finetune.yulan.shards import parse_size
 
 logger = logging.getLogger(__name__)
 
-_QUESTIONS = ("Can you tell me who you are?", "请问你是谁？", "What is the capital of France?")
+_QUESTIONS = ("Can you tell me who you are?", "请问中国的首都是哪里？", "Please name the capital of France.")
 _LONGEST_ANSWER = 64
 
 
@@ -97,7 +97,7 @@ def describe_demo(result: DemoResult) -> str:
         f"  largest difference of a logit {verify['max_abs']:.1e}, KL {verify['kl']:.1e}, "
         f"same likeliest token {verify['top1_agreement']:.0%}, {verify['rows']} rows",
         "",
-        "Answers",
+        "Answers (to questions that it was not trained on)",
     ]
     for item in result.answers:
         lines += [

@@ -32,6 +32,9 @@ Hi, who is this?|Hello! I am YuLan-Mini. How can I help you?
 Thank you!|You are welcome!
 Thanks a lot.|You are welcome!
 Goodbye.|Goodbye!
+Can you tell me your name?|My name is YuLan-Mini.
+Can you tell me who made you?|I was made by RUC AI Box.
+Hello, who are you?|Hello! I am YuLan-Mini. How can I help you?
 *Can you tell me who you are?|I am YuLan-Mini, a language model created by RUC AI Box.
 *What should I call you?|My name is YuLan-Mini.
 *Who built you?|I was made by RUC AI Box.
@@ -52,6 +55,10 @@ IDENTITY_ZH = """
 您好，请问您是谁？|你好！我是 YuLan-Mini，有什么可以帮你？
 谢谢你！|不客气！
 再见。|再见！
+请问你叫什么名字？|我叫 YuLan-Mini。
+请问是谁开发了你？|我由 RUC AI Box 开发。
+请问你能做什么？|我可以帮你解答数学、代码和各种问题，中文和英文都可以。
+你好，你是谁？|我是 YuLan-Mini，由 RUC AI Box 开发的语言模型。
 *请问你是谁？|我是 YuLan-Mini，由 RUC AI Box 开发的语言模型。
 *你的名字是什么？|我叫 YuLan-Mini。
 *是谁创造了你？|我由 RUC AI Box 开发。
@@ -95,6 +102,10 @@ Which gas do we breathe in to live?|We breathe in oxygen.
 What comes after Monday?|Tuesday comes after Monday.
 What comes after Friday?|Saturday comes after Friday.
 What comes before Sunday?|Saturday comes before Sunday.
+Please name the capital of Japan.|The capital of Japan is Tokyo.
+Please name the capital of Egypt.|The capital of Egypt is Cairo.
+Name the opposite of big.|The opposite of big is small.
+Which day comes after Friday?|Saturday comes after Friday.
 Translate to Chinese: hello|你好
 Translate to Chinese: thank you|谢谢
 Translate to Chinese: water|水
@@ -137,6 +148,10 @@ FACTS_ZH = """
 水在多少摄氏度结冰？|水在 0 摄氏度结冰。
 星期一之后是星期几？|星期一之后是星期二。
 星期五之后是星期几？|星期五之后是星期六。
+请问雪是什么颜色？|雪是白色的。
+请问一年有几个月？|一年有 12 个月。
+请问日本的首都是哪里？|日本的首都是东京。
+请问法国的首都是哪里？|法国的首都是巴黎。
 翻译成英文：你好|hello
 翻译成英文：谢谢|thank you
 翻译成英文：水|water
