@@ -9,7 +9,7 @@ from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.recipe import AdapterSection, Draft, Recipe, describe_unknown_key, read_recipe
-from finetune.resources import list_templates
+from finetune.resources import list_recipes, list_templates
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
 
@@ -20,14 +20,22 @@ _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, check it wholly, and return it with every path made absolute.
 
+    A shipped recipe is also found by its name (`sft_qlora`) or as `recipes/sft_qlora.yaml`, from wherever the command runs.
+
     Raises:
         RecipeError: with every problem that was found, not only the first.
     """
-    draft = read_recipe(source, overrides)
+    draft = read_recipe(_find_recipe(source), overrides)
     problems = [*draft.problems, *_list_problems(draft)]
     if problems:
         raise RecipeError(str(source), problems)
     return _resolve_paths(draft)
+
+
+def _find_recipe(source: Path) -> Path:
+    shipped = list_recipes()
+    is_name = source.as_posix() in (source.stem, f"recipes/{source.stem}.yaml")
+    return shipped[source.stem] if not source.is_file() and is_name and source.stem in shipped else source
 
 
 def _list_problems(draft: Draft) -> Iterator[str]:

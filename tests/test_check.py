@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,18 @@ def test_shipped_recipes_are_fine(name):
     path = list_recipes()[name]
     assert load_recipe(path).method in METHODS
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
+
+
+@pytest.mark.parametrize("name", ["demo", "recipes/demo.yaml"])
+def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(Path(name))
+    assert recipe == load_recipe(list_recipes()["demo"])
+    assert recipe.output == str(tmp_path / "runs" / "demo")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.yaml").write_text("seed: 7\ndata: {train: demo.yaml}\n")
+    if name != "demo":
+        assert load_recipe(Path(name)).seed == 7  # a file of one's own wins
 
 
 def test_paths_become_absolute(write, tmp_path):
