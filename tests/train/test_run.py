@@ -209,9 +209,11 @@ def test_accelerate_launch_gives_the_same_losses(train, make_recipe, tmp_path, r
 def test_the_model_learns_and_stops_by_itself(train, tmp_path):
     from finetune.evaluate.chat import answer, open_model
 
-    run = train("run", "trainer.max_steps=60", "adapter.rank=32", "adapter.alpha=64", *UNLOGGED)
-    rows = [json.loads(line) for line in find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines()[:32]]
-    loaded = open_model(str(run))
+    lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
+    (tmp_path / "few.jsonl").write_text("".join(lines), encoding="utf-8")
+    overrides = ["data.train=few.jsonl", "trainer.max_steps=80", "adapter.rank=32", "adapter.alpha=64", *UNLOGGED]
+    loaded = open_model(str(train("run", *overrides)))
+    rows = [json.loads(line) for line in lines]
     question, expected = rows[0]["messages"][-2:]
     found = answer(loaded, [*rows[0]["messages"][:-2], question], 64)
     assert found.stopped_by == "<|eot_id|>"
