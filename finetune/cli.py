@@ -1,6 +1,7 @@
 """The command line: each verb parses, calls one function and prints. The only place that prints or exits."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -19,6 +20,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 fine, 2 the user's input, 1 our bug (with its traceback), 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
     arguments = _make_parser().parse_args(argv)
     _quiet_libraries()
     try:

@@ -43,6 +43,8 @@ def write_folder(folder: Path) -> Iterator[Path]:
             yield partial
             partial.chmod(0o777 & ~_read_umask())
             _sync_folder(partial)
+            if os.name == "nt" and folder.is_dir():  # Windows does not rename over a folder, not even an empty one
+                folder.rmdir()
             # Renaming over an empty folder is atomic; over a full one it fails, so that nobody's files are lost.
             partial.rename(folder)
             _sync_path(folder.parent)
@@ -92,7 +94,8 @@ def _sync_folder(folder: Path) -> None:
 def _sync_path(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,5 +1,6 @@
 """Loss, perplexity and accuracy on the trained tokens of held-out rows."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from peft import PeftModel
 from finetune.data.dataset import DataSettings, load_splits
 from finetune.data.gates import IGNORED_LABEL
 from finetune.evaluate.chat import LoadedModel, open_model
+
+logger = logging.getLogger(__name__)
 
 # Positions whose logits are held at once: 256 x 99,000 float32 numbers are 100 MB.
 _CHUNK_POSITIONS = 256
@@ -35,7 +38,10 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
     """
     loaded = open_model(name)
     settings = DataSettings(train=tuple(files), max_tokens=max_tokens, overflow="drop")
-    return evaluate_rows(loaded, load_splits(settings, loaded.tokenizer, loaded.template, seed=0).train)
+    splits = load_splits(settings, loaded.tokenizer, loaded.template, seed=0)
+    for note in splits.report.notes:
+        logger.info("%s", note)
+    return evaluate_rows(loaded, splits.train)
 
 
 def evaluate_rows(loaded: LoadedModel, rows: Dataset) -> Scores:

@@ -45,9 +45,7 @@ def build_trainer(
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    start = {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
             model=model,
@@ -58,8 +56,7 @@ def build_trainer(
         )
     except ValueError as error:
         raise RecipeError("trainer", [str(error)]) from error
-    if isinstance(model, PeftModel):
-        _restore_parameters(model, start)
+    _restore_parameters(model, start)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
@@ -114,7 +111,14 @@ def _keep_model_columns(rows: Dataset) -> Dataset:
     return rows.select_columns(list(_MODEL_COLUMNS))
 
 
-def _restore_parameters(model: PeftModel, start: dict[str, torch.Tensor]) -> None:
+def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """Return copies of an adapter's parameters; a model that is trained in full is left alone, and has none."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _restore_parameters(model: PreTrainedModel | PeftModel, start: dict[str, torch.Tensor]) -> None:
     """Give the adapter back the float32 values that it had before TRL rounded it to bfloat16.
 
     TRL casts the adapters of quantized bases. Steps of a usual size are smaller than half a bfloat16 step of
