@@ -5,12 +5,15 @@ and by content; its template) and `rows.json` (a few real rows as token ids, on 
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import CheckpointError, ExportError, FinetuneError
 from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+
+logger = logging.getLogger(__name__)
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
@@ -94,6 +97,22 @@ def _open_folder(folder: Path, kind: ResultKind) -> Result:
         )
     except TypeError as error:
         raise FinetuneError(f"{folder / ORIGIN_FILE}: was written by another version of this kit ({error})") from error
+
+
+def find_complete_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run that was written to its end, or None.
+
+    A run can be killed while it writes one; the trainer's state is the last file of each.
+    """
+    steps = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; going on from an earlier one", checkpoint.name)
+            continue
+        return checkpoint
+    return None
 
 
 def find_base(result: Result) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.data.dataset import DataSettings, Splits, load_splits
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
@@ -25,7 +24,7 @@ from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
 from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.record import Origin, SampleRow, find_complete_checkpoint, write_json, write_origin
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -116,13 +115,13 @@ def _find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
             + "\n".join(f"  {change}" for change in changes)
             + f"\nrestore these lines, or resume with the run's own recipe: finetune train {saved} --resume"
         )
-    checkpoint: str | None = get_last_checkpoint(str(run))
+    checkpoint = find_complete_checkpoint(run)
     if checkpoint is None:
         raise TrainingError(
             f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume"
         )
-    logger.info("resuming %s from %s", run, Path(checkpoint).name)
-    return checkpoint
+    logger.info("resuming %s from %s", run, checkpoint.name)
+    return str(checkpoint)
 
 
 def _list_changes(saved: str, current: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Whole small runs: what they leave, that batches add up, that resuming is exact, that nothing starts broken."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,16 @@ def test_resuming_is_bit_for_bit_the_same_run(train, make_recipe, overrides):
         assert_same_weights(load_file(straight / kind / name), load_file(resumed / kind / name))
     steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(train):
+    """A run killed while it wrote a checkpoint could not be resumed at all: its newest folder lacks the trainer's state."""
+    overrides = ["trainer.max_steps=6", "trainer.save_strategy=steps", "trainer.save_steps=2"]
+    straight, resumed = train("straight", *overrides), train("resumed", *overrides)
+    shutil.rmtree(resumed / "adapter")
+    (resumed / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
+    train("resumed", *overrides, resume=True)
+    assert_same_weights(read_weights(straight), read_weights(resumed))
 
 
 def test_the_same_recipe_gives_the_same_weights(train):
