@@ -76,7 +76,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_recipe(add_verb("check", _run_check, "check a recipe without loading anything"))
     preview = add_verb("preview", _run_preview, "show rows as the model will see them, with what is trained marked")
     add_recipe(preview)
-    preview.add_argument("-n", "--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    preview.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
@@ -90,19 +90,28 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
     evaluate.add_argument("--data", type=Path, required=True, nargs="+", metavar="FILE", help="rows to evaluate on")
     evaluate.add_argument(
-        "--max-tokens", type=int, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
+        "--max-tokens", type=_read_count, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
     )
     chat = add_verb("chat", _run_chat, "talk to a run or a model")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
     chat.add_argument("--prompt", metavar="TEXT", help="answer once and stop")
     chat.add_argument("--system", metavar="TEXT", help="a system line")
-    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    chat.add_argument(
+        "--max-new-tokens", type=_read_count, default=512, metavar="N", help="longest answer (default: 512)"
+    )
     chat.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
     )
     demo = add_verb("demo", _run_demo, "the whole line in miniature: train, export, verify, answer")
     demo.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     return parser
+
+
+def _read_count(text: str) -> int:
+    """Read a whole number above 0; argparse turns the error into its usual message and exit status 2."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
+    return int(text)
 
 
 def _run_checkpoints(arguments: argparse.Namespace) -> int:

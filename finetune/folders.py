@@ -35,9 +35,13 @@ def write_folder(folder: Path) -> Iterator[Path]:
         OutputError: `folder` exists and is not empty, or cannot be written (permission, space).
     """
     check_output_free(folder)
-    with translate_os_errors(folder):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be made: {error.strerror} (at {error.filename}); choose another"
+        ) from error
     try:
         with translate_os_errors(folder):
             yield partial

@@ -303,6 +303,30 @@ def test_nf4_where_bitsandbytes_cannot_run(call, folder, monkeypatch):
     assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["preview", "demo", "-n", "-1"], "must be a whole number above 0; found '-1'"),
+        (["chat", "nano", "--max-new-tokens", "0"], "must be a whole number above 0; found '0'"),
+        (["fold", "nano", "-o", "x", "--max-shard-size", "huge"], "--max-shard-size: 'huge' is not a size"),
+        (["fold", "nano", "-o", "recipe.yaml/x"], "recipe.yaml/x: cannot be made: File exists"),
+        (["export", "nowhere", "-o", "x"], "nowhere: there is no such folder"),
+        (["export", ".", "-o", "x"], ".: is neither a run directory nor an adapter folder"),
+        (["evaluate", "nosuch", "--data", "rows.jsonl"], "'nosuch' is unknown"),
+        (["chat", ".", "--prompt", "hi"], "holds no config.json, so it is not a checkpoint"),
+        (["train", "recipe.yam"], "there is no such file; . holds recipe.yaml"),
+        (["train", "."], "there is no such file"),
+        (["tran", "recipe.yaml"], "invalid choice: 'tran'"),
+    ],
+)
+def test_wrong_arguments_are_one_message(call, folder, arguments, message):
+    before = list_files(folder)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert list_files(folder) == before
+
+
 def test_an_interrupt_exits_with_130(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

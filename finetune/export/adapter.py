@@ -100,6 +100,8 @@ class Adapter:
                 merged = merged * (parts["magnitude"].float() / merged.norm(dim=1)).unsqueeze(1)
         if "embedding_a" in parts:
             merged = merged + change.scale * (parts["embedding_b"].float() @ parts["embedding_a"].float()).T
+            if "embedding_magnitude" in parts:
+                merged = merged * (parts["embedding_magnitude"].float() / merged.norm(dim=0))
         if "token_rows" in parts:
             merged = merged.index_copy(0, torch.tensor(change.tokens), parts["token_rows"].float())
         return merged
@@ -112,14 +114,8 @@ def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
         ExportError: with every fault: files missing, a kind of adapter that is not known, tensors that do not fit.
     """
     config = _read_config(folder)
-    if not (folder / _WEIGHTS).is_file():
-        found = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*"))) or "none"
-        raise ExportError(
-            f"{folder}: holds no {_WEIGHTS} (found: {found}); only safetensors are read, save the adapter again with "
-            "model.save_pretrained(..., safe_serialization=True)"
-        )
-    stored = TensorFolder(folder, read_header(folder / _WEIGHTS))
-    faults: list[str] = []
+    stored = _open_weights(folder)
+    faults = _find_config_faults(config)
     changes: dict[str, _Change] = {}
     for stored_name in stored.names:
         name, part = _split_name(stored_name)
@@ -140,20 +136,45 @@ def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
     return Adapter(folder, changes)
 
 
+def _open_weights(folder: Path) -> TensorFolder:
+    if not (folder / _WEIGHTS).is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*"))) or "none"
+        raise ExportError(
+            f"{folder}: holds no {_WEIGHTS} (found: {found}); only safetensors are read, save the adapter again with "
+            "model.save_pretrained(..., safe_serialization=True)"
+        )
+    return TensorFolder(folder, read_header(folder / _WEIGHTS))
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); give a folder that PEFT wrote") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: must hold an object; found {type(config).__name__}; give a folder that PEFT wrote")
     if config.get("peft_type") != "LORA":
         raise ExportError(
             f"{path}: is an adapter of the kind {config.get('peft_type')!r}; only LORA can be merged here"
         )
+    faults = [
+        f"{key} is {config.get(key)!r}; expected a number above 0"
+        for key in ("r", "lora_alpha")
+        if not isinstance(config.get(key), int | float) or config[key] <= 0
+    ]
+    if faults:
+        raise ExportError(f"{path}: {'; '.join(faults)}")
+    return config
+
+
+def _find_config_faults(config: Mapping[str, Any]) -> list[str]:
+    """Name what this module would otherwise leave out of the merge."""
+    faults = []
     start = config.get("init_lora_weights")
     if start not in _INNOCENT_STARTS:
-        raise ExportError(
-            f"{path}: init_lora_weights is {start!r}, which trains against a changed base, so this adapter does not fit the "
+        faults.append(
+            f"init_lora_weights is {start!r}, which trains against a changed base, so this adapter does not fit the "
             "published one; convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
     unknown = [key for key, value in config.items() if key not in _WITHOUT_EFFECT | _KNOWN and value]
@@ -162,8 +183,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("fan_in_fan_out"):
         unknown.append("fan_in_fan_out")
     if unknown:
-        raise ExportError(f"{path}: uses {', '.join(sorted(unknown))}, which this kit cannot merge")
-    return config
+        faults.append(f"{_CONFIG} uses {', '.join(sorted(unknown))}, which this kit cannot merge")
+    return faults
 
 
 def _split_name(stored_name: str) -> tuple[str, str]:
@@ -192,10 +213,14 @@ def _complete_change(name: str, change: _Change, config: Mapping[str, Any], shap
         change.scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         if low_rank.shape[0] != rank:
             return [f"{module}: its A has rank {low_rank.shape[0]}, {_CONFIG} says {rank}"]
-    if config.get("use_dora") and "a" in parts and "magnitude" not in parts:
+    if config.get("use_dora") and low_rank is not None and "magnitude" not in parts:
         return [f"{module}: use_dora is set, but its lora_magnitude_vector is missing"]
+    if "embedding_a" in parts and "magnitude" in parts:  # of a table's columns, where a projection's is of its rows
+        parts["embedding_magnitude"] = parts.pop("magnitude")
     if "token_rows" in parts:
         change.tokens = _find_tokens(config.get("trainable_token_indices"), module)
+        if beyond := [token for token in change.tokens if not 0 <= token < shape[0]]:
+            return [f"{module}: trainable_token_indices {beyond} lie outside the table of {shape[0]:,} tokens"]
     return [
         f"{module}: {part} is {list(found)}, the base {list(shape)} needs {list(expected)}"
         for part, tensor in parts.items()
@@ -209,6 +234,7 @@ _SHAPES: Mapping[str, Callable[[tuple[int, ...], Any, tuple[int, ...]], tuple[in
     "magnitude": lambda shape, low_rank, tokens: (shape[0],),
     "embedding_a": lambda shape, low_rank, tokens: (low_rank.shape[0], shape[0]),
     "embedding_b": lambda shape, low_rank, tokens: (shape[1], low_rank.shape[0]),
+    "embedding_magnitude": lambda shape, low_rank, tokens: (shape[1],),
     "token_rows": lambda shape, low_rank, tokens: (len(tokens), shape[1]),
     "replacement": lambda shape, low_rank, tokens: shape,
 }

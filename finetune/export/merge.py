@@ -13,7 +13,7 @@ from finetune.data.template import ChatTemplate, find_template, list_stop_tokens
 from finetune.errors import ExportError
 from finetune.export.adapter import read_adapter
 from finetune.export.card import write_card
-from finetune.export.verify import Comparison, Sources, compare_logits, compare_tensors
+from finetune.export.verify import Comparison, Sources, check_generation, compare_logits, compare_tensors
 from finetune.folders import check_output_free, write_folder
 from finetune.starts import fingerprint_checkpoint
 from finetune.train.model import load_tokenizer
@@ -79,6 +79,7 @@ def export_result(result: Result, output: Path, settings: ExportSettings) -> Exp
         comparison = None
         if settings.verify:
             compare_tensors(folder, merged.produce)
+            check_generation(folder, template)
             sources = Sources(base, result.folder if result.kind == "adapter" else None)
             comparison = compare_logits(folder, sources, result.rows, template, merged.dtype)
         report = ExportReport(output, _name_dtype(merged.dtype), size, round(time.monotonic() - started, 1), comparison)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from finetune.data.files import read_file
 from finetune.data.gates import IGNORED_LABEL
 from finetune.data.rows import FORMATS, read_row
-from finetune.data.template import ChatTemplate, encode_conversations
+from finetune.data.template import ChatTemplate, encode_conversations, encode_prompt, list_stop_tokens
 from finetune.errors import ExportError
 from finetune.resources import find_demo_data
 from finetune.train.model import load_tokenizer
@@ -29,6 +29,7 @@ _FLOAT32_TOLERANCE = 1e-4
 # a KL of order 1e-3; an adapter that got lost moves them by its whole effect.
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
+_PROMPT = ({"role": "system", "content": "a"}, {"role": "user", "content": "b"})
 _MOST_ROWS = 16
 _MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
 
@@ -84,6 +85,27 @@ def compare_tensors(folder: Path, produce: Callable[[str], torch.Tensor]) -> Non
 
 def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def check_generation(folder: Path, template: ChatTemplate) -> None:
+    """Reopen tokenizer and generation settings as a server does: the same prompt, and an end at every stop token.
+
+    Raises:
+        ExportError: an answer would not end where it was trained to, or be asked for in another form.
+    """
+    tokenizer = load_tokenizer(folder)
+    written = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    stops = {written.eos_token_id} if isinstance(written.eos_token_id, int) else set(written.eos_token_id or ())
+    faults = []
+    if missing := sorted(set(list_stop_tokens(tokenizer, template)) - stops):
+        faults.append(f"generation_config.json stops at {sorted(stops)} and lacks {missing}, which end a trained answer")
+    if written.pad_token_id in stops:
+        faults.append(f"generation_config.json pads with the stop token {written.pad_token_id}")
+    asked = tokenizer.apply_chat_template(_PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
+    if asked["input_ids"] != encode_prompt(tokenizer, template, _PROMPT):
+        faults.append("the written chat template does not render a prompt as it was trained")
+    if faults:
+        raise ExportError(f"export: {'; '.join(faults)}; nothing was left in the output")
 
 
 def compare_logits(

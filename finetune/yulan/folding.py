@@ -107,11 +107,22 @@ class Fold:
         return cls(config, tensors)
 
     def fold_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one Llama tensor, rounded once; `name` is one of `list_llama_tensors`."""
+        """Return one Llama tensor, rounded once; `name` is one of `list_llama_tensors`.
+
+        Raises:
+            CheckpointError: the stored tensor is damaged, or too large for `dtype`.
+        """
         if name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
             return torch.zeros(self.config.hidden_size, dtype=dtype)
         stored = "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
-        return map_rows(self.tensors.read(stored), self._find_row_map(name), dtype)
+        folded = map_rows(self.tensors.read(stored), self._find_row_map(name), dtype)
+        # The extremes are NaN where any number is, and need no second copy of a table.
+        if not torch.stack(torch.aminmax(folded)).isfinite().all():
+            raise CheckpointError(
+                f"{self.tensors.folder}: {stored} gives NaN or infinite values as {dtype}; "
+                "download it again, or where that does not help fold with --dtype float32"
+            )
+        return folded
 
     def _find_row_map(self, name: str) -> RowMap:
         """Return what the fold does to a stored tensor; it only ever mixes numbers within a row."""
