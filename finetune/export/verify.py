@@ -29,7 +29,7 @@ _FLOAT32_TOLERANCE = 1e-4
 # a KL of order 1e-3; an adapter that got lost moves them by its whole effect.
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
-_PROMPT = ({"role": "system", "content": "a"}, {"role": "user", "content": "b"})
+_PROMPT = ({"role": "user", "content": "a"},)
 _MOST_ROWS = 16
 _MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
 
@@ -98,7 +98,9 @@ def check_generation(folder: Path, template: ChatTemplate) -> None:
     stops = {written.eos_token_id} if isinstance(written.eos_token_id, int) else set(written.eos_token_id or ())
     faults = []
     if missing := sorted(set(list_stop_tokens(tokenizer, template)) - stops):
-        faults.append(f"generation_config.json stops at {sorted(stops)} and lacks {missing}, which end a trained answer")
+        faults.append(
+            f"generation_config.json stops at {sorted(stops)} and lacks {missing}, which end a trained answer"
+        )
     if written.pad_token_id in stops:
         faults.append(f"generation_config.json pads with the stop token {written.pad_token_id}")
     asked = tokenizer.apply_chat_template(_PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
