@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from finetune.data.dataset import DataSettings, Splits, load_splits
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
-from finetune.errors import OutputError, TrainingError
-from finetune.folders import check_output_free, translate_os_errors, write_folder
+from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
@@ -24,7 +23,8 @@ from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
 from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Origin, SampleRow, find_complete_checkpoint, write_json, write_origin
+from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.resume import check_same_inputs, find_resume_point
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,10 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
     precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
-    checkpoint = _find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
+    checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
+    if checkpoint is not None:
+        check_same_inputs(run, start.splits.report.fingerprint, start.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
@@ -89,46 +91,6 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
     return summary
-
-
-def _find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
-    """Return the checkpoint to go on from, after making sure that it is the same run.
-
-    Raises:
-        OutputError: a fresh run would write into a folder that is not empty.
-        TrainingError: there is nothing to resume, or the recipe has changed since.
-    """
-    if not resume:
-        try:
-            check_output_free(run)
-        except OutputError as error:
-            raise OutputError(f"{error}; or go on with the run in it by --resume") from None
-        return None
-    saved = run / "recipe.yaml"
-    if not saved.is_file():
-        raise TrainingError(f"{run}: there is no run to resume (no recipe.yaml); start it without --resume")
-    if (run / "adapter").is_dir() or (run / "model").is_dir():
-        raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
-    if changes := _list_changes(saved.read_text(encoding="utf-8"), dump_recipe(recipe)):
-        raise TrainingError(
-            f"{run}: the recipe has changed since this run started, so it cannot be resumed:\n"
-            + "\n".join(f"  {change}" for change in changes)
-            + f"\nrestore these lines, or resume with the run's own recipe: finetune train {saved} --resume"
-        )
-    checkpoint = find_complete_checkpoint(run)
-    if checkpoint is None:
-        raise TrainingError(
-            f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume"
-        )
-    logger.info("resuming %s from %s", run, checkpoint.name)
-    return str(checkpoint)
-
-
-def _list_changes(saved: str, current: str) -> list[str]:
-    before, now = saved.splitlines(), current.splitlines()
-    return [f"- {line.strip()}" for line in before if line not in now] + [
-        f"+ {line.strip()}" for line in now if line not in before
-    ]
 
 
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
@@ -229,6 +191,7 @@ def _write_run_files(
             "resumed": resumed,
             "recipe": to_plain(start.recipe),
             "base": str(start.base),
+            "base_fingerprint": fingerprint_checkpoint(start.base),
             "data": start.splits.report.to_json(),
             **describe_environment(),
             "result": asdict(summary) if summary else None,

@@ -99,6 +99,16 @@ def test_resuming_is_bit_for_bit_the_same_run(train, make_recipe, overrides):
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_rows_that_changed_meanwhile_are_noticed(train, make_recipe, tmp_path):
+    overrides = ["trainer.save_strategy=steps", "trainer.save_steps=2"]
+    shutil.rmtree(train("run", *overrides) / "adapter")
+    recipe = make_recipe("run", *overrides)
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join([*rows[1:], rows[0]]), encoding="utf-8")
+    with pytest.raises(TrainingError, match="the rows are no longer what this run started with"):
+        run_training(recipe, resume=True)
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over(train):
     """A run killed while it wrote a checkpoint could not be resumed at all: its newest folder lacks the trainer's state."""
     overrides = ["trainer.max_steps=6", "trainer.save_strategy=steps", "trainer.save_steps=2"]

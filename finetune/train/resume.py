@@ -1,0 +1,72 @@
+"""Going on with a stopped run: only with the same recipe, rows and base, and from a checkpoint that is whole."""
+
+import json
+import logging
+from pathlib import Path
+
+from finetune.errors import OutputError, TrainingError
+from finetune.folders import check_output_free
+from finetune.recipe import Recipe, dump_recipe
+from finetune.starts import fingerprint_checkpoint
+from finetune.train.record import find_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
+    """Return the checkpoint to go on from, after making sure that it is the same run.
+
+    Raises:
+        OutputError: a fresh run would write into a folder that is not empty.
+        TrainingError: there is nothing to resume, or the recipe has changed since.
+    """
+    if not resume:
+        try:
+            check_output_free(run)
+        except OutputError as error:
+            raise OutputError(f"{error}; or go on with the run in it by --resume") from None
+        return None
+    saved = run / "recipe.yaml"
+    if not saved.is_file():
+        raise TrainingError(f"{run}: there is no run to resume (no recipe.yaml); start it without --resume")
+    if (run / "adapter").is_dir() or (run / "model").is_dir():
+        raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
+    if changes := _list_changes(saved.read_text(encoding="utf-8"), dump_recipe(recipe)):
+        raise TrainingError(
+            f"{run}: the recipe has changed since this run started, so it cannot be resumed:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + f"\nrestore these lines, or resume with the run's own recipe: finetune train {saved} --resume"
+        )
+    checkpoint = find_complete_checkpoint(run)
+    if checkpoint is None:
+        raise TrainingError(
+            f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume"
+        )
+    logger.info("resuming %s from %s", run, checkpoint.name)
+    return str(checkpoint)
+
+
+def _list_changes(saved: str, current: str) -> list[str]:
+    before, now = saved.splitlines(), current.splitlines()
+    return [f"- {line.strip()}" for line in before if line not in now] + [
+        f"+ {line.strip()}" for line in now if line not in before
+    ]
+
+
+def check_same_inputs(run: Path, rows_fingerprint: str, base: Path) -> None:
+    """Compare rows and base with those that the run began with, by content.
+
+    Raises:
+        TrainingError: a data file or the checkpoint has changed meanwhile.
+    """
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    now = {
+        "the rows": (record["data"]["fingerprint"], rows_fingerprint),
+        "the base": (record["base_fingerprint"], fingerprint_checkpoint(base)),
+    }
+    changed = " and ".join(name for name, (before, after) in now.items() if before != after)
+    if changed:
+        raise TrainingError(
+            f"{run}: {changed} are no longer what this run started with, so going on would be another run; "
+            "restore them, or start again with another output"
+        )
