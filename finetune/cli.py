@@ -85,6 +85,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote"
     )
     add_writing(export)
+    export.add_argument(
+        "--base",
+        choices=("full", "dequantized", "auto"),
+        default="full",
+        help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
+    )
     export.add_argument("--no-verify", action="store_true", help="skip reopening and comparing")
     evaluate = add_verb("evaluate", _run_evaluate, "loss, perplexity and token accuracy on held-out rows")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
@@ -176,8 +182,13 @@ def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.train.record import open_result
     from finetune.yulan.shards import parse_size
 
-    settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), not arguments.no_verify)
-    report = export_result(open_result(arguments.result), arguments.output, settings)
+    settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
+    verifier = None
+    if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
+        from finetune.export.verify import LogitVerifier
+
+        verifier = LogitVerifier()
+    report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
     return _print_result(arguments, _to_json(report), describe_export(report))
 
 

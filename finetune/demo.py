@@ -8,7 +8,9 @@ from pathlib import Path
 from finetune.check import load_recipe
 from finetune.evaluate.chat import Answer, answer, open_model
 from finetune.evaluate.loss import evaluate_path
-from finetune.export.merge import ExportReport, ExportSettings, export_result
+from finetune.export.merge import ExportSettings, export_result
+from finetune.export.proof import ExportReport
+from finetune.export.verify import LogitVerifier
 from finetune.folders import check_output_free
 from finetune.resources import find_demo_data, list_recipes
 from finetune.train.record import open_result
@@ -48,8 +50,8 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
     logger.info("2/4  training a LoRA adapter on its 4-bit weights")
     run = Path(run_training(recipe).run)
     logger.info("3/4  merging into the full-precision base, and comparing")
-    settings = ExportSettings("auto", parse_size("2GB"), verify=True)
-    report = export_result(open_result(run), output / "export", settings)
+    settings = ExportSettings("auto", parse_size("2GB"))
+    report = export_result(open_result(run), output / "export", settings, LogitVerifier())
     logger.info("4/4  after: the exported model, opened as anybody would")
     after = evaluate_path(str(report.output), rows, recipe.data.max_tokens)
     answers_after = _ask(str(report.output))

@@ -9,10 +9,11 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.template import ChatTemplate, encode_prompt, find_template, list_stop_tokens
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, TemplateError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
-from finetune.train.model import choose_device, choose_precision, load_base, load_tokenizer
+from finetune.train.model import choose_device, choose_precision, load_base
 from finetune.train.record import Result, find_base, is_result, open_result
 
 
@@ -43,18 +44,23 @@ def open_model(name: str) -> LoadedModel:
     """
     path = Path(name).expanduser()
     if path.is_dir() and is_result(path):
-        return _open_result(open_result(path))
+        return open_trained(open_result(path))
     folder = as_llama(find_checkpoint(name))
     device = choose_device()
     model = load_base(folder, ModelSection(), choose_precision("auto", device, False), device)
     return _complete(model, load_tokenizer(folder))
 
 
-def _open_result(result: Result) -> LoadedModel:
+def open_trained(result: Result) -> LoadedModel:
+    """Open a result as it was trained: its base in the run's quantization and type, with the adapter.
+
+    Raises:
+        FinetuneError: the base or the template is not the one that it was trained with.
+    """
     device = choose_device()
     origin = result.origin
-    section = ModelSection() if origin is None else ModelSection(quantize=origin.quantize, dtype=origin.dtype)  # type: ignore[arg-type]
-    precision = choose_precision("auto", device, False)
+    section = ModelSection() if origin is None else ModelSection(quantize=origin.quantize)
+    precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
     model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)
     if result.kind == "adapter":

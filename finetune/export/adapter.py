@@ -85,25 +85,32 @@ class Adapter:
         """Tell whether merging changes nothing: every B is zero, and nothing is replaced."""
         return all(set(change.parts) <= {"a", "b"} and not change.parts["b"].any() for change in self.changes.values())
 
-    def merge_tensor(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """Return a base tensor with its change, in float32; one without a change comes back as it is."""
+    def needs_whole(self, name: str) -> bool:
+        """Tell whether a tensor can only be merged whole: DoRA on a table measures its columns."""
+        return name in self.changes and "embedding_magnitude" in self.changes[name].parts
+
+    def merge_rows(self, name: str, start: int, base: torch.Tensor) -> torch.Tensor:
+        """Return rows of a base tensor from `start` on with their change, in float32; without a change they come back as they are."""
         change = self.changes.get(name)
         if change is None:
             return base
-        parts = change.parts
+        parts, rows = change.parts, slice(start, start + len(base))
         if "replacement" in parts:
-            return parts["replacement"].float()
+            return parts["replacement"][rows].float()
         merged = base.float()
         if "a" in parts:
-            merged = merged + change.scale * (parts["b"].float() @ parts["a"].float())
+            merged = (parts["b"][rows].float() @ parts["a"].float()).mul_(change.scale).add_(merged)
             if "magnitude" in parts:
-                merged = merged * (parts["magnitude"].float() / merged.norm(dim=1)).unsqueeze(1)
+                merged.mul_((parts["magnitude"][rows].float() / merged.norm(dim=1)).unsqueeze(1))
         if "embedding_a" in parts:
-            merged = merged + change.scale * (parts["embedding_b"].float() @ parts["embedding_a"].float()).T
+            merged = merged + change.scale * (parts["embedding_b"].float() @ parts["embedding_a"][:, rows].float()).T
             if "embedding_magnitude" in parts:
                 merged = merged * (parts["embedding_magnitude"].float() / merged.norm(dim=0))
         if "token_rows" in parts:
-            merged = merged.index_copy(0, torch.tensor(change.tokens), parts["token_rows"].float())
+            merged = merged.clone()
+            for token, row in zip(change.tokens, parts["token_rows"].float(), strict=True):
+                if rows.start <= token < rows.stop:
+                    merged[token - start] = row
         return merged
 
 

@@ -2,41 +2,60 @@
 
 from pathlib import Path
 
-from finetune.data.template import ChatTemplate
-from finetune.export.verify import Comparison
-from finetune.train.record import Result
+from finetune.export.merged import Subject
+from finetune.export.proof import BaseScores, Comparison, ExportReport
+
+_BASE_NAMES = {"full": "full-precision", "dequantized": "dequantized"}
 
 
-def write_card(
-    folder: Path, result: Result, template: ChatTemplate, comparison: Comparison | None, *, changes_nothing: bool
-) -> None:
+def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_nothing: bool) -> None:
     """Write `README.md` into an export."""
     text = "\n\n".join(
         [
             "---\nlicense: mit\nlanguage: [en, zh]\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
             "# YuLan-Mini, fine-tuned",
-            _describe_origin(result, template),
+            _describe_origin(subject, report),
             *(["The adapter is empty: this export equals its base."] if changes_nothing else []),
-            _describe_comparison(comparison),
+            *([_describe_bases(report.bases, report.base)] if report.bases else []),
+            _describe_comparison(report.verify),
             _describe_use(),
         ]
     )
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _describe_origin(result: Result, template: ChatTemplate) -> str:
-    rows = [("chat template", template.name)]
-    if result.origin is not None:
-        origin = result.origin
-        trained = "all weights" if result.kind == "model" else "a LoRA adapter, merged into the full-precision base"
+def _describe_origin(subject: Subject, report: ExportReport) -> str:
+    rows = [("chat template", subject.template.name)]
+    origin = subject.result.origin
+    if origin is not None:
+        merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"
         rows = [
             ("start", origin.checkpoint),
             ("method", origin.method),
-            ("trained", trained),
+            ("trained", "all weights" if subject.adapter is None else merged),
             ("base while training", "unquantized" if origin.quantize == "none" else origin.quantize),
             *rows,
         ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _describe_bases(bases: BaseScores, chosen: str) -> str:
+    lines = [
+        "## Which base the adapter was merged into",
+        "",
+        f"The adapter was trained on a quantized base. On {bases.rows} held-out rows ({bases.tokens:,} trained tokens), against "
+        "the model as it was trained:",
+        "",
+        "| | held-out loss, nats | mean KL, nats | same likeliest token |",
+        "|---|---|---|---|",
+        f"| as trained: the adapter on the quantized base | {bases.trained_loss:.4f} | | |",
+    ]
+    for kind, score in (("full", bases.full), ("dequantized", bases.dequantized)):
+        here = " (this folder)" if kind == chosen else ""
+        lines.append(
+            f"| merged into the {_BASE_NAMES[kind]} base{here} | {score.loss:.4f} | {score.kl:.2e} | {score.top1_agreement:.2%} |"
+        )
+    return "\n".join(lines)
 
 
 def _describe_comparison(comparison: Comparison | None) -> str:

@@ -2,26 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from finetune.data.template import ChatTemplate, find_template, list_stop_tokens
+from finetune.data.template import list_stop_tokens
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import ExportError
-from finetune.export.adapter import read_adapter
 from finetune.export.card import write_card
-from finetune.export.verify import Comparison, Sources, check_generation, compare_logits, compare_tensors
+from finetune.export.merged import Subject, open_merged, open_subject
+from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
 from finetune.folders import check_output_free, write_folder
-from finetune.starts import fingerprint_checkpoint
-from finetune.train.model import load_tokenizer
-from finetune.train.record import Result, find_base
-from finetune.yulan.folding import DTYPES, copy_tokenizer
-from finetune.yulan.layout import read_config
-from finetune.yulan.shards import TensorSpec, write_shards
-from finetune.yulan.tensors import TensorFolder, open_tensors
+from finetune.train.record import Result
+from finetune.yulan.folding import copy_tokenizer, write_llama_config
+from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.shards import write_shards
 
 # These belong to how the base was stored or loaded once, not to the exported weights.
 _STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -29,40 +26,21 @@ _STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How to write: `dtype` may be `auto` (as the base is stored); `max_shard_bytes` limits a file."""
+    """How to write: `dtype` may be `auto` (as the base is stored); `max_shard_bytes` limits a file.
+
+    `base` is what an adapter of a quantized run is merged into: the base as published, the base as it was quantized, or
+    whichever has the lower held-out loss.
+    """
 
     dtype: str
     max_shard_bytes: int
-    verify: bool
+    base: Literal["full", "dequantized", "auto"] = "full"
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written; `verify` is None where the comparison was skipped."""
-
-    output: Path
-    dtype: str
-    bytes: int
-    seconds: float
-    verify: Comparison | None
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The tensors to be exported, computed when asked for and rounded once."""
-
-    tensors: TensorFolder
-    merge: Callable[[str, torch.Tensor], torch.Tensor]
-    dtype: torch.dtype
-    changes_nothing: bool
-
-    def produce(self, name: str) -> torch.Tensor:
-        """Return one exported tensor."""
-        return self.merge(name, self.tensors.read(name)).to(self.dtype)
-
-
-def export_result(result: Result, output: Path, settings: ExportSettings) -> ExportReport:
-    """Write a result as a Llama folder, reopen it and compare.
+def export_result(
+    result: Result, output: Path, settings: ExportSettings, verifier: Verifier | None = None
+) -> ExportReport:
+    """Write a result as a Llama folder; with a verifier, reopen it and compare.
 
     Raises:
         ExportError: the adapter does not fit its base, or what was written is not what was trained; nothing is left.
@@ -70,50 +48,50 @@ def export_result(result: Result, output: Path, settings: ExportSettings) -> Exp
     """
     started = time.monotonic()
     check_output_free(output)
-    base = find_base(result) if result.kind == "adapter" else result.folder
-    merged = _open_merged(result, base, settings.dtype)
-    specs = [TensorSpec(name, merged.tensors.shape(name), merged.dtype) for name in merged.tensors.names]
+    subject = open_subject(result)
+    _check_base(subject, settings, verifier)
+    # Before the models are run: an adapter that does not fit is then refused at once.
+    merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
+    bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
+    kind: BaseKind = "full" if settings.base == "auto" else settings.base
+    if settings.base == "auto" and bases is not None and bases.better != kind:
+        kind = bases.better
+        merged = open_merged(subject, settings.dtype, dequantized=True)
     with write_folder(output) as folder:
-        size = write_shards(folder, specs, merged.produce, settings.max_shard_bytes)
-        template = _write_companions(folder, result, base, merged.dtype)
-        comparison = None
-        if settings.verify:
-            compare_tensors(folder, merged.produce)
-            check_generation(folder, template)
-            sources = Sources(base, result.folder if result.kind == "adapter" else None)
-            comparison = compare_logits(folder, sources, result.rows, template, merged.dtype)
-        report = ExportReport(output, _name_dtype(merged.dtype), size, round(time.monotonic() - started, 1), comparison)
-        _write_json(folder / "export.json", _describe_for_machines(report, result, base))
-        write_card(folder, result, template, comparison, changes_nothing=merged.changes_nothing)
+        size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
+        _write_companions(folder, subject, merged.dtype)
+        comparison = verifier.compare(folder, subject, merged) if verifier else None
+        seconds = round(time.monotonic() - started, 1)
+        report = ExportReport(output, _name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
+        _write_json(folder / "export.json", _describe_for_machines(report, subject))
+        write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
 
 
-def _open_merged(result: Result, base: Path, dtype: str) -> Merged:
-    tensors = open_tensors(base)
-    stored = tensors.dtype("model.embed_tokens.weight")
-    chosen = stored if dtype == "auto" else DTYPES[dtype]
-    if result.kind == "model":
-        return Merged(tensors, lambda name, tensor: tensor, chosen, False)
-    adapter = read_adapter(result.folder, tensors)
-    return Merged(tensors, adapter.merge_tensor, chosen, adapter.is_empty)
-
-
-def _write_companions(folder: Path, result: Result, base: Path, dtype: torch.dtype) -> ChatTemplate:
-    """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
-    config = {key: value for key, value in read_config(base).items() if key not in _STALE_KEYS}
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": _name_dtype(dtype), "torch_dtype": _name_dtype(dtype)}
-    _write_json(folder / "config.json", config)
-    with_tokenizer = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
-    copy_tokenizer(with_tokenizer, folder)
-    tokenizer = load_tokenizer(folder)
-    template = find_template("auto", tokenizer)
-    if result.origin is not None and template.fingerprint != result.origin.template_fingerprint:
+def _check_base(subject: Subject, settings: ExportSettings, verifier: Verifier | None) -> None:
+    if settings.base == "dequantized" and subject.quantize == "none":
         raise ExportError(
-            f"{result.folder}: its chat template is not the one that it was trained with ({result.origin.template}); "
-            "restore chat_template.jinja, or train again"
+            f"{subject.result.folder}: --base dequantized is for adapters of quantized runs, and this one was trained on "
+            "unquantized weights as far as its record says; use --base full"
         )
-    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    stops = list_stop_tokens(tokenizer, template)
+    if settings.base == "auto" and verifier is None and subject.quantize != "none":
+        raise ExportError(
+            f"{subject.result.folder}: --base auto chooses by measuring, which --no-verify skips; leave one of the two out"
+        )
+
+
+def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
+    """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
+    if subject.architecture == "yulanmini":
+        write_llama_config(folder, parse_native_config(read_config(subject.base), subject.base), dtype)
+    else:
+        config = {key: value for key, value in read_config(subject.base).items() if key not in _STALE_KEYS}
+        config |= {"architectures": ["LlamaForCausalLM"]}
+        _write_json(folder / "config.json", config | {"dtype": _name_dtype(dtype), "torch_dtype": _name_dtype(dtype)})
+    copy_tokenizer(subject.tokenizer_folder, folder)
+    (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    stops = list_stop_tokens(tokenizer, subject.template)
     end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -121,17 +99,19 @@ def _write_companions(folder: Path, result: Result, base: Path, dtype: torch.dty
         "pad_token_id": tokenizer.pad_token_id,
     }
     _write_json(folder / "generation_config.json", generation)
-    return template
 
 
-def _describe_for_machines(report: ExportReport, result: Result, base: Path) -> dict[str, Any]:
+def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
+    result = subject.result
     return {
         "dtype": report.dtype,
         "bytes": report.bytes,
         "result": str(result.folder),
         "origin": asdict(result.origin) if result.origin else None,
-        "base": str(base),
-        "base_fingerprint": fingerprint_checkpoint(base),
+        "base": str(subject.base),
+        "base_fingerprint": result.origin.base_fingerprint if result.origin else None,
+        "merged_into": report.base,
+        "bases": asdict(report.bases) if report.bases else None,
         "verify": asdict(report.verify) if report.verify else None,
     }
 
@@ -139,6 +119,8 @@ def _describe_for_machines(report: ExportReport, result: Result, base: Path) -> 
 def describe_export(report: ExportReport) -> str:
     """Return the report as text for a person."""
     lines = [f"{report.output}: {report.bytes / 1e6:,.1f} MB of {report.dtype} in {report.seconds:.1f} s"]
+    if report.bases is not None:
+        lines.append(_describe_bases(report.bases, report.base))
     if report.verify is None:
         return "\n".join([*lines, "not compared (--no-verify)"])
     verify = report.verify
@@ -147,6 +129,14 @@ def describe_export(report: ExportReport) -> str:
         f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows"
     )
     return "\n".join([*lines, f"talk to it: finetune chat {report.output}"])
+
+
+def _describe_bases(bases: BaseScores, chosen: BaseKind) -> str:
+    parts = [f"{bases.trained_loss:.4f} as trained"]
+    for name, score in (("full", bases.full), ("dequantized", bases.dequantized)):
+        parts.append(f"{score.loss:.4f} merged into the {name} base ({score.top1_agreement:.1%} same likeliest token)")
+    text = f"held-out loss: {', '.join(parts)}; written: {chosen}"
+    return text if bases.better == chosen else f"{text}; --base {bases.better} would have the lower loss"
 
 
 def _name_dtype(dtype: torch.dtype) -> str:

@@ -5,8 +5,8 @@ with the adapter applied live by PEFT, and the exported folder in stock transfor
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,10 +17,18 @@ from finetune.data.files import read_file
 from finetune.data.gates import IGNORED_LABEL
 from finetune.data.rows import FORMATS, read_row
 from finetune.data.template import ChatTemplate, encode_conversations, encode_prompt, list_stop_tokens
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import ExportError
+from finetune.evaluate.chat import open_trained
+from finetune.export.merged import Merged, Subject
+from finetune.export.proof import BaseKind, BaseScore, BaseScores, Comparison
+from finetune.export.quantized import is_quantized, requantize
 from finetune.resources import find_demo_data
-from finetune.train.model import load_tokenizer
+from finetune.train.model import choose_device
 from finetune.train.record import SampleRow
+from finetune.yulan.folding import DTYPES
+from finetune.yulan.modeling import load_native
+from finetune.yulan.shards import read_ahead, split_pieces
 from finetune.yulan.tensors import open_tensors
 
 # Merging in float32 and applying the adapter live differ by the order of sums only.
@@ -30,53 +38,108 @@ _FLOAT32_TOLERANCE = 1e-4
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
 _PROMPT = ({"role": "user", "content": "a"},)
-_MOST_ROWS = 16
+_BUNDLED_ROWS = 16
 _MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
+_ROOM = 1.3  # weights, and the logits of the longest row
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How near an export is to what was trained; `effect_kl` is how far the adapter had moved its base.
+class _Run:
+    """What one model gave: its loss over all trained tokens, and the logits of some of them, (positions, vocabulary)."""
 
-    `max_abs` is the largest difference of a logit, `kl` the mean KL(trained || export) in nats, `top1_agreement` the share of
-    positions with the same likeliest token.
-    """
-
-    max_abs: float
-    kl: float
-    top1_agreement: float
-    rows: int
-    positions: int
-    effect_kl: float | None
+    loss: float
+    tokens: int
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What was trained: a Llama folder, and the adapter on it, if any."""
+class _Reference:
+    """What an export must equal, and the logits of its base without the adapter."""
 
-    base: Path
-    adapter: Path | None
+    run: _Run
+    untouched: torch.Tensor | None
 
 
-def compare_tensors(folder: Path, produce: Callable[[str], torch.Tensor]) -> None:
+@dataclass
+class LogitVerifier:
+    """Runs one model at a time over the rows that a result brought with it, and keeps some of their logits."""
+
+    _references: dict[BaseKind, _Reference] = field(default_factory=dict)
+
+    def measure_bases(self, subject: Subject) -> BaseScores:
+        """Compare the adapter on its quantized base with its merges into the full and the dequantized base."""
+        rows = _list_rows(subject)
+        trained = _run_rows(open_trained(subject.result).model, rows)
+        scores = {}
+        for kind in ("full", "dequantized"):
+            reference = self._run_reference(subject, kind).run
+            scores[kind] = BaseScore(
+                loss=reference.loss,
+                kl=_measure_kl(trained.logits, reference.logits),
+                top1_agreement=_measure_agreement(trained.logits, reference.logits),
+            )
+        return BaseScores(trained.loss, scores["full"], scores["dequantized"], len(rows), trained.tokens)
+
+    def compare(self, folder: Path, subject: Subject, merged: Merged) -> Comparison:
+        """Reopen an export: every tensor to the bit, generation settings, and logits on real rows.
+
+        Raises:
+            ExportError: it is not what was trained.
+        """
+        compare_tensors(folder, merged)
+        check_generation(folder, subject.template)
+        kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
+        reference = self._run_reference(subject, kind)
+        trained, untouched = reference.run.logits, reference.untouched
+        rows = _list_rows(subject)
+        exported = _run_rows(_load(folder), rows).logits
+        comparison = Comparison(
+            max_abs=(trained - exported).abs().max().item(),
+            kl=_measure_kl(trained, exported),
+            top1_agreement=_measure_agreement(trained, exported),
+            rows=len(rows),
+            positions=trained.shape[0],
+            effect_kl=None if untouched is None else _measure_kl(trained, untouched),
+        )
+        _check(comparison, trained, merged.dtype)
+        return comparison
+
+    def _run_reference(self, subject: Subject, kind: BaseKind) -> _Reference:
+        """Run what an export must equal: the base in float32, with the adapter applied live by PEFT."""
+        if kind not in self._references:
+            rows, model = _list_rows(subject), _load_base(subject, kind)
+            if subject.adapter is None:
+                self._references[kind] = _Reference(_run_rows(model, rows), None)
+            else:
+                tuned = PeftModel.from_pretrained(model, subject.adapter).eval()
+                run = _run_rows(tuned, rows)
+                with tuned.disable_adapter():
+                    self._references[kind] = _Reference(run, _run_rows(tuned, rows).logits)
+        return self._references[kind]
+
+
+def compare_tensors(folder: Path, merged: Merged) -> None:
     """Reopen the written weights and compute each again.
 
     Raises:
         ExportError: a tensor differs, by a single bit.
     """
     written = open_tensors(folder)
-    wrong = []
-    for name in written.names:
-        found, expected = written.read(name), produce(name)
+    wrong: dict[str, float] = {}
+    pieces = [piece for spec in merged.specs for piece in split_pieces(spec, whole=merged.needs_whole(spec.name))]
+    for piece, stored in read_ahead(pieces, merged):
+        expected = merged.finish_piece(piece, stored)
+        found = written.read_rows(piece.name, piece.start, piece.stop)
         if not torch.equal(_view_bits(found), _view_bits(expected)):
-            wrong.append((name, (found.float() - expected.float()).abs().max().item()))
+            difference = (found.float() - expected.float()).abs().max().item()
+            wrong[piece.name] = max(difference, wrong.get(piece.name, 0.0))
         if not found.isfinite().all():
             raise ExportError(
-                f"export: {name} holds NaN or infinite values as {found.dtype}; nothing was left in the output; "
+                f"export: {piece.name} holds NaN or infinite values as {found.dtype}; nothing was left in the output; "
                 "export with --dtype bfloat16 or float32"
             )
     if wrong:
-        name, difference = wrong[0]
+        name, difference = next(iter(wrong.items()))
         raise ExportError(
             f"export: {len(wrong)} tensors differ after reopening (first: {name}, max difference {difference:.2g}); "
             "nothing was left in the output; is the disk sound?"
@@ -110,31 +173,30 @@ def check_generation(folder: Path, template: ChatTemplate) -> None:
         raise ExportError(f"export: {'; '.join(faults)}; nothing was left in the output")
 
 
-def compare_logits(
-    folder: Path, sources: Sources, rows: Sequence[SampleRow], template: ChatTemplate, dtype: torch.dtype
-) -> Comparison:
-    """Compare the logits of an export with those of what was trained, one model in memory at a time.
-
-    Raises:
-        ExportError: they differ by more than the rounding of `dtype` explains.
-    """
-    rows = list(rows or _encode_bundled_rows(folder, template))[:_MOST_ROWS]
-    trained, untouched = _compute_reference(sources, rows)
-    exported = _compute_logits(_load(folder), rows)
-    comparison = _compare(trained, exported, untouched, len(rows))
-    _check(comparison, trained, dtype)
-    return comparison
-
-
-def _encode_bundled_rows(folder: Path, template: ChatTemplate) -> list[SampleRow]:
-    """Return bundled rows, for an adapter that came without rows of its own."""
-    tokenizer = load_tokenizer(folder)
-    raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_MOST_ROWS]
+def _list_rows(subject: Subject) -> Sequence[SampleRow]:
+    """Return the rows of the run, or bundled ones for an adapter that came without."""
+    if subject.result.rows:
+        return subject.result.rows
+    tokenizer = load_tokenizer(subject.tokenizer_folder)
+    raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
     conversations = [read_row(FORMATS["messages"], {}, row, where) for where, row in raw]
     return [
         SampleRow(encoded.token_ids, encoded.token_ids)
-        for encoded in encode_conversations(tokenizer, template, conversations)
+        for encoded in encode_conversations(tokenizer, subject.template, conversations)
     ]
+
+
+def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
+    """Load the base in float32; `dequantized` gives its matrices the values that they had while training."""
+    model = (
+        load_native(subject.base, dtype=torch.float32) if subject.architecture == "yulanmini" else _load(subject.base)
+    )
+    if kind == "dequantized" and subject.result.origin is not None:
+        dtype = DTYPES[subject.result.origin.dtype]
+        for name, parameter in model.named_parameters():
+            if is_quantized(name):
+                parameter.data = requantize(parameter.data, subject.quantize, dtype)
+    return model.eval()
 
 
 def _load(folder: Path) -> PreTrainedModel:
@@ -142,41 +204,39 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _compute_reference(sources: Sources, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits as trained and, where there is an adapter, those without it."""
-    model = _load(sources.base)
-    if sources.adapter is None:
-        return _compute_logits(model, rows), None
-    tuned = PeftModel.from_pretrained(model, sources.adapter).eval()
-    trained = _compute_logits(tuned, rows)
-    with tuned.disable_adapter():
-        return trained, _compute_logits(tuned, rows)
-
-
-def _compute_logits(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Return the logits that predict trained tokens, as (positions, vocabulary) in float32."""
+def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> _Run:
+    """Run a model over rows, one at a time, on a GPU that has room for it."""
+    device = _find_room(model)
+    model = model.to(device) if model.device != device else model
     share = max(1, _MOST_POSITIONS // len(rows))
-    chosen = []
+    total, tokens, kept = 0.0, 0, []
     with torch.inference_mode():
         for row in rows:
-            hidden = torch.tensor([row.input_ids])
-            positions = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED_LABEL and i > 0][:share]
-            if positions:
-                chosen.append(model(input_ids=hidden, use_cache=False).logits[0, positions].float().clone())
+            labels = torch.tensor(row.labels[1:])
+            positions = (labels != IGNORED_LABEL).nonzero().flatten()
+            if len(positions) == 0:
+                continue
+            ids = torch.tensor([row.input_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, positions.to(device)].float().cpu()
+            total += torch.nn.functional.cross_entropy(logits, labels[positions], reduction="sum").item()
+            tokens += len(positions)
+            kept.append(logits[:share].clone())
     del model
     gc.collect()
-    return torch.cat(chosen)
+    return _Run(total / tokens, tokens, torch.cat(kept))
 
 
-def _compare(trained: torch.Tensor, exported: torch.Tensor, untouched: torch.Tensor | None, rows: int) -> Comparison:
-    return Comparison(
-        max_abs=(trained - exported).abs().max().item(),
-        kl=_measure_kl(trained, exported),
-        top1_agreement=(trained.argmax(-1) == exported.argmax(-1)).double().mean().item(),
-        rows=rows,
-        positions=trained.shape[0],
-        effect_kl=None if untouched is None else _measure_kl(trained, untouched),
-    )
+def _find_room(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Return the GPU where the whole model fits with room for its work, else where the model is."""
+    device, here = choose_device(), torch.device(model.device)
+    if device.type != "cuda" or here == device:
+        return here
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if free > _ROOM * model.get_memory_footprint() else here
+
+
+def _measure_agreement(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return (reference.argmax(-1) == other.argmax(-1)).double().mean().item()
 
 
 def _measure_kl(reference: torch.Tensor, other: torch.Tensor) -> float:

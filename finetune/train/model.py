@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from finetune.errors import CheckpointError, MachineError
+from finetune.errors import MachineError
 from finetune.recipe import ModelSection
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
@@ -63,29 +58,6 @@ def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool)
 def _name_autocast(dtype: str) -> AutocastDtype:
     names: dict[str, AutocastDtype] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     return names[dtype]
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer, with its own `<pad>` and padding on the right.
-
-    Raises:
-        CheckpointError: the folder holds no tokenizer that can be read without running its code.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); "
-            "the folder needs the checkpoint's tokenizer.json and tokenizer_config.json"
-        ) from error
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        if "<pad>" not in tokenizer.get_vocab():
-            raise CheckpointError(
-                f"{folder}: the tokenizer has no padding token and no <pad> in its vocabulary; use YuLan-Mini's tokenizer"
-            )
-        tokenizer.pad_token = "<pad>"
-    return tokenizer
 
 
 def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> LlamaForCausalLM:

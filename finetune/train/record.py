@@ -27,7 +27,7 @@ class Origin:
     checkpoint: str
     base: str
     base_fingerprint: str
-    quantize: str
+    quantize: Literal["none", "int8", "nf4"]
     dtype: str
     template: str
     template_fingerprint: str

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from finetune.data.dataset import DataSettings, Splits, load_splits
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
+from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
-from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
+from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
@@ -30,7 +31,8 @@ from finetune.train.trainer import build_trainer, make_config
 logger = logging.getLogger(__name__)
 
 _PISSA_START = "pissa-start"
-_SAMPLE_ROWS, _SAMPLE_TOKENS = 16, 512
+# What an export is compared on. The real model needs minutes for so many on a processor.
+_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,14 @@ def _describe_origin(start: _Start) -> Origin:
 
 
 def _choose_sample_rows(splits: Splits) -> list[SampleRow]:
+    """Return held-out rows, or rows of the training where there are none."""
     rows = splits.train if splits.evaluation is None else splits.evaluation
-    chosen = rows.select(range(min(_SAMPLE_ROWS, len(rows))))
-    return [SampleRow(row["input_ids"][:_SAMPLE_TOKENS], row["labels"][:_SAMPLE_TOKENS]) for row in chosen]
+    chosen: list[SampleRow] = []
+    tokens = 0
+    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
+        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
+        tokens += len(sample.input_ids)
+        if chosen and tokens > _SAMPLE_TOKENS:
+            break
+        chosen.append(sample)
+    return chosen

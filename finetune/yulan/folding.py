@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from finetune.yulan.layout import (
     parse_native_config,
     read_config,
 )
-from finetune.yulan.shards import TensorSpec, write_shards
+from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import TensorFolder, open_tensors
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
@@ -44,8 +44,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _TIED_COPY = frozenset({"lm_head.weight"})
-# The tables have 190 million numbers: in float64 at once they would need 1.5 GB.
-_CHUNK_ELEMENTS = 4_000_000
+_EMBEDDING_NORM = "model.embedding_layernorm.weight"
 RowMap = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -76,7 +75,7 @@ def fold_checkpoint(
     chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
     specs = [TensorSpec(name, shape, chosen) for name, shape in list_llama_tensors(fold.config).items()]
     with write_folder(output) as folder:
-        size = write_shards(folder, specs, lambda name: fold.fold_tensor(name, chosen), max_shard_bytes)
+        size = write_shards(folder, specs, FoldedTensors(fold, chosen), max_shard_bytes)
         write_llama_config(folder, fold.config, chosen)
         copy_tokenizer(source, folder)
     name = str(chosen).removeprefix("torch.")
@@ -85,10 +84,12 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Fold:
-    """A native checkpoint, seen as the Llama tensors that compute the same."""
+    """A native checkpoint, seen as the Llama tensors that compute the same; `alphas` and the norm are read at once."""
 
     config: NativeConfig
     tensors: TensorFolder
+    alphas: Mapping[str, float]
+    embedding_norm: torch.Tensor | None
 
     @classmethod
     def open(cls, source: Path) -> "Fold":
@@ -104,22 +105,31 @@ class Fold:
             )
         tensors = open_tensors(source)
         check_tensors(tensors, list_native_tensors(config), _TIED_COPY if config.tied else frozenset())
-        return cls(config, tensors)
+        alphas = {name: float(tensors.read(name).double()) for name in tensors.names if name.endswith("_alpha")}
+        norm = None if config.embedding_norm == "none" else tensors.read(_EMBEDDING_NORM).double()
+        return cls(config, tensors, alphas, norm)
 
-    def fold_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return one Llama tensor, rounded once; `name` is one of `list_llama_tensors`.
+    def find_stored_name(self, name: str) -> str:
+        """Return the native tensor that a Llama tensor is made of."""
+        return "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
+
+    def read_piece(self, piece: Piece) -> torch.Tensor:
+        """Read the native rows that some Llama rows are made of."""
+        if piece.name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
+            return torch.zeros(piece.stop - piece.start)
+        return self.tensors.read_rows(self.find_stored_name(piece.name), piece.start, piece.stop)
+
+    def fold_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return rows of a Llama tensor, computed in float64 and rounded once.
 
         Raises:
-            CheckpointError: the stored tensor is damaged, or too large for `dtype`.
+            CheckpointError: the stored rows are damaged, or too large for `dtype`.
         """
-        if name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
-            return torch.zeros(self.config.hidden_size, dtype=dtype)
-        stored = "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
-        folded = map_rows(self.tensors.read(stored), self._find_row_map(name), dtype)
-        # The extremes are NaN where any number is, and need no second copy of a table.
+        folded = self._find_row_map(name)(rows.double()).to(dtype)
+        # The extremes are NaN where any number is, and need no second copy.
         if not torch.stack(torch.aminmax(folded)).isfinite().all():
             raise CheckpointError(
-                f"{self.tensors.folder}: {stored} gives NaN or infinite values as {dtype}; "
+                f"{self.tensors.folder}: {self.find_stored_name(name)} gives NaN or infinite values as {dtype}; "
                 "download it again, or where that does not help fold with --dtype float32"
             )
         return folded
@@ -129,10 +139,12 @@ class Fold:
         if name == "model.embed_tokens.weight":
             return self._map_embedding()
         if name == "lm_head.weight":
-            factor = self._read_alpha("lm_head_alpha") * self.config.dim_model_base_logits / self.config.hidden_size
+            factor = self._find_alpha("lm_head_alpha") * self.config.dim_model_base_logits / self.config.hidden_size
             return lambda rows: rows * factor
+        if name.endswith("o_proj.bias"):
+            return lambda rows: rows
         if "norm" in name:
-            factor = self.config.ln_scale * self._read_alpha(f"{name.removesuffix('.weight')}_alpha")
+            factor = self.config.ln_scale * self._find_alpha(f"{name.removesuffix('.weight')}_alpha")
             return lambda rows: self._shift_norm(rows) * factor
         factor = self._find_projection_factor(name)
         return lambda rows: rows * factor
@@ -140,10 +152,10 @@ class Fold:
     def _find_projection_factor(self, name: str) -> float:
         prefix, module, projection, _ = name.rsplit(".", 3)
         if module == "mlp" and projection == "down_proj":
-            return self._read_alpha(f"{prefix}.down_proj_alpha") * self.config.residual_scale
+            return self._find_alpha(f"{prefix}.down_proj_alpha") * self.config.residual_scale
         if module == "mlp":
-            return self._read_alpha(f"{prefix}.gate_up_proj_alpha")
-        factor = self._read_alpha(f"{prefix}.{module}.{projection}_alpha")
+            return self._find_alpha(f"{prefix}.gate_up_proj_alpha")
+        factor = self._find_alpha(f"{prefix}.{module}.{projection}_alpha")
         if projection == "o_proj":
             return factor * self.config.residual_scale
         if projection == "q_proj":
@@ -152,12 +164,11 @@ class Fold:
         return factor
 
     def _map_embedding(self) -> RowMap:
-        config = self.config
-        if config.embedding_norm == "none":
+        config, weight = self.config, self.embedding_norm
+        if weight is None:
             return lambda rows: rows * config.scale_emb
-        # These norms act on one row of the table at a time, so a row can be stored as what they make of it.
-        weight = self.tensors.read("model.embedding_layernorm.weight").double()
 
+        # These norms act on one row of the table at a time, so a row can be stored as what they make of it.
         def normalise(rows: torch.Tensor) -> torch.Tensor:
             rows = rows * config.scale_emb
             if config.embedding_norm == "layer":
@@ -171,20 +182,33 @@ class Fold:
     def _shift_norm(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + 1 if self.config.gemma_norm else weight
 
-    def _read_alpha(self, name: str) -> float:
+    def _find_alpha(self, name: str) -> float:
         """Return a stored alpha; where the layout has none its factor is 1, whatever the configuration lists."""
-        return float(self.tensors.read(name).double()) if name in self.tensors.entries else 1.0
+        return self.alphas.get(name, 1.0)
 
 
-def map_rows(tensor: torch.Tensor, row_map: RowMap, dtype: torch.dtype) -> torch.Tensor:
-    """Apply a map to the rows of a tensor in float64, some at a time, and round the result once."""
-    if tensor.dim() < 2:
-        return row_map(tensor.double()).to(dtype)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    step = max(1, _CHUNK_ELEMENTS // tensor.shape[1])
-    for start in range(0, tensor.shape[0], step):
-        result[start : start + step] = row_map(tensor[start : start + step].double())
-    return result
+@dataclass(frozen=True)
+class FoldedTensors:
+    """The Llama tensors of a fold, as they are written."""
+
+    fold: Fold
+    dtype: torch.dtype
+
+    def needs_whole(self, name: str) -> bool:
+        """Return False: the fold only ever mixes numbers within a row."""
+        return False
+
+    def read_piece(self, piece: Piece) -> torch.Tensor:
+        """Read native rows."""
+        return self.fold.read_piece(piece)
+
+    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
+        """Fold them.
+
+        Raises:
+            CheckpointError: see `Fold.fold_rows`.
+        """
+        return self.fold.fold_rows(piece.name, stored, self.dtype)
 
 
 def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:

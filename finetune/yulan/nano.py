@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from finetune.folders import write_folder
 from finetune.yulan.layout import NativeConfig, list_native_tensors, parse_native_config
-from finetune.yulan.shards import TensorSpec, write_shards
+from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 
 NANO_VERSION = 1  # part of the cache key, as CONFIG is: raise it when the code below makes other bytes
 _SEED = 20241217
@@ -98,7 +98,7 @@ def build_nano(output: Path, text_files: Sequence[Path]) -> None:
         _write_tokenizer(folder, _read_texts(text_files))
         weights = _make_weights(config)
         specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
-        write_shards(folder, specs, weights.__getitem__, _MAX_SHARD_BYTES)
+        write_shards(folder, specs, StoredTensors(weights), _MAX_SHARD_BYTES)
 
 
 def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:

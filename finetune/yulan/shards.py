@@ -1,16 +1,22 @@
-"""Write Llama weights as safetensors shards, one tensor in memory at a time.
+"""Write weights as safetensors shards, a few rows in memory at a time.
+
+Reading, arithmetic and writing overlap: one thread reads ahead, one writes behind, and the calling one computes between them.
 
 Source of the format: github.com/huggingface/safetensors, README, "Format"; of the shards' names and index: transformers'
 `save_pretrained`.
 """
 
+import contextlib
 import json
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -18,6 +24,9 @@ from finetune.errors import OutputError
 from finetune.yulan.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# A piece and its float64 copy stay within a processor's cache; larger ones cost memory and gain no time.
+_PIECE_ELEMENTS = 1 << 20
+_AHEAD = 4  # pieces that are read, and that wait to be written
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -48,12 +57,59 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * unit)
 
 
-def write_shards(
-    folder: Path, specs: Sequence[TensorSpec], produce: Callable[[str], torch.Tensor], max_shard_bytes: int
-) -> int:
-    """Write tensors as `produce(name)` gives them, into as few files as the limit allows; return their bytes.
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor: those from `start` up to `stop`. A tensor of fewer than two dimensions is one piece."""
 
-    A tensor larger than the limit gets a file of its own. `produce` is called once for each name, in order.
+    name: str
+    start: int
+    stop: int
+
+
+class RowSource(Protocol):
+    """Tensors that are made from stored ones, a piece at a time."""
+
+    def needs_whole(self, name: str) -> bool:
+        """Tell whether the rows of a tensor depend on one another, so that they must come in one piece."""
+
+    def read_piece(self, piece: Piece) -> torch.Tensor:
+        """Return what is stored; no arithmetic, it is called from another thread."""
+
+    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
+        """Return what is to be written; no reading."""
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """Tensors in memory, to be written as they are."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def needs_whole(self, name: str) -> bool:
+        """Return True: nothing is saved by cutting what is in memory."""
+        return True
+
+    def read_piece(self, piece: Piece) -> torch.Tensor:
+        """Return the tensor."""
+        return self.tensors[piece.name]
+
+    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
+        """Return the tensor."""
+        return stored
+
+
+def split_pieces(spec: TensorSpec, *, whole: bool) -> Iterator[Piece]:
+    """Yield the pieces of a tensor, in order."""
+    rows = spec.shape[0] if spec.shape else 1
+    step = rows if whole or len(spec.shape) < 2 else _PIECE_ELEMENTS // max(1, math.prod(spec.shape[1:]))
+    for start in range(0, rows, max(1, step)):
+        yield Piece(spec.name, start, min(start + step, rows))
+
+
+def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, max_shard_bytes: int) -> int:
+    """Write tensors as their source gives them, into as few files as the limit allows; return their bytes.
+
+    A tensor larger than the limit gets a file of its own. Every piece is read and finished once, in order.
     """
     shards = _plan_shards(specs, max_shard_bytes)
     total = sum(spec.bytes for spec in specs)
@@ -63,12 +119,59 @@ def write_shards(
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, produce)
+        with (folder / name).open("wb") as file:
+            file.write(_encode_header(shard))
+            _write_tensors(file, shard, source)
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return total
+
+
+def _write_tensors(file: BinaryIO, specs: Sequence[TensorSpec], source: RowSource) -> None:
+    planned = {spec.name: spec for spec in specs}
+    waiting: deque[Future[None]] = deque()
+
+    def write(piece: Piece, tensor: torch.Tensor) -> None:
+        spec = planned[piece.name]
+        rows = () if not spec.shape else (piece.stop - piece.start, *spec.shape[1:])
+        if tuple(tensor.shape) != rows or tensor.dtype != spec.dtype:
+            raise ValueError(f"{piece}: planned {rows} of {spec.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}")
+        # Raw bytes: numpy has no bfloat16, but every type can be seen as bytes.
+        file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    pieces = [piece for spec in specs for piece in split_pieces(spec, whole=source.needs_whole(spec.name))]
+    with _start_thread() as writer:
+        for piece, stored in read_ahead(pieces, source):
+            waiting.append(writer.submit(write, piece, source.finish_piece(piece, stored)))
+            if len(waiting) > _AHEAD:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+
+
+def read_ahead(pieces: Sequence[Piece], source: RowSource) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Yield every piece with what is stored of it, while another thread reads the next ones."""
+    with _start_thread() as reader:
+        coming: deque[Future[torch.Tensor]] = deque(
+            reader.submit(source.read_piece, piece) for piece in pieces[:_AHEAD]
+        )
+        for number, piece in enumerate(pieces):
+            stored = coming.popleft().result()
+            if number + _AHEAD < len(pieces):
+                coming.append(reader.submit(source.read_piece, pieces[number + _AHEAD]))
+            yield piece, stored
+
+
+@contextlib.contextmanager
+def _start_thread() -> Iterator[ThreadPoolExecutor]:
+    """Yield one thread, which drops what it has not begun when the block ends in an error."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -81,19 +184,6 @@ def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpe
         shards[-1].append(spec)
         filled += spec.bytes
     return shards
-
-
-def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[str], torch.Tensor]) -> None:
-    with path.open("wb") as file:
-        file.write(_encode_header(specs))
-        for spec in specs:
-            tensor = produce(spec.name)
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise ValueError(
-                    f"{spec.name}: planned {spec.shape} of {spec.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
-                )
-            # Raw bytes: numpy has no bfloat16, but every type can be seen as bytes.
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _encode_header(specs: Sequence[TensorSpec]) -> bytes:

@@ -80,9 +80,26 @@ class TensorFolder:
             CheckpointError: the file has become shorter since it was opened.
         """
         entry = self.entries[name]
-        buffer = bytearray(entry.end - entry.start)
+        return self._read_bytes(name, entry.start, entry.end).reshape(entry.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some rows (first indices) of a tensor into memory of their own.
+
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+        """
+        entry = self.entries[name]
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        found = self._read_bytes(name, entry.start + start * row, entry.start + stop * row)
+        return found.reshape(stop - start, *entry.shape[1:])
+
+    def _read_bytes(self, name: str, start: int, end: int) -> torch.Tensor:
+        entry = self.entries[name]
+        buffer = bytearray(end - start)
+        if not buffer:
+            return torch.empty(0, dtype=entry.dtype)
         with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
+            file.seek(start)
             view, filled = memoryview(buffer), 0
             while filled < len(buffer):
                 count = file.readinto(view[filled:])
@@ -91,9 +108,7 @@ class TensorFolder:
                         f"{entry.file}: ends within the tensor {name}; the file was changed while it was read"
                     )
                 filled += count
-        if not buffer:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+        return torch.frombuffer(buffer, dtype=entry.dtype)
 
 
 def open_tensors(folder: Path) -> TensorFolder:

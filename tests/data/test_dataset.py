@@ -14,9 +14,9 @@ from finetune.data.files import read_file
 from finetune.data.preview import describe_preview, preview_rows
 from finetune.data.rows import FORMATS, choose_format, read_row
 from finetune.data.template import find_template
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 from finetune.resources import find_resource_folder
-from finetune.train.model import load_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ROW = {"messages": [USER, ANSWER]}

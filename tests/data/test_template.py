@@ -12,9 +12,9 @@ from finetune.data.template import (
     list_stop_tokens,
     list_template_tokens,
 )
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import TemplateError
 from finetune.resources import find_demo_data, list_templates
-from finetune.train.model import load_tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},

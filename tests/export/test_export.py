@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune.errors import ExportError, OutputError, TemplateError
-from finetune.export import merge
+from finetune.export import merge, merged
 from finetune.export.adapter import read_adapter
 from finetune.export.merge import ExportSettings, export_result
+from finetune.export.verify import LogitVerifier
 from finetune.starts import fingerprint_checkpoint
 from finetune.train.record import Origin, open_result, write_origin
 from finetune.yulan.tensors import open_tensors
 
-SETTINGS = ExportSettings("auto", 2 * 10**9, True)
+SETTINGS = ExportSettings("auto", 2 * 10**9)
 TOKENS = torch.tensor([[1, 104, 300, 105, 400, 500, 106, 700]])
 KINDS = {
     "lora": {"target_modules": "all-linear"},
@@ -60,7 +61,7 @@ def read_logits(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(nano_llama, tmp_path, kind):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS[kind])
-    report = export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+    report = export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(nano_llama), adapter)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     expected = read_logits(live)
@@ -77,7 +78,7 @@ def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(nano_llama
 def test_sixteen_bits_are_rounded_once(nano_llama, tmp_path):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
     for dtype in ("float32", "bfloat16"):
-        export_result(open_result(adapter), tmp_path / dtype, ExportSettings(dtype, 2 * 10**9, True))
+        export_result(open_result(adapter), tmp_path / dtype, ExportSettings(dtype, 2 * 10**9), LogitVerifier())
     exact, rounded = (load_file(tmp_path / d / "model.safetensors") for d in ("float32", "bfloat16"))
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -85,7 +86,7 @@ def test_sixteen_bits_are_rounded_once(nano_llama, tmp_path):
 
 def test_an_export_holds_all_that_servers_need(nano_llama, tmp_path):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
-    export_result(open_result(adapter), tmp_path / "export", ExportSettings("auto", 2 * 10**6, True))
+    export_result(open_result(adapter), tmp_path / "export", ExportSettings("auto", 2 * 10**6), LogitVerifier())
     names = {path.name for path in (tmp_path / "export").iterdir()}
     shards = {name for name in names if name.endswith(".safetensors")}
     assert len(shards) > 3
@@ -114,17 +115,17 @@ def forget_scale(adapter):
 def test_a_lost_adapter_is_noticed(nano_llama, tmp_path, monkeypatch):
     """The merged model answers as the base: reported against every peer (unsloth 1593, mlx-lm 1172, peft 2105)."""
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
-    monkeypatch.setattr("finetune.export.adapter.Adapter.merge_tensor", lambda self, name, base: base)
+    monkeypatch.setattr("finetune.export.adapter.Adapter.merge_rows", lambda self, name, start, base: base)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ExportError, match="the reopened model is not what was trained"):
-            export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, 2 * 10**9, True))
+            export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, 2 * 10**9), LogitVerifier())
         assert not (tmp_path / "export").exists()
         assert not list(tmp_path.glob(".export*"))
 
 
 def test_a_wrong_scale_is_noticed(nano_llama, tmp_path, monkeypatch):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
-    right = merge.read_adapter
+    right = merged.read_adapter
 
     def read_wrongly(folder, base):
         found = right(folder, base)
@@ -132,9 +133,9 @@ def test_a_wrong_scale_is_noticed(nano_llama, tmp_path, monkeypatch):
             change.scale *= 1.05
         return found
 
-    monkeypatch.setattr(merge, "read_adapter", read_wrongly)
+    monkeypatch.setattr(merged, "read_adapter", read_wrongly)
     with pytest.raises(ExportError, match="logits differ by up to"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert not (tmp_path / "export").exists()
 
 
@@ -152,7 +153,7 @@ def test_a_flipped_bit_on_disk_is_noticed(nano_llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(merge, "write_shards", write_badly)
     with pytest.raises(ExportError, match=r"1 tensors differ after reopening \(first: lm_head.weight"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert not (tmp_path / "export").exists()
 
 
@@ -198,7 +199,7 @@ def test_an_adapter_that_does_not_fit_is_refused(nano_llama, tmp_path, damage, m
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
     damage(adapter)
     with pytest.raises(ExportError) as caught:
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert message in str(caught.value)
     assert not (tmp_path / "export").exists()
 
@@ -228,14 +229,14 @@ def test_an_adapter_of_another_base_is_refused(nano_llama, tmp_path):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
     write_origin(adapter, make_origin(nano_llama, base_fingerprint="f" * 64), [])
     with pytest.raises(ExportError, match=r"was trained on other weights than .* holds now"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
 
 
 def test_another_template_is_refused(nano_llama, tmp_path):
     adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
     write_origin(adapter, make_origin(nano_llama), [])
     with pytest.raises((ExportError, TemplateError), match="its chat template is not the one that it was trained with"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert not (tmp_path / "export").exists()
 
 
@@ -243,7 +244,7 @@ def test_an_adapter_without_effect_is_said_not_refused(nano_llama, tmp_path):
     model = LlamaForCausalLM.from_pretrained(nano_llama)
     model.name_or_path = str(nano_llama)
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-    export_result(open_result(tmp_path / "adapter"), tmp_path / "export", SETTINGS)
+    export_result(open_result(tmp_path / "adapter"), tmp_path / "export", SETTINGS, LogitVerifier())
     assert "The adapter is empty" in (tmp_path / "export" / "README.md").read_text()
 
 
@@ -252,8 +253,8 @@ def test_a_taken_output_is_left_alone(nano_llama, tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "mine").write_text("x")
     with pytest.raises(OutputError, match="exists and is not empty"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     shutil.rmtree(tmp_path / "export")
     (tmp_path / "export").write_text("a file")
     with pytest.raises(OutputError, match="exists and is not a folder"):
-        export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+        export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.data.template import encode_conversations, find_template
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
+from finetune.export.verify import LogitVerifier
 from finetune.recipe import read_recipe
 from finetune.resources import find_demo_data, find_resource_folder
-from finetune.train.model import load_tokenizer
 from finetune.train.record import open_result
 from finetune.train.run import run_training
 
@@ -195,7 +196,7 @@ def test_packing_trains_the_same_tokens_as_separate_rows(train, read_losses):
 )
 def test_every_kind_of_training_exports_and_verifies(train, tmp_path, overrides):
     run = train("run", *overrides, "trainer.learning_rate=1e-2")
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9, True))
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert report.verify.top1_agreement == 1.0
     if "adapter.kind=none" not in overrides:
@@ -204,7 +205,7 @@ def test_every_kind_of_training_exports_and_verifies(train, tmp_path, overrides)
 
 def test_only_the_named_token_rows_are_trained(train, nano_llama, tmp_path):
     run = train("run", "adapter.train_tokens=[104,106]", "trainer.learning_rate=1e-2")
-    export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9, False))
+    export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9))
     before, after = load_file(nano_llama / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         changed = (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist()

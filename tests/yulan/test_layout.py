@@ -12,7 +12,7 @@ from finetune.errors import CheckpointError, OutputError
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, list_native_tensors, parse_native_config, read_config
 from finetune.yulan.nano import CONFIG, build_nano
-from finetune.yulan.shards import TensorSpec, parse_size, write_shards
+from finetune.yulan.shards import StoredTensors, TensorSpec, parse_size, write_shards
 from finetune.yulan.tensors import open_tensors, read_header
 
 
@@ -139,7 +139,7 @@ def test_damaged_files_are_refused(tmp_path, content, message):
 def test_shards_read_back_as_written(tmp_path, dtype):
     tensors = {f"t{i}": torch.randn(3, i + 1).to(dtype) for i in range(4)} | {"scalar": torch.tensor(2.0).to(dtype)}
     specs = [TensorSpec(name, tuple(t.shape), dtype) for name, t in tensors.items()]
-    size = write_shards(tmp_path, specs, tensors.__getitem__, 10 * dtype.itemsize)
+    size = write_shards(tmp_path, specs, StoredTensors(tensors), 10 * dtype.itemsize)
     assert size == sum(t.nbytes for t in tensors.values())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 4  # of at most ten numbers: 3 + 6, 9, 12 alone, and the scalar

@@ -1,0 +1,127 @@
+"""What is to be exported, and its tensors: stored rows, the adapter's change, the fold, and one rounding."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.data.template import ChatTemplate, find_template
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import ExportError
+from finetune.export.adapter import Adapter, read_adapter
+from finetune.export.quantized import is_quantized, requantize
+from finetune.train.record import Result, find_base
+from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
+from finetune.yulan.layout import Architecture, find_architecture
+from finetune.yulan.shards import Piece, TensorSpec
+from finetune.yulan.tensors import TensorFolder, open_tensors
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A result with everything that belongs to it; `base` is the folder of weights, a full run's own."""
+
+    result: Result
+    base: Path
+    architecture: Architecture
+    tokenizer_folder: Path
+    template: ChatTemplate
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter, if there is one."""
+        return self.result.folder if self.result.kind == "adapter" else None
+
+    @property
+    def quantize(self) -> str:
+        """How the base was held while the adapter was trained on it."""
+        origin = self.result.origin
+        return "none" if origin is None or self.adapter is None else origin.quantize
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The tensors to be exported, computed when asked for and rounded once; a `RowSource`."""
+
+    tensors: TensorFolder
+    specs: tuple[TensorSpec, ...]
+    dtype: torch.dtype
+    adapter: Adapter | None
+    fold: Fold | None
+    quantize: str
+    quantized_dtype: torch.dtype
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Tell whether an adapter is there but has no effect."""
+        return self.adapter is not None and self.adapter.is_empty
+
+    def find_stored_name(self, name: str) -> str:
+        """Return the tensor of the base that an exported one is made of."""
+        return self.fold.find_stored_name(name) if self.fold else name
+
+    def needs_whole(self, name: str) -> bool:
+        """Tell whether a tensor must come in one piece."""
+        stored = self.find_stored_name(name)
+        requantized = self.quantize != "none" and is_quantized(stored)
+        return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
+
+    def read_piece(self, piece: Piece) -> torch.Tensor:
+        """Read rows of the base."""
+        if self.fold:
+            return self.fold.read_piece(piece)
+        return self.tensors.read_rows(piece.name, piece.start, piece.stop)
+
+    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
+        """Return exported rows."""
+        name, rows = self.find_stored_name(piece.name), stored
+        if self.quantize != "none" and is_quantized(name):
+            rows = requantize(rows, self.quantize, self.quantized_dtype)
+        if self.adapter is not None:
+            rows = self.adapter.merge_rows(name, piece.start, rows)
+        return self.fold.fold_rows(piece.name, rows, self.dtype) if self.fold else rows.to(self.dtype)
+
+
+def open_subject(result: Result) -> Subject:
+    """Find the base and the template of a result.
+
+    Raises:
+        ExportError: the base or the template is not the one that was trained with.
+    """
+    base = find_base(result) if result.kind == "adapter" else result.folder
+    tokenizer_folder = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
+    template = find_template("auto", load_tokenizer(tokenizer_folder))
+    if result.origin is not None and template.fingerprint != result.origin.template_fingerprint:
+        raise ExportError(
+            f"{result.folder}: its chat template is not the one that it was trained with ({result.origin.template}); "
+            "restore chat_template.jinja, or train again"
+        )
+    return Subject(result, base, find_architecture(base), tokenizer_folder, template)
+
+
+def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
+    """Open the tensors of an export; `dtype` may be `auto` (as the base is stored).
+
+    Raises:
+        ExportError: the adapter does not fit the base.
+        CheckpointError: the base cannot be read or folded.
+    """
+    fold = Fold.open(subject.base) if subject.architecture == "yulanmini" else None
+    tensors = fold.tensors if fold else open_tensors(subject.base)
+    chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
+    shapes = list_llama_tensors(fold.config) if fold else {name: tensors.shape(name) for name in tensors.names}
+    origin = subject.result.origin
+    merged = Merged(
+        tensors=tensors,
+        specs=tuple(TensorSpec(name, shape, chosen) for name, shape in shapes.items()),
+        dtype=chosen,
+        adapter=read_adapter(subject.adapter, tensors) if subject.adapter else None,
+        fold=fold,
+        quantize=subject.quantize if dequantized else "none",
+        quantized_dtype=DTYPES[origin.dtype] if origin else chosen,
+    )
+    if merged.adapter is not None:
+        reached = {merged.find_stored_name(spec.name) for spec in merged.specs}
+        if lost := sorted(set(merged.adapter.changes) - reached):
+            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which cannot be carried into Llama weights")
+    return merged
