@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from finetune.data.template import list_stop_tokens
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.card import write_card
 from finetune.export.merged import Subject, open_merged, open_subject
@@ -90,7 +90,7 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
         _write_json(folder / "config.json", config | {"dtype": _name_dtype(dtype), "torch_dtype": _name_dtype(dtype)})
     copy_tokenizer(subject.tokenizer_folder, folder)
     (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer_file(folder)
     stops = list_stop_tokens(tokenizer, subject.template)
     end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
     generation = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from finetune.data.template import ChatTemplate, find_template
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter import Adapter, read_adapter
 from finetune.export.quantized import is_quantized, requantize
@@ -66,15 +66,10 @@ class Merged:
         requantized = self.quantize != "none" and is_quantized(stored)
         return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
 
-    def read_piece(self, piece: Piece) -> torch.Tensor:
-        """Read rows of the base."""
-        if self.fold:
-            return self.fold.read_piece(piece)
-        return self.tensors.read_rows(piece.name, piece.start, piece.stop)
-
-    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
-        """Return exported rows."""
-        name, rows = self.find_stored_name(piece.name), stored
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Read rows of the base and return exported ones."""
+        name = self.find_stored_name(piece.name)
+        rows = self.fold.read_rows(piece) if self.fold else self.tensors.read_rows(name, piece.start, piece.stop)
         if self.quantize != "none" and is_quantized(name):
             rows = requantize(rows, self.quantize, self.quantized_dtype)
         if self.adapter is not None:
@@ -90,7 +85,7 @@ def open_subject(result: Result) -> Subject:
     """
     base = find_base(result) if result.kind == "adapter" else result.folder
     tokenizer_folder = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
-    template = find_template("auto", load_tokenizer(tokenizer_folder))
+    template = find_template("auto", load_tokenizer_file(tokenizer_folder))
     if result.origin is not None and template.fingerprint != result.origin.template_fingerprint:
         raise ExportError(
             f"{result.folder}: its chat template is not the one that it was trained with ({result.origin.template}); "

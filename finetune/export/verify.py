@@ -28,7 +28,7 @@ from finetune.train.model import choose_device
 from finetune.train.record import SampleRow
 from finetune.yulan.folding import DTYPES
 from finetune.yulan.modeling import load_native
-from finetune.yulan.shards import read_ahead, split_pieces
+from finetune.yulan.shards import Piece, list_pieces, run_pieces
 from finetune.yulan.tensors import open_tensors
 
 # Merging in float32 and applying the adapter live differ by the order of sums only.
@@ -125,19 +125,21 @@ def compare_tensors(folder: Path, merged: Merged) -> None:
         ExportError: a tensor differs, by a single bit.
     """
     written = open_tensors(folder)
-    wrong: dict[str, float] = {}
-    pieces = [piece for spec in merged.specs for piece in split_pieces(spec, whole=merged.needs_whole(spec.name))]
-    for piece, stored in read_ahead(pieces, merged):
-        expected = merged.finish_piece(piece, stored)
-        found = written.read_rows(piece.name, piece.start, piece.stop)
-        if not torch.equal(_view_bits(found), _view_bits(expected)):
-            difference = (found.float() - expected.float()).abs().max().item()
-            wrong[piece.name] = max(difference, wrong.get(piece.name, 0.0))
+
+    def measure(piece: Piece) -> tuple[str, float | None]:
+        expected, found = merged.make_rows(piece), written.read_rows(piece.name, piece.start, piece.stop)
         if not found.isfinite().all():
             raise ExportError(
                 f"export: {piece.name} holds NaN or infinite values as {found.dtype}; nothing was left in the output; "
                 "export with --dtype bfloat16 or float32"
             )
+        is_equal = torch.equal(_view_bits(found), _view_bits(expected))
+        return piece.name, None if is_equal else (found.float() - expected.float()).abs().max().item()
+
+    wrong: dict[str, float] = {}
+    for name, difference in run_pieces(list_pieces(merged.specs, merged), measure):
+        if difference is not None:
+            wrong[name] = max(difference, wrong.get(name, 0.0))
     if wrong:
         name, difference = next(iter(wrong.items()))
         raise ExportError(

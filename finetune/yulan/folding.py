@@ -113,7 +113,7 @@ class Fold:
         """Return the native tensor that a Llama tensor is made of."""
         return "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
 
-    def read_piece(self, piece: Piece) -> torch.Tensor:
+    def read_rows(self, piece: Piece) -> torch.Tensor:
         """Read the native rows that some Llama rows are made of."""
         if piece.name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
             return torch.zeros(piece.stop - piece.start)
@@ -198,17 +198,13 @@ class FoldedTensors:
         """Return False: the fold only ever mixes numbers within a row."""
         return False
 
-    def read_piece(self, piece: Piece) -> torch.Tensor:
-        """Read native rows."""
-        return self.fold.read_piece(piece)
-
-    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
-        """Fold them.
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Read native rows and fold them.
 
         Raises:
             CheckpointError: see `Fold.fold_rows`.
         """
-        return self.fold.fold_rows(piece.name, stored, self.dtype)
+        return self.fold.fold_rows(piece.name, self.fold.read_rows(piece), self.dtype)
 
 
 def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:

@@ -1,22 +1,22 @@
 """Write weights as safetensors shards, a few rows in memory at a time.
 
-Reading, arithmetic and writing overlap: one thread reads ahead, one writes behind, and the calling one computes between them.
+Reading, arithmetic and writing overlap: every core takes a piece of its own through all three, with one writing at a time.
 
 Source of the format: github.com/huggingface/safetensors, README, "Format"; of the shards' names and index: transformers'
 `save_pretrained`.
 """
 
-import contextlib
 import json
 import math
 import re
 import struct
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -25,9 +25,11 @@ from finetune.yulan.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A piece and its float64 copy stay within a processor's cache; larger ones cost memory and gain no time.
-_PIECE_ELEMENTS = 1 << 20
-_AHEAD = 4  # pieces that are read, and that wait to be written
+_PIECE_ELEMENTS = 1 << 19
+_KEPT_BYTES = 31 << 20  # glibc adapts to blocks below 32 MiB
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,13 @@ class Piece:
 
 
 class RowSource(Protocol):
-    """Tensors that are made from stored ones, a piece at a time."""
+    """Tensors that are made a piece at a time, several at once in threads."""
 
     def needs_whole(self, name: str) -> bool:
         """Tell whether the rows of a tensor depend on one another, so that they must come in one piece."""
 
-    def read_piece(self, piece: Piece) -> torch.Tensor:
-        """Return what is stored; no arithmetic, it is called from another thread."""
-
-    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
-        """Return what is to be written; no reading."""
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Read what is stored and return what is to be written."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,38 @@ class StoredTensors:
         """Return True: nothing is saved by cutting what is in memory."""
         return True
 
-    def read_piece(self, piece: Piece) -> torch.Tensor:
+    def make_rows(self, piece: Piece) -> torch.Tensor:
         """Return the tensor."""
         return self.tensors[piece.name]
 
-    def finish_piece(self, piece: Piece, stored: torch.Tensor) -> torch.Tensor:
-        """Return the tensor."""
-        return stored
+
+def list_pieces(specs: Sequence[TensorSpec], source: RowSource) -> list[Piece]:
+    """Cut tensors into pieces, in order."""
+    pieces = []
+    for spec in specs:
+        rows = spec.shape[0] if spec.shape else 1
+        is_whole = len(spec.shape) < 2 or source.needs_whole(spec.name)
+        step = max(1, rows if is_whole else _PIECE_ELEMENTS // math.prod(spec.shape[1:]))
+        pieces += [Piece(spec.name, start, min(start + step, rows)) for start in range(0, rows, step)]
+    return pieces
 
 
-def split_pieces(spec: TensorSpec, *, whole: bool) -> Iterator[Piece]:
-    """Yield the pieces of a tensor, in order."""
-    rows = spec.shape[0] if spec.shape else 1
-    step = rows if whole or len(spec.shape) < 2 else _PIECE_ELEMENTS // max(1, math.prod(spec.shape[1:]))
-    for start in range(0, rows, max(1, step)):
-        yield Piece(spec.name, start, min(start + step, rows))
+def run_pieces(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> Iterator[Result]:
+    """Yield what `work` returns for every piece, in order, with as many at once as there are cores.
+
+    The first error is raised, and what has not begun is dropped.
+    """
+    threads = torch.get_num_threads()
+    # glibc gives memory of this size back to the system at every free, and a page costs more to get than to fill; once a
+    # larger block was freed it keeps them.
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+    # One thread for each piece: torch's own would wait for one another busily and starve those that read and write.
+    executor = ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from executor.map(work, pieces)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, max_shard_bytes: int) -> int:
@@ -119,8 +135,7 @@ def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, m
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as file:
-            file.write(_encode_header(shard))
+        with (folder / name).open("wb", buffering=0) as file:
             _write_tensors(file, shard, source)
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
@@ -129,49 +144,32 @@ def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, m
     return total
 
 
-def _write_tensors(file: BinaryIO, specs: Sequence[TensorSpec], source: RowSource) -> None:
-    planned = {spec.name: spec for spec in specs}
-    waiting: deque[Future[None]] = deque()
+def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource) -> None:
+    header = _encode_header(specs)
+    file.write(header)
+    planned: dict[str, tuple[int, TensorSpec]] = {}
+    position = len(header)
+    for spec in specs:
+        planned[spec.name] = (position, spec)
+        position += spec.bytes
+    lock = threading.Lock()
 
-    def write(piece: Piece, tensor: torch.Tensor) -> None:
-        spec = planned[piece.name]
-        rows = () if not spec.shape else (piece.stop - piece.start, *spec.shape[1:])
+    def write(piece: Piece) -> None:
+        start, spec = planned[piece.name]
+        rows = (piece.stop - piece.start, *spec.shape[1:]) if spec.shape else ()
+        tensor = source.make_rows(piece)
         if tuple(tensor.shape) != rows or tensor.dtype != spec.dtype:
             raise ValueError(f"{piece}: planned {rows} of {spec.dtype}, got {tuple(tensor.shape)} of {tensor.dtype}")
+        start += piece.start * math.prod(spec.shape[1:]) * spec.dtype.itemsize
         # Raw bytes: numpy has no bfloat16, but every type can be seen as bytes.
-        file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        view = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        with lock:
+            file.seek(start)
+            while view:
+                view = view[file.write(view) :]
 
-    pieces = [piece for spec in specs for piece in split_pieces(spec, whole=source.needs_whole(spec.name))]
-    with _start_thread() as writer:
-        for piece, stored in read_ahead(pieces, source):
-            waiting.append(writer.submit(write, piece, source.finish_piece(piece, stored)))
-            if len(waiting) > _AHEAD:
-                waiting.popleft().result()
-        for future in waiting:
-            future.result()
-
-
-def read_ahead(pieces: Sequence[Piece], source: RowSource) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Yield every piece with what is stored of it, while another thread reads the next ones."""
-    with _start_thread() as reader:
-        coming: deque[Future[torch.Tensor]] = deque(
-            reader.submit(source.read_piece, piece) for piece in pieces[:_AHEAD]
-        )
-        for number, piece in enumerate(pieces):
-            stored = coming.popleft().result()
-            if number + _AHEAD < len(pieces):
-                coming.append(reader.submit(source.read_piece, pieces[number + _AHEAD]))
-            yield piece, stored
-
-
-@contextlib.contextmanager
-def _start_thread() -> Iterator[ThreadPoolExecutor]:
-    """Yield one thread, which drops what it has not begun when the block ends in an error."""
-    executor = ThreadPoolExecutor(1)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    for _ in run_pieces(list_pieces(specs, source), write):
+        pass
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

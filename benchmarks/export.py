@@ -1,0 +1,242 @@
+"""Fold and export at full size, against copying the same bytes and against PEFT: wall time and memory of whole processes.
+
+    python benchmarks/export.py [--folder DIR] [--layers 56] [--repeats 3]
+
+Makes a random checkpoint with YuLan-Mini's real sizes in both layouts (4.85 GB of bfloat16 as Llama) and a rank-16 adapter on
+all linear layers, then takes each way in turn, `repeats` times over. A way is timed from the start of its process to the end of a
+`sync` of what it wrote; its memory is the peak of its process, as the system counts it. Needs 25 GB of disk and 8 GB of
+memory (PEFT's way), and writes export.md, export.json and export.png beside this file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from finetune.starts import as_llama, find_checkpoint
+from finetune.yulan.configuration import YuLanMiniConfig
+from finetune.yulan.folding import copy_tokenizer, list_llama_tensors, write_llama_config
+from finetune.yulan.layout import NativeConfig, list_native_tensors
+from finetune.yulan.shards import Piece, TensorSpec, write_shards
+from finetune.yulan.tensors import open_tensors
+
+SHARD_BYTES = 2 * 10**9
+# A process begins with its parent's peak memory on its account, so a parent without any libraries starts each.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+os.sync()
+print(json.dumps([time.monotonic() - started, usage.ru_maxrss]))
+sys.exit(1 if status else 0)
+"""
+COPY, FOLD, EXPORT, PEFT = "cp", "finetune fold", "finetune export", "PEFT merge and save"
+
+
+class RandomTensors:
+    """Numbers of a usual size, cut from one random block: making billions anew would take longer than all the rest."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = {spec.name: spec for spec in specs}
+        self.block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+    def needs_whole(self, name: str) -> bool:
+        """Return False."""
+        return False
+
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Return rows of a tensor; scalars are alphas near 1."""
+        shape = self.specs[piece.name].shape
+        if not shape:
+            return torch.tensor(1.25, dtype=torch.bfloat16)
+        rows = (piece.stop - piece.start, *shape[1:])
+        count = rows[0] * (rows[1] if len(rows) > 1 else 1)
+        return self.block[:count].reshape(rows)
+
+
+def make_inputs(folder: Path, layers: int) -> None:
+    """Write both checkpoints and the adapter, where an earlier run has not."""
+    config = YuLanMiniConfig(
+        num_hidden_layers=layers,
+        scale_emb=10.0,
+        hidden_states_shrink="muparam",
+        dim_model_base_logits=256.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+    native = config.read_native(folder)
+    tokenizer = as_llama(find_checkpoint("nano"))
+    shapes: dict[str, Mapping[str, tuple[int, ...]]] = {
+        "llama": list_llama_tensors(native),
+        "native": list_native_tensors(native),
+    }
+    for name, tensors in shapes.items():
+        output = folder / name
+        output.mkdir(parents=True, exist_ok=True)
+        specs = [TensorSpec(tensor, shape, torch.bfloat16) for tensor, shape in tensors.items()]
+        write_shards(output, specs, RandomTensors(specs), SHARD_BYTES)
+        copy_tokenizer(tokenizer, output)
+    write_llama_config(folder / "llama", native, torch.bfloat16)
+    config.save_pretrained(folder / "native")
+    make_adapter(folder / "llama", folder / "adapter", native)
+
+
+def make_adapter(base: Path, folder: Path, native: NativeConfig) -> None:
+    """Write a rank-16 adapter of random numbers in PEFT's own format; the model itself is never made."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+        model.name_or_path = str(base.resolve())
+        options = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        tuned = get_peft_model(model, LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    names = get_peft_model_state_dict(tuned)
+    weights = {name: torch.randn(tensor.shape, generator=generator) * 0.02 for name, tensor in names.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tuned.peft_config["default"].save_pretrained(folder)
+
+
+def merge_by_peft(base: Path, adapter: Path, output: Path) -> None:
+    """Merge as PEFT's documentation does."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.save_pretrained(output, max_shard_size=SHARD_BYTES)
+    AutoTokenizer.from_pretrained(base).save_pretrained(output)
+
+
+def measure(command: Sequence[str], output: Path) -> tuple[float, int]:
+    """Run a command; return its wall time in seconds with a sync of what it wrote, and its peak resident bytes."""
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()
+    launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
+    if launched.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{launched.stderr}")
+    seconds, peak = json.loads(launched.stdout.splitlines()[-1])
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Take every way in turn, so that none has the machine's better minutes for itself."""
+    llama, native, adapter, output = (str(folder / name) for name in ("llama", "native", "adapter", "output"))
+    finetune = [sys.executable, "-m", "finetune"]
+    commands = {
+        COPY: ["cp", "-r", llama, output],
+        FOLD: [*finetune, "fold", native, "-o", output],
+        EXPORT: [*finetune, "export", adapter, "-o", output, "--no-verify"],
+        PEFT: [sys.executable, __file__, "--peft", llama, adapter, output],
+    }
+    measure(commands[COPY], folder / "output")  # fills the system's cache, for all alike
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bytes": []} for name in commands}
+    for number in range(repeats):
+        for name, command in commands.items():
+            seconds, peak = measure(command, folder / "output")
+            found[name]["seconds"].append(round(seconds, 2))
+            found[name]["bytes"].append(peak)
+            print(f"{number + 1}/{repeats}  {name:20} {seconds:6.1f} s {peak / 1e9:6.2f} GB", file=sys.stderr)
+    return found
+
+
+def count_equal(folder: Path) -> tuple[int, int, float]:
+    """Compare our export with PEFT's: equal weights, all weights, and the largest difference."""
+    ours, theirs = folder / "output", folder / "peft"
+    measure(
+        [sys.executable, __file__, "--peft", *(str(folder / name) for name in ("llama", "adapter", "peft"))], theirs
+    )
+    command = [sys.executable, "-m", "finetune", "export", str(folder / "adapter"), "-o", str(ours), "--no-verify"]
+    measure(command, ours)
+    first, second = open_tensors(ours), open_tensors(theirs)
+    equal, largest = 0, 0.0
+    for name in first.names:
+        a, b = first.read(name), second.read(name)
+        equal += int((a == b).sum())
+        largest = max(largest, (a.float() - b.float()).abs().max().item())
+    shutil.rmtree(theirs)
+    return equal, first.total_bytes // 2, largest
+
+
+def describe(found: Mapping[str, Mapping[str, Sequence[float]]], total: int, equality: tuple[int, int, float]) -> str:
+    """Return the table in Markdown."""
+    copy = statistics.median(found[COPY]["seconds"])
+    peft_seconds = statistics.median(found[PEFT]["seconds"])
+    peft_bytes = max(found[PEFT]["bytes"])
+    lines = [
+        f"{total / 1e9:.2f} GB of bfloat16 written; {os.cpu_count()} cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, torch {torch.__version__}. Whole processes, each with a `sync` of what it wrote; "
+        f"median (smallest to largest) of {len(found[COPY]['seconds'])}.",
+        "",
+        "| | wall time, s | x cp | x faster than PEFT | peak memory, GB | of PEFT's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in found.items():
+        seconds, peak = statistics.median(values["seconds"]), max(values["bytes"])
+        lines.append(
+            f"| {name} | {seconds:.1f} ({min(values['seconds']):.1f} to {max(values['seconds']):.1f}) | {seconds / copy:.2f} "
+            f"| {peft_seconds / seconds:.2f} | {peak / 1e9:.2f} | {peak / peft_bytes:.2f} |"
+        )
+    equal, count, largest = equality
+    lines += [
+        "",
+        f"Of {count:,} exported weights {equal:,} equal PEFT's to the last bit (largest difference {largest:.2g}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw two bar charts: wall time and peak memory."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    names = list(found)
+    colours = ["#9a9a9a", "#1f6f8b", "#1f6f8b", "#c97b3c"]
+    for axes, key, label in zip(
+        figure.subplots(1, 2, sharey=True), ("seconds", "bytes"), ("wall time, seconds", "peak memory, GB"), strict=True
+    ):
+        scale = 1.0 if key == "seconds" else 1e9
+        values = [statistics.median(found[name][key]) / scale for name in names]
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, fmt="%.1f" if key == "seconds" else "%.2f", padding=3)
+        axes.set_xlabel(label)
+        axes.set_xlim(0, max(values) * 1.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run the benchmark, or the one way that is PEFT's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the results go")
+    parser.add_argument("--layers", type=int, default=56)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peft", nargs=3, type=Path, metavar=("BASE", "ADAPTER", "OUTPUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peft:
+        merge_by_peft(*arguments.peft)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        make_inputs(folder, arguments.layers)
+        found = measure_all(folder, arguments.repeats)
+        equality = count_equal(folder)
+        table = describe(found, open_tensors(folder / "llama").total_bytes, equality)
+    print(table)
+    (arguments.output / "export.md").write_text(table, encoding="utf-8")
+    (arguments.output / "export.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found, arguments.output / "export.png")
+
+
+if __name__ == "__main__":
+    main()
