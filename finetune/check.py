@@ -70,7 +70,10 @@ def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[st
 
 def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
     name = recipe.model.checkpoint
-    if Path(name).expanduser().is_dir() or find_alias(name) or is_hub_id(name):
+    start = find_alias(name)
+    if recipe.model.architecture == "native" and start is not None and start.architecture == "llama":
+        yield f"model.architecture: {name} is published as Llama, so there is nothing native to train; remove this key"
+    if Path(name).expanduser().is_dir() or start or is_hub_id(name):
         return
     if name.startswith((".", "/", "~")):
         yield f"model.checkpoint: there is no folder {name}"

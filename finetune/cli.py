@@ -5,11 +5,13 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from finetune.errors import FinetuneError, RecipeError
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
     arguments = _make_parser().parse_args(argv)
     _quiet_libraries()
+    signal.signal(signal.SIGTERM, _stop)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
@@ -40,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _SUCCESS
     sys.exit(status)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End as after an error, so that what is half-written is removed."""
+    sys.exit(128 + number)
 
 
 def _make_parser() -> argparse.ArgumentParser:

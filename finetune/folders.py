@@ -2,13 +2,20 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
+
+_PARTIAL = ".partial"
 
 
 def check_output_free(folder: Path) -> None:
@@ -29,7 +36,8 @@ def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which takes its place once the block has ended without an error.
 
     A reader therefore sees the whole folder or none, whenever the process is stopped. When the block raises, the
-    temporary folder is removed; after a kill it stays behind under a name that starts with a dot and ends in `.partial`.
+    temporary folder is removed; after a kill it stays behind under a name that starts with a dot and ends in `.partial`,
+    until the next one for the same folder removes it.
 
     Raises:
         OutputError: `folder` exists and is not empty, or cannot be written (permission, space).
@@ -37,7 +45,8 @@ def write_folder(folder: Path) -> Iterator[Path]:
     check_output_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        _remove_stale_partials(folder)
+        partial, lock = _make_partial(folder)
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be made: {error.strerror} (at {error.filename}); choose another"
@@ -55,6 +64,45 @@ def write_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_partial(folder: Path) -> tuple[Path, int | None]:
+    """Make a temporary folder, locked for as long as this process lives."""
+    # It takes its final name when it is locked: before, another process could believe that a dead one had left it.
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+    lock = _lock(made)
+    return made.rename(made.with_suffix(_PARTIAL)), lock
+
+
+def _remove_stale_partials(folder: Path) -> None:
+    """Remove what killed processes left behind: temporary folders that no process holds."""
+    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.????????{_PARTIAL}"):
+        lock = _lock(stale)
+        if lock is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; return None where another process holds it, or where there are no such locks.
+
+    The system lets go of the lock when the process ends, however it ends.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager

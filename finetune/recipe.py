@@ -16,12 +16,15 @@ import yaml
 
 from finetune.errors import RecipeError, describe_unknown_name
 
+TrainedArchitecture = Literal["llama", "native"]
+
 
 @dataclass(frozen=True)
 class ModelSection:
-    """What to start from, and how to hold it in memory."""
+    """What to start from, and how to hold it in memory; `native` trains the published form with all its factors."""
 
     checkpoint: str = "base"
+    architecture: TrainedArchitecture = "llama"
     quantize: Literal["none", "int8", "nf4"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.errors import CheckpointError, OutputError, describe_unknown_name
+from finetune.recipe import TrainedArchitecture
 from finetune.resources import find_demo_data
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, read_config
@@ -87,6 +88,23 @@ def as_llama(folder: Path) -> Path:
         return folder
     key = hashlib.sha256(f"{_FOLD_VERSION}:{fingerprint_checkpoint(folder)}".encode()).hexdigest()[:16]
     return _make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))
+
+
+def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:
+    """Return the folder that a run trains on: a start's Llama form, or its native one as it was published.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or is not native where that was asked for.
+    """
+    folder = find_checkpoint(name)
+    if architecture == "llama":
+        return as_llama(folder)
+    if find_architecture(folder) == "llama":
+        raise CheckpointError(
+            f"{name}: is stored as Llama, so there is nothing native to train; remove model.architecture, or choose one of "
+            f"the checkpoints that `finetune checkpoints` lists as yulanmini"
+        )
+    return folder
 
 
 def _make_once(folder: Path, make: Callable[[Path], object]) -> Path:

@@ -59,7 +59,9 @@ def open_trained(result: Result) -> LoadedModel:
     """
     device = choose_device()
     origin = result.origin
-    section = ModelSection() if origin is None else ModelSection(quantize=origin.quantize)
+    section = (
+        ModelSection() if origin is None else ModelSection(quantize=origin.quantize, architecture=origin.architecture)
+    )
     precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
     model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from finetune.errors import ExportError
@@ -99,7 +100,7 @@ class Adapter:
             return parts["replacement"][rows].float()
         merged = base.float()
         if "a" in parts:
-            merged = (parts["b"][rows].float() @ parts["a"].float()).mul_(change.scale).add_(merged)
+            merged = _multiply(parts["b"][rows].float(), parts["a"].float(), change.scale).add_(merged)
             if "magnitude" in parts:
                 merged.mul_((parts["magnitude"][rows].float() / merged.norm(dim=1)).unsqueeze(1))
         if "embedding_a" in parts:
@@ -112,6 +113,13 @@ class Adapter:
                 if rows.start <= token < rows.stop:
                     merged[token - start] = row
         return merged
+
+
+def _multiply(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `(b @ a) * scale`, to the bit."""
+    if math.frexp(scale)[0] == 0.5:  # a power of two changes no rounding, so the smaller factor can carry it
+        return (b * scale) @ a
+    return (b @ a).mul_(scale)
 
 
 def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
@@ -130,7 +138,8 @@ def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
             faults.append(f"{stored_name} belongs to {name}, which the base does not have")
             continue
         tensor = stored.read(stored_name)
-        if not tensor.isfinite().all():
+        # By numpy: torch's threads would wait for one another at each of some 800 small tensors.
+        if not numpy.isfinite(tensor.float().numpy()).all():
             faults.append(f"{stored_name} holds NaN or infinite values")
         changes.setdefault(name, _Change()).parts[part] = tensor
     for name, change in changes.items():

@@ -33,6 +33,7 @@ def _describe_origin(subject: Subject, report: ExportReport) -> str:
             ("start", origin.checkpoint),
             ("method", origin.method),
             ("trained", "all weights" if subject.adapter is None else merged),
+            *([("architecture while training", "native, folded here")] if origin.architecture == "native" else []),
             ("base while training", "unquantized" if origin.quantize == "none" else origin.quantize),
             *rows,
         ]

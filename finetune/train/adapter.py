@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune.errors import TrainingError
 from finetune.recipe import AdapterSection
@@ -20,7 +20,7 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _UNTRAINED_RATIO = 0.25
 
 
-def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path) -> PreTrainedModel | PeftModel:
+def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) -> PreTrainedModel | PeftModel:
     """Return the model with a fresh LoRA adapter in float32, or the model itself where all weights are trained.
 
     Raises:
@@ -41,8 +41,7 @@ def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path)
         use_rslora=section.rslora,
         use_dora=section.dora,
         init_lora_weights=_PISSA if section.init == "pissa" else True,
-        # The folded tables are never tied, so both carry their own rows.
-        trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens} if tokens else None,
+        trainable_token_indices=dict.fromkeys(_list_tables(model), tokens) if tokens else None,
     )
     model.name_or_path = str(base)
     tuned = get_peft_model(model, config)
@@ -50,6 +49,11 @@ def attach_adapter(model: LlamaForCausalLM, section: AdapterSection, base: Path)
         # TRL's loss reads weight and bias of the head; PEFT's wrapper of trained rows passes on the weight only.
         tuned.get_output_embeddings().register_parameter("bias", None)
     return tuned
+
+
+def _list_tables(model: PreTrainedModel) -> list[str]:
+    """Name the tables that carry rows of their own: where the head is tied, PEFT gives it the embedding's."""
+    return ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
 
 
 def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:

@@ -1,16 +1,18 @@
-"""Load a Llama-format base for training or for use, on the device of this process."""
+"""Load a base for training or for use, on the device of this process."""
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
+from finetune.yulan.modeling import load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
 
@@ -60,16 +62,19 @@ def _name_autocast(dtype: str) -> AutocastDtype:
     return names[dtype]
 
 
-def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> LlamaForCausalLM:
-    """Load Llama weights in the recipe's quantization, whole, on one device.
+def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """Load a base in the recipe's architecture and quantization, whole, on one device.
 
     Raises:
         MachineError: the quantization or the attention kernel cannot run here.
     """
     if section.quantize != "none":
         check_quantization(section.quantize, device)
+    load: Callable[..., PreTrainedModel] = (
+        load_native if section.architecture == "native" else LlamaForCausalLM.from_pretrained
+    )
     try:
-        model = LlamaForCausalLM.from_pretrained(
+        model = load(
             folder,
             dtype=precision.weights,
             quantization_config=_make_quantization(section.quantize, precision.weights),
@@ -87,7 +92,7 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
     return model if section.quantize != "none" else model.to(device)
 
 
-def _keep_weights_differentiable(model: LlamaForCausalLM) -> None:
+def _keep_weights_differentiable(model: PreTrainedModel) -> None:
     """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel.
 
     On processors with AVX512-BF16 it does so at the first evaluation, for good, and the kernel has no gradient: training

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import CheckpointError, ExportError, FinetuneError
-from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+from finetune.recipe import TrainedArchitecture
+from finetune.starts import as_llama, find_base_folder, find_checkpoint, fingerprint_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ ResultKind = Literal["adapter", "model"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a result comes from: the start as the recipe named it, the Llama folder it was trained on, its template."""
+    """Where a result comes from: the start as the recipe named it, the folder of weights it was trained on, its template."""
 
     checkpoint: str
     base: str
@@ -32,6 +33,7 @@ class Origin:
     template: str
     template_fingerprint: str
     method: str
+    architecture: TrainedArchitecture = "llama"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def find_complete_checkpoint(run: Path) -> Path | None:
 
 
 def find_base(result: Result) -> Path:
-    """Return the Llama folder that an adapter was trained on, after comparing its content.
+    """Return the folder that an adapter was trained on, after comparing its content.
 
     Raises:
         CheckpointError: the base cannot be found.
@@ -127,7 +129,7 @@ def find_base(result: Result) -> Path:
         return as_llama(find_checkpoint(_read_peft_base(result.folder)))
     base = Path(origin.base)
     if not base.is_dir():
-        base = as_llama(find_checkpoint(origin.checkpoint))
+        base = find_base_folder(origin.checkpoint, origin.architecture)
     found = fingerprint_checkpoint(base)
     if found != origin.base_fingerprint:
         raise ExportError(

@@ -18,7 +18,7 @@ from finetune.data.template import ChatTemplate, find_template, list_stop_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+from finetune.starts import find_base_folder, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
@@ -98,7 +98,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
-        base = as_llama(find_checkpoint(recipe.model.checkpoint))
+        base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
     tokenizer = load_tokenizer(base)
     template = find_template(recipe.data.template, tokenizer)
     tokenizer.chat_template = template.source
@@ -110,7 +110,7 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
-    tokenizer = load_tokenizer(as_llama(find_checkpoint(recipe.model.checkpoint)))
+    tokenizer = load_tokenizer(find_base_folder(recipe.model.checkpoint, recipe.model.architecture))
     template = find_template(recipe.data.template, tokenizer)
     return tokenizer, load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
 
@@ -245,6 +245,7 @@ def _describe_origin(start: _Start) -> Origin:
         template=start.template.name,
         template_fingerprint=start.template.fingerprint,
         method=start.recipe.method,
+        architecture=start.recipe.model.architecture,
     )
 
 

@@ -16,6 +16,7 @@ from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.starts import fingerprint_checkpoint
 from finetune.train.record import Origin, open_result, write_origin
+from finetune.yulan import shards
 from finetune.yulan.tensors import open_tensors
 
 SETTINGS = ExportSettings("auto", 2 * 10**9)
@@ -39,28 +40,14 @@ KINDS = {
 }
 
 
-def make_adapter(base, folder, **options):
-    """Write an adapter of a kind with every number random, as PEFT writes it."""
-    model = LlamaForCausalLM.from_pretrained(base)
-    model.name_or_path = str(base)
-    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, **options}))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in tuned.named_parameters():
-        if parameter.requires_grad:
-            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data + noise if "magnitude" in name or "head" in name else noise
-    tuned.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
 def read_logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(nano_llama, tmp_path, kind):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS[kind])
+def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(make_adapter, nano_llama, tmp_path, kind):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS[kind])
     report = export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(nano_llama), adapter)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
@@ -75,8 +62,28 @@ def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(nano_llama
     assert report.verify.rows == 16  # bundled rows: this adapter came without any of its own
 
 
-def test_sixteen_bits_are_rounded_once(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_pieces_give_the_same_bits(make_adapter, tmp_path, monkeypatch, kind):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS[kind])
+    export_result(open_result(adapter), tmp_path / "large", SETTINGS)
+    monkeypatch.setattr(shards, "_PIECE_ELEMENTS", 256 * 7)  # seven rows, which divides none of the tensors
+    export_result(open_result(adapter), tmp_path / "small", SETTINGS)
+    large, small = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
+    assert all(torch.equal(large[name], small[name]) for name in large)
+
+
+@pytest.mark.parametrize("alpha", [12, 16])  # a scale of 3, and one of 4, whose product is taken another way
+def test_the_merge_equals_pefts_to_the_last_bit(make_adapter, nano_llama, tmp_path, alpha):
+    adapter = make_adapter(tmp_path / "adapter", lora_alpha=alpha)
+    export_result(open_result(adapter), tmp_path / "export", ExportSettings("bfloat16", 2 * 10**9))
+    ours = load_file(tmp_path / "export" / "model.safetensors")
+    live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(nano_llama), adapter)
+    merged = live.merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, merged[name].bfloat16()) for name, tensor in ours.items())
+
+
+def test_sixteen_bits_are_rounded_once(make_adapter, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     for dtype in ("float32", "bfloat16"):
         export_result(open_result(adapter), tmp_path / dtype, ExportSettings(dtype, 2 * 10**9), LogitVerifier())
     exact, rounded = (load_file(tmp_path / d / "model.safetensors") for d in ("float32", "bfloat16"))
@@ -84,8 +91,8 @@ def test_sixteen_bits_are_rounded_once(nano_llama, tmp_path):
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_an_export_holds_all_that_servers_need(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_an_export_holds_all_that_servers_need(make_adapter, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     export_result(open_result(adapter), tmp_path / "export", ExportSettings("auto", 2 * 10**6), LogitVerifier())
     names = {path.name for path in (tmp_path / "export").iterdir()}
     shards = {name for name in names if name.endswith(".safetensors")}
@@ -112,9 +119,9 @@ def forget_scale(adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_a_lost_adapter_is_noticed(nano_llama, tmp_path, monkeypatch):
+def test_a_lost_adapter_is_noticed(make_adapter, tmp_path, monkeypatch):
     """The merged model answers as the base: reported against every peer (unsloth 1593, mlx-lm 1172, peft 2105)."""
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     monkeypatch.setattr("finetune.export.adapter.Adapter.merge_rows", lambda self, name, start, base: base)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ExportError, match="the reopened model is not what was trained"):
@@ -123,8 +130,8 @@ def test_a_lost_adapter_is_noticed(nano_llama, tmp_path, monkeypatch):
         assert not list(tmp_path.glob(".export*"))
 
 
-def test_a_wrong_scale_is_noticed(nano_llama, tmp_path, monkeypatch):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_a_wrong_scale_is_noticed(make_adapter, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     right = merged.read_adapter
 
     def read_wrongly(folder, base):
@@ -139,8 +146,8 @@ def test_a_wrong_scale_is_noticed(nano_llama, tmp_path, monkeypatch):
     assert not (tmp_path / "export").exists()
 
 
-def test_a_flipped_bit_on_disk_is_noticed(nano_llama, tmp_path, monkeypatch):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_a_flipped_bit_on_disk_is_noticed(make_adapter, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     right = merge.write_shards
 
     def write_badly(folder, *arguments):
@@ -195,8 +202,8 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "found: adapter_model.bin"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(nano_llama, tmp_path, damage, message):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_an_adapter_that_does_not_fit_is_refused(make_adapter, tmp_path, damage, message):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     damage(adapter)
     with pytest.raises(ExportError) as caught:
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
@@ -204,8 +211,8 @@ def test_an_adapter_that_does_not_fit_is_refused(nano_llama, tmp_path, damage, m
     assert not (tmp_path / "export").exists()
 
 
-def test_all_faults_of_an_adapter_come_at_once(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_all_faults_of_an_adapter_come_at_once(make_adapter, nano_llama, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
 
     def damage(tensors):
         tensors.pop(f"{PREFIX}.lora_B.weight")
@@ -225,15 +232,15 @@ def make_origin(base, **changes):
     return Origin(**{**values, "template_fingerprint": template, **changes})
 
 
-def test_an_adapter_of_another_base_is_refused(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_an_adapter_of_another_base_is_refused(make_adapter, nano_llama, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     write_origin(adapter, make_origin(nano_llama, base_fingerprint="f" * 64), [])
     with pytest.raises(ExportError, match=r"was trained on other weights than .* holds now"):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
 
 
-def test_another_template_is_refused(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_another_template_is_refused(make_adapter, nano_llama, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     write_origin(adapter, make_origin(nano_llama), [])
     with pytest.raises((ExportError, TemplateError), match="its chat template is not the one that it was trained with"):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
@@ -248,8 +255,8 @@ def test_an_adapter_without_effect_is_said_not_refused(nano_llama, tmp_path):
     assert "The adapter is empty" in (tmp_path / "export" / "README.md").read_text()
 
 
-def test_a_taken_output_is_left_alone(nano_llama, tmp_path):
-    adapter = make_adapter(nano_llama, tmp_path / "adapter", **KINDS["lora"])
+def test_a_taken_output_is_left_alone(make_adapter, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "mine").write_text("x")
     with pytest.raises(OutputError, match="exists and is not empty"):

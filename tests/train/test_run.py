@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from finetune.data.template import encode_conversations, find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.verify import LogitVerifier
 from finetune.recipe import read_recipe
 from finetune.resources import find_demo_data, find_resource_folder
 from finetune.train.record import open_result
@@ -176,40 +174,6 @@ def test_packing_trains_the_same_tokens_as_separate_rows(train, read_losses):
         train("packed", "trainer.max_steps=1", "trainer.per_device_train_batch_size=32", "trainer.packing=true")
     )
     assert packed == pytest.approx(apart, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["model.quantize=nf4"],
-        ["model.quantize=int8"],
-        ["adapter.rslora=true"],
-        ["adapter.dora=true"],
-        ["adapter.init=pissa", "adapter.rslora=true"],
-        ["adapter.init=pissa", "adapter.train_tokens=[104,105,106]"],
-        ["model.quantize=nf4", "adapter.train_tokens=[104,106]"],
-        ["adapter.targets=[q_proj,down_proj]", "trainer.neftune_noise_alpha=5"],
-        ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
-        ["model.dtype=bfloat16", "trainer.gradient_checkpointing=true"],
-    ],
-    ids=lambda overrides: "+".join(item.split(".")[-1] for item in overrides),
-)
-def test_every_kind_of_training_exports_and_verifies(train, tmp_path, overrides):
-    run = train("run", *overrides, "trainer.learning_rate=1e-2")
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
-    assert report.verify.max_abs <= 1e-4
-    assert report.verify.top1_agreement == 1.0
-    if "adapter.kind=none" not in overrides:
-        assert report.verify.effect_kl > 1e-4  # the adapter does something, so losing it would be seen
-
-
-def test_only_the_named_token_rows_are_trained(train, nano_llama, tmp_path):
-    run = train("run", "adapter.train_tokens=[104,106]", "trainer.learning_rate=1e-2")
-    export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9))
-    before, after = load_file(nano_llama / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        changed = (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist()
-        assert changed == [104, 106]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
