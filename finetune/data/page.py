@@ -6,9 +6,10 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from datasets import Dataset
@@ -98,12 +99,26 @@ class Page:
 
 def collect_page(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int, title: str) -> Page:
     """Take the first rows of the training split, and the account of all."""
+    sources = list(_count_sources(splits))
+    names = _shorten_names([source.name for source in sources])
     rows = []
     for row in splits.train.select(range(min(count, len(splits.train)))):
-        trained = [label != IGNORED_LABEL for label in row["labels"]]
-        column = PageColumn("", tuple(split_tokens(tokenizer, row["input_ids"], trained)))
-        rows.append(PageRow(row["origin"], (column,)))
-    return Page(title, tuple(rows), tuple(_count_sources(splits)), splits.report)
+        file, comma, place = row["origin"].rpartition(", ")
+        rows.append(PageRow(f"{names.get(file, file)}{comma}{place}", _read_columns(row, tokenizer)))
+    sources = [replace(source, name=names[source.name]) for source in sources]
+    return Page(title, tuple(rows), tuple(sources), splits.report)
+
+
+def _read_columns(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[PageColumn, ...]:
+    """Return the text of a row; a preference row would have two here, titled chosen and rejected."""
+    trained = [label != IGNORED_LABEL for label in row["labels"]]
+    return (PageColumn("", tuple(split_tokens(tokenizer, row["input_ids"], trained))),)
+
+
+def _shorten_names(names: Sequence[str]) -> dict[str, str]:
+    """Leave folders out where the files can be told apart without them: the page may be sent to others."""
+    short = {name: Path(name).name for name in names}
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
 def split_tokens(
@@ -167,8 +182,7 @@ def _list_figures(report: DataReport) -> Iterator[tuple[str, str]]:
     yield "cut", f"{sum(split.truncated for split in splits):,}"
     yield "tokens for training", f"{report.train.tokens:,}"
     yield "of them trained", f"{report.train.trained_tokens:,} ({share:.0%})"
-    yield "median row", f"{report.train.median:,} tokens"
-    yield "longest row", f"{report.train.longest:,} tokens"
+    yield "median / longest row", f"{report.train.median:,} / {report.train.longest:,}"
 
 
 def _scale(histogram: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
