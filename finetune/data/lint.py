@@ -210,21 +210,25 @@ def _compare_row(row: LintRow, seen: Mapping[Split, _Seen]) -> Iterator[tuple[st
     is_trained = row.split == "train"
     signature = sign_text(text)
     if is_trained and (place := seen["evaluation"].places.get(digest)):
-        yield "overlap", f"the same as {place}: {shown}"
+        yield "overlap", f"the same as {_name_place(place, row)}: {shown}"
     elif is_trained and signature and (near := seen["evaluation"].near.find(signature)):
-        yield "near_overlap", f"{near[1]:.0%} the same as {near[0]}: {shown}"
+        yield "near_overlap", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
     own = seen[row.split]
     if place := own.places.get(digest):
-        yield "duplicate", f"the same as {place}: {shown}"
+        yield "duplicate", f"the same as {_name_place(place, row)}: {shown}"
         return
     own.places[digest] = row.where
     if signature is None:
         return
     if near := own.near.find(signature):
-        yield "near_duplicate", f"{near[1]:.0%} the same as {near[0]}: {shown}"
+        yield "near_duplicate", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
         if is_trained:  # thousands of copies of one row are each compared with the first only
             return
     own.near.add(row.where, signature)
+
+
+def _name_place(place: str, row: LintRow) -> str:
+    return place.removeprefix(f"{row.source}, ")
 
 
 def _count_row(tally: _Tally, row: LintRow, found: Mapping[str, str]) -> None:
