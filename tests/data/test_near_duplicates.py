@@ -44,8 +44,6 @@ def test_how_many_pairs_are_found(kept, fewest, most):
     for _ in range(200):
         words = chooser.sample(WORDS, 300)
         common = round(600 * kept / (1 + kept))  # common / (300 + 300 - common) = kept
-            kept * 600 / (1 + kept) / 2
-        )  # so many of 300 groups that the shared share of the union is `kept`
         other = words[:common] + chooser.sample([word for word in WORDS if word not in words], 300 - common)
         assert overlap(" ".join(words), " ".join(other)) == pytest.approx(kept, abs=0.015)
         index = NearIndex()
