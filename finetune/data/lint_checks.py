@@ -16,7 +16,7 @@ _LOST_TEXT = re.compile(r"[\ufffd\x80-\x9f]|锟斤拷|烫烫烫|屯屯屯|ï»¿
 _REPEATED = re.compile(
     r"([,;:!?~，。、；：！？])\1{3,}|[!?！？]{6,}|…{5,}|(?<!\.)\.{13,}|([,;:，。、；：])(?:\s*\2){4,}"
 )
-_HAN_WORD_LETTERS = 2
+_HAN_WORD_LETTERS, _LONGEST_WORD = 2, 100
 
 
 def shorten(text: str, start: int = 0) -> str:
@@ -37,6 +37,8 @@ def describe_short_answer(messages: Sequence[Message]) -> str | None:
 
 
 def _is_one_word(text: str) -> bool:
+    if len(text) > _LONGEST_WORD:
+        return False
     words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:[.,:/'’-][^\W\u3400-\u9fff]+)*", text)
     if all("\u3400" <= word <= "\u9fff" for word in words):
         return len(words) <= _HAN_WORD_LETTERS

@@ -5,6 +5,7 @@ Unlike training, which stops at the first bad file, this reads on: what cannot b
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,9 @@ _FAULT_KINDS = {
     "the conversation ends with": "role_order",
     "is empty": "empty_text",
 }
+# JSON can spell half of a character that needs two UTF-16 units; no tokenizer takes such text.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_HALF_CHARACTER = "the text holds half of a character (an escape between \\ud800 and \\udfff without its partner)"
 
 
 def lint_data(
@@ -84,7 +88,8 @@ def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[Lin
         try:
             entry = entry or choose_format(settings.format, settings.columns, raw, where)
             messages = _add_system(read_row(entry, settings.columns, raw, where), settings.system)
-            yield LintRow(where, source, split, messages, raw=raw)
+            fault = ("unreadable", _HALF_CHARACTER) if any(map(_is_broken, messages)) else None
+            yield LintRow(where, source, split, () if fault else messages, raw=raw, fault=fault)
         except DataError as error:
             yield LintRow(where, source, split, raw=raw, fault=_name_fault(str(error).removeprefix(f"{where}: ")))
 
@@ -93,6 +98,10 @@ def _add_system(messages: list[Message], system: str | None) -> list[Message]:
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def _is_broken(message: Message) -> bool:
+    return _SURROGATE.search(message["content"]) is not None
 
 
 def _name_fault(text: str) -> tuple[str, str]:
@@ -148,8 +157,9 @@ class _RowWriter:
         paths = (
             self._folder / f"{stem}{end}.jsonl" for end in itertools.chain([""], map("-{}".format, itertools.count(2)))
         )
-        # Line ends stay as they are on every system.
-        file = next(path for path in paths if not path.exists()).open("w", encoding="utf-8", newline="\n")
+        path = next(path for path in paths if not path.exists())
+        # Half a character is written as the JSON escape that it was read from; line ends are the same on every system.
+        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
         self._files[split, source] = file
         return file
 

@@ -37,7 +37,7 @@ def lint(tokenizer):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -59,6 +59,7 @@ def read(path):
         ({"messages": "hello"}, "unreadable"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "unreadable"),
         ({"other": 1}, "unreadable"),
+        ({"messages": [USER, {"role": "assistant", "content": "half \ud800 a character"}]}, "unreadable"),
     ],
 )
 @pytest.mark.parametrize("position", [0, 1])
@@ -198,7 +199,12 @@ def test_what_is_written_trains_and_lints_clean(lint, tokenizer, shared, tmp_pat
 
 
 def test_fixed_files_keep_rows_as_they_are(lint, tmp_path):
-    row = {"id": 7, "extra": {"b": [1, None], "a": "ü\u2028你"}, "completion": "Because it is.", "prompt": "Why so?"}
+    row = {
+        "id": 7,
+        "extra": {"b": [1, None], "a": "ü\u2028你\ud800"},
+        "completion": "Because it is.",
+        "prompt": "Why so?",
+    }
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     first = write(tmp_path / "one" / "rows.v1.jsonl", [row, row])
