@@ -56,6 +56,9 @@ def cut_prose(text: str) -> str:
 
 def count_units(text: str) -> dict[str, int]:
     """Count letters or words of each script in a text, code included; see the module for what a unit is."""
+    if text.isascii():
+        words = len(_UNITS["Latin"].findall(text))
+        return {"Latin": words} if words else {}
     counts = {name: len(pattern.findall(text)) for name, pattern in _UNITS.items()}
     kana, han = counts["Japanese"], counts["Chinese"]
     if kana > _KANA_SHARE * (kana + han):  # a few kana stand in Chinese texts too
@@ -78,7 +81,7 @@ def describe_language_change(question: str, answer: str) -> str | None:
 
     A question that speaks of languages or asks for a translation may well be answered in another.
     """
-    if _ABOUT_LANGUAGES.search(question):
+    if (question.isascii() and answer.isascii()) or _ABOUT_LANGUAGES.search(question):
         return None
     asked, answered = cut_prose(question), cut_prose(answer)
     if sum(count_units(asked).values()) < _FEWEST_QUESTION_UNITS:
@@ -93,7 +96,7 @@ def describe_language_change(question: str, answer: str) -> str | None:
 
 def describe_mixture(question: str, answer: str) -> str | None:
     """Say that an answer changes scripts within itself, or None: a second script has at least three tenths of its prose."""
-    if _ABOUT_LANGUAGES.search(question):
+    if answer.isascii() or _ABOUT_LANGUAGES.search(question):
         return None
     counts = sorted(count_units(cut_prose(answer)).items(), key=lambda item: -item[1])
     if len(counts) < 2 or counts[1][1] < max(_FEWEST_SECOND_UNITS, _SECOND_SHARE * sum(count for _, count in counts)):

@@ -63,6 +63,7 @@ class LintRow:
     """One row as it was read; where `fault` names a kind of finding, there are no messages and no tokens.
 
     `where` is `file, line 18`. `rejected` holds the messages that stand in place of the last of `messages` in a preference row.
+    Plain text is one message of the assistant's.
     """
 
     where: str

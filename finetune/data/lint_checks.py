@@ -48,16 +48,16 @@ def _is_one_word(text: str) -> bool:
 def describe_mojibake(messages: Sequence[Message]) -> str | None:
     """Say that a text was decoded with the wrong encoding, or has lost characters."""
     for number, message in enumerate(messages, 1):
-        found = _LOST_TEXT.search(message["content"]) or BADNESS_RE.search(message["content"])
-        if found:
-            return f"message {number} holds {found[0]!r}: {shorten(message['content'], found.start())}"
+        text = message["content"]
+        if not text.isascii() and (found := _LOST_TEXT.search(text) or BADNESS_RE.search(text)):
+            return f"message {number} holds {found[0]!r}: {shorten(text, found.start())}"
     return None
 
 
 def describe_repeated_punctuation(messages: Sequence[Message]) -> str | None:
     """Say that an answer repeats punctuation as no writer does; code is not looked at."""
     for message in messages:
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not _REPEATED.search(message["content"]):
             continue
         prose = cut_prose(message["content"])
         if found := _REPEATED.search(prose):

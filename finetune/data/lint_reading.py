@@ -88,8 +88,10 @@ def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[Lin
         try:
             entry = entry or choose_format(settings.format, settings.columns, raw, where)
             messages = _add_system(read_row(entry, settings.columns, raw, where), settings.system)
-            fault = ("unreadable", _HALF_CHARACTER) if any(map(_is_broken, messages)) else None
-            yield LintRow(where, source, split, () if fault else messages, raw=raw, fault=fault)
+            if any(map(_is_broken, messages)):
+                yield LintRow(where, source, split, raw=raw, fault=("unreadable", _HALF_CHARACTER))
+            else:
+                yield LintRow(where, source, split, messages, raw=raw)
         except DataError as error:
             yield LintRow(where, source, split, raw=raw, fault=_name_fault(str(error).removeprefix(f"{where}: ")))
 

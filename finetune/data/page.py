@@ -13,7 +13,6 @@ from typing import Any
 
 import jinja2
 from datasets import Dataset
-from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.dataset import DataReport, Splits
@@ -163,7 +162,7 @@ def render_page(page: Page) -> str:
         figures=list(_list_figures(report)),
         histograms=[(name, _scale(split.histogram)) for name, split in splits if split is not None],
         generator=_GENERATOR,
-        script=Markup(_SCRIPT),
+        script=_SCRIPT,
         script_hash=f"sha256-{digest}",
     )
 
