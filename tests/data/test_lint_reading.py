@@ -133,14 +133,22 @@ SHARED_FILES = {
     "alpaca_en_demo.json": (
         {},
         999,
-        {"duplicate": (14, 14), "one_word": (10, 16), "other_language": (0, 0), "mojibake": (0, 1)},
+        {"duplicate": (14, 14), "one_word": (13, 13), "other_language": (0, 0), "mojibake": (0, 0)},
     ),
-    "alpaca_zh_demo.json": ({}, 1000, {"duplicate": (8, 8), "other_language": (5, 20), "mojibake": (0, 0)}),
-    "identity.json": ({}, 91, {"duplicate": (0, 0), "other_language": (0, 0), "mixed_scripts": (0, 0)}),
+    "alpaca_zh_demo.json": (
+        {},
+        1000,
+        {"duplicate": (8, 8), "other_language": (14, 14), "mixed_scripts": (7, 7), "mojibake": (0, 0)},
+    ),
+    "identity.json": (
+        {},
+        91,
+        {"duplicate": (0, 0), "near_duplicate": (1, 1), "other_language": (0, 0), "mixed_scripts": (0, 0)},
+    ),
     "gsm8k_train.jsonl": (
         {"prompt": "question", "completion": "answer"},
         7473,
-        {"duplicate": (0, 0), "near_duplicate": (0, 5)},
+        {"duplicate": (0, 0), "near_duplicate": (0, 0)},
     ),
     "HumanEval.jsonl.gz": (
         {"completion": "canonical_solution"},
