@@ -85,6 +85,16 @@ def _make_parser() -> argparse.ArgumentParser:
     preview = add_verb("preview", _run_preview, "show rows as the model will see them, with what is trained marked")
     add_recipe(preview)
     preview.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
+    preview.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write them as one page that needs nothing else"
+    )
+    lint = add_verb(
+        "lint", _run_lint, "look for what is wrong with the rows: duplicates, empty answers, overlap and more"
+    )
+    add_recipe(lint)
+    lint.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
+    )
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
@@ -168,7 +178,26 @@ def _run_preview(arguments: argparse.Namespace) -> int:
 
     tokenizer, splits = prepare_rows(load_recipe(arguments.recipe, arguments.set))
     preview = preview_rows(splits, tokenizer, arguments.rows)
+    if arguments.html is not None:
+        from finetune.data.page import collect_page, render_page, write_page
+
+        page = collect_page(splits, tokenizer, arguments.rows, arguments.recipe.name)
+        write_page(arguments.html, render_page(page))
+        print(f"wrote {arguments.html}", file=sys.stderr)
     return _print_result(arguments, _to_json(preview), describe_preview(preview, in_colour=sys.stdout.isatty()))
+
+
+def _run_lint(arguments: argparse.Namespace) -> int:
+    from finetune.check import load_recipe
+    from finetune.data.lint import describe_fix, describe_lint
+    from finetune.data.lint_reading import lint_data
+    from finetune.train.run import open_data
+
+    report = lint_data(*open_data(load_recipe(arguments.recipe, arguments.set)), arguments.fix)
+    text = describe_lint(report)
+    if arguments.fix is not None:
+        text += f"\n\n{describe_fix(report)}: {arguments.fix}"
+    return _print_result(arguments, report.to_json(), text)
 
 
 def _run_train(arguments: argparse.Namespace) -> int:

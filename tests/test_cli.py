@@ -103,6 +103,63 @@ def test_the_straight_line(call, folder):
         assert set(json.loads(out)) == {"answer", "tokens", "stopped_by"}
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_lint_reports_and_fixes(call, folder):
+    good = [{"prompt": f"What follows {number}?", "completion": f"It is {number + 1}."} for number in range(12)]
+    bad = [good[0], {"prompt": "Why?", "completion": " "}, {"question": "Why?"}]
+    write_rows(folder / "rows.jsonl", [*good, *bad, {"prompt": "One word?", "completion": "Yes"}])
+    before = list_files(folder)
+    status, out, err = call("lint", "recipe.yaml", "--json")
+    report = json.loads(out)
+    assert (status, err) == (0, "")
+    assert report["counts"] == {"unreadable": 1, "empty_text": 1, "duplicate": 1, "one_word": 1}
+    assert (report["rows"], report["passed"]) == (16, 13)
+    assert report["left_out"] == {"duplicate": 1, "empty_text": 1, "unreadable": 1}
+    assert {"kind", "severity", "count", "file", "line", "text", "examples"} <= set(report["findings"][0])
+    assert [(found["kind"], found["line"]) for found in report["findings"]] == [
+        ("unreadable", 15),
+        ("empty_text", 14),
+        ("duplicate", 13),
+        ("one_word", 16),
+    ]
+    assert list_files(folder) == before
+
+    status, out, _ = call("lint", "recipe.yaml", "--fix", "fixed")
+    assert status == 0
+    assert (
+        f"error unreadable, 1 row: cannot be read (left out by --fix)\n  {folder / 'rows.jsonl'}:15  has no 'prompt'"
+        in out
+    )
+    assert out.endswith("wrote 13 of 16 rows (left out: 1 duplicate, 1 empty_text, 1 unreadable): fixed\n")
+    assert list_files(folder) == ["fixed/rows.jsonl", *before]
+    status, out, _ = call("preview", "recipe.yaml", "-s", "data.train=fixed/rows.jsonl", "--json")
+    assert (status, json.loads(out)["counts"]["train"]["rows_read"]) == (0, 13 - 4)
+    status, out, _ = call("lint", "recipe.yaml", "-s", "data.train=fixed/rows.jsonl", "--json")
+    assert json.loads(out)["counts"] == {"one_word": 1}
+
+    status, _, err = call("lint", "recipe.yaml", "--fix", "fixed")
+    assert status == 2
+    assert "fixed: the output folder exists and is not empty" in err
+
+
+def test_preview_as_a_page(call, folder):
+    status, out, err = call("preview", "recipe.yaml", "-n", 2, "--html", "pages/rows.html", "--json")
+    assert (status, err) == (0, "wrote pages/rows.html\n")
+    page = (folder / "pages" / "rows.html").read_text(encoding="utf-8")
+    for row in json.loads(out)["rows"]:
+        assert all(f'title="{token}"' in page for token in row["token_ids"][:5])
+    assert page.count("<article>") == 2
+    assert call("preview", "recipe.yaml", "--html", "pages/rows.html")[0] == 0
+    assert (folder / "pages" / "rows.html").read_text(encoding="utf-8").count("<article>") == 3
+    status, out, err = call("preview", "recipe.yaml", "--html", "rows.jsonl")
+    assert (status, out) == (2, "")
+    assert "rows.jsonl: exists and was not written by `finetune preview`; choose another name, or remove it" in err
+    assert list_files(folder) == ["pages/rows.html", "recipe.yaml", "rows.jsonl"]
+
+
 def test_evaluate_is_the_mean_over_all_trained_tokens(call, folder, nano_llama):
     """A reference without chunks, sorting or batches: the loss of transformers, weighted by hand."""
     from transformers import AutoTokenizer, LlamaForCausalLM

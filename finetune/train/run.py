@@ -110,9 +110,14 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
+    settings, tokenizer, template = open_data(recipe)
+    return tokenizer, load_splits(settings, tokenizer, template, recipe.seed)
+
+
+def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
+    """Return what the rows of a recipe are read and rendered with, before any row is read."""
     tokenizer = load_tokenizer(find_base_folder(recipe.model.checkpoint, recipe.model.architecture))
-    template = find_template(recipe.data.template, tokenizer)
-    return tokenizer, load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
+    return _read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
 
 
 def _read_data_settings(recipe: Recipe) -> DataSettings:

@@ -1,0 +1,104 @@
+"""What language a text is in, told by its scripts alone: enough to see an answer that leaves the language of its question.
+
+Latin letters count as one language, since English, French and their like cannot be told apart by script. A Han, kana, Hangul or
+Thai letter counts as one unit, and so does a whole word of a script that puts spaces between words. Han beside kana is Japanese.
+Code, formulas and addresses are cut out first: they are written in Latin letters in every language.
+"""
+
+import re
+from collections.abc import Mapping
+
+Shares = Mapping[str, float]
+
+_UNITS = {
+    "Chinese": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"),
+    "Japanese": re.compile(r"[\u3041-\u30ff]"),
+    "Korean": re.compile(r"[\uac00-\ud7af]"),
+    "Thai": re.compile(r"[\u0e01-\u0e30]"),
+    "Latin": re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏ]{2,}"),
+    "Cyrillic": re.compile(r"[\u0400-\u052f]{2,}"),
+    "Arabic": re.compile(r"[\u0620-\u06ff]{2,}"),
+    "Hebrew": re.compile(r"[\u05d0-\u05ea]{2,}"),
+    "Devanagari": re.compile(r"[\u0900-\u097f]{2,}"),
+}
+_NOT_PROSE = re.compile(
+    r"```.*?(?:```|\Z)"  # fenced code
+    r"|`[^`\n]+`"  # code within a line
+    r"|\$\$.+?\$\$|\$[^$\n]+\$|\\\[.+?\\\]|\\\(.+?\\\)"  # formulas
+    r"|\\begin\{.+?\\end\{\w+\*?\}"
+    r"|https?://[!-~]+|\S+@\S+"
+    r"|</?[A-Za-z][^<>\n]*>"
+    r"|\{\{.*?\}\}",
+    re.DOTALL,
+)
+_CODE_LINE = re.compile(
+    r"[;{}\\]\s*$|[=<>]=|->|=>|::|\w\(|\w\.\w+\(|^\s*[\w.\[\]]+\s*[-+*/]?=\s|^\s*[#@/*]|^\s*\w+:\s*$"
+    r"|^\s*(?:def|class|import|from|return|if|elif|else|for|while|try|except|with|print|public|private|static|var|let|const"
+    r"|function|select|insert|update|create|echo|sudo|pip|npm|git)\b(?!.*[.!?,]\s)",
+    re.IGNORECASE,
+)
+_KANA_SHARE = 0.1
+# Below this much prose a share says nothing.
+_FEWEST_QUESTION_UNITS, _FEWEST_ANSWER_UNITS = 4, 8
+_MAIN_SHARE, _SECOND_SHARE, _FEWEST_SECOND_UNITS = 0.7, 0.3, 12
+_ABOUT_LANGUAGES = re.compile(
+    r"translat|language|bilingual|english|chinese|mandarin|japanese|korean|french|german|spanish|italian|russian|arabic|hindi"
+    r"|翻译|译成|译为|英译|汉译|译文|语言|双语|[中英日韩法德俄外汉]语|[中英日韩法德俄外]文|单词|词汇|拼音|缩写",
+    re.IGNORECASE,
+)
+
+
+def cut_prose(text: str) -> str:
+    """Return the text without its code, formulas, mark-up and addresses."""
+    lines = _NOT_PROSE.sub(" ", text).split("\n")
+    return "\n".join(line for line in lines if not _CODE_LINE.search(line))
+
+
+def count_units(text: str) -> dict[str, int]:
+    """Count letters or words of each script in a text, code included; see the module for what a unit is."""
+    if text.isascii():
+        words = len(_UNITS["Latin"].findall(text))
+        return {"Latin": words} if words else {}
+    counts = {name: len(pattern.findall(text)) for name, pattern in _UNITS.items()}
+    kana, han = counts["Japanese"], counts["Chinese"]
+    if kana > _KANA_SHARE * (kana + han):  # a few kana stand in Chinese texts too
+        counts |= {"Japanese": kana + han, "Chinese": 0}
+    return {name: count for name, count in counts.items() if count}
+
+
+def name_language(text: str) -> str:
+    """Return the script that most of a text is in, `mixed` where none has seven tenths, or `none` where there are no letters."""
+    counts = count_units(text)
+    total = sum(counts.values())
+    if not total:
+        return "none"
+    name, count = max(counts.items(), key=lambda item: item[1])
+    return name if count >= _MAIN_SHARE * total else "mixed"
+
+
+def describe_language_change(question: str, answer: str) -> str | None:
+    """Say that an answer is in another language than its question, or None.
+
+    A question that speaks of languages or asks for a translation may well be answered in another.
+    """
+    if (question.isascii() and answer.isascii()) or _ABOUT_LANGUAGES.search(question):
+        return None
+    asked, answered = cut_prose(question), cut_prose(answer)
+    if sum(count_units(asked).values()) < _FEWEST_QUESTION_UNITS:
+        return None
+    if sum(count_units(answered).values()) < _FEWEST_ANSWER_UNITS:
+        return None
+    one, other = name_language(asked), name_language(answered)
+    if one == other or "mixed" in (one, other):
+        return None
+    return f"asked in {one}, answered in {other}"
+
+
+def describe_mixture(question: str, answer: str) -> str | None:
+    """Say that an answer changes scripts within itself, or None: a second script has at least three tenths of its prose."""
+    if answer.isascii() or _ABOUT_LANGUAGES.search(question):
+        return None
+    counts = sorted(count_units(cut_prose(answer)).items(), key=lambda item: -item[1])
+    if len(counts) < 2 or counts[1][1] < max(_FEWEST_SECOND_UNITS, _SECOND_SHARE * sum(count for _, count in counts)):
+        return None
+    return f"mixes {counts[0][0]} and {counts[1][0]} ({counts[0][1]:,} and {counts[1][1]:,} letters or words)"
