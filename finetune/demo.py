@@ -9,7 +9,7 @@ from finetune.check import load_recipe
 from finetune.evaluate.chat import Answer, answer, open_model
 from finetune.evaluate.loss import evaluate_path
 from finetune.export.merge import ExportSettings, export_result
-from finetune.export.proof import ExportReport
+from finetune.export.proof import BaseScores, ExportReport
 from finetune.export.verify import LogitVerifier
 from finetune.folders import check_output_free
 from finetune.resources import find_demo_data, list_recipes
@@ -30,6 +30,7 @@ class DemoResult:
     run: str
     export: str
     verify: dict[str, object]
+    bases: BaseScores | None
     loss_before: float
     loss_after: float
     answers: list[dict[str, str]]
@@ -59,6 +60,7 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
         run=str(run),
         export=str(report.output),
         verify=_read_comparison(report),
+        bases=report.bases,
         loss_before=before.loss,
         loss_after=after.loss,
         answers=[
@@ -99,6 +101,7 @@ def describe_demo(result: DemoResult) -> str:
         f"  largest difference of a logit {verify['max_abs']:.1e}, KL {verify['kl']:.1e}, "
         f"same likeliest token {verify['top1_agreement']:.0%}, {verify['rows']} rows",
         "",
+        *_describe_bases(result.bases),
         "Answers (to questions that it was not trained on)",
     ]
     for item in result.answers:
@@ -120,6 +123,16 @@ def describe_demo(result: DemoResult) -> str:
         "  finetune train recipes/sft_qlora.yaml -s data.train=my.jsonl",
     ]
     return "\n".join(lines)
+
+
+def _describe_bases(bases: BaseScores | None) -> list[str]:
+    if bases is None:
+        return []
+    return [
+        "Held-out loss of the adapter on the 4-bit base that it was trained on, and merged (--base decides)",
+        f"  as trained {bases.trained_loss:.3f}   full-precision base {bases.full.loss:.3f}   dequantized base {bases.dequantized.loss:.3f}",
+        "",
+    ]
 
 
 def _draw_fall(result: DemoResult) -> str:
