@@ -15,6 +15,7 @@ from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
 from finetune.train.model import choose_device, choose_precision, load_base
 from finetune.train.record import Result, find_base, is_result, open_result
+from finetune.yulan.layout import find_architecture
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ def open_trained(result: Result) -> LoadedModel:
     """
     device = choose_device()
     origin = result.origin
-    section = (
-        ModelSection() if origin is None else ModelSection(quantize=origin.quantize, architecture=origin.architecture)
-    )
     precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
+    section = ModelSection(
+        quantize="none" if origin is None else origin.quantize,
+        architecture="native" if find_architecture(base) == "yulanmini" else "llama",
+    )
     model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)
     if result.kind == "adapter":
         model = PeftModel.from_pretrained(model, result.folder)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from finetune.errors import CheckpointError, ExportError, FinetuneError
 from finetune.recipe import TrainedArchitecture
-from finetune.starts import as_llama, find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.starts import find_base_folder, find_checkpoint, fingerprint_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,8 @@ def find_base(result: Result) -> Path:
     """
     origin = result.origin
     if origin is None:
-        return as_llama(find_checkpoint(_read_peft_base(result.folder)))
+        # As it is: an adapter whose base is a native folder was trained on the native model.
+        return find_checkpoint(_read_peft_base(result.folder))
     base = Path(origin.base)
     if not base.is_dir():
         base = find_base_folder(origin.checkpoint, origin.architecture)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune.errors import ExportError, OutputError, TemplateError
+from finetune.evaluate.chat import open_trained
 from finetune.export import merge, merged
 from finetune.export.adapter import read_adapter
 from finetune.export.merge import ExportSettings, export_result
@@ -17,6 +18,7 @@ from finetune.export.verify import LogitVerifier
 from finetune.starts import fingerprint_checkpoint
 from finetune.train.record import Origin, open_result, write_origin
 from finetune.yulan import shards
+from finetune.yulan.modeling import load_native
 from finetune.yulan.tensors import open_tensors
 
 SETTINGS = ExportSettings("auto", 2 * 10**9)
@@ -60,6 +62,24 @@ def test_merged_equals_live_equals_reloaded_and_differs_from_the_base(make_adapt
     assert report.verify.max_abs <= 1e-4
     assert report.verify.top1_agreement == 1.0
     assert report.verify.rows == 16  # bundled rows: this adapter came without any of its own
+
+
+def test_an_adapter_of_the_native_model_is_folded_with_it(nano, tmp_path):
+    """Its base is a native folder, so PEFT trained it there; merged into the fold it would be another model."""
+    model = load_native(nano)
+    model.name_or_path = str(nano)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    tuned.save_pretrained(tmp_path / "adapter")
+    result = open_result(tmp_path / "adapter")
+    report = export_result(result, tmp_path / "export", SETTINGS, LogitVerifier())
+    assert report.verify.max_abs <= 1e-4
+    expected = read_logits(tuned)
+    assert torch.allclose(read_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export")), expected, atol=1e-4)
+    assert torch.allclose(read_logits(open_trained(result).model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,8 +75,9 @@ def test_accumulation_does_not_change_the_losses(train, read_losses):
         ["adapter.init=pissa"],
         ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-3"],
         ["model.quantize=nf4"],
+        ["model.architecture=native", "adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
     ],
-    ids=["lora-with-dropout", "pissa", "full", "nf4"],
+    ids=["lora-with-dropout", "pissa", "full", "nf4", "native"],
 )
 def test_resuming_is_bit_for_bit_the_same_run(train, make_recipe, overrides):
     overrides = [*overrides, "trainer.max_steps=6", "trainer.save_strategy=steps", "trainer.save_steps=3"]
