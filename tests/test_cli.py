@@ -345,7 +345,7 @@ def test_a_full_disk_is_one_sentence(call, folder, nano, monkeypatch):
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("finetune.yulan.shards._write_file", fail)
+    monkeypatch.setattr("finetune.yulan.folding.FoldedTensors.make_rows", fail)  # in one of the threads
     status, _, err = call("fold", nano, "-o", "folded")
     assert status == 2
     assert "folded: cannot be written: the disk is full" in err
