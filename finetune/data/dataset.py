@@ -146,7 +146,7 @@ def _read_rows(paths: Sequence[Path], settings: DataSettings, formats: dict[str,
                 entry = choose_format(settings.format, settings.columns, raw, where)
                 formats[str(path)] = entry.name
             try:
-                messages = read_row(entry, settings.columns, raw, where)
+                messages = read_row(entry, settings.columns, raw, where).messages
             except DataError as error:
                 origin, _, fault = str(error).partition(": ")
                 faults.append((origin, fault))

@@ -68,7 +68,7 @@ def load(tokenizer, tmp_path):
 def test_formats(raw, columns, name, texts):
     entry = choose_format("auto", columns, raw, "file, line 1")
     assert entry.name == name
-    messages = read_row(entry, columns, raw, "file, line 1")
+    messages = read_row(entry, columns, raw, "file, line 1").messages
     assert [message["content"] for message in messages] == texts
     assert [message["role"] for message in messages if message["role"] != "system"] == ["user", "assistant"] * (
         len([message for message in messages if message["role"] != "system"]) // 2
@@ -88,9 +88,9 @@ def test_formats(raw, columns, name, texts):
         ),
         (
             {"messages": [{"role": "gpt", "content": "a"}]},
-            "has the role 'gpt'; expected system, user, assistant (did you mean 'assistant'?)",
+            "has the role 'gpt'; expected system, user, assistant, tool (did you mean 'assistant'?)",
         ),
-        ({"messages": [{"from": "human", "value": "a"}]}, "message 1 has no 'role'; found from, value"),
+        ({"messages": [{"speaker": "human", "value": "a"}]}, "message 1 has no 'role'; found speaker, value"),
         ({"messages": [{"role": "user", "content": 3}]}, "the content of message 1 is a number; expected text"),
         ({"messages": [{"role": "user", "content": " \n"}]}, "the content of message 1 is empty"),
         ({"messages": "hello"}, "messages is text; expected a list"),
