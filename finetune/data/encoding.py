@@ -137,3 +137,17 @@ def _encode_plain(
         backend.encode_special_tokens = False
     # A token of no characters (there are none in byte-level tokenizers) would have no last one.
     return encoding.ids, [(origin[start], origin[max(start, end - 1)] + 1) for start, end in encoding.offsets]
+
+
+def encode_plain_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenSpans]:
+    """Tokenize documents: bos, the text without any control token, eos; all but bos is trained."""
+    if not texts:
+        return []
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
+    rows = [[tokenizer.bos_token_id, *encoding.ids, tokenizer.eos_token_id] for encoding in encodings]
+    return [TokenSpans(row, [(1, len(row))]) for row in rows]

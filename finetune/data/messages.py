@@ -97,6 +97,7 @@ def _read_call(call: object, where: str) -> dict[str, Any]:
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"the arguments of a tool call of {where}")
+    check_characters(json.dumps([call["name"], arguments], ensure_ascii=False), f"a tool call of {where}")
     return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
@@ -121,6 +122,7 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     for tool in read_list(tools, "tools"):
         if not isinstance(tool, dict):
             raise RowError(f"tools holds {describe(tool)}; expected objects")
+    check_characters(json.dumps(tools, ensure_ascii=False, default=str), "tools")
     return list(tools)
 
 
@@ -159,7 +161,18 @@ def read_text(value: object, name: str) -> str:
         raise RowError(f"{name} is {describe(value)}; expected text")
     if not value.strip():
         raise RowError(f"{name} is empty")
+    if not value.isascii():
+        check_characters(value, name)
     return value
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse half characters, which no tokenizer takes and which we use as marks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise RowError(f"{name} holds half a character ({half}); repair the file's encoding") from error
 
 
 def read_list(value: object, name: str) -> list[Any]:

@@ -17,7 +17,7 @@ from finetune.data.dataset import DataSettings, Splits, load_splits
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+from finetune.starts import as_llama, find_cache, find_checkpoint, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base, load_tokenizer
@@ -124,6 +124,10 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         system=data.system,
         max_tokens=data.max_tokens,
         overflow=data.overflow,
+        train_on=data.train_on,
+        substitute=data.substitute,
+        deduplicate=data.deduplicate,
+        cache=find_cache() / "rows",
     )
 
 
