@@ -78,14 +78,14 @@ def _read_sharegpt(message: Mapping[str, Any], where: str) -> Message:
 def _read_content(value: object, name: str) -> str:
     if not isinstance(value, list):
         return read_text(value, name)
-    texts = []
+    texts: list[str] = []
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else describe(part)
             raise RowError(f"{name} holds a part that is {kind!r}; only text parts can be trained")
-        texts.append(part.get("text"))
-    if not all(isinstance(text, str) for text in texts):
-        raise RowError(f"{name} holds a text part without text")
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"{name} holds a text part without text")
+        texts.append(part["text"])
     return read_text("".join(texts), name)
 
 
@@ -119,11 +119,12 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     tools = parse_json(value, "tools") if isinstance(value, str) else value
     if tools == []:
         return None
-    for tool in read_list(tools, "tools"):
+    listed = read_list(tools, "tools")
+    for tool in listed:
         if not isinstance(tool, dict):
             raise RowError(f"tools holds {describe(tool)}; expected objects")
     check_characters(json.dumps(tools, ensure_ascii=False, default=str), "tools")
-    return list(tools)
+    return listed
 
 
 def check_order(messages: Sequence[Message], *, ends_with: str = "assistant") -> None:

@@ -130,7 +130,7 @@ def _encode_bundled_rows(folder: Path, template: ChatTemplate) -> list[SampleRow
     """Return bundled rows, for an adapter that came without rows of its own."""
     tokenizer = load_tokenizer(folder)
     raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_MOST_ROWS]
-    conversations = [read_row(FORMATS["messages"], {}, row, where) for where, row in raw]
+    conversations = [read_row(FORMATS["messages"], {}, row, where).messages for where, row in raw]
     return [
         SampleRow(encoded.token_ids, encoded.token_ids)
         for encoded in encode_conversations(tokenizer, template, conversations)

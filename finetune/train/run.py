@@ -75,7 +75,9 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        check_first_batch(trainer, start.tokenizer, list_stop_tokens(start.tokenizer, start.template))
+        holds_texts = "text" in start.splits.report.formats.values()
+        stop_tokens = [] if holds_texts else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
         if start.splits.evaluation is not None:
             trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
         _describe_work(trainer, start)
