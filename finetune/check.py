@@ -154,7 +154,14 @@ def _find_file(name: str, folder: Path) -> Path | None:
     """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
     path = Path(name).expanduser()
     candidates = [path] if path.is_absolute() else [folder / path, path]
-    return next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
+    return next((candidate.resolve() for candidate in candidates if _is_data(candidate)), None)
+
+
+def _is_data(path: Path) -> bool:
+    if path.exists():
+        return True
+    is_glob = any(sign in path.name for sign in "*?[")
+    return is_glob and path.parent.is_dir() and any(path.parent.glob(path.name))
 
 
 def _suggest_file(name: str, folder: Path) -> str:

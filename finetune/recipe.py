@@ -42,7 +42,10 @@ class DataSection:
     template: str = "auto"
     system: str | None = None
     max_tokens: int = 2048
-    overflow: Literal["error", "drop", "truncate"] = "error"
+    overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    substitute: Mapping[str, str] = field(default_factory=dict)
+    deduplicate: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from finetune.data.lint_checks import (
     describe_short_answer,
     shorten,
 )
+from finetune.data.messages import Message
 from finetune.data.near_duplicates import NearIndex, sign_text
-from finetune.data.rows import Message
 
 Severity = Literal["error", "warning", "note"]
 Split = Literal["train", "evaluation"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ftfy.badness import BADNESS_RE
 
 from finetune.data.languages import cut_prose
-from finetune.data.rows import Message
+from finetune.data.messages import Message
 
 _SHOWN = 80
 # The replacement character, C1 controls, and what UTF-8 and GBK make of each other's padding.

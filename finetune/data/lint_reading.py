@@ -5,18 +5,19 @@ Unlike training, which stops at the first bad file, this reads on: what cannot b
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.dataset import DataSettings
-from finetune.data.files import read_file
+from finetune.data.encoding import encode_plain_texts, list_control_spellings
+from finetune.data.files import list_files, read_file
 from finetune.data.lint import LintReport, LintRow, LintSettings, Split, lint_rows
-from finetune.data.rows import Format, Message, choose_format, read_row
+from finetune.data.messages import Message
+from finetune.data.rows import Format, Row, choose_format, read_row
+from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, Encoded, encode_conversations
 from finetune.errors import DataError, TemplateError
 from finetune.folders import write_folder
@@ -29,9 +30,14 @@ _FAULT_KINDS = {
     "the conversation ends with": "role_order",
     "is empty": "empty_text",
 }
-# JSON can spell half of a character that needs two UTF-16 units; no tokenizer takes such text.
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-_HALF_CHARACTER = "the text holds half of a character (an escape between \\ud800 and \\udfff without its partner)"
+
+
+@dataclass(frozen=True)
+class _ReadRow:
+    """A row for lint, and what it was read as where it could be read."""
+
+    lint: LintRow
+    row: Row | None = None
 
 
 def lint_data(
@@ -54,25 +60,19 @@ def lint_data(
             writer.close()
 
 
-def list_control_spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts that the tokenizer would read as control tokens, the longest first."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text)))
-
-
 def read_lint_rows(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> Iterator[LintRow]:
     """Yield every row of a recipe, those to evaluate on first, with its tokens or with its fault."""
     splits: tuple[tuple[Split, Sequence[Path]], ...] = (("evaluation", settings.evaluation), ("train", settings.train))
     for split, paths in splits:
-        for path in paths:
+        for path in (file for entry in paths for file in list_files(entry)):
             read = _read_rows(path, split, settings)
             while batch := list(itertools.islice(read, _BATCH_ROWS)):
                 yield from _encode_rows(batch, tokenizer, template)
 
 
-def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[LintRow]:
+def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[_ReadRow]:
     entry: Format | None = None
     source = str(path)
     raw_rows = read_file(path)
@@ -83,27 +83,28 @@ def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[Lin
             return
         except DataError as error:
             where, _, fault = str(error).partition(": ")
-            yield LintRow(where, source, split, fault=("unreadable", f"{fault}; what follows it was not read"))
+            yield _ReadRow(
+                LintRow(where, source, split, fault=("unreadable", f"{fault}; what follows it was not read"))
+            )
             return
         try:
             entry = entry or choose_format(settings.format, settings.columns, raw, where)
-            messages = _add_system(read_row(entry, settings.columns, raw, where), settings.system)
-            if any(map(_is_broken, messages)):
-                yield LintRow(where, source, split, raw=raw, fault=("unreadable", _HALF_CHARACTER))
-            else:
-                yield LintRow(where, source, split, messages, raw=raw)
+            row = read_row(entry, settings.columns, raw, where)
         except DataError as error:
-            yield LintRow(where, source, split, raw=raw, fault=_name_fault(str(error).removeprefix(f"{where}: ")))
+            named = _name_fault(str(error).removeprefix(f"{where}: "))
+            yield _ReadRow(LintRow(where, source, split, raw=raw, fault=named))
+            continue
+        messages = _list_messages(row, settings.system)
+        yield _ReadRow(LintRow(where, source, split, messages, row.rejected or None, raw=raw), row)
 
 
-def _add_system(messages: list[Message], system: str | None) -> list[Message]:
+def _list_messages(row: Row, system: str | None) -> list[Message]:
+    if row.text:
+        return [{"role": "assistant", "content": row.text}]
+    messages = [*row.messages, *row.chosen]
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
-
-
-def _is_broken(message: Message) -> bool:
-    return _SURROGATE.search(message["content"]) is not None
 
 
 def _name_fault(text: str) -> tuple[str, str]:
@@ -111,30 +112,39 @@ def _name_fault(text: str) -> tuple[str, str]:
 
 
 def _encode_rows(
-    batch: Sequence[LintRow], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+    batch: Sequence[_ReadRow], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> Iterator[LintRow]:
     """Count the tokens of a batch; a row that the template refuses gets a fault."""
-    readable = [row for row in batch if row.fault is None]
+    chats = [read for read in batch if read.row is not None and not read.row.text]
     try:
-        encoded: Iterator[Encoded | str] = iter(
-            encode_conversations(tokenizer, template, [row.messages for row in readable]) if readable else ()
-        )
+        encoded: Iterator[Encoded | str] = iter(_encode_chats(chats, tokenizer, template))
     except TemplateError:
-        encoded = (_encode_one(row, tokenizer, template) for row in readable)
-    for row in batch:
-        if row.fault is not None:
+        encoded = (_encode_one(chat, tokenizer, template) for chat in chats)
+    for read in batch:
+        row = read.lint
+        if read.row is None:
             yield row
-            continue
-        result = next(encoded)
-        if isinstance(result, str):
-            yield replace(row, messages=(), fault=("unreadable", result))
+        elif read.row.text:
+            (text,) = encode_plain_texts(tokenizer, [read.row.text])
+            yield replace(row, tokens=len(text.token_ids), trained_tokens=len(text.token_ids) - 1)
+        elif isinstance(result := next(encoded), str):
+            yield replace(row, messages=(), rejected=None, fault=("unreadable", result))
         else:
             yield replace(row, tokens=len(result.token_ids), trained_tokens=sum(result.trained))
 
 
-def _encode_one(row: LintRow, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Encoded | str:
+def _encode_chats(
+    chats: Sequence[_ReadRow], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> list[Encoded]:
+    if not chats:
+        return []
+    messages = [chat.lint.messages for chat in chats]
+    return encode_conversations(tokenizer, template, messages, [chat.row.tools if chat.row else None for chat in chats])
+
+
+def _encode_one(chat: _ReadRow, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Encoded | str:
     try:
-        return encode_conversations(tokenizer, template, [row.messages])[0]
+        return _encode_chats([chat], tokenizer, template)[0]
     except TemplateError as error:
         return str(error)
 

@@ -15,7 +15,8 @@ import jinja2
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.dataset import DataReport, Splits
+from finetune.data.account import DataReport
+from finetune.data.dataset import Splits
 from finetune.data.gates import IGNORED_LABEL
 from finetune.errors import OutputError
 from finetune.folders import translate_os_errors
@@ -109,7 +110,22 @@ def collect_page(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int,
 
 
 def _read_columns(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[PageColumn, ...]:
-    """Return the text of a row; a preference row would have two here, titled chosen and rejected."""
+    """Return the text of a row, or of both sides of a preference row."""
+    if row.get("prompt_ids") is not None:
+        prompt = row["prompt_ids"]
+        return tuple(
+            PageColumn(
+                title,
+                tuple(
+                    split_tokens(
+                        tokenizer,
+                        [*prompt, *answer],
+                        [number >= len(prompt) for number in range(len(prompt) + len(answer))],
+                    )
+                ),
+            )
+            for title, answer in (("chosen", row["chosen_ids"]), ("rejected", row["rejected_ids"]))
+        )
     trained = [label != IGNORED_LABEL for label in row["labels"]]
     return (PageColumn("", tuple(split_tokens(tokenizer, row["input_ids"], trained))),)
 

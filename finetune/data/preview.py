@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.dataset import SplitReport, Splits
+from finetune.data.account import SplitReport
+from finetune.data.dataset import Splits
 from finetune.data.gates import IGNORED_LABEL
 
 _COLOUR, _PLAIN_TEXT = "\x1b[32m", "\x1b[0m"

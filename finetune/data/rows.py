@@ -1,18 +1,39 @@
-"""The table of row formats: how a raw row becomes a conversation.
+"""The table of row formats: how a raw row becomes a conversation, a preference pair, a labelled answer, a prompt or a text.
 
-It is pure Python, so that a recipe can be checked without importing anything heavy. A format to come (ShareGPT, preference pairs,
-plain text) is one more function and one more row.
+It is pure Python, so that a recipe can be checked without importing anything heavy.
+A format is one function and one row of the table; detection takes the first whose keys a row has, so the narrow ones come first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.errors import DataError, find_close_match
+from finetune.data.messages import (
+    Message,
+    RowError,
+    check_order,
+    describe,
+    read_list,
+    read_message,
+    read_messages,
+    read_text,
+    read_tools,
+)
+from finetune.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-RowKind = Literal["conversation", "preference", "labelled", "text"]
-Message = dict[str, str]
+RowKind = Literal["conversation", "preference", "labelled", "text", "prompt"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as read. `messages` is the whole conversation, or the prompt that `chosen` and `rejected` share."""
+
+    messages: list[Message] = field(default_factory=list)
+    chosen: list[Message] = field(default_factory=list)
+    rejected: list[Message] = field(default_factory=list)
+    label: bool | None = None
+    text: str = ""
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -23,70 +44,108 @@ class Format:
     row_kind: RowKind
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], list[Message]]
+    read: Callable[[Mapping[str, Any]], Row]
 
 
-class _RowError(Exception):
-    """What is wrong with a row; the caller knows where it stands."""
+def _read_openai(row: Mapping[str, Any]) -> Row:
+    return Row(read_messages(row["messages"]), tools=read_tools(row.get("tools")))
 
 
-def _read_messages(row: Mapping[str, Any]) -> list[Message]:
-    return [_read_message(message, number) for number, message in enumerate(_read_list(row["messages"], "messages"), 1)]
+def _read_sharegpt(row: Mapping[str, Any]) -> Row:
+    return Row(_read_sharegpt_turns(row), tools=read_tools(row.get("tools")))
 
 
-def _read_message(message: object, number: int) -> Message:
-    where = f"message {number}"
-    if not isinstance(message, Mapping):
-        raise _RowError(f"{where} is {_describe(message)}; expected an object with role and content")
-    missing = [key for key in ("role", "content") if key not in message]
-    if missing:
-        raise _RowError(f"{where} has no {missing[0]!r}; found {', '.join(map(str, message)) or 'nothing'}")
-    role = message["role"]
-    if role not in ROLES:
-        hint = find_close_match(str(role), ROLES) or {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(
-            str(role)
-        )
-        raise _RowError(
-            f"{where} has the role {role!r}; expected {', '.join(ROLES)}"
-            + (f" (did you mean {hint!r}?)" if hint else "")
-        )
-    return {"role": str(role), "content": _read_text(message["content"], f"the content of {where}")}
+def _read_sharegpt_turns(row: Mapping[str, Any]) -> list[Message]:
+    messages = read_messages(row["conversations"], "conversations")
+    if row.get("system") and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": read_text(row["system"], "system")})
+    return messages
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
+def _read_alpaca(row: Mapping[str, Any]) -> Row:
     messages: list[Message] = []
     if row.get("system"):
-        messages.append({"role": "system", "content": _read_text(row["system"], "system")})
-    for number, turn in enumerate(_read_list(row.get("history") or [], "history"), 1):
+        messages.append({"role": "system", "content": read_text(row["system"], "system")})
+    for number, turn in enumerate(read_list(row.get("history") or [], "history"), 1):
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise _RowError(f"turn {number} of history is {_describe(turn)}; expected a question and an answer")
+            raise RowError(f"turn {number} of history is {describe(turn)}; expected a question and an answer")
         messages += _pair(turn[0], turn[1], f"turn {number} of history")
-    question = _read_text(row["instruction"], "instruction")
+    question = read_text(row["instruction"], "instruction")
     if row.get("input"):
-        question += "\n" + _read_text(row["input"], "input")
-    return messages + _pair(question, row["output"], "output")
+        question += "\n" + read_text(row["input"], "input")
+    return Row(messages + _pair(question, row["output"], "output"))
 
 
-def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+def _read_prompt_completion(row: Mapping[str, Any]) -> Row:
     prompt, completion = row["prompt"], row["completion"]
+    tools = read_tools(row.get("tools"))
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _read_messages({"messages": [*prompt, *completion]})
-    return _pair(prompt, completion, "completion")
+        return Row(read_messages([*prompt, *completion]), tools=tools)
+    return Row(_pair(prompt, completion, "completion"), tools=tools)
 
 
 def _pair(question: object, answer: object, name: str) -> list[Message]:
     return [
-        {"role": "user", "content": _read_text(question, "the question")},
-        {"role": "assistant", "content": _read_text(answer, name)},
+        {"role": "user", "content": read_text(question, "the question")},
+        {"role": "assistant", "content": read_text(answer, name)},
     ]
+
+
+def _read_plain_text(row: Mapping[str, Any]) -> Row:
+    return Row(text=read_text(row["text"], "text"))
+
+
+def _read_prompt(row: Mapping[str, Any]) -> Row:
+    return Row(_read_turns(row["prompt"], "user", "prompt"))
+
+
+def _read_preference(row: Mapping[str, Any]) -> Row:
+    """Read a pair whose prompt is given apart, as ShareGPT turns, or as the beginning that both conversations share."""
+    chosen = _read_turns(row["chosen"], "assistant", "chosen")
+    rejected = _read_turns(row["rejected"], "assistant", "rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    prompt = chosen[:shared]
+    if "conversations" in row:
+        prompt = _read_sharegpt_turns(row) + prompt
+    elif "prompt" in row and not shared:
+        prompt = _read_turns(row["prompt"], "user", "prompt")
+    return Row(prompt, chosen[shared:], rejected[shared:], tools=read_tools(row.get("tools")))
+
+
+def _read_turns(value: object, role: str, name: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": read_text(value, name)}]
+    return [read_message(value, name)] if isinstance(value, Mapping) else read_messages(value, name)
+
+
+def _read_labelled(row: Mapping[str, Any]) -> Row:
+    if not isinstance(row["label"], bool):
+        raise RowError(f"label is {describe(row['label'])}; expected true or false")
+    read = _read_openai(row) if "messages" in row else _read_prompt_completion(row)
+    return Row(read.messages, label=row["label"], tools=read.tools)
 
 
 FORMATS: Mapping[str, Format] = {
     entry.name: entry
     for entry in (
-        Format("messages", "conversation", ("messages",), (), _read_messages),
+        Format(
+            "sharegpt_preference",
+            "preference",
+            ("conversations", "chosen", "rejected"),
+            ("system", "tools"),
+            _read_preference,
+        ),
+        Format("preference", "preference", ("chosen", "rejected"), ("prompt", "tools"), _read_preference),
+        Format("labelled_messages", "labelled", ("messages", "label"), ("tools",), _read_labelled),
+        Format("labelled", "labelled", ("prompt", "completion", "label"), (), _read_labelled),
+        Format("messages", "conversation", ("messages",), ("tools",), _read_openai),
+        Format("sharegpt", "conversation", ("conversations",), ("system", "tools"), _read_sharegpt),
         Format("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history"), _read_alpaca),
-        Format("prompt_completion", "conversation", ("prompt", "completion"), (), _read_prompt_completion),
+        Format("prompt_completion", "conversation", ("prompt", "completion"), ("tools",), _read_prompt_completion),
+        Format("text", "text", ("text",), (), _read_plain_text),
+        Format("prompt", "prompt", ("prompt",), (), _read_prompt),
     )
 }
 
@@ -110,8 +169,8 @@ def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any
     )
 
 
-def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> list[Message]:
-    """Return a row's messages, checked: roles in order, no empty text, an answer at the end.
+def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> Row:
+    """Return a row, checked: roles in order, no empty text, an answer at the end.
 
     Raises:
         DataError: with the file, the line, what was found and what was expected.
@@ -122,11 +181,24 @@ def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], 
         found = ", ".join(map(str, row)) or "nothing"
         raise DataError(f"{where}: has no {origin[missing[0]]!r}, which the format {entry.name} needs; found {found}")
     try:
-        messages = entry.read(named)
-        _check_order(messages)
-    except _RowError as error:
+        read = entry.read(named)
+        _check_row(entry.row_kind, read)
+    except RowError as error:
         raise DataError(f"{where}: {error}") from error
-    return messages
+    return read
+
+
+def _check_row(kind: RowKind, row: Row) -> None:
+    if kind == "preference":
+        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+            try:
+                check_order([*row.messages, *answer])
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from error
+    elif kind == "prompt":
+        check_order(row.messages, ends_with="user")
+    elif kind != "text":
+        check_order(row.messages)
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -134,43 +206,6 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     taken = set(columns.values())
     return {**{key: value for key, value in row.items() if key not in taken}, **renamed}
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise _RowError("the conversation is empty")
-    turns = list(messages[1:] if messages[0]["role"] == "system" else messages)
-    for number, message in enumerate(messages[1:], 2):
-        if message["role"] == "system":
-            raise _RowError(f"message {number} is a system message; it may only come first")
-    for position, message in enumerate(turns):
-        expected = ("user", "assistant")[position % 2]
-        if message["role"] != expected:
-            number = position + 1 + len(messages) - len(turns)
-            raise _RowError(
-                f"message {number} is of the {message['role']}; turns must alternate, so it should be of the {expected}"
-            )
-    if not turns or turns[-1]["role"] != "assistant":
-        raise _RowError("the conversation ends with the user; it must end with the assistant's answer")
-
-
-def _read_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise _RowError(f"{name} is {_describe(value)}; expected text")
-    if not value.strip():
-        raise _RowError(f"{name} is empty")
-    return value
-
-
-def _read_list(value: object, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _RowError(f"{name} is {_describe(value)}; expected a list")
-    return value
-
-
-def _describe(value: object) -> str:
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return kinds.get(type(value), "an object")
 
 
 _QUESTION_WORDS = ("question", "query", "instruction", "input", "prompt", "problem", "user", "text")

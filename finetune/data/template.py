@@ -8,18 +8,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from finetune.data.encoding import (
+    Span,
+    TokenSpans,
+    compile_spellings,
+    encode_hidden,
+    encode_texts,
+    hide_spellings,
+    holds_spelling,
+    list_control_spellings,
+)
 from finetune.errors import TemplateError
 from finetune.resources import list_templates
 
 DEFAULT_TEMPLATE = "yulan-mini"
-Messages = Sequence[Mapping[str, str]]
-Span = tuple[int, int]
+Messages = Sequence[Mapping[str, Any]]
+Tools = list[dict[str, Any]] | None
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SAMPLE: Messages = (
     {"role": "user", "content": "a"},
@@ -124,26 +134,84 @@ def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages]
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    conversations: Sequence[Messages],
+    tools: Sequence[Tools] = (),
 ) -> list[Encoded]:
     """Render and tokenize conversations together; a token is trained when any of its characters is.
 
     Raises:
         TemplateError: the template refuses a conversation.
     """
-    texts, spans = _render(tokenizer, template, conversations)
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    rendered = render_conversations(tokenizer, template, conversations, tools)
+    encoded = []
+    for row in encode_rendered(tokenizer, rendered):
+        trained = [False] * len(row.token_ids)
+        for start, end in row.spans:
+            trained[start:end] = [True] * (end - start)
+        encoded.append(Encoded(row.token_ids, trained))
+    return encoded
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Conversations as texts; `hidden` says for each row what its half characters stand for (empty for nearly all)."""
+
+    texts: list[str]
+    spans: list[list[Span]]
+    hidden: list[dict[str, str]]
+
+
+def render_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    conversations: Sequence[Messages],
+    tools: Sequence[Tools] = (),
+) -> Rendered:
+    """Render conversations with their trained spans, in characters.
+
+    Raises:
+        TemplateError: the template refuses a conversation.
+    """
+    pattern = compile_spellings(list_control_spellings(tokenizer))
+    hidden: list[dict[str, str]] = [{} for _ in conversations]
+    rows, row_tools = list(conversations), list(tools) or [None] * len(conversations)
+    for number, messages in enumerate(rows):
+        if holds_spelling(messages, row_tools[number], pattern):
+            rows[number] = hide_spellings(messages, pattern, hidden[number])
+            row_tools[number] = hide_spellings(row_tools[number], pattern, hidden[number])
+    if not any(row_tools):
+        return Rendered(*_render(tokenizer, template, rows, None), hidden)
+    pairs = zip(rows, row_tools, strict=True)
+    parts = [_render(tokenizer, template, [messages], own) for messages, own in pairs]
+    return Rendered([texts[0] for texts, _ in parts], [spans[0] for _, spans in parts], hidden)
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[TokenSpans]:
+    """Tokenize rendered conversations: all plain ones in one call, and those with spellings of control tokens apart."""
+    plain = [number for number, marks in enumerate(rendered.hidden) if not marks]
+    encoded = encode_texts(
+        tokenizer, [rendered.texts[number] for number in plain], [rendered.spans[number] for number in plain]
+    )
+    if len(plain) == len(rendered.texts):
+        return encoded
+    found = dict(zip(plain, encoded, strict=True))
+    rows = zip(rendered.texts, rendered.spans, rendered.hidden, strict=True)
     return [
-        Encoded(list(token_ids), _mark_tokens(offsets, trained))
-        for token_ids, offsets, trained in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
+        found[number] if number in found else encode_hidden(tokenizer, text, spans, marks)
+        for number, (text, spans, marks) in enumerate(rows)
     ]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, tools: Tools = None
+) -> list[int]:
     """Return the tokens after which the assistant's answer is generated."""
-    text = _render_one(tokenizer, template, messages, add_generation_prompt=True)
-    token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return token_ids
+    hidden: dict[str, str] = {}
+    safe = hide_spellings([messages, tools], compile_spellings(list_control_spellings(tokenizer)), hidden)
+    text = _render_one(tokenizer, template, safe[0], safe[1], add_generation_prompt=True)
+    return encode_rendered(tokenizer, Rendered([text], [[]], [hidden]))[0].token_ids
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
@@ -160,12 +228,13 @@ def list_template_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTempl
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages]
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages], tools: Tools
 ) -> tuple[list[str], list[list[Span]]]:
     if template.spans == "marks":
         try:
             texts, spans = render_jinja_template(
                 conversations=[list(messages) for messages in conversations],
+                tools=tools,
                 chat_template=template.source,
                 return_assistant_tokens_mask=True,
                 **tokenizer.special_tokens_map,
@@ -173,21 +242,23 @@ def _render(
         except (jinja2.TemplateError, TypeError) as error:
             raise _explain(template, error) from error
         return texts, [[(start, end) for start, end in found] for found in spans]
-    texts = [_render_one(tokenizer, template, messages) for messages in conversations]
+    texts = [_render_one(tokenizer, template, messages, tools) for messages in conversations]
     pairs = zip(conversations, texts, strict=True)
-    return texts, [_find_spans(tokenizer, template, messages, text) for messages, text in pairs]
+    return texts, [_find_spans(tokenizer, template, messages, text, tools) for messages, text in pairs]
 
 
 def _render_one(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     messages: Messages,
+    tools: Tools = None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
     try:
         texts, _ = render_jinja_template(
             conversations=[list(messages)],
+            tools=tools,
             chat_template=template.source,
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
@@ -203,7 +274,7 @@ def _explain(template: ChatTemplate, error: Exception) -> TemplateError:
 
 
 def _find_spans(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str, tools: Tools
 ) -> list[Span]:
     """Find each answer in a rendering: it begins where the prompt for it ends.
 
@@ -214,22 +285,10 @@ def _find_spans(
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render_one(tokenizer, template, messages[:position], add_generation_prompt=True)
-        after = _render_one(tokenizer, template, messages[: position + 1])
+        before = _render_one(tokenizer, template, messages[:position], tools, add_generation_prompt=True)
+        after = _render_one(tokenizer, template, messages[: position + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
             raise TemplateError("it renders an earlier turn differently once another follows")
         # White space behind the stop token belongs to what follows.
         spans.append((len(before), len(after.rstrip())))
     return spans
-
-
-def _mark_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    trained = [False] * len(offsets)
-    position = 0
-    for start, end in spans:
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        while position < len(offsets) and offsets[position][0] < end:
-            trained[position] = True
-            position += 1
-    return trained

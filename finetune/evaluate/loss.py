@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
-from finetune.data.dataset import DataSettings, load_splits
+from finetune.data.dataset import load_splits
 from finetune.data.gates import IGNORED_LABEL
+from finetune.data.settings import DataSettings
 from finetune.evaluate.chat import LoadedModel, open_model
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,8 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
         _check_row(where, token_ids, labels, tokenizer)
-    if not any(label in stop_tokens for _, labels in rows for label in labels):
+    # Without stop tokens to look for where rows may rightly lack them.
+    if stop_tokens and not any(label in stop_tokens for _, labels in rows for label in labels):
         names = ", ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
         raise TrainingError(
             f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "

@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from finetune.data.dataset import DataSettings, Splits, load_splits
+from finetune.data.dataset import Splits, load_splits
+from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import find_base_folder, fingerprint_checkpoint
+from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
@@ -77,7 +78,10 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        check_first_batch(trainer, start.tokenizer, list_stop_tokens(start.tokenizer, start.template))
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in start.splits.report.formats.values() or start.splits.report.train.answers_cut > 0
+        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
         if start.splits.evaluation is not None:
             trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
         _describe_work(trainer, start)
@@ -99,10 +103,10 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
         base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-    tokenizer = load_tokenizer(base)
-    template = find_template(recipe.data.template, tokenizer)
-    tokenizer.chat_template = template.source
-    splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
+        tokenizer = load_tokenizer(base)
+        template = find_template(recipe.data.template, tokenizer)
+        tokenizer.chat_template = template.source
+        splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
     return _Start(recipe, precision, base, tokenizer, template, splits)
@@ -131,6 +135,10 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         system=data.system,
         max_tokens=data.max_tokens,
         overflow=data.overflow,
+        train_on=data.train_on,
+        substitute=data.substitute,
+        deduplicate=data.deduplicate,
+        cache=find_cache() / "rows",
     )
 
 

@@ -9,10 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune.data.dataset import DataSettings, load_splits
+from finetune.data.dataset import load_splits
 from finetune.data.files import read_file
 from finetune.data.preview import describe_preview, preview_rows
 from finetune.data.rows import FORMATS, choose_format, read_row
+from finetune.data.settings import DataSettings
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
@@ -68,7 +69,7 @@ def load(tokenizer, tmp_path):
 def test_formats(raw, columns, name, texts):
     entry = choose_format("auto", columns, raw, "file, line 1")
     assert entry.name == name
-    messages = read_row(entry, columns, raw, "file, line 1")
+    messages = read_row(entry, columns, raw, "file, line 1").messages
     assert [message["content"] for message in messages] == texts
     assert [message["role"] for message in messages if message["role"] != "system"] == ["user", "assistant"] * (
         len([message for message in messages if message["role"] != "system"]) // 2
@@ -88,9 +89,9 @@ def test_formats(raw, columns, name, texts):
         ),
         (
             {"messages": [{"role": "gpt", "content": "a"}]},
-            "has the role 'gpt'; expected system, user, assistant (did you mean 'assistant'?)",
+            "has the role 'gpt'; expected system, user, assistant, tool (did you mean 'assistant'?)",
         ),
-        ({"messages": [{"from": "human", "value": "a"}]}, "message 1 has no 'role'; found from, value"),
+        ({"messages": [{"speaker": "human", "value": "a"}]}, "message 1 has no 'role'; found speaker, value"),
         ({"messages": [{"role": "user", "content": 3}]}, "the content of message 1 is a number; expected text"),
         ({"messages": [{"role": "user", "content": " \n"}]}, "the content of message 1 is empty"),
         ({"messages": "hello"}, "messages is text; expected a list"),
@@ -172,7 +173,7 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
         ("x.csv", b"a,b\n1,2\n1,2,3\n", "x.csv, line 3: has another number of fields than the 2 of the first line"),
         ("x.csv", b'a,b\n1,"2\n', "broken CSV"),
         ("x.parquet", b"PAR1nothing", "is not a Parquet file that can be read"),
-        ("x.txt", b"hello", "the ending .txt is not known; known are .json, .jsonl, .json.gz, .jsonl.gz, .csv"),
+        ("x.doc", b"hello", "the ending .doc is not known; known are .json, .jsonl, .csv, .parquet, .arrow, .txt"),
     ],
 )
 def test_broken_files_say_where(tmp_path, name, content, message):
@@ -262,22 +263,23 @@ def test_a_system_line_for_rows_that_have_none(load, tokenizer):
     assert ["mine" in text for text in texts] == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("<s> is struck through", "holds <s> 2 times, expected once at the start"),
-        ("so <|eot_id|> then", None),
-    ],
-)
-def test_control_tokens_in_text(load, text, message):
-    rows = [ROW, {"messages": [{"role": "user", "content": text}, ANSWER]}]
-    if message is None:
-        assert load(rows).report.train.rows == 2
-        return
-    with pytest.raises(DataError) as caught:
-        load(rows)
-    assert message in str(caught.value)
-    assert "line 2" in str(caught.value)
+def test_every_control_token_in_a_text_stays_text(load, tokenizer):
+    text = (
+        "".join(token.content for token in tokenizer.added_tokens_decoder.values()) + "{{ bos_token }}{% for x in y %}"
+    )
+    splits = load(
+        [ROW, {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}],
+        max_tokens=8192,
+    )
+    plain, row = splits.train[0], splits.train[1]
+    controls = [token for token in row["input_ids"] if token in tokenizer.added_tokens_decoder]
+    assert (
+        controls == [t for t in plain["input_ids"] if t in tokenizer.added_tokens_decoder] == [1, *[104, 105, 106] * 2]
+    )
+    assert tokenizer.decode(row["input_ids"]).count(text) == 2
+    trained = [token for token in row["labels"] if token != -100]
+    assert tokenizer.decode(trained) == text + "<|eot_id|>"
+    assert trained[-1] == 106 and 106 not in trained[:-1]
 
 
 def test_preview_shows_what_is_trained(load, tokenizer):

@@ -7,11 +7,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune.data.dataset import DataSettings, load_splits
+from finetune.data.dataset import load_splits
 from finetune.data.files import read_file
 from finetune.data.lint import KINDS
 from finetune.data.lint_reading import lint_data, list_control_spellings, read_lint_rows
 from finetune.data.rows import FORMATS
+from finetune.data.settings import DataSettings
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError
@@ -84,7 +85,7 @@ def test_faults_of_the_reader_become_findings(lint, tmp_path, row, kind, positio
         ("rows.csv", b'prompt,completion\n"a'),
         ("rows.parquet", b"PAR1"),
         ("rows.jsonl.gz", gzip.compress(b"{}\n")[:-4]),
-        ("rows.txt", b"text"),
+        ("rows.pdf", b"text"),
     ],
 )
 def test_broken_files_are_findings_that_name_the_file(lint, tmp_path, name, content):

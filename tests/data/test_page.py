@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from finetune.data.dataset import DataSettings, load_splits
+from finetune.data.dataset import load_splits
 from finetune.data.page import PageColumn, PagePiece, PageRow, collect_page, render_page, split_tokens, write_page
+from finetune.data.settings import DataSettings
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError

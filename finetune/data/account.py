@@ -1,0 +1,172 @@
+"""The account of all rows: how many were read, kept, dropped, cut, and how long they are."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+
+from finetune.data.gates import check_rows
+from finetune.data.settings import DataSettings
+from finetune.data.tokens import RowEncoder, TokenRow, cut_row, split_text_row
+from finetune.errors import DataError
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """The account of one split: `rows_read` + `parts` = `rows` + `dropped`; lengths are in tokens."""
+
+    rows_read: int
+    rows: int
+    dropped: int
+    truncated: int
+    answers_cut: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    median: int
+    histogram: list[tuple[int, int]]
+    parts: int = 0
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The account of all rows; `formats` says for each file how its rows were read."""
+
+    train: SplitReport
+    evaluation: SplitReport | None
+    formats: dict[str, str]
+    template: str
+    template_fingerprint: str
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        parts = [
+            f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"
+        ]
+        if self.evaluation is not None:
+            parts.append(f"{self.evaluation.rows:,} held out")
+        for name in ("dropped", "truncated", "answers_cut"):
+            count = sum(vars(split)[name] for split in (self.train, self.evaluation) if split is not None)
+            if count:
+                parts.append(f"{count:,} {name.replace('_', ' ')}")
+        return f"{', '.join(parts)}; template {self.template}"
+
+
+class Account:
+    """Apply the policy for long rows and remember a few numbers of each row, not the rows."""
+
+    def __init__(self, settings: DataSettings, encoder: RowEncoder) -> None:
+        self._settings = settings
+        self._encoder = encoder
+        self._faults: list[tuple[str, str]] = []
+        self._read = self._long = 0
+        self._worst: tuple[int, str] = (0, "")
+        self.digest = hashlib.sha256()
+        self.numbers: list[int] = []
+        self.lengths: list[int] = []
+        self.trained: list[int] = []
+        self.cut: list[int] = []
+
+    def keep(self, encoded: Sequence[TokenRow]) -> list[TokenRow]:
+        """Return what is kept of a batch, cut or split where the policy says so."""
+        limit, overflow = self._settings.max_tokens, self._settings.overflow
+        kept: list[TokenRow] = []
+        for row in encoded:
+            self._read += 1
+            if row.full_length <= limit:
+                kept.append(row)
+                continue
+            self._long += 1
+            self._worst = max(self._worst, (row.full_length, row.source.origin))
+            if overflow == "split" and row.source.kind == "text":
+                kept += split_text_row(row, limit)
+            elif overflow == "truncate" and (cut := cut_row(row, limit)).spans:
+                # A row whose answer starts beyond the limit would train nothing.
+                kept.append(cut)
+        for row in kept:
+            self._note(row)
+        return kept
+
+    def _note(self, row: TokenRow) -> None:
+        if fault := self._encoder.find_fault(row):
+            self._faults.append((row.source.origin, fault))
+        self.digest.update(numpy.array(row.token_ids, numpy.int32).tobytes() + repr(row.spans).encode())
+        self.numbers.append(row.source.number)
+        self.lengths.append(len(row.token_ids))
+        self.trained.append(sum(end - start for start, end in row.spans))
+        self.cut.append(0 if not row.is_cut else 2 if row.spans[-1][1] == len(row.token_ids) else 1)
+
+    def check(self) -> None:
+        """Refuse faulty rows, and long ones where no policy says what to do with them.
+
+        Raises:
+            DataError: naming the rows.
+        """
+        check_rows(self._faults)
+        if self._long and self._settings.overflow == "error":
+            raise DataError(
+                f"{self._long:,} of {self._read:,} rows are longer than data.max_tokens: {self._settings.max_tokens} (the "
+                f"longest has {self._worst[0]:,} tokens: {self._worst[1]}); raise data.max_tokens, or say what to do with "
+                "them: data.overflow: drop or truncate"
+            )
+
+    def split(self, held: set[int], read: int) -> tuple[dict[str, Any], dict[str, SplitReport]]:
+        """Return the places of the rows of each split among those kept, and their reports; `read` counts all rows."""
+        is_held = numpy.fromiter((number in held for number in self.numbers), dtype=bool, count=len(self.numbers))
+        chosen = {"train": numpy.flatnonzero(~is_held), "evaluation": numpy.flatnonzero(is_held)}
+        counts = {"train": read - len(held), "evaluation": len(held)}
+        return chosen, {name: self._report(chosen[name], counts[name]) for name in chosen}
+
+    def _report(self, chosen: Any, rows_read: int) -> SplitReport:
+        lengths, cut = numpy.array(self.lengths, int)[chosen], numpy.array(self.cut, int)[chosen]
+        ordered = sorted(lengths.tolist())
+        kept = len(set(numpy.array(self.numbers, int)[chosen].tolist()))
+        is_split = self._settings.overflow == "split"
+        return SplitReport(
+            rows_read=rows_read,
+            rows=len(ordered),
+            dropped=rows_read - kept,
+            truncated=0 if is_split else int((cut > 0).sum()),
+            answers_cut=0 if is_split else int((cut == 2).sum()),
+            tokens=sum(ordered),
+            trained_tokens=int(numpy.array(self.trained, int)[chosen].sum()),
+            longest=ordered[-1] if ordered else 0,
+            median=ordered[len(ordered) // 2] if ordered else 0,
+            histogram=_make_histogram(ordered),
+            parts=len(ordered) - kept,
+        )
+
+
+def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return `(upper length, rows)` for bins that double in width."""
+    bins: dict[int, int] = {}
+    for length in lengths:
+        upper = max(16, 1 << (length - 1).bit_length())
+        bins[upper] = bins.get(upper, 0) + 1
+    return sorted(bins.items())
+
+
+def describe_losses(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
+    """Return what a person should know of the rows that did not fit."""
+    splits = [split for split in (train, held_out) if split is not None]
+    dropped, truncated = sum(s.dropped for s in splits), sum(s.truncated for s in splits)
+    notes = []
+    if dropped:
+        notes.append(
+            f"{dropped:,} rows exceed data.max_tokens: {settings.max_tokens} and are left out (data.overflow: {settings.overflow})"
+        )
+    if truncated:
+        cut = sum(s.answers_cut for s in splits)
+        notes.append(
+            f"{truncated:,} rows are cut at {settings.max_tokens} tokens; {cut:,} answers lose their end and their stop token"
+        )
+    return tuple(notes)

@@ -1,0 +1,153 @@
+"""Rendered text to tokens with trained spans, where nothing that a person wrote can become a control token."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+# Half characters cannot occur in text that UTF-8 can hold (rows with them are refused), so they can stand for a spelling.
+_FIRST_HALF_CHARACTER = 0xD800
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """A text as tokens; `spans` are the trained runs of tokens, `(first, after the last)`."""
+
+    token_ids: list[int]
+    spans: list[Span]
+
+
+def list_control_spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the texts that the tokenizer reads as control tokens, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    spellings = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    return tuple(sorted(spellings, key=lambda text: (-len(text), text)))
+
+
+@lru_cache(maxsize=8)
+def compile_spellings(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that finds each of the spellings."""
+    return re.compile("|".join(map(re.escape, spellings)))
+
+
+def hide_spellings(value: Any, pattern: re.Pattern[str], hidden: dict[str, str]) -> Any:
+    """Replace each spelling in the texts of a value by one half character; `hidden` collects what each stands for."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: _hide(match.group(), hidden), value)
+    if isinstance(value, Mapping):
+        return {hide_spellings(k, pattern, hidden): hide_spellings(v, pattern, hidden) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_spellings(inner, pattern, hidden) for inner in value]
+    return value
+
+
+def _hide(spelling: str, hidden: dict[str, str]) -> str:
+    for mark, known in hidden.items():
+        if known == spelling:
+            return mark
+    mark = chr(_FIRST_HALF_CHARACTER + len(hidden))
+    hidden[mark] = spelling
+    return mark
+
+
+def holds_spelling(messages: Sequence[Mapping[str, Any]], tools: object, pattern: re.Pattern[str]) -> bool:
+    """Say whether any text of a conversation holds a control token's spelling."""
+    for message in messages:
+        content = message.get("content")
+        if content and pattern.search(content):
+            return True
+        if "tool_calls" in message and pattern.search(json.dumps(message["tool_calls"], ensure_ascii=False)):
+            return True
+    return tools is not None and pattern.search(json.dumps(tools, ensure_ascii=False)) is not None
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> list[TokenSpans]:
+    """Tokenize texts in one call; a token is trained when any of its characters is."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    return [
+        TokenSpans(encoding.ids, [_find_tokens(encoding, start, end) for start, end in found if end > start])
+        for encoding, found in zip(encodings, spans, strict=True)
+    ]
+
+
+def _find_tokens(encoding: Any, start: int, end: int) -> Span:
+    # Asking for two characters is far cheaper than fetching the offsets of every token.
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    after = encoding.char_to_token(end)
+    if first is not None and last is not None and after is not None and after > last:
+        return first, after
+    return mark_span(encoding.offsets, start, end)
+
+
+def mark_span(offsets: Sequence[Span], start: int, end: int) -> Span:
+    """Return the run of tokens that hold any character of `[start, end)`."""
+    first = next((number for number, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    after = first
+    while after < len(offsets) and offsets[after][0] < end:
+        after += 1
+    return first, after
+
+
+def encode_hidden(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], hidden: Mapping[str, str]
+) -> TokenSpans:
+    """Tokenize a text whose half characters stand for spellings: those become plain characters, the template's stay tokens."""
+    pattern = compile_spellings(list_control_spellings(tokenizer))
+    token_ids: list[int] = []
+    offsets: list[Span] = []
+    position = 0
+    for match in [*pattern.finditer(text), None]:
+        end = match.start() if match else len(text)
+        if end > position:
+            ids, places = _encode_plain(tokenizer, text[position:end], hidden)
+            token_ids += ids
+            offsets += [(position + start, position + stop) for start, stop in places]
+        if match:
+            token_ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))
+            offsets.append(match.span())
+            position = match.end()
+    return TokenSpans(token_ids, [mark_span(offsets, start, end) for start, end in spans if end > start])
+
+
+def _encode_plain(
+    tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, str]
+) -> tuple[list[int], list[Span]]:
+    """Tokenize without any control token; the offsets are those of the text before its spellings were put back."""
+    origin: list[int] = []
+    pieces: list[str] = []
+    for number, character in enumerate(text):
+        piece = hidden.get(character, character)
+        pieces.append(piece)
+        origin += [number] * len(piece)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        encoding = backend.encode("".join(pieces), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
+    # A token of no characters (there are none in byte-level tokenizers) would have no last one.
+    return encoding.ids, [(origin[start], origin[max(start, end - 1)] + 1) for start, end in encoding.offsets]
+
+
+def encode_plain_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenSpans]:
+    """Tokenize documents: bos, the text without any control token, eos; all but bos is trained."""
+    if not texts:
+        return []
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
+    rows = [[tokenizer.bos_token_id, *encoding.ids, tokenizer.eos_token_id] for encoding in encodings]
+    return [TokenSpans(row, [(1, len(row))]) for row in rows]

@@ -1,0 +1,197 @@
+"""Messages as people store them: OpenAI's and ShareGPT's, with tool calls and tool results, checked for their order."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.errors import find_close_match
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+_FOLLOWERS = {"start": ("user",), "user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "tool")}
+
+
+class RowError(Exception):
+    """What is wrong with a row; the caller knows where it stands."""
+
+
+def read_messages(value: object, name: str = "messages") -> list[Message]:
+    """Read a list of messages in OpenAI's or ShareGPT's keys."""
+    return [read_message(message, f"message {number}") for number, message in enumerate(read_list(value, name), 1)]
+
+
+def read_message(message: object, where: str) -> Message:
+    """Read one message: its role, its text or tool calls, and whether it is trained."""
+    if not isinstance(message, Mapping):
+        raise RowError(f"{where} is {describe(message)}; expected an object with role and content")
+    if "from" in message and "value" in message and "role" not in message:
+        return _read_sharegpt(message, where)
+    has_calls = bool(message.get("tool_calls"))
+    missing = [key for key in ("role", "content") if key not in message and not (key == "content" and has_calls)]
+    if missing:
+        raise RowError(f"{where} has no {missing[0]!r}; found {', '.join(map(str, message)) or 'nothing'}")
+    role = message["role"]
+    if role not in ROLES:
+        raise _unknown_role(role, where)
+    read: Message = {"role": role}
+    content = message.get("content")
+    read["content"] = "" if has_calls and content in (None, "") else _read_content(content, f"the content of {where}")
+    if has_calls:
+        if role != "assistant":
+            raise RowError(f"{where} of the {role} has tool_calls; only the assistant calls tools")
+        calls = read_list(message["tool_calls"], f"tool_calls of {where}")
+        read["tool_calls"] = [_read_call(call, where) for call in calls]
+    return {**read, **_read_weight(message, where)}
+
+
+def _unknown_role(role: object, where: str) -> RowError:
+    known = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+    hint = find_close_match(str(role), ROLES) or known.get(str(role))
+    expected = f"{where} has the role {role!r}; expected {', '.join(ROLES)}"
+    return RowError(expected + (f" (did you mean {hint!r}?)" if hint else ""))
+
+
+def _read_sharegpt(message: Mapping[str, Any], where: str) -> Message:
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+        raise RowError(f"{where} is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
+    text = read_text(message["value"], f"the value of {where}")
+    read: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text}
+    if speaker == "function_call":
+        calls = parse_json(text, f"the function_call of {where}")
+        calls = calls if isinstance(calls, list) else [calls]
+        read = {"role": "assistant", "content": "", "tool_calls": [_read_call(call, where) for call in calls]}
+    return {**read, **_read_weight(message, where)}
+
+
+def _read_content(value: object, name: str) -> str:
+    if not isinstance(value, list):
+        return read_text(value, name)
+    texts: list[str] = []
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else describe(part)
+            raise RowError(f"{name} holds a part that is {kind!r}; only text parts can be trained")
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"{name} holds a text part without text")
+        texts.append(part["text"])
+    return read_text("".join(texts), name)
+
+
+def _read_call(call: object, where: str) -> dict[str, Any]:
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        call = call["function"]
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not call["name"]:
+        raise RowError(f"{where} has a tool call that is {describe(call)}; expected an object with name and arguments")
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments or "{}", f"the arguments of a tool call of {where}")
+    check_characters(json.dumps([call["name"], arguments], ensure_ascii=False), f"a tool call of {where}")
+    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def _read_weight(message: Mapping[str, Any], where: str) -> dict[str, bool]:
+    for key in ("train", "weight"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise RowError(f"{key} of {where} is {value!r}; expected {'true or false' if key == 'train' else '0 or 1'}")
+        return {} if value else {"train": False}
+    return {}
+
+
+def read_tools(value: object) -> list[dict[str, Any]] | None:
+    """Read the list of tools of a row, which is often stored as JSON in a text."""
+    if value in (None, "", []):
+        return None
+    tools = parse_json(value, "tools") if isinstance(value, str) else value
+    if tools == []:
+        return None
+    listed = read_list(tools, "tools")
+    for tool in listed:
+        if not isinstance(tool, dict):
+            raise RowError(f"tools holds {describe(tool)}; expected objects")
+    check_characters(json.dumps(tools, ensure_ascii=False, default=str), "tools")
+    return listed
+
+
+def check_order(messages: Sequence[Message], *, ends_with: str = "assistant") -> None:
+    """Check that turns follow each other as a conversation does.
+
+    Raises:
+        RowError: naming the message that is out of place.
+    """
+    if not messages:
+        raise RowError("the conversation is empty")
+    before = "start"
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if role == "system":
+            if number > 1:
+                raise RowError(f"message {number} is a system message; it may only come first")
+            continue
+        expected = _FOLLOWERS[before]
+        if before == "assistant" and messages[number - 2].get("tool_calls"):
+            expected = ("tool",)
+        if role not in expected:
+            raise RowError(
+                f"message {number} is of the {role}; turns must alternate, so it should be of the {' or '.join(expected)}"
+            )
+        before = role
+    if before != ends_with:
+        last = "user" if before == "start" else before
+        needed = "the assistant's answer" if ends_with == "assistant" else f"the {ends_with}"
+        raise RowError(f"the conversation ends with the {last}; it must end with {needed}")
+
+
+def read_text(value: object, name: str) -> str:
+    """Return a text that is not empty and can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {describe(value)}; expected text")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
+    if not value.isascii():
+        check_characters(value, name)
+    return value
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse half characters, which no tokenizer takes and which we use as marks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise RowError(f"{name} holds half a character ({half}); repair the file's encoding") from error
+
+
+def read_list(value: object, name: str) -> list[Any]:
+    """Return a list."""
+    if not isinstance(value, list):
+        raise RowError(f"{name} is {describe(value)}; expected a list")
+    return value
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON that is stored inside a text."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RowError(f"{name} is no JSON ({error})") from error
+
+
+def describe(value: object) -> str:
+    """Name the kind of a value for a person."""
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return kinds.get(type(value), "an object")

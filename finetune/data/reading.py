@@ -1,0 +1,122 @@
+"""Read the rows of a recipe as a stream, with an account of all that is left out."""
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.files import list_files, read_file
+from finetune.data.gates import check_rows
+from finetune.data.rows import Row, choose_format, read_row
+from finetune.data.settings import DataSettings
+from finetune.data.tokens import SourceRow
+from finetune.errors import DataError
+
+_MOST_FAULTS = 1000
+
+
+class RowReader:
+    """Read files as a stream of rows, counting all that is left out."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self._settings = settings
+        self._seen: set[bytes] = set()
+        self.formats: dict[str, str] = {}
+        self.kinds: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.count = self.train_count = 0
+
+    def read(self) -> Iterator[SourceRow]:
+        """Yield the rows for training, then those to evaluate on.
+
+        Raises:
+            DataError: files or rows that cannot be used, with their lines.
+        """
+        yield from self._read_paths(self._settings.train)
+        self.train_count = self.count
+        yield from self._read_paths(self._settings.evaluation)
+
+    def _read_paths(self, paths: Sequence[Path]) -> Iterator[SourceRow]:
+        faults: list[tuple[str, str]] = []
+        for path in (file for entry in paths for file in list_files(entry)):
+            entry = None
+            for where, raw in read_file(path):
+                if entry is None:
+                    entry = choose_format(self._settings.format, self._settings.columns, raw, where)
+                    self.formats[str(path)] = entry.name
+                    if entry.row_kind == "prompt":
+                        raise DataError(f"{where}: holds a prompt alone; training needs an answer to each")
+                try:
+                    row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+                except DataError as error:
+                    origin, _, fault = str(error).partition(": ")
+                    faults.append((origin, fault))
+                    if len(faults) >= _MOST_FAULTS:
+                        break
+                    continue
+                if not self._is_left_out(row):
+                    self.count += 1
+                    self.kinds[entry.row_kind] += 1
+                    yield SourceRow(self.count - 1, where, entry.row_kind, self._add_system(row))
+        check_rows(faults)
+
+    def _is_left_out(self, row: Row) -> bool:
+        if row.label is False:
+            self.left_out["labelled false"] += 1
+            return True
+        if not self._settings.deduplicate:
+            return False
+        digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+        if digest in self._seen:
+            self.left_out["duplicates"] += 1
+            return True
+        self._seen.add(digest)
+        return False
+
+    def _add_system(self, row: Row) -> Row:
+        system = self._settings.system
+        if system is None or row.text or (row.messages and row.messages[0]["role"] == "system"):
+            return row
+        messages = [{"role": "system", "content": system}, *row.messages]
+        return Row(messages, row.chosen, row.rejected, row.label, row.text, row.tools)
+
+    def _substitute(self, raw: dict[str, Any]) -> dict[str, Any]:
+        values = self._settings.substitute
+        if not values:
+            return raw
+        pattern = re.compile(r"\{\{\s*(" + "|".join(map(re.escape, values)) + r")\s*\}\}")
+
+        def replace(value: Any) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(lambda match: values[match.group(1)], value)
+            if isinstance(value, dict):
+                return {key: replace(inner) for key, inner in value.items()}
+            return [replace(inner) for inner in value] if isinstance(value, list) else value
+
+        return {key: replace(value) for key, value in raw.items()}
+
+    def describe(self) -> tuple[str, ...]:
+        """Return what a person should know of the rows: those left out, and pairs of which one side is trained."""
+        notes = [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        if pairs := self.kinds["preference"]:
+            notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")
+        return tuple(notes)
+
+
+def choose_held_out(settings: DataSettings, reader: RowReader, seed: int) -> set[int]:
+    """Return the numbers of the rows to evaluate on: those of the files for it, or drawn from the others by the seed.
+
+    Raises:
+        DataError: none would be left for training.
+    """
+    total, held_out = reader.train_count, settings.held_out
+    given = set(range(reader.train_count, reader.count))
+    if not held_out:
+        return given
+    count = held_out if isinstance(held_out, int) else max(1, round(total * held_out))
+    if count >= total:
+        raise DataError(f"data.held_out: {count} of {total} rows would leave none for training; hold out fewer")
+    return given | set(random.Random(seed).sample(range(total), count))

@@ -1,0 +1,154 @@
+"""What becomes of rows between file and batch: which answers are trained, what is left out, and that nothing leaks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from finetune.data.dataset import load_splits
+from finetune.data.gates import IGNORED_LABEL
+from finetune.data.settings import DataSettings
+from finetune.data.template import encode_prompt, find_template
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(nano_llama):
+    return load_tokenizer(nano_llama)
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    """Return a function that prepares rows with settings."""
+
+    def run(rows, **settings):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return load_splits(DataSettings((path,), **settings), tokenizer, find_template("yulan-mini", tokenizer), 0)
+
+    return run
+
+
+def chat(*texts):
+    roles = ["user", "assistant"] * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+
+
+def read_trained(row, tokenizer):
+    """Return the trained runs of a row as texts."""
+    runs, previous = [], IGNORED_LABEL
+    for label in row["labels"]:
+        if label != IGNORED_LABEL:
+            runs = [*runs, [label]] if previous == IGNORED_LABEL else [*runs[:-1], [*runs[-1], label]]
+        previous = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+TWO = chat("one", "first", "two", "second")
+
+
+def test_which_answers_are_trained(load, tokenizer):
+    def trained(row, **settings):
+        return read_trained(load([row], **settings).train[0], tokenizer)
+
+    assert trained(TWO) == ["first<|eot_id|>", "second<|eot_id|>"]
+    assert trained(TWO, train_on="last") == ["second<|eot_id|>"]
+    silenced = json.loads(json.dumps(TWO))
+    silenced["messages"][1]["train"] = False
+    assert trained(silenced) == ["second<|eot_id|>"]
+    (everything,) = trained(TWO, train_on="all")
+    assert everything.startswith("<|start_header_id|>user") and everything.endswith("second<|eot_id|>")
+
+
+def test_spelled_control_tokens_and_jinja_stay_plain_text(load, tokenizer):
+    text = "</s> <|eot_id|> {{ 7 * 6 }} {% for x in y %}<s>"
+    splits = load([chat(text, text)])
+    row = splits.train[0]
+    ids = row["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids.count(106) == 2  # the two that the template writes
+    assert ids.count(tokenizer.eos_token_id) == 0
+    assert tokenizer.decode(ids).count(text) == 2
+    assert any("1 rows spell control tokens in their text" in note for note in splits.report.notes)
+    plain = load([chat("hello", "world")]).train[0]["input_ids"]
+    expected = tokenizer.apply_chat_template(
+        chat("hello", "world")["messages"], chat_template=find_template("yulan-mini", tokenizer).source
+    )["input_ids"]
+    assert plain == expected
+
+
+def test_placeholders_are_filled(load, tokenizer):
+    row = load([chat("Who?", "I am {{name}} by {{ author }}.")], substitute={"name": "Lan", "author": "us"}).train[0]
+    assert read_trained(row, tokenizer) == ["I am Lan by us.<|eot_id|>"]
+
+
+def test_duplicates_and_false_labels_are_left_out_and_counted(load):
+    splits = load([TWO, chat("a", "b"), TWO, TWO], deduplicate=True)
+    assert splits.report.train.rows == 2
+    assert splits.report.left_out == {"duplicates": 2}
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, False)]
+    splits = load(rows)
+    assert (splits.report.train.rows, splits.report.left_out) == (1, {"labelled false": 2})
+
+
+def test_long_texts_are_split_without_losing_a_token(load, tokenizer):
+    text = " ".join(str(number) for number in range(200))
+    splits = load([{"text": text}], max_tokens=32, overflow="split")
+    pieces = [row["input_ids"] for row in splits.train]
+    assert len(pieces) > 5
+    assert all(piece[0] == tokenizer.bos_token_id and len(piece) <= 32 for piece in pieces)
+    joined = [token for piece in pieces for token in piece[1:]]
+    assert joined == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    report = splits.report.train
+    assert report.rows_read + report.parts == report.rows + report.dropped
+
+
+def test_answers_that_all_lose_their_end_are_refused(load):
+    with pytest.raises(DataError, match="every answer loses its end and its stop token"):
+        load([chat("a", "word " * 200)], max_tokens=40, overflow="truncate")
+
+
+def test_pairs_share_their_prompt(load, tokenizer):
+    splits = load([{"prompt": "Q", "chosen": "good", "rejected": "bad answer"}])
+    row = splits.train[0]
+    template = find_template("yulan-mini", tokenizer)
+    assert row["prompt_ids"] == encode_prompt(tokenizer, template, [{"role": "user", "content": "Q"}])
+    assert tokenizer.decode(row["chosen_ids"]) == "good<|eot_id|>"
+    assert tokenizer.decode(row["rejected_ids"]) == "bad answer<|eot_id|>"
+    assert row["input_ids"] == row["prompt_ids"] + row["chosen_ids"]
+    assert any("1 rows are pairs" in note for note in splits.report.notes)
+
+
+def test_the_cache_gives_the_same_rows_and_sees_every_change(load, tmp_path):
+    cache = tmp_path / "cache"
+    first, again = load([TWO], cache=cache), load([TWO], cache=cache)
+    assert again.report == first.report
+    assert again.train[:] == first.train[:]
+    assert len(list(cache.iterdir())) == 1
+    load([chat("other", "row")], cache=cache)
+    load([TWO], cache=cache, train_on="last")
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_packed_row_is_read_like_its_rows_alone(load, nano_llama):
+    """Packing without this trains every row on its neighbours: reported against several trainers."""
+    model = LlamaForCausalLM.from_pretrained(nano_llama, attn_implementation="sdpa").eval()
+    rows = [row["input_ids"] for row in load([TWO, chat("a", "b"), chat("who are you?", "me")]).train]
+    ids = torch.tensor([[token for row in rows for token in row]])
+    positions = torch.tensor([[position for row in rows for position in range(len(row))]])
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows])
+    assert (packed - alone).abs().max() <= 1e-5 * max(1.0, alone.std().item())
+
+
+def test_held_out_rows_are_the_same_whenever_they_are_drawn(load):
+    rows = [chat(f"question {number}", f"answer {number}") for number in range(20)]
+    first, second = load(rows, held_out=0.25), load(rows, held_out=5)
+    assert first.evaluation["origin"] == second.evaluation["origin"]
+    assert len(first.evaluation) == 5
+    assert not set(first.evaluation["origin"]) & set(first.train["origin"])
+    assert replace(first.report, fingerprint="") == replace(second.report, fingerprint="")
