@@ -209,7 +209,8 @@ def _apply_override(content: dict[str, Any], override: str, problems: list[str])
             problems.append(f"--set {override}: {section!r} is not a section")
             return
         target = inner
-    target[key] = _parse_yaml(text, f"--set {override}")
+    # YAML would take the star of a glob for a reference to something named elsewhere.
+    target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
 
 
 def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:

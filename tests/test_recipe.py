@@ -144,3 +144,8 @@ def test_sections_stay_few():
         if dataclasses.is_dataclass(field.default_factory)
     )
     assert own <= 28
+
+
+def test_a_glob_on_the_command_line_is_a_word(tmp_path):
+    (tmp_path / "r.yaml").write_text("data: {train: a.jsonl}\n", encoding="utf-8")
+    assert read_recipe(tmp_path / "r.yaml", ["data.train=*.jsonl"]).recipe.data.train == ("*.jsonl",)
