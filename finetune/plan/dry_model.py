@@ -16,8 +16,7 @@ from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers import AutoHfQuantizer
 
 from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.dataset import DataReport, SplitReport, Splits
@@ -56,8 +55,9 @@ def build_dry_model(
         base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
         if section.quantize == "nf4":
             settings = make_quantization("nf4", precision.weights)
-            replace_with_bnb_linear(base, get_keys_to_not_convert(base), settings)
-            base.is_loaded_in_4bit = base.is_quantized = True
+            base.hf_quantizer = AutoHfQuantizer.from_config(settings)
+            base.hf_quantizer.preprocess_model(base, device_map=None)
+            base.hf_quantizer.postprocess_model(base)
         model = attach_adapter(base, recipe.adapter, Path(section.checkpoint))
     moved: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():

@@ -9,19 +9,29 @@ from typing import Any
 import torch
 from bitsandbytes import functional as quantization
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Trainer
+from peft import PeftModel
+from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
+from transformers import PreTrainedModel, Trainer
 
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
-from finetune.plan.kernels import GPU_WORKSPACES, allocate_as_gpu, build_masks_as_in_run
-from finetune.plan.stages import LOSS, WORKSPACE, follow_training
+from finetune.plan.kernels import (
+    GPU_SUBSTITUTES,
+    GPU_WORKSPACES,
+    OffloadedActivations,
+    allocate_as_gpu,
+    answer_truths,
+    build_masks_as_in_run,
+)
+from finetune.plan.stages import LOSS, WORKSPACE, follow_training, make_optimizer_states
 from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
 from finetune.train.model import Precision, choose_precision
+from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
 # A dry run writes nothing, evaluates nothing and says nothing.
 _DRY_OPTIONS: Mapping[str, Any] = {
-    "max_steps": 2,
+    "max_steps": 1,
     "use_cpu": True,
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -31,6 +41,9 @@ _DRY_OPTIONS: Mapping[str, Any] = {
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
     "warmup_steps": 0,
+    # TRL's own needs the device that it moves from; ours takes its place.
+    "activation_offloading": False,
+    "tf32": None,
 }
 
 
@@ -41,38 +54,74 @@ class StepMemory:
     peak: Peak
     loss_bytes: int
     trainable: int
-    parameters: int
 
 
 def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMemory:
-    """Run two steps of a recipe without content and return their memory on a GPU, or on the CPU of this machine.
+    """Run a step of a recipe without content and return its memory on a GPU, or on a CPU.
 
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
     precision = choose_planned_precision(recipe, is_gpu, has_bf16)
-    batch = int(recipe.trainer.get("per_device_train_batch_size", 8))
-    is_packed = bool(recipe.trainer.get("packing"))
     config = find_model_config(recipe.model)
-    _prepare_quantization_tables()
+    quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(build_masks_as_in_run())
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
-        dry = replace(recipe, trainer={**_keep_options(recipe), **_DRY_OPTIONS}, output=folder)
-        rows = make_full_rows(recipe)
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = build_dry_model(recipe, config, precision, fake)
-        with fake:
-            trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
-        if int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1:
-            _keep_gradients(trainer)
-        tracker = MemoryTracker(GPU_WORKSPACES if is_gpu else {}, answer=batch == 1 and not is_packed)
         stack.enter_context(fake)
+        trainer = _build_dry_trainer(recipe, model, precision, folder)
+        tracker = _make_tracker(recipe, is_gpu)
         follow_training(trainer, tracker)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return StepMemory(tracker.find_peak(WORKSPACE), tracker.find_largest(LOSS), trainable, 0)
+    return StepMemory(tracker.find_peak(WORKSPACE), tracker.find_largest(LOSS), trainable)
+
+
+def _build_dry_trainer(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
+) -> Trainer:
+    """Return the recipe's own trainer, over full rows, at its second step: optimizer states are there.
+
+    Where a run accumulates, gradients are there too, as for all but the first batch of a step.
+    """
+    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, output=folder)
+    with no_dispatch():
+        rows = make_full_rows(recipe)
+    trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
+    trainer.remove_callback(MetricsWriter)
+    trainer.remove_callback(ProgressBar)
+    trainer.data_collator = _collate_without_content(trainer.data_collator)
+    if recipe.trainer.get("activation_offloading"):
+        trainer.maybe_activation_offload_context = OffloadedActivations(model)
+    with no_dispatch():
+        trainer.create_optimizer()
+    make_optimizer_states(trainer, int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1)
+    trainer.model.zero_grad = lambda set_to_none=True: None  # the trainer would clear them as its first act
+    return trainer
+
+
+def _make_tracker(recipe: Recipe, is_gpu: bool) -> MemoryTracker:
+    # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
+    is_one_row = int(recipe.trainer.get("per_device_train_batch_size", 8)) == 1 and not recipe.trainer.get("packing")
+    truths = answer_truths(is_one_row)
+    return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}) if is_gpu else MemoryTracker({}, truths)
+
+
+def _collate_without_content(collate: Any) -> Any:
+    """Return a collator that builds a real batch, and hands on its shapes."""
+
+    def collate_shapes(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        with no_dispatch():
+            batch = collate(rows)
+        return {
+            name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    return collate_shapes
 
 
 def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool) -> Precision:
@@ -87,18 +136,3 @@ def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool) -> Pr
     if trains_all and (dtype in ("auto", "float16") or not has_bf16):
         return Precision(torch.float32, "bf16")
     return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)
-
-
-def _keep_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's options without those that need the machine it will run on."""
-    return {key: value for key, value in recipe.trainer.items() if key not in ("activation_offloading", "tf32")}
-
-
-def _keep_gradients(trainer: Trainer) -> None:
-    """Let the second step begin as the later batches of an accumulated one do: with gradients there."""
-    trainer.model.zero_grad = lambda set_to_none=True: None
-
-
-def _prepare_quantization_tables() -> None:
-    """Let bitsandbytes make its constant tables from real numbers, before tensors have no content."""
-    quantization.quantize_blockwise(torch.zeros(256))

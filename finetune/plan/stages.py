@@ -6,31 +6,49 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
+from finetune.plan import tracker as stage
 from finetune.plan.tracker import MemoryTracker
 
 ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
 KEPT, RECOMPUTED, LOSS, WORKSPACE = "activations kept", "activations recomputed", "logits and loss", "workspace"
 TABLES, SMALL, SCALES = "weights: tables", "weights: norms and biases", "weights: 4-bit scales"
-_FORWARD, _IN_LOSS, _BACKWARD, _AGAIN, _STEP = "forward", "loss", "backward", "recomputation", "optimizer step"
+# Smaller states stay on the device. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
+_FEWEST_PAGED = 100_000
 
 
 def follow_training(trainer: Trainer, tracker: MemoryTracker) -> None:
     """Train as the trainer's options say, with every storage followed and counted for its part."""
     for part, tensor in list_weights(trainer.model):
         tracker.adopt(tensor, part)
-    trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()
+    for tensor in list_states(optimizer):
+        tracker.adopt(tensor, OPTIMIZER)
+    for parameter in trainer.model.parameters():
+        if parameter.grad is not None:
+            tracker.adopt(parameter.grad, GRADIENTS)
     with contextlib.ExitStack() as stack:
         _watch_backbone(trainer.model, tracker, stack)
         _watch_backward(trainer, tracker, stack)
-        _watch_optimizer(trainer.optimizer, tracker, stack)
-        tracker.stage = _FORWARD
+        _watch_optimizer(optimizer, tracker, stack)
         stack.enter_context(tracker)
         trainer.train()
-    tracker.adopt_stage(_IN_LOSS, LOSS)
-    tracker.adopt_stage(_AGAIN, RECOMPUTED)
+    tracker.adopt_stage(stage.LOSS, LOSS)
+    tracker.adopt_stage(stage.AGAIN, RECOMPUTED)
+
+
+def make_optimizer_states(trainer: Trainer, keep_gradients: bool) -> None:
+    """Take an optimizer step on gradients without content, so that the next step finds what a run's later steps find."""
+    optimizer = trainer.create_optimizer()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not keep_gradients:
+        optimizer.zero_grad()
 
 
 def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -49,6 +67,16 @@ def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torc
     yield from ((SMALL, buffer) for buffer in model.buffers())
 
 
+def list_states(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an optimizer keeps in the device's memory; paged ones lie in the host's and visit."""
+    is_paged = isinstance(optimizer, Optimizer8bit) and optimizer.is_paged
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            pages = is_paged and name in ("state1", "state2") and value.numel() >= _FEWEST_PAGED
+            if isinstance(value, torch.Tensor) and not pages:
+                yield value
+
+
 def _name_type(dtype: torch.dtype) -> str:
     names = {torch.uint8: "nf4", torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return names.get(dtype, "fp32")
@@ -65,34 +93,22 @@ def _list_scales(parameter: Any) -> Iterator[torch.Tensor]:
 
 
 def _watch_backbone(model: torch.nn.Module, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
-    """Tell the layers from the loss, which is all that follows them, and the first run of a layer from its second."""
+    """Tell the layers from the loss, which is all that follows them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone = base.base_model
 
     def start_backward(gradient: torch.Tensor) -> None:
-        tracker.stage = _BACKWARD
+        tracker.stage = stage.BACKWARD
 
     def leave(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tracker.stage = _IN_LOSS
+        tracker.stage = stage.LOSS
         if output.last_hidden_state.requires_grad:
             output.last_hidden_state.register_hook(start_backward)
 
     def enter(module: torch.nn.Module, inputs: Any) -> None:
-        tracker.stage = _FORWARD
-
-    def enter_layer(module: torch.nn.Module, inputs: Any) -> None:
-        if tracker.stage == _BACKWARD:
-            tracker.stage = _AGAIN
-
-    def leave_layer(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if tracker.stage == _AGAIN:
-            tracker.stage = _BACKWARD
+        tracker.stage = stage.FORWARD
 
     handles = [backbone.register_forward_pre_hook(enter), backbone.register_forward_hook(leave)]
-    for layer in backbone.layers:
-        handles.append(layer.register_forward_pre_hook(enter_layer))
-        # Recomputation ends by an exception as soon as all that backward needs is there.
-        handles.append(layer.register_forward_hook(leave_layer, always_call=True))
     for handle in handles:
         stack.callback(handle.remove)
 
@@ -103,9 +119,9 @@ def _watch_backward(trainer: Trainer, tracker: MemoryTracker, stack: contextlib.
 
     @functools.wraps(run_backward)
     def backward(loss: torch.Tensor, **options: Any) -> None:
-        tracker.adopt_live(_FORWARD, KEPT)
+        tracker.adopt_live(stage.FORWARD, KEPT)
         run_backward(loss, **options)
-        tracker.stage = _STEP
+        tracker.stage = stage.STEP
 
     def count_gradient(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -121,9 +137,7 @@ def _watch_backward(trainer: Trainer, tracker: MemoryTracker, stack: contextlib.
 
 def _watch_optimizer(optimizer: torch.optim.Optimizer, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
     def count_states(optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    tracker.adopt(value, OPTIMIZER)
+        for tensor in list_states(optimizer):
+            tracker.adopt(tensor, OPTIMIZER)
 
     stack.callback(optimizer.register_step_post_hook(count_states).remove)

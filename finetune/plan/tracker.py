@@ -1,7 +1,7 @@
 """Follow every live storage of a training step, on real tensors or on ones without content, and split its peak into parts."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a kernel allocates for itself while it runs: its arguments and outputs -> bytes.
 KernelWorkspace = Callable[[Sequence[Any], Any], int]
+# What takes the place of an operation that cannot run without content: its arguments -> its output.
+Substitute = Callable[[Sequence[Any]], Any]
+
+FORWARD, LOSS, BACKWARD, AGAIN, STEP = "forward", "loss", "backward", "recomputation", "optimizer step"
 # The CUDA allocator hands out multiples of this. Source: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp.
 _BLOCK_BYTES = 512
+_GET_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,13 @@ class MemoryTracker(TorchDispatchMode):
     a kept activation as one of many.
     """
 
-    def __init__(self, workspaces: Mapping[Any, KernelWorkspace], answer: bool | None = None) -> None:
-        """Follow storages; `answer` is what a tensor without content gives where the program asks it for a truth."""
+    def __init__(
+        self, workspaces: Mapping[Any, KernelWorkspace] | None = None, substitutes: Mapping[Any, Substitute] | None = None
+    ) -> None:
         super().__init__()
-        self.stage = "forward"
-        self._workspaces = workspaces
-        self._answer = answer
+        self.stage = FORWARD
+        self._workspaces = workspaces or {}
+        self._substitutes = substitutes or {}
         self._events: list[tuple[int, int]] = []  # number of a storage, and +1 or -1
         self._sizes: list[int] = []
         self._stages: list[str] = []
@@ -47,11 +53,16 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operation and log the storages of what it returns."""
-        if self._answer is not None and func is torch.ops.aten._local_scalar_dense.default:
-            return self._answer if args[0].dtype == torch.bool else 1
-        output = func(*args, **(kwargs or {}))
-        for tensor in _list_tensors(output):
-            self._log(tensor)
+        if func is _GET_DEVICE:
+            return func(*args)
+        substitute = self._substitutes.get(func)
+        output = substitute(args) if substitute else func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self._log(output)
+        elif isinstance(output, list | tuple):
+            for item in output:
+                if isinstance(item, torch.Tensor):
+                    self._log(item)
         if (workspace := self._workspaces.get(func)) is not None:
             self._log_passing(workspace(args, output))
         return output
@@ -120,14 +131,9 @@ class MemoryTracker(TorchDispatchMode):
     def _append(self, size: int) -> int:
         number = len(self._sizes)
         self._sizes.append(size)
-        self._stages.append(self.stage)
+        # Backward runs without recording gradients; what records them is a layer that is computed a second time.
+        runs_again = self.stage == BACKWARD and torch.is_grad_enabled()
+        self._stages.append(AGAIN if runs_again else self.stage)
         self._events.append((number, 1))
         return number
 
-
-def _list_tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, list | tuple):
-        for item in output:
-            yield from _list_tensors(item)
