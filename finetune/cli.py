@@ -95,6 +95,11 @@ def _make_parser() -> argparse.ArgumentParser:
     lint.add_argument(
         "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
     )
+    plan = add_verb("plan", _run_plan, "predict memory and time of a training step, without a GPU and without weights")
+    add_recipe(plan)
+    plan.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
+    plan.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
+    add_verb("doctor", _run_doctor, "what this machine has, and what the kit will therefore use")
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
@@ -198,6 +203,25 @@ def _run_lint(arguments: argparse.Namespace) -> int:
     if arguments.fix is not None:
         text += f"\n\n{describe_fix(report)}: {arguments.fix}"
     return _print_result(arguments, report.to_json(), text)
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    from finetune.check import load_recipe
+    from finetune.plan.hardware import parse_memory
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    memory = parse_memory(arguments.memory) if arguments.memory else None
+    from finetune.plan.forecast import choose_target, describe_plan, make_plan
+
+    plan = make_plan(recipe, choose_target(recipe, memory, arguments.gpu))
+    return _print_result(arguments, plan.to_json(), describe_plan(plan))
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from finetune.plan.doctor import describe_machine, examine_machine
+
+    report = examine_machine()
+    return _print_result(arguments, asdict(report), describe_machine(report))
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
