@@ -145,7 +145,10 @@ def describe_plan(plan: Plan) -> str:
         share = size / plan.peak_bytes
         if round(share, 3) > 0:
             lines.append(f"{part:<34}{size / 1e9:>8.2f}  {'█' * max(1, round(share * _BAR))} {share:.1%}")
-    lines += [f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}", ""]
+    lines += [
+        f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
+        "",
+    ]
     lines.append(_describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]

@@ -32,7 +32,7 @@ def _measure_flash_backward(arguments: Sequence[Any], output: Any) -> int:
     padded = -(-tokens // _FLASH_ROUNDING) * _FLASH_ROUNDING
     accumulated = batch * padded * heads * (width + 1) * _FLOAT_BYTES
     expanded = 2 * batch * key.shape[2] * heads * width * key.element_size() if key.shape[1] != heads else 0
-    return accumulated + expanded
+    return int(accumulated + expanded)
 
 
 def _measure_dequantized(arguments: Sequence[Any], output: Any) -> int:

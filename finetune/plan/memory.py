@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional as quantization
-from torch._subclasses.fake_tensor import FakeTensorMode
 from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 

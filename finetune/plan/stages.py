@@ -95,7 +95,7 @@ def _list_scales(parameter: Any) -> Iterator[torch.Tensor]:
 def _watch_backbone(model: torch.nn.Module, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
     """Tell the layers from the loss, which is all that follows them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    backbone = base.base_model
+    backbone: Any = base.base_model
 
     def start_backward(gradient: torch.Tensor) -> None:
         tracker.stage = stage.BACKWARD

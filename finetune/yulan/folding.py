@@ -236,7 +236,9 @@ def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:
 def write_llama_config(folder: Path, config: NativeConfig, dtype: torch.dtype) -> None:
     """Write `config.json` and `generation_config.json` of the folded model."""
     content = describe_llama_config(config, dtype)
-    tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
+    tokens: dict[str, Any] = {
+        name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content
+    }
     stops = [EOS_TOKEN, END_OF_TURN] if config.vocab_size > END_OF_TURN else [EOS_TOKEN]
     _write_json(folder / "config.json", content)
     _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
