@@ -1,7 +1,9 @@
 """Predict the peak memory of a recipe's training step: the real step, on tensors that have a shape and no content."""
 
 import contextlib
+import functools
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +61,8 @@ class StepMemory:
 def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMemory:
     """Run a step of a recipe without content and return its memory on a GPU, or on a CPU.
 
+    It is a later step: optimizer states are there and, where a run accumulates, gradients, as for all but the first batch.
+
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
@@ -75,7 +79,12 @@ def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMem
         stack.enter_context(fake)
         trainer = _build_dry_trainer(recipe, model, precision, folder)
         tracker = _make_tracker(recipe, is_gpu)
-        follow_training(trainer, tracker)
+        accumulates = int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1
+        prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
+        # What a plan takes for a CPU is the GPU that pages.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        follow_training(trainer, tracker, prepare)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return StepMemory(tracker.find_peak(WORKSPACE), tracker.find_largest(LOSS), trainable)
 
@@ -83,10 +92,7 @@ def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMem
 def _build_dry_trainer(
     recipe: Recipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
 ) -> Trainer:
-    """Return the recipe's own trainer, over full rows, at its second step: optimizer states are there.
-
-    Where a run accumulates, gradients are there too, as for all but the first batch of a step.
-    """
+    """Return the recipe's own trainer over full rows."""
     dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
@@ -96,9 +102,11 @@ def _build_dry_trainer(
     trainer.data_collator = _collate_without_content(trainer.data_collator)
     if recipe.trainer.get("activation_offloading"):
         trainer.maybe_activation_offload_context = OffloadedActivations(model)
-    with no_dispatch():
-        trainer.create_optimizer()
-    make_optimizer_states(trainer, int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1)
+    with warnings.catch_warnings():
+        # transformers counts the parameters of 8-bit optimizers by their addresses, which these have not.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        with no_dispatch():
+            trainer.create_optimizer()
     trainer.model.zero_grad = lambda set_to_none=True: None  # the trainer would clear them as its first act
     return trainer
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.plan import tracker as stage
 from finetune.plan.tracker import MemoryTracker
@@ -20,16 +20,26 @@ TABLES, SMALL, SCALES = "weights: tables", "weights: norms and biases", "weights
 _FEWEST_PAGED = 100_000
 
 
-def follow_training(trainer: Trainer, tracker: MemoryTracker) -> None:
-    """Train as the trainer's options say, with every storage followed and counted for its part."""
-    for part, tensor in list_weights(trainer.model):
-        tracker.adopt(tensor, part)
+def follow_training(trainer: Trainer, tracker: MemoryTracker, prepare: Callable[[Trainer], None] | None = None) -> None:
+    """Train as the trainer's options say, with every storage followed and counted for its part.
+
+    `prepare` runs unfollowed when the trainer is ready for its first step.
+    """
+
+    def begin() -> None:
+        if prepare is not None:
+            with tracker.pause():
+                prepare(trainer)
+        for part, tensor in list_weights(trainer.model):
+            tracker.adopt(tensor, part)
+        for tensor in list_states(optimizer):
+            tracker.adopt(tensor, OPTIMIZER)
+        for parameter in trainer.model.parameters():
+            if parameter.grad is not None:
+                tracker.adopt(parameter.grad, GRADIENTS)
+
     optimizer = trainer.create_optimizer()
-    for tensor in list_states(optimizer):
-        tracker.adopt(tensor, OPTIMIZER)
-    for parameter in trainer.model.parameters():
-        if parameter.grad is not None:
-            tracker.adopt(parameter.grad, GRADIENTS)
+    trainer.add_callback(_Beginning(begin))
     with contextlib.ExitStack() as stack:
         _watch_backbone(trainer.model, tracker, stack)
         _watch_backward(trainer, tracker, stack)
@@ -40,9 +50,22 @@ def follow_training(trainer: Trainer, tracker: MemoryTracker) -> None:
     tracker.adopt_stage(stage.AGAIN, RECOMPUTED)
 
 
+class _Beginning(TrainerCallback):
+    """Call a function once the trainer is ready for its first step."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Call the function."""
+        self._begin()
+
+
 def make_optimizer_states(trainer: Trainer, keep_gradients: bool) -> None:
     """Take an optimizer step on gradients without content, so that the next step finds what a run's later steps find."""
-    optimizer = trainer.create_optimizer()
+    optimizer = trainer.optimizer.optimizer  # accelerate's wrapper would skip a step that it did not prepare
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

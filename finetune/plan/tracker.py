@@ -1,7 +1,8 @@
 """Follow every live storage of a training step, on real tensors or on ones without content, and split its peak into parts."""
 
+import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ class MemoryTracker(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stage = FORWARD
+        self._is_paused = False
         self._workspaces = workspaces or {}
         self._substitutes = substitutes or {}
         self._events: list[tuple[int, int]] = []  # number of a storage, and +1 or -1
@@ -59,6 +61,8 @@ class MemoryTracker(TorchDispatchMode):
         if func is _GET_DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for more often than all else together
         substitute = self._substitutes.get(func)
+        if self._is_paused:
+            return substitute(args) if substitute else func(*args, **(kwargs or {}))
         output = substitute(args) if substitute else func(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor):
             self._log(output)
@@ -69,6 +73,15 @@ class MemoryTracker(TorchDispatchMode):
         if (workspace := self._workspaces.get(func)) is not None:
             self._log_passing(workspace(args, output))
         return output
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Follow nothing for a while."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def adopt(self, tensor: torch.Tensor, part: str) -> None:
         """Count a tensor from here on, and for a part, whenever it was made."""

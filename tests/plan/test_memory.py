@@ -1,5 +1,6 @@
 """The forecast of a training step against real runs under the same tracker, and against formulas."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,8 @@ def test_full_model_matches_formulas(make_recipe):
     assert parts["weights: linear layers, nf4"] == weights // 2
     assert parts[TABLES] == 2 * 2 * size["vocab_size"] * hidden
     blocks = [rows * columns // 64 for rows, columns in shapes]
-    scales = layers * sum(count + 4 * -(-count // 256) + 16 * 4 + 4 for count in blocks)
-    assert scales <= parts[SCALES] <= scales + 1024  # the table of the nested scales is one for all
+    # Block scales in 8 bits, theirs in 32, their mean, and the tables of both codes, for each matrix.
+    assert parts[SCALES] == layers * sum(count + 4 * -(-count // 256) + 4 + 4 * 16 + 4 * 256 for count in blocks)
     # The goal for a card of 6 GB, and the loss beside the logits that it does not make.
     assert step.peak.bytes < 4 * 2**30
     assert step.loss_bytes <= 0.1 * 4096 * size["vocab_size"] * 4
@@ -115,47 +116,52 @@ def test_paged_optimizer_leaves_the_device(make_recipe):
     in_place = measure_step(make_recipe(*full, "trainer.optim=adamw_8bit"), is_gpu=True)
     plain = measure_step(make_recipe(*full, ADAMW), is_gpu=True)
     held = [step.peak.parts.get(OPTIMIZER, 0) for step in (paged, in_place, plain)]
-    assert held[0] < 0.2 * held[1] < 0.2 * 0.3 * held[2]
+    assert held[0] < 0.2 * held[1]
+    assert held[1] < held[2]
 
 
 RESIDENT = """
-import resource, sys
-import psutil
+import sys
+from pathlib import Path
 from finetune.check import load_recipe
 from tests.plan.conftest import build_real_trainer
-from pathlib import Path
 trainer = build_real_trainer(load_recipe(Path(sys.argv[1]), sys.argv[2:]))
-before = psutil.Process().memory_info().rss
+read = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+before = read("VmRSS")
 trainer.train()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(read("VmHWM") - before)
 """
+ROOT = Path(__file__).parents[2]
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux counts it")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux counts it")
+@needs_linux
 def test_resident_memory_grows_as_predicted(make_recipe, larger_start, tmp_path):
     overrides = [
         f"model.checkpoint={larger_start}",
         f"output={tmp_path}",
         "data.max_tokens=2048",
         "adapter.train_tokens=[]",
-        "trainer.per_device_train_batch_size=4",
         "trainer.gradient_accumulation_steps=1",
         "trainer.gradient_checkpointing=false",
     ]
     peak = measure_step(make_recipe("sft_lora", *overrides), is_gpu=False).peak
     there_before = sum(size for part, size in peak.parts.items() if part.startswith(("weights", ADAPTER)))
+    # Otherwise the C library keeps what was freed, and tensors of many sizes leave gaps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-W", "ignore", "-c", RESIDENT, "sft_lora", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
     assert int(done.stdout) == pytest.approx(peak.bytes - there_before, rel=0.15)
 
 
+@needs_linux
 def test_planning_the_full_model_stays_small():
-    """Measured in a process of its own: what the plan of the longest rows keeps resident."""
+    """The plan of the longest rows keeps less than 1 GB resident, in a process of its own."""
     code = (
-        "import sys; from finetune.cli import main\n"
+        "from finetune.cli import main\n"
         "try: main(['plan', 'sft_qlora', '-s', 'data.max_tokens=28672', '--json'])\n"
-        "except SystemExit: pass\n"
-        "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        "finally: open('/dev/stderr', 'w').write(open('/proc/self/status').read())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < 10**9
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    highest = next(line for line in done.stderr.splitlines() if line.startswith("VmHWM"))
+    assert int(highest.split()[1]) * 1024 < 10**9
