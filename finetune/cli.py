@@ -99,6 +99,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add_recipe(plan)
     plan.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
     plan.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
+    plan.add_argument(
+        "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
+    )
     add_verb("doctor", _run_doctor, "what this machine has, and what the kit will therefore use")
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
@@ -211,10 +214,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
-    from finetune.plan.forecast import choose_target, describe_plan, make_plan
+    from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
-    plan = make_plan(recipe, choose_target(recipe, memory, arguments.gpu))
-    return _print_result(arguments, plan.to_json(), describe_plan(plan))
+    target = choose_target(recipe, memory, arguments.gpu)
+    if not arguments.fit:
+        plan = make_plan(recipe, target)
+        return _print_result(arguments, plan.to_json(), describe_plan(plan))
+    plan, steps = find_fitting_plan(recipe, target)
+    result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
+    return _print_result(arguments, result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}")
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.plan.hardware import (
@@ -91,7 +92,7 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
         loss_bytes=step.loss_bytes,
         step=work,
         times=tuple(estimate_time(work, card) for card in cards),
-        suggestions=() if fits else tuple(suggest_changes(recipe, parts)),
+        suggestions=() if fits else tuple(change.describe() for change in list_changes(recipe)),
     )
 
 
@@ -103,39 +104,43 @@ def _list_overheads(step: StepMemory) -> dict[str, int]:
     }
 
 
-def read_batch(recipe: Recipe) -> int:
-    """Return the rows that a device computes at once."""
-    return int(recipe.trainer.get("per_device_train_batch_size", 8))
+@dataclass(frozen=True)
+class Step:
+    """One change that was made to fit, and the peak before and after it."""
+
+    change: Change
+    before: int
+    after: int
 
 
-def read_accumulation(recipe: Recipe) -> int:
-    """Return the batches of one optimizer step."""
-    return int(recipe.trainer.get("gradient_accumulation_steps", 1))
+def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
+    """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
+
+    Where nothing fits, the last and smallest plan is returned.
+    """
+    plan, steps = make_plan(recipe, target), list[Step]()
+    while plan.fits is False:
+        for change in list_changes(recipe):
+            changed = apply_change(recipe, change)
+            smaller = make_plan(changed, target)
+            if smaller.peak_bytes < plan.peak_bytes:
+                break
+        else:
+            break
+        steps.append(Step(change, plan.peak_bytes, smaller.peak_bytes))
+        recipe, plan = changed, smaller
+    return plan, tuple(steps)
 
 
-def suggest_changes(recipe: Recipe, parts: Mapping[str, int]) -> list[str]:
-    """Return what would take less room, the changes that leave the result as it is first."""
-    batch, trainer = read_batch(recipe), recipe.trainer
-    changes = []
-    if batch > 1:
-        changes.append(
-            f"trainer.per_device_train_batch_size=1 with trainer.gradient_accumulation_steps="
-            f"{batch * read_accumulation(recipe)}: the same steps, a batch at a time"
-        )
-    if not trainer.get("gradient_checkpointing", True):
-        changes.append("trainer.gradient_checkpointing=true: keeps one tensor a layer, computes the rest again")
-    elif not trainer.get("activation_offloading"):
-        changes.append("trainer.activation_offloading=true: what is kept between layers waits in the host's memory")
-    if recipe.adapter.kind == "none" and "8bit" not in str(trainer.get("optim", "")):
-        changes.append("trainer.optim=paged_adamw_8bit: optimizer states in 8 bits, in the host's memory when need be")
-    if recipe.adapter.train_tokens:
-        changes.append("adapter.train_tokens=[]: no copies of the tables, no gradient of the head")
-    if recipe.adapter.kind == "lora" and recipe.model.quantize == "none":
-        changes.append("model.quantize=nf4: linear layers in 4 bits")
-    if recipe.adapter.kind == "none":
-        changes.append("adapter.kind=lora with model.quantize=nf4: trains an adapter instead of all weights")
-    changes.append(f"data.max_tokens={max(recipe.data.max_tokens // 2, 256)}: shorter rows")
-    return changes
+def describe_steps(steps: tuple[Step, ...]) -> str:
+    """Return the changes with what each saves; those that alter the training are marked."""
+    if not steps:
+        return "nothing needs to change"
+    lines = ["changes made to fit"]
+    for step in steps:
+        altered = "" if step.change.keeps_training else " (alters the training)"
+        lines.append(f"  {step.change.describe()}{altered}; saves {(step.before - step.after) / 1e9:.2f} GB")
+    return "\n".join(lines)
 
 
 def describe_plan(plan: Plan) -> str:
