@@ -106,6 +106,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
+    train.add_argument("--force", action="store_true", help="train also what the plan says cannot fit this GPU")
     export = add_verb("export", _run_export, "merge a run into Llama-format weights, and prove that they are right")
     export.add_argument(
         "result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote"
@@ -236,8 +237,14 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from finetune.check import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)  # before the seconds that importing torch takes
+    from finetune.train.model import choose_device
     from finetune.train.run import run_training
 
+    device = choose_device(bool(recipe.trainer.get("use_cpu")))
+    if device.type == "cuda" and not arguments.force:
+        from finetune.plan.forecast import check_fits
+
+        check_fits(recipe, device)
     summary = run_training(recipe, arguments.resume)
     losses = f"training loss {summary.train_loss:.3f}"
     if summary.eval_loss is not None:

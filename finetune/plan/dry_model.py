@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional as quantization
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -53,8 +53,8 @@ def build_dry_model(
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
         base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
-        if section.quantize == "nf4":
-            settings = make_quantization("nf4", precision.weights)
+        if section.quantize != "none":
+            settings = make_quantization(section.quantize, precision.weights)
             base.hf_quantizer = AutoHfQuantizer.from_config(settings)
             base.hf_quantizer.preprocess_model(base, device_map=None)
             base.hf_quantizer.postprocess_model(base)
@@ -65,6 +65,9 @@ def build_dry_model(
         if isinstance(module, Linear4bit):
             with fake:
                 _quantize_layer(module, precision.weights)
+        if isinstance(module, Linear8bitLt):
+            with fake:
+                _quantize_layer_to_int8(module)
     # It is where it has to be, and tensors without content cannot be moved by torch's own method.
     model.to = lambda *arguments, **options: model
     return model
@@ -93,6 +96,15 @@ def _quantize_layer(layer: Linear4bit, dtype: torch.dtype) -> None:
     layer.weight = weight
     if layer.bias is not None:
         layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
+def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
+    """Give a layer its 8-bit weight and a scale for each row."""
+    weight: Any = torch.nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None
+    layer.weight = weight
+    layer.state.CB = weight.data
+    layer.state.SCB = torch.empty(layer.out_features, dtype=torch.float32)
 
 
 def read_sizes(name: str) -> Mapping[str, Any]:

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from finetune.errors import MachineError, TrainingError
 from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
@@ -117,7 +120,12 @@ def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step,
     """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
 
     Where nothing fits, the last and smallest plan is returned.
+
+    Raises:
+        MachineError: the target has no memory to fit.
     """
+    if target.memory_bytes is None:
+        raise MachineError("--fit: say what has to be fitted: --memory 8GB, or --gpu NAME")
     plan, steps = make_plan(recipe, target), list[Step]()
     while plan.fits is False:
         for change in list_changes(recipe):
@@ -130,6 +138,23 @@ def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step,
         steps.append(Step(change, plan.peak_bytes, smaller.peak_bytes))
         recipe, plan = changed, smaller
     return plan, tuple(steps)
+
+
+def check_fits(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
+
+    Raises:
+        TrainingError: with what takes the room, and what would take less.
+    """
+    free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+    plan = make_plan(recipe, Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES))
+    if not plan.fits:
+        largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
+        raise TrainingError(
+            f"{_describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
+            + "\n  ".join(plan.suggestions)
+            + "\nor run it all the same with --force"
+        )
 
 
 def describe_steps(steps: tuple[Step, ...]) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from finetune.checkpoints import PUBLISHED_SIZES
 from finetune.cli import main
@@ -19,6 +20,7 @@ from finetune.plan.hardware import (
     find_card,
     parse_memory,
 )
+from finetune.train import model
 
 
 def run(capsys, *arguments):
@@ -110,6 +112,41 @@ def test_work_follows_what_is_trained(make_recipe):
     time = estimate_time(full, find_card("A100"))
     assert time.seconds_per_step == pytest.approx(full.flops / (312e12 * UTILISATION))
     assert time.tokens_per_second == pytest.approx(tokens / time.seconds_per_step)
+
+
+def test_fit_changes_what_keeps_the_training_first(capsys):
+    many = ("-s", "trainer.per_device_train_batch_size=8", "-s", "trainer.gradient_checkpointing=false")
+    _, out, _ = run(capsys, *NANO, *many, "-s", "adapter.train_tokens=[]", "--memory", "700MB", "--fit", "--json")
+    plan = json.loads(out)
+    assert plan["fits"]
+    first = plan["changes"][0]["change"]
+    assert first["settings"] == {
+        "trainer.per_device_train_batch_size": 1,
+        "trainer.gradient_accumulation_steps": 8 * 16,
+    }
+    assert first["keeps_training"]
+    for step in plan["changes"]:
+        assert step["after"] < step["before"]
+    assert plan["changes"][-1]["after"] == plan["peak_bytes"] <= plan["memory_bytes"]
+
+
+def test_fit_gives_up_at_the_smallest_plan(capsys):
+    code, out, _ = run(capsys, *NANO, "--memory", "300MB", "--fit")
+    assert code == 0 and "does not fit" in out and "(alters the training)" in out
+
+
+def test_fit_needs_something_to_fit(capsys):
+    code, _, err = run(capsys, *NANO, "--fit")
+    assert code == 2 and "--memory 8GB" in err
+
+
+def test_training_refuses_what_cannot_fit_before_loading(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "choose_device", lambda use_cpu: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**20, GIB))
+    arguments = ["train", *NANO[1:], "-s", f"output={tmp_path / 'run'}"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "does not fit" in err and "--force" in err and "model.quantize=nf4" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_reports_what_runs_here(capsys):
