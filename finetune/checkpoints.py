@@ -4,6 +4,7 @@ Source: the authors' repository RUC-GSAI/YuLan-Mini and the technical report (ar
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,21 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         note="a few million random weights in the published layout, built on this machine; for trying things out",
     ),
 )
+
+# The sizes that all published checkpoints share, as a Llama configuration. Source: their config.json.
+PUBLISHED_SIZES: Mapping[str, int | bool] = {
+    "vocab_size": 99_000,
+    "hidden_size": 1_920,
+    "intermediate_size": 4_800,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 30,
+    "num_key_value_heads": 6,
+    "head_dim": 64,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 28_723,
+    "pad_token_id": 102,
+}
 
 _PHASE_ALIAS = re.compile(r"phase([1-9]|1\d|2[0-5])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

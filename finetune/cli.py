@@ -95,9 +95,18 @@ def _make_parser() -> argparse.ArgumentParser:
     lint.add_argument(
         "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
     )
+    plan = add_verb("plan", _run_plan, "predict memory and time of a training step, without a GPU and without weights")
+    add_recipe(plan)
+    plan.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
+    plan.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
+    plan.add_argument(
+        "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
+    )
+    add_verb("doctor", _run_doctor, "what this machine has, and what the kit will therefore use")
     train = add_verb("train", _run_train, "train, and leave a run directory")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
+    train.add_argument("--force", action="store_true", help="train also what the plan says cannot fit this GPU")
     export = add_verb("export", _run_export, "merge a run into Llama-format weights, and prove that they are right")
     export.add_argument(
         "result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote"
@@ -200,12 +209,42 @@ def _run_lint(arguments: argparse.Namespace) -> int:
     return _print_result(arguments, report.to_json(), text)
 
 
+def _run_plan(arguments: argparse.Namespace) -> int:
+    from finetune.check import load_recipe
+    from finetune.plan.hardware import parse_memory
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    memory = parse_memory(arguments.memory) if arguments.memory else None
+    from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
+
+    target = choose_target(recipe, memory, arguments.gpu)
+    if not arguments.fit:
+        plan = make_plan(recipe, target)
+        return _print_result(arguments, plan.to_json(), describe_plan(plan))
+    plan, steps = find_fitting_plan(recipe, target)
+    result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
+    return _print_result(arguments, result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}")
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from finetune.plan.doctor import describe_machine, examine_machine
+
+    report = examine_machine()
+    return _print_result(arguments, asdict(report), describe_machine(report))
+
+
 def _run_train(arguments: argparse.Namespace) -> int:
     from finetune.check import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)  # before the seconds that importing torch takes
+    from finetune.train.model import choose_device
     from finetune.train.run import run_training
 
+    device = choose_device(bool(recipe.trainer.get("use_cpu")))
+    if device.type == "cuda" and not arguments.force:
+        from finetune.plan.forecast import check_fits
+
+        check_fits(recipe, device)
     summary = run_training(recipe, arguments.resume)
     losses = f"training loss {summary.train_loss:.3f}"
     if summary.eval_loss is not None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"data"},
     {"train"},
     {"check"},
-    {"export", "evaluate"},
+    {"export", "evaluate", "plan"},
     {"demo"},
     {"cli"},
     {"__main__"},

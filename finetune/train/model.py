@@ -77,7 +77,7 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
         model = load(
             folder,
             dtype=precision.weights,
-            quantization_config=_make_quantization(section.quantize, precision.weights),
+            quantization_config=make_quantization(section.quantize, precision.weights),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
             device_map={"": device} if device.type == "cuda" else None,
@@ -104,7 +104,8 @@ def _keep_weights_differentiable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return transformers' settings for a recipe's `model.quantize`, or None for `none`."""
     if quantize == "none":
         return None
     if quantize == "int8":

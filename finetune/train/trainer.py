@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from trl.trainer import utils as trainer_utils
 
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
@@ -22,6 +23,11 @@ from finetune.recipe import Recipe
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.progress import MetricsWriter, ProgressBar
+
+# TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
+# width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
+LOGIT_COLUMNS = 8192
+trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
 _MODEL_COLUMNS = ("input_ids", "labels")
 _RENAMED_OPTIONS = {

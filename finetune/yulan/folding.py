@@ -235,12 +235,21 @@ def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:
 
 def write_llama_config(folder: Path, config: NativeConfig, dtype: torch.dtype) -> None:
     """Write `config.json` and `generation_config.json` of the folded model."""
+    content = describe_llama_config(config, dtype)
+    tokens: dict[str, Any] = {
+        name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content
+    }
+    stops = [EOS_TOKEN, END_OF_TURN] if config.vocab_size > END_OF_TURN else [EOS_TOKEN]
+    _write_json(folder / "config.json", content)
+    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
+
+
+def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the content of `config.json` of the folded model."""
     tokens: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": EOS_TOKEN}
-    stops = [EOS_TOKEN]
     if config.vocab_size > END_OF_TURN:
         tokens["pad_token_id"] = PAD_TOKEN
-        stops.append(END_OF_TURN)
-    content = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -265,8 +274,6 @@ def write_llama_config(folder: Path, config: NativeConfig, dtype: torch.dtype) -
         "dtype": str(dtype).removeprefix("torch."),
         **tokens,
     }
-    _write_json(folder / "config.json", content)
-    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -1,0 +1,163 @@
+"""Look at this machine, and say what the kit will use on it and what would add to that."""
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from finetune.errors import MachineError
+from finetune.plan.hardware import GIB
+from finetune.starts import find_cache
+from finetune.train.model import check_quantization, choose_device, choose_precision
+
+# The base in 16 bits as published, its fold, and an export of it.
+_DISK_BYTES = 15 * 10**9
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run would find here; `uses` is what `auto` resolves to, `memory_bytes` the device's own."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    devices: int
+    cuda: str | None
+    driver: str | None
+    bf16: bool
+    quantization: tuple[str, ...]
+    attention: tuple[str, ...]
+    uses: dict[str, str]
+    cache: str
+    cache_free_bytes: int
+    advice: tuple[str, ...]
+
+
+def examine_machine() -> Machine:
+    """Look at the device that a run would choose, what runs on it, and the disk that the cache lies on."""
+    device = choose_device()
+    quantization = tuple(name for name in ("nf4", "int8") if _can_quantize(name, device))
+    attention = ("sdpa", "eager", *(("flash_attention_2",) if find_spec("flash_attn") else ()))
+    has_bf16 = _has_bf16(device)
+    memory, free = _read_memory(device)
+    cache = find_cache()
+    disk = _read_free_disk(cache)
+    lora, full = (choose_precision("auto", device, trains_all) for trains_all in (False, True))
+    uses = {
+        "adapter on a base in": _NAMES[lora.weights],
+        "all weights in": f"{_NAMES[full.weights]}, computing in {'float32' if full.autocast == 'no' else full.autocast}",
+        "attention": "flash or memory-efficient kernels, by torch" if device.type == "cuda" else "torch's own",
+    }
+    return Machine(
+        device=device.type,
+        name=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        memory_bytes=memory,
+        free_bytes=free,
+        devices=max(torch.cuda.device_count(), 1),
+        cuda=torch.version.cuda,
+        driver=_read_driver() if device.type == "cuda" else None,
+        bf16=has_bf16,
+        quantization=quantization,
+        attention=attention,
+        uses=uses,
+        cache=str(cache),
+        cache_free_bytes=disk,
+        advice=tuple(_list_advice(device, quantization, has_bf16, disk)),
+    )
+
+
+def _can_quantize(name: str, device: torch.device) -> bool:
+    try:
+        check_quantization(name, device)
+    except MachineError:
+        return False
+    return True
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Tell whether the device computes in bfloat16 by itself; a CPU does so too slowly to be asked for it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "mps"
+
+
+def _read_memory(device: torch.device) -> tuple[int, int]:
+    """Return all and the free memory of the device; Apple's GPU shares the machine's."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total), int(free)
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)
+
+
+def _read_driver() -> str | None:
+    """Return the version of NVIDIA's driver, where its own tool is there to tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _read_free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder lies on, or will."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: bool, disk: int) -> list[str]:
+    advice = []
+    if device.type == "cpu":
+        advice.append(
+            "no GPU that torch can use: `finetune demo` and nano run here, the real base needs days; "
+            "with an NVIDIA card install its driver and torch's CUDA build: https://pytorch.org/get-started"
+        )
+    if device.type == "cuda" and not has_bf16:
+        advice.append("this card has no bfloat16: runs use float16, which skips steps when gradients overflow")
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        advice.append(
+            "several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m finetune train RECIPE"
+        )
+    if "nf4" not in quantization:
+        advice.append("model.quantize: nf4 does not run here; install bitsandbytes for this device, or use sft_lora")
+    if device.type == "cuda" and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
+        advice.append("export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves fewer gaps in the card's memory")
+    if disk < _DISK_BYTES:
+        advice.append(
+            f"the cache's disk has {disk / 1e9:.1f} GB free; the base, its fold and an export take {_DISK_BYTES / 1e9:.0f} GB: "
+            "set FINETUNE_CACHE and HF_HOME to a larger disk"
+        )
+    advice.append("what fits: finetune plan RECIPE" + (" --memory 8GB" if device.type == "cpu" else ""))
+    return advice
+
+
+def describe_machine(machine: Machine) -> str:
+    """Return the report as lines for a person."""
+    lines = [
+        f"device        {machine.device}: {machine.name}" + (f" x {machine.devices}" if machine.devices > 1 else ""),
+        f"memory        {machine.memory_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} free",
+        f"CUDA          {machine.cuda or 'not in this build of torch'}"
+        + (f", driver {machine.driver}" if machine.driver else ""),
+        f"bfloat16      {'yes' if machine.bf16 else 'no'}",
+        f"quantization  {', '.join(machine.quantization) or 'none'}",
+        f"attention     {', '.join(machine.attention)}",
+        f"cache         {machine.cache}, {machine.cache_free_bytes / 1e9:.0f} GB free",
+        "",
+        "what `auto` becomes here",
+        *(f"  {key}: {value}" for key, value in machine.uses.items()),
+        "",
+        "advice",
+        *(f"  {line}" for line in machine.advice),
+    ]
+    return "\n".join(lines)

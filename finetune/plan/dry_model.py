@@ -1,0 +1,158 @@
+"""Build a recipe's real model without its weights, and rows that fill every batch to the last token."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional as quantization
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+from transformers.quantizers import AutoHfQuantizer
+
+from finetune.checkpoints import PUBLISHED_SIZES, find_alias
+from finetune.data.account import DataReport, SplitReport
+from finetune.data.dataset import Splits
+from finetune.errors import CheckpointError
+from finetune.recipe import ModelSection, Recipe
+from finetune.starts import find_checkpoint
+from finetune.train.adapter import attach_adapter
+from finetune.train.model import Precision, make_quantization
+from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
+from finetune.yulan.folding import describe_llama_config
+from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.modeling import YuLanMiniForCausalLM
+
+_STEPS = 2
+
+
+def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+    """Return the configuration of the model that a run would load; no weights are read.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    if section.architecture == "native":
+        return load_native_config(find_checkpoint(section.checkpoint))
+    return LlamaConfig(**read_sizes(section.checkpoint))
+
+
+def build_dry_model(
+    recipe: Recipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: FakeTensorMode
+) -> PreTrainedModel | PeftModel:
+    """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
+    section = recipe.model
+    model_class = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
+    attention = "sdpa" if section.attention == "auto" else section.attention
+    with no_init_weights(), torch.device("meta"):
+        base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        if section.quantize != "none":
+            settings = make_quantization(section.quantize, precision.weights)
+            base.hf_quantizer = AutoHfQuantizer.from_config(settings)
+            base.hf_quantizer.preprocess_model(base, device_map=None)
+            base.hf_quantizer.postprocess_model(base)
+        model = attach_adapter(base, recipe.adapter, Path(section.checkpoint))
+    moved: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        _move_to_fake_cpu(module, fake, moved)
+        if isinstance(module, Linear4bit):
+            with fake:
+                _quantize_layer(module, precision.weights)
+        if isinstance(module, Linear8bitLt):
+            with fake:
+                _quantize_layer_to_int8(module)
+    # It is where it has to be, and tensors without content cannot be moved by torch's own method.
+    model.to = lambda *arguments, **options: model
+    return model
+
+
+def _move_to_fake_cpu(module: torch.nn.Module, fake: FakeTensorMode, moved: dict[int, torch.nn.Parameter]) -> None:
+    """Replace a module's tensors by ones that run as the CPU's would: autocast, kernels and placement follow the device."""
+    cpu = torch.device("cpu")
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not isinstance(parameter, FakeTensor):
+            if id(parameter) not in moved:  # a tied table is one tensor, twice
+                tensor = FakeTensor(fake, torch.empty_like(parameter.detach(), device="meta"), cpu)
+                moved[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            module._parameters[name] = moved[id(parameter)]
+    for name, buffer in module._buffers.items():
+        if buffer is not None and not isinstance(buffer, FakeTensor):
+            module._buffers[name] = FakeTensor(fake, torch.empty_like(buffer, device="meta"), cpu)
+
+
+def _quantize_layer(layer: Linear4bit, dtype: torch.dtype) -> None:
+    """Give a layer the 4-bit weight, its scales and their scales that bitsandbytes makes at loading."""
+    dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+    packed, state = quantization.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
+    weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+    weight.quant_state = state
+    layer.weight = weight
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
+def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
+    """Give a layer its 8-bit weight and a scale for each row."""
+    weight: Any = torch.nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None
+    layer.weight = weight
+    layer.state.CB = weight.data
+    layer.state.SCB = torch.empty(layer.out_features, dtype=torch.float32)
+
+
+def read_sizes(name: str) -> Mapping[str, Any]:
+    """Return the Llama configuration of a start: a table's for a published one, else what its folder or its hub page says.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    start = find_alias(name)
+    if start is not None and start.alias != "nano":
+        return PUBLISHED_SIZES
+    if start is None and not Path(name).expanduser().is_dir():
+        return _to_llama(_download_config(name))
+    return _to_llama(find_checkpoint(name))
+
+
+def _to_llama(folder: Path) -> Mapping[str, Any]:
+    content = read_config(folder)
+    if content.get("model_type") == "llama":
+        return content
+    return describe_llama_config(parse_native_config(content, folder), torch.float32)
+
+
+def _download_config(name: str) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: its config.json is not on this machine and the hub cannot be reached; "
+            "plan with an alias of `finetune checkpoints`, which needs no network, or with a local folder"
+        ) from error
+
+
+def make_full_rows(recipe: Recipe) -> Splits:
+    """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
+    packs = bool(recipe.trainer.get("packing"))
+    length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
+    batch = int(recipe.trainer.get("per_device_train_batch_size", 8))
+    count = _STEPS * batch * (2 if packs else 1)
+    row = list(range(1, length + 1))
+    rows = Dataset.from_dict({"input_ids": [row] * count, "labels": [row] * count})
+    report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
+    return Splits(rows, None, DataReport(report, None, {}, "", "", ""))
+
+
+def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that only pads: TRL asks for one, and rows are tokens already."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")

@@ -1,0 +1,209 @@
+"""Answer the question before a run: does it fit, what takes the room, and how long will it take."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from finetune.errors import MachineError, TrainingError
+from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
+from finetune.plan.dry_model import read_sizes
+from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
+from finetune.plan.hardware import (
+    CONTEXT_BYTES,
+    CUBLAS_BYTES,
+    FRAGMENTATION,
+    GIB,
+    TYPICAL_CARDS,
+    UTILISATION,
+    Card,
+    find_card,
+)
+from finetune.plan.memory import StepMemory, measure_step
+from finetune.recipe import Recipe
+
+_BAR = 30
+CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allocator gaps (assumed)"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for."""
+
+    is_gpu: bool
+    memory_bytes: int | None = None
+    card: Card | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast: `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors; times are estimates."""
+
+    peak_bytes: int
+    tensor_bytes: int
+    parts: Mapping[str, int]
+    peak_stage: str
+    fits: bool | None
+    memory_bytes: int | None
+    device: str
+    trainable_parameters: int
+    loss_bytes: int
+    step: StepWork
+    times: tuple[CardTime, ...]
+    suggestions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def choose_target(recipe: Recipe, memory_bytes: int | None, gpu: str | None) -> Target:
+    """Return what a recipe is planned for; a GPU, unless the recipe itself asks for the CPU.
+
+    Raises:
+        MachineError: no card has that name.
+    """
+    card = find_card(gpu) if gpu else None
+    memory = memory_bytes if memory_bytes is not None or card is None else card.memory_bytes
+    is_gpu = card is not None or not recipe.trainer.get("use_cpu")
+    return Target(is_gpu, memory, card)
+
+
+def make_plan(recipe: Recipe, target: Target) -> Plan:
+    """Forecast the memory and the time of a checked recipe's training steps, every row full.
+
+    Raises:
+        FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
+    """
+    step = measure_step(recipe, target.is_gpu, target.card is None or target.card.has_bf16)
+    parts = {**step.peak.parts, **(_list_overheads(step) if target.is_gpu else {})}
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    peak = sum(parts.values())
+    fits = None if target.memory_bytes is None else peak <= target.memory_bytes
+    work = count_work(recipe, read_sizes(recipe.model.checkpoint), read_batch(recipe), read_accumulation(recipe))
+    cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
+    return Plan(
+        peak_bytes=peak,
+        tensor_bytes=step.peak.bytes,
+        parts=parts,
+        peak_stage=step.peak.stage,
+        fits=fits,
+        memory_bytes=target.memory_bytes,
+        device="gpu" if target.is_gpu else "cpu",
+        trainable_parameters=step.trainable,
+        loss_bytes=step.loss_bytes,
+        step=work,
+        times=tuple(estimate_time(work, card) for card in cards),
+        suggestions=() if fits else tuple(change.describe() for change in list_changes(recipe)),
+    )
+
+
+def _list_overheads(step: StepMemory) -> dict[str, int]:
+    return {
+        CONTEXT: CONTEXT_BYTES + CUBLAS_BYTES,
+        ROUNDING: step.peak.rounding,
+        GAPS: int(step.peak.bytes * FRAGMENTATION),
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change that was made to fit, and the peak before and after it."""
+
+    change: Change
+    before: int
+    after: int
+
+
+def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
+    """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
+
+    Where nothing fits, the last and smallest plan is returned.
+
+    Raises:
+        MachineError: the target has no memory to fit.
+    """
+    if target.memory_bytes is None:
+        raise MachineError("--fit: say what has to be fitted: --memory 8GB, or --gpu NAME")
+    plan, steps = make_plan(recipe, target), list[Step]()
+    while plan.fits is False:
+        for change in list_changes(recipe):
+            changed = apply_change(recipe, change)
+            smaller = make_plan(changed, target)
+            if smaller.peak_bytes < plan.peak_bytes:
+                break
+        else:
+            break
+        steps.append(Step(change, plan.peak_bytes, smaller.peak_bytes))
+        recipe, plan = changed, smaller
+    return plan, tuple(steps)
+
+
+def check_fits(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
+
+    Raises:
+        TrainingError: with what takes the room, and what would take less.
+    """
+    free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+    plan = make_plan(recipe, Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES))
+    if not plan.fits:
+        largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
+        raise TrainingError(
+            f"{_describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
+            + "\n  ".join(plan.suggestions)
+            + "\nor run it all the same with --force"
+        )
+
+
+def describe_steps(steps: tuple[Step, ...]) -> str:
+    """Return the changes with what each saves; those that alter the training are marked."""
+    if not steps:
+        return "nothing needs to change"
+    lines = ["changes made to fit"]
+    for step in steps:
+        altered = "" if step.change.keeps_training else " (alters the training)"
+        lines.append(f"  {step.change.describe()}{altered}; saves {(step.before - step.after) / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return the plan as a short table with bars, the verdict and the estimates."""
+    lines = [f"{'part':<34}{'GB':>8}  share of the peak"]
+    for part, size in plan.parts.items():
+        share = size / plan.peak_bytes
+        if round(share, 3) > 0:
+            lines.append(f"{part:<34}{size / 1e9:>8.2f}  {'█' * max(1, round(share * _BAR))} {share:.1%}")
+    lines += [
+        f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
+        "",
+    ]
+    lines.append(_describe_verdict(plan))
+    if plan.fits is False:
+        lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
+    lines.append(
+        f"one step: {plan.step.tokens:,} tokens where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
+        f"training {plan.trainable_parameters:,} parameters"
+    )
+    lines += [
+        f"estimate for {time.card}: {_describe_seconds(time.seconds_per_step)} a step, {time.tokens_per_second:,.0f} tokens/s"
+        for time in plan.times
+    ]
+    if plan.times:
+        lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed)")
+    return "\n".join(lines)
+
+
+def _describe_verdict(plan: Plan) -> str:
+    peak = f"{plan.peak_bytes / GIB:.2f} GiB"
+    if plan.memory_bytes is None:
+        return f"needs {peak} of {'GPU' if plan.device == 'gpu' else 'main'} memory"
+    memory = f"{plan.memory_bytes / GIB:.2f} GiB"
+    if plan.fits:
+        return f"fits: {peak} of {memory}, {(plan.memory_bytes - plan.peak_bytes) / GIB:.2f} GiB to spare"
+    return f"does not fit: {peak} of {memory}, {(plan.peak_bytes - plan.memory_bytes) / GIB:.2f} GiB too much"
+
+
+def _describe_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,102 @@
+"""The cards that a plan can be made for, and what a GPU's memory holds besides tensors. Never imports torch."""
+
+import re
+from dataclasses import dataclass
+
+from finetune.errors import MachineError, describe_unknown_name
+
+GIB = 1 << 30
+_MIB = 1 << 20
+# The context with the kernels that a run loads into it: 426 MiB were seen before the first kernel (pull request 1053 of
+# unslothai/unsloth-zoo), about 400 MB with few (issue 109888 of pytorch/pytorch); no card of ours has measured more yet.
+CONTEXT_BYTES = 512 * _MIB
+# cuBLAS's own workspace, the larger one of the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
+CUBLAS_BYTES = 32 * _MIB
+# The share of live tensors that the caching allocator may hold in gaps: its large segments are multiples of 2 and 20 MiB
+# (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption: none of ours was measured on a card.
+FRAGMENTATION = 0.05
+# The share of the published peak that training is taken to reach. An assumption: kernels of usual shape lie at 30 to 50 %.
+UTILISATION = 0.35
+
+_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": _MIB, "GB": GIB, "KIB": 1 << 10, "MIB": _MIB, "GIB": GIB}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU: memory in GiB as sold, dense 16-bit matrix TFLOPS with float32 sums as published."""
+
+    name: str
+    memory_gib: float
+    tflops: float
+    has_bf16: bool = True
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the memory in bytes."""
+        return int(self.memory_gib * GIB)
+
+
+# Source: NVIDIA's data sheets, and for GeForce the whitepapers of each architecture (Turing, Ampere GA102, Ada, Blackwell).
+# Laptop cards at their highest power; most are sold with less.
+CARDS: tuple[Card, ...] = (
+    Card("RTX 2060", 6, 25.8, has_bf16=False),
+    Card("RTX 3050", 8, 18.2),
+    Card("RTX 3060", 12, 25.5),
+    Card("RTX 3080", 10, 59.5),
+    Card("RTX 3090", 24, 71.0),
+    Card("RTX 4050 Laptop", 6, 24.3),
+    Card("RTX 4060 Laptop", 8, 29.1),
+    Card("RTX 4060", 8, 30.2),
+    Card("RTX 4060 Ti 16GB", 16, 44.1),
+    Card("RTX 4070", 12, 58.3),
+    Card("RTX 4080", 16, 97.5),
+    Card("RTX 4090", 24, 165.2),
+    Card("RTX 5060", 8, 38.4),
+    Card("RTX 5070", 12, 61.7),
+    Card("RTX 5080", 16, 112.6),
+    Card("RTX 5090", 32, 209.5),
+    Card("T4", 16, 65.0, has_bf16=False),
+    Card("V100", 32, 125.0, has_bf16=False),
+    Card("L4", 24, 121.0),
+    Card("A10", 24, 125.0),
+    Card("L40S", 48, 362.0),
+    Card("A100 40GB", 40, 312.0),
+    Card("A100", 80, 312.0),
+    Card("A800", 80, 312.0),
+    Card("H100", 80, 989.0),
+    Card("H200", 141, 989.0),
+)
+# The cards that a plan without a card of its own gives times for.
+TYPICAL_CARDS = ("RTX 4060 Laptop", "RTX 3090", "RTX 4090", "A100", "H100")
+
+
+def find_card(name: str) -> Card:
+    """Return a card by its name, however it is capitalised and with or without its maker's.
+
+    Raises:
+        MachineError: the table has no such card.
+    """
+    wanted = _simplify(name)
+    for card in CARDS:
+        if _simplify(card.name) == wanted:
+            return card
+    close = describe_unknown_name(wanted, [_simplify(card.name) for card in CARDS])
+    raise MachineError(f"--gpu: {name!r} is {close}; or give its memory: --memory 8GB")
+
+
+def _simplify(name: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    return " ".join(word for word in words if word not in ("nvidia", "geforce", "gpu", "tesla"))
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a card's memory such as `8GB`: cards are sold by powers of two, so it means 8 GiB.
+
+    Raises:
+        MachineError: the text is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or float(match.group(1)) * unit < _MIB:
+        raise MachineError(f"--memory: {text!r} is no size of a memory; write one such as 8GB")
+    return int(float(match.group(1)) * unit)

@@ -1,0 +1,146 @@
+"""Predict the peak memory of a recipe's training step: the real step, on tensors that have a shape and no content."""
+
+import contextlib
+import functools
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from bitsandbytes import functional as quantization
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
+from transformers import PreTrainedModel, Trainer
+
+from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
+from finetune.plan.kernels import (
+    GPU_SUBSTITUTES,
+    GPU_WORKSPACES,
+    OffloadedActivations,
+    allocate_as_gpu,
+    answer_truths,
+    build_masks_as_in_run,
+)
+from finetune.plan.stages import LOSS, WORKSPACE, follow_training, make_optimizer_states
+from finetune.plan.tracker import MemoryTracker, Peak
+from finetune.recipe import Recipe
+from finetune.train.model import Precision, choose_precision
+from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.train.trainer import build_trainer
+
+# A dry run writes nothing, evaluates nothing and says nothing.
+_DRY_OPTIONS: Mapping[str, Any] = {
+    "max_steps": 1,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_num_workers": 0,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    # TRL's own needs the device that it moves from; ours takes its place.
+    "activation_offloading": False,
+    "tf32": None,
+}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The live tensors of a training step at their peak, and the most that the loss ever takes."""
+
+    peak: Peak
+    loss_bytes: int
+    trainable: int
+
+
+def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMemory:
+    """Run a step of a recipe without content and return its memory on a GPU, or on a CPU.
+
+    It is a later step: optimizer states are there and, where a run accumulates, gradients, as for all but the first batch.
+
+    Raises:
+        FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
+    """
+    precision = choose_planned_precision(recipe, is_gpu, has_bf16)
+    config = find_model_config(recipe.model)
+    quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(build_masks_as_in_run())
+        if is_gpu:
+            stack.enter_context(allocate_as_gpu())
+        model = build_dry_model(recipe, config, precision, fake)
+        stack.enter_context(fake)
+        trainer = _build_dry_trainer(recipe, model, precision, folder)
+        tracker = _make_tracker(recipe, is_gpu)
+        accumulates = int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1
+        prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
+        # What a plan takes for a CPU is the GPU that pages.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        follow_training(trainer, tracker, prepare)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return StepMemory(tracker.find_peak(WORKSPACE), tracker.find_largest(LOSS), trainable)
+
+
+def _build_dry_trainer(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
+) -> Trainer:
+    """Return the recipe's own trainer over full rows."""
+    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, output=folder)
+    with no_dispatch():
+        rows = make_full_rows(recipe)
+    trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
+    trainer.remove_callback(MetricsWriter)
+    trainer.remove_callback(ProgressBar)
+    trainer.data_collator = _collate_without_content(trainer.data_collator)
+    if recipe.trainer.get("activation_offloading"):
+        trainer.maybe_activation_offload_context = OffloadedActivations(model)
+    with warnings.catch_warnings():
+        # transformers counts the parameters of 8-bit optimizers by their addresses, which these have not.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        with no_dispatch():
+            trainer.create_optimizer()
+    trainer.model.zero_grad = lambda set_to_none=True: None  # the trainer would clear them as its first act
+    return trainer
+
+
+def _make_tracker(recipe: Recipe, is_gpu: bool) -> MemoryTracker:
+    # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
+    is_one_row = int(recipe.trainer.get("per_device_train_batch_size", 8)) == 1 and not recipe.trainer.get("packing")
+    truths = answer_truths(is_one_row)
+    return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}) if is_gpu else MemoryTracker({}, truths)
+
+
+def _collate_without_content(collate: Any) -> Any:
+    """Return a collator that builds a real batch, and hands on its shapes."""
+
+    def collate_shapes(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        with no_dispatch():
+            batch = collate(rows)
+        return {
+            name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    return collate_shapes
+
+
+def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool) -> Precision:
+    """Return the precision that a run would choose on the machine that is planned for, not on this one.
+
+    float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
+    """
+    trains_all, dtype = recipe.adapter.kind == "none", recipe.model.dtype
+    cpu = torch.device("cpu")
+    if not is_gpu:
+        return choose_precision(dtype, cpu, trains_all)
+    if trains_all and (dtype in ("auto", "float16") or not has_bf16):
+        return Precision(torch.float32, "bf16")
+    return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)
