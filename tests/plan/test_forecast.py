@@ -20,10 +20,8 @@ from finetune.plan.hardware import (
     find_card,
     parse_memory,
 )
-from finetune.train import (
-    model,
-    run as _run,  # noqa: F401 - bound before a test replaces what it takes from model
-)
+from finetune.train import model
+from finetune.train import run as training
 
 
 def run(capsys, *arguments):
@@ -144,6 +142,7 @@ def test_fit_needs_something_to_fit(capsys):
 
 
 def test_training_refuses_what_cannot_fit_before_loading(capsys, monkeypatch, tmp_path):
+    assert training.choose_device is model.choose_device  # bound before it is replaced, or it would stay replaced
     monkeypatch.setattr(model, "choose_device", lambda use_cpu: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**20, GIB))
     arguments = ["train", *NANO[1:], "-s", f"output={tmp_path / 'run'}"]
