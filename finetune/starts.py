@@ -131,8 +131,6 @@ def find_cache() -> Path:
 def fingerprint_checkpoint(folder: Path) -> str:
     """Return a hash of a checkpoint's configuration, tokenizer and weights.
 
-    The real weights have 4.85 GB, so the hash of a file is remembered under everything that changes when it does.
-
     Raises:
         CheckpointError: the folder holds no complete checkpoint.
     """
@@ -140,11 +138,12 @@ def fingerprint_checkpoint(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in [folder / "config.json", folder / "tokenizer.json", *list_weight_files(folder)]:
         if file.is_file():
-            digest.update(f"{file.name}:{_hash_file(file)}\n".encode())
+            digest.update(f"{file.name}:{hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """Return the hash of a file's content, remembered under everything that changes when it does."""
     real = file.resolve()
     status = real.stat()
     identity = f"{real}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"

@@ -21,6 +21,7 @@ from finetune.data.template import ChatTemplate, list_stop_tokens
 from finetune.data.tokens import RowEncoder, TokenRow, make_record_batch
 from finetune.errors import DataError
 from finetune.folders import write_folder
+from finetune.starts import hash_file
 
 # Raised whenever the same files and settings would give other tokens than before.
 _CACHE_VERSION = 1
@@ -93,8 +94,7 @@ def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, templa
         for file in list_files(path):
             digest.update(str(file).encode())
             if file.is_file():
-                with file.open("rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
+                digest.update(hash_file(file).encode())
     return digest.hexdigest()[:32]
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.encoding import encode_plain_texts, list_control_spellings
 from finetune.data.files import list_files, read_file
 from finetune.data.lint import LintReport, LintRow, LintSettings, Split, lint_rows
-from finetune.data.messages import Message
+from finetune.data.messages import Message, add_system
 from finetune.data.rows import Format, Row, choose_format, read_row
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, Encoded, encode_conversations
@@ -101,10 +101,7 @@ def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[_Re
 def _list_messages(row: Row, system: str | None) -> list[Message]:
     if row.text:
         return [{"role": "assistant", "content": row.text}]
-    messages = [*row.messages, *row.chosen]
-    if system is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    return add_system([*row.messages, *row.chosen], system)
 
 
 def _name_fault(text: str) -> tuple[str, str]:

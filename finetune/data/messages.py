@@ -127,6 +127,13 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     return listed
 
 
+def add_system(messages: list[Message], system: str | None) -> list[Message]:
+    """Return messages that begin with a system line: their own where they have one."""
+    if system is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def check_order(messages: Sequence[Message], *, ends_with: str = "assistant") -> None:
     """Check that turns follow each other as a conversation does.
 

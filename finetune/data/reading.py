@@ -5,11 +5,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.data.files import list_files, read_file
 from finetune.data.gates import check_rows
+from finetune.data.messages import add_system
 from finetune.data.rows import Row, choose_format, read_row
 from finetune.data.settings import DataSettings
 from finetune.data.tokens import SourceRow
@@ -24,6 +26,8 @@ class RowReader:
     def __init__(self, settings: DataSettings) -> None:
         self._settings = settings
         self._seen: set[bytes] = set()
+        names = "|".join(map(re.escape, settings.substitute))
+        self._placeholder = re.compile(r"\{\{\s*(" + names + r")\s*\}\}")
         self.formats: dict[str, str] = {}
         self.kinds: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -77,26 +81,21 @@ class RowReader:
         return False
 
     def _add_system(self, row: Row) -> Row:
-        system = self._settings.system
-        if system is None or row.text or (row.messages and row.messages[0]["role"] == "system"):
-            return row
-        messages = [{"role": "system", "content": system}, *row.messages]
-        return Row(messages, row.chosen, row.rejected, row.label, row.text, row.tools)
+        return row if row.text else replace(row, messages=add_system(row.messages, self._settings.system))
 
     def _substitute(self, raw: dict[str, Any]) -> dict[str, Any]:
         values = self._settings.substitute
         if not values:
             return raw
-        pattern = re.compile(r"\{\{\s*(" + "|".join(map(re.escape, values)) + r")\s*\}\}")
 
-        def replace(value: Any) -> Any:
+        def fill(value: Any) -> Any:
             if isinstance(value, str):
-                return pattern.sub(lambda match: values[match.group(1)], value)
+                return self._placeholder.sub(lambda match: values[match.group(1)], value)
             if isinstance(value, dict):
-                return {key: replace(inner) for key, inner in value.items()}
-            return [replace(inner) for inner in value] if isinstance(value, list) else value
+                return {key: fill(inner) for key, inner in value.items()}
+            return [fill(inner) for inner in value] if isinstance(value, list) else value
 
-        return {key: replace(value) for key, value in raw.items()}
+        return {key: fill(value) for key, value in raw.items()}
 
     def describe(self) -> tuple[str, ...]:
         """Return what a person should know of the rows: those left out, and pairs of which one side is trained."""

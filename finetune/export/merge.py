@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from finetune.export.merged import Subject, open_merged, open_subject
 from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
 from finetune.folders import check_output_free, write_folder
 from finetune.train.record import Result
-from finetune.yulan.folding import copy_tokenizer, write_llama_config
+from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards
 
@@ -56,7 +56,7 @@ def export_result(
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
-        merged = open_merged(subject, settings.dtype, dequantized=True)
+        merged = replace(merged, quantize=subject.quantize)
     with write_folder(output) as folder:
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
         _write_companions(folder, subject, merged.dtype)
@@ -82,12 +82,17 @@ def _check_base(subject: Subject, settings: ExportSettings, verifier: Verifier |
 
 def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
     """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
+    stored = read_config(subject.base)
     if subject.architecture == "yulanmini":
-        write_llama_config(folder, parse_native_config(read_config(subject.base), subject.base), dtype)
+        config = describe_llama_config(parse_native_config(stored, subject.base), dtype)
     else:
-        config = {key: value for key, value in read_config(subject.base).items() if key not in _STALE_KEYS}
-        config |= {"architectures": ["LlamaForCausalLM"]}
-        _write_json(folder / "config.json", config | {"dtype": _name_dtype(dtype), "torch_dtype": _name_dtype(dtype)})
+        config = {key: value for key, value in stored.items() if key not in _STALE_KEYS}
+        config |= {
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": _name_dtype(dtype),
+            "torch_dtype": _name_dtype(dtype),
+        }
+    _write_json(folder / "config.json", config)
     copy_tokenizer(subject.tokenizer_folder, folder)
     (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
     tokenizer = load_tokenizer_file(folder)

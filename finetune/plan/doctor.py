@@ -46,11 +46,11 @@ def examine_machine() -> Machine:
     device = choose_device()
     quantization = tuple(name for name in ("nf4", "int8") if _can_quantize(name, device))
     attention = ("sdpa", "eager", *(("flash_attention_2",) if find_spec("flash_attn") else ()))
-    has_bf16 = _has_bf16(device)
     memory, free = _read_memory(device)
     cache = find_cache()
     disk = _read_free_disk(cache)
     lora, full = (choose_precision("auto", device, trains_all) for trains_all in (False, True))
+    has_bf16 = lora.weights == torch.bfloat16  # which `auto` takes wherever the device computes in it by itself
     uses = {
         "adapter on a base in": _NAMES[lora.weights],
         "all weights in": f"{_NAMES[full.weights]}, computing in {'float32' if full.autocast == 'no' else full.autocast}",
@@ -82,13 +82,6 @@ def _can_quantize(name: str, device: torch.device) -> bool:
     except MachineError:
         return False
     return True
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Tell whether the device computes in bfloat16 by itself; a CPU does so too slowly to be asked for it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "mps"
 
 
 def _read_memory(device: torch.device) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.errors import CheckpointError
+from finetune.plan.changes import read_batch
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
@@ -144,7 +145,7 @@ def make_full_rows(recipe: Recipe) -> Splits:
     """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
     packs = bool(recipe.trainer.get("packing"))
     length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
-    batch = int(recipe.trainer.get("per_device_train_batch_size", 8))
+    batch = read_batch(recipe)
     count = _STEPS * batch * (2 if packs else 1)
     row = list(range(1, length + 1))
     rows = Dataset.from_dict({"input_ids": [row] * count, "labels": [row] * count})

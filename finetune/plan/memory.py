@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 
+from finetune.plan.changes import read_accumulation, read_batch
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
     GPU_SUBSTITUTES,
@@ -79,7 +80,7 @@ def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMem
         stack.enter_context(fake)
         trainer = _build_dry_trainer(recipe, model, precision, folder)
         tracker = _make_tracker(recipe, is_gpu)
-        accumulates = int(recipe.trainer.get("gradient_accumulation_steps", 1)) > 1
+        accumulates = read_accumulation(recipe) > 1
         prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
         # What a plan takes for a CPU is the GPU that pages.
         stack.enter_context(warnings.catch_warnings())
@@ -113,7 +114,7 @@ def _build_dry_trainer(
 
 def _make_tracker(recipe: Recipe, is_gpu: bool) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
-    is_one_row = int(recipe.trainer.get("per_device_train_batch_size", 8)) == 1 and not recipe.trainer.get("packing")
+    is_one_row = read_batch(recipe) == 1 and not recipe.trainer.get("packing")
     truths = answer_truths(is_one_row)
     return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}) if is_gpu else MemoryTracker({}, truths)
 
