@@ -10,11 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from finetune.data.template import ChatTemplate, encode_prompt, find_template, list_stop_tokens
 from finetune.data.tokenizer import load_tokenizer
-from finetune.errors import FinetuneError, TemplateError
+from finetune.errors import FinetuneError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
 from finetune.train.model import choose_device, choose_precision, load_base
-from finetune.train.record import Result, find_base, is_result, open_result
+from finetune.train.record import Result, check_template, find_base, find_tokenizer_folder, is_result, open_result
 from finetune.yulan.layout import find_architecture
 
 
@@ -69,13 +69,8 @@ def open_trained(result: Result) -> LoadedModel:
     model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)
     if result.kind == "adapter":
         model = PeftModel.from_pretrained(model, result.folder)
-    with_tokenizer = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
-    loaded = _complete(model, load_tokenizer(with_tokenizer))
-    if origin is not None and loaded.template.fingerprint != origin.template_fingerprint:
-        raise TemplateError(
-            f"{result.folder}: its chat template is not the one that it was trained with ({origin.template}); "
-            "restore chat_template.jinja, or train again"
-        )
+    loaded = _complete(model, load_tokenizer(find_tokenizer_folder(result, base)))
+    check_template(result, loaded.template)
     return loaded
 
 

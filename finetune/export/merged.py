@@ -10,7 +10,7 @@ from finetune.data.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter import Adapter, read_adapter
 from finetune.export.quantized import is_quantized, requantize
-from finetune.train.record import Result, find_base
+from finetune.train.record import Result, check_template, find_base, find_tokenizer_folder
 from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture
 from finetune.yulan.shards import Piece, TensorSpec
@@ -81,16 +81,13 @@ def open_subject(result: Result) -> Subject:
     """Find the base and the template of a result.
 
     Raises:
-        ExportError: the base or the template is not the one that was trained with.
+        ExportError: the base is not the one that was trained with.
+        TemplateError: the template is not.
     """
     base = find_base(result) if result.kind == "adapter" else result.folder
-    tokenizer_folder = result.folder if (result.folder / "tokenizer_config.json").is_file() else base
+    tokenizer_folder = find_tokenizer_folder(result, base)
     template = find_template("auto", load_tokenizer_file(tokenizer_folder))
-    if result.origin is not None and template.fingerprint != result.origin.template_fingerprint:
-        raise ExportError(
-            f"{result.folder}: its chat template is not the one that it was trained with ({result.origin.template}); "
-            "restore chat_template.jinja, or train again"
-        )
+    check_template(result, template)
     return Subject(result, base, find_architecture(base), tokenizer_folder, template)
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.errors import CheckpointError, ExportError, FinetuneError
+from finetune.data.template import ChatTemplate
+from finetune.errors import CheckpointError, ExportError, FinetuneError, TemplateError
 from finetune.recipe import TrainedArchitecture
 from finetune.starts import find_base_folder, find_checkpoint, fingerprint_checkpoint
 
@@ -138,6 +139,24 @@ def find_base(result: Result) -> Path:
             f"(content {origin.base_fingerprint[:12]}, found {found[:12]}); restore the checkpoint {origin.checkpoint!r} that it was trained on"
         )
     return base
+
+
+def find_tokenizer_folder(result: Result, base: Path) -> Path:
+    """Return where a result's tokenizer lies: its own folder, or its base for one that came without."""
+    return result.folder if (result.folder / "tokenizer_config.json").is_file() else base
+
+
+def check_template(result: Result, template: ChatTemplate) -> None:
+    """Compare the template that was found with the one that a result was trained with.
+
+    Raises:
+        TemplateError: it is another one.
+    """
+    if result.origin is not None and template.fingerprint != result.origin.template_fingerprint:
+        raise TemplateError(
+            f"{result.folder}: its chat template is not the one that it was trained with ({result.origin.template}); "
+            "restore chat_template.jinja, or train again"
+        )
 
 
 def _read_peft_base(folder: Path) -> str:
