@@ -1,13 +1,16 @@
 """Rendered text to tokens with trained spans, where nothing that a person wrote can become a control token."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 # Half characters cannot occur in text that UTF-8 can hold (rows with them are refused), so they can stand for a spelling.

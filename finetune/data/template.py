@@ -3,16 +3,16 @@
 Training, evaluation, chat and export all go through here, so that a model is asked in the very form it was trained in.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.encoding import (
     Span,
@@ -26,6 +26,9 @@ from finetune.data.encoding import (
 )
 from finetune.errors import TemplateError
 from finetune.resources import list_templates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = "yulan-mini"
 Messages = Sequence[Mapping[str, Any]]
@@ -232,7 +235,7 @@ def _render(
 ) -> tuple[list[str], list[list[Span]]]:
     if template.spans == "marks":
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = _render_jinja(
                 conversations=[list(messages) for messages in conversations],
                 tools=tools,
                 chat_template=template.source,
@@ -256,7 +259,7 @@ def _render_one(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        texts, _ = render_jinja_template(
+        texts, _ = _render_jinja(
             conversations=[list(messages)],
             tools=tools,
             chat_template=template.source,
@@ -266,6 +269,14 @@ def _render_one(
     except (jinja2.TemplateError, TypeError) as error:
         raise _explain(template, error) from error
     return str(texts[0])
+
+
+def _render_jinja(**options: Any) -> tuple[list[str], list[list[Span]]]:
+    # Only here, as in `tokenizer.py`: an export loads transformers while its weights are on their way.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(**options)
+    return texts, spans
 
 
 def _explain(template: ChatTemplate, error: Exception) -> TemplateError:

@@ -1,11 +1,14 @@
 """Load a checkpoint's tokenizer."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import transformers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -14,6 +17,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the folder holds no tokenizer that can be read without running its code.
     """
+    import transformers
+
     try:
         # By attribute: transformers then loads its registry of architectures, which takes seconds, only here.
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -33,8 +38,10 @@ def load_tokenizer_file(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
+    import transformers
+
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: cannot be read ({str(error).splitlines()[0]}); download it again"

@@ -100,7 +100,7 @@ class Adapter:
             return parts["replacement"][rows].float()
         merged = base.float()
         if "a" in parts:
-            merged = _multiply(parts["b"][rows].float(), parts["a"].float(), change.scale).add_(merged)
+            merged = _add_product(merged, parts["b"][rows].float(), parts["a"].float(), change.scale)
             if "magnitude" in parts:
                 merged.mul_((parts["magnitude"][rows].float() / merged.norm(dim=1)).unsqueeze(1))
         if "embedding_a" in parts:
@@ -115,11 +115,11 @@ class Adapter:
         return merged
 
 
-def _multiply(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `(b @ a) * scale`, to the bit."""
+def _add_product(base: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `base + (b @ a) * scale` as PEFT rounds it."""
     if math.frexp(scale)[0] == 0.5:  # a power of two changes no rounding, so the smaller factor can carry it
-        return (b * scale) @ a
-    return (b @ a).mul_(scale)
+        return (b * scale @ a).add_(base)
+    return (b @ a).mul_(scale).add_(base)
 
 
 def read_adapter(folder: Path, base: TensorFolder) -> Adapter:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ def export_result(
 
     Raises:
         ExportError: the adapter does not fit its base, or what was written is not what was trained; nothing is left.
+        TemplateError: the chat template is not the one that was trained with; nothing is left.
         OutputError: the output folder is not empty or cannot be written.
     """
     started = time.monotonic()
@@ -57,8 +59,11 @@ def export_result(
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
         merged = replace(merged, quantize=subject.quantize)
-    with write_folder(output) as folder:
+    with write_folder(output) as folder, ThreadPoolExecutor(1) as beside:
+        # Loading what renders templates takes one core half a second, which the streams leave free.
+        template = beside.submit(lambda: subject.template)
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
+        template.result()
         _write_companions(folder, subject, merged.dtype)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)

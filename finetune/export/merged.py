@@ -1,6 +1,7 @@
 """What is to be exported, and its tensors: stored rows, the adapter's change, the fold, and one rounding."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,7 +26,17 @@ class Subject:
     base: Path
     architecture: Architecture
     tokenizer_folder: Path
-    template: ChatTemplate
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, once it was compared with the one that was trained with.
+
+        Raises:
+            TemplateError: it is another one.
+        """
+        template = find_template("auto", load_tokenizer_file(self.tokenizer_folder))
+        check_template(self.result, template)
+        return template
 
     @property
     def adapter(self) -> Path | None:
@@ -78,17 +89,13 @@ class Merged:
 
 
 def open_subject(result: Result) -> Subject:
-    """Find the base and the template of a result.
+    """Find the base of a result.
 
     Raises:
         ExportError: the base is not the one that was trained with.
-        TemplateError: the template is not.
     """
     base = find_base(result) if result.kind == "adapter" else result.folder
-    tokenizer_folder = find_tokenizer_folder(result, base)
-    template = find_template("auto", load_tokenizer_file(tokenizer_folder))
-    check_template(result, template)
-    return Subject(result, base, find_architecture(base), tokenizer_folder, template)
+    return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
 
 
 def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:

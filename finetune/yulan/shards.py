@@ -6,13 +6,15 @@ Source of the format: github.com/huggingface/safetensors, README, "Format"; of t
 `save_pretrained`.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -27,6 +29,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A piece and its float64 copy stay within a processor's cache; larger ones cost memory and gain no time.
 _PIECE_ELEMENTS = 1 << 19
 _KEPT_BYTES = 31 << 20  # glibc adapts to blocks below 32 MiB
+_FLUSHED_BYTES = 1 << 28
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Result = TypeVar("Result")
@@ -152,7 +155,7 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource)
     for spec in specs:
         planned[spec.name] = (position, spec)
         position += spec.bytes
-    lock = threading.Lock()
+    lock, flusher = threading.Lock(), _Flusher(file)
 
     def write(piece: Piece) -> None:
         start, spec = planned[piece.name]
@@ -165,11 +168,40 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource)
         view = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         with lock:
             file.seek(start)
+            flusher.count(len(view))
             while view:
                 view = view[file.write(view) :]
 
-    for _ in run_pieces(list_pieces(specs, source), write):
-        pass
+    with contextlib.closing(flusher):
+        for _ in run_pieces(list_pieces(specs, source), write):
+            pass
+        flusher.finish()
+
+
+class _Flusher:
+    """Sends what was written to the disk while more is made, rather than all of it at the end."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.file = file
+        self.waiting = 0
+        self.sent: list[Future[None]] = []
+        self.executor = ThreadPoolExecutor(1)
+
+    def count(self, size: int) -> None:
+        """Add to what waits; send it when it is enough to keep the disk busy."""
+        self.waiting += size
+        if self.waiting >= _FLUSHED_BYTES:
+            self.waiting = 0
+            self.sent.append(self.executor.submit(os.fsync, self.file.fileno()))
+
+    def finish(self) -> None:
+        """Wait for what was sent, and raise the disk's errors: the system tells each of them only once."""
+        for sent in self.sent:
+            sent.result()
+
+    def close(self) -> None:
+        """Stop."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

@@ -95,20 +95,19 @@ class TensorFolder:
 
     def _read_bytes(self, name: str, start: int, end: int) -> torch.Tensor:
         entry = self.entries[name]
-        buffer = bytearray(end - start)
-        if not buffer:
-            return torch.empty(0, dtype=entry.dtype)
+        # Not a bytearray: filling gigabytes with zeros first would be noticed.
+        found = torch.empty(end - start, dtype=torch.uint8)
+        view, filled = found.numpy().data, 0
         with entry.file.open("rb", buffering=0) as file:
             file.seek(start)
-            view, filled = memoryview(buffer), 0
-            while filled < len(buffer):
+            while filled < len(view):
                 count = file.readinto(view[filled:])
                 if not count:
                     raise CheckpointError(
                         f"{entry.file}: ends within the tensor {name}; the file was changed while it was read"
                     )
                 filled += count
-        return torch.frombuffer(buffer, dtype=entry.dtype)
+        return found.view(entry.dtype)
 
 
 def open_tensors(folder: Path) -> TensorFolder:

