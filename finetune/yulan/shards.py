@@ -6,7 +6,6 @@ Source of the format: github.com/huggingface/safetensors, README, "Format"; of t
 `save_pretrained`.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -29,7 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A piece and its float64 copy stay within a processor's cache; larger ones cost memory and gain no time.
 _PIECE_ELEMENTS = 1 << 19
 _KEPT_BYTES = 31 << 20  # glibc adapts to blocks below 32 MiB
-_FLUSHED_BYTES = 1 << 28
+_FLUSHED_BYTES = 1 << 27
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Result = TypeVar("Result")
@@ -137,9 +136,13 @@ def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, m
         if len(shards) == 1
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb", buffering=0) as file:
-            _write_tensors(file, shard, source)
+    with _Flusher() as flusher:
+        for name, shard in zip(names, shards, strict=True):
+            file = (folder / name).open("wb", buffering=0)
+            try:
+                _write_tensors(file, shard, source, flusher)
+            finally:
+                flusher.close_file(file)
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -147,7 +150,7 @@ def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, m
     return total
 
 
-def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource) -> None:
+def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource, flusher: "_Flusher") -> None:
     header = _encode_header(specs)
     file.write(header)
     planned: dict[str, tuple[int, TensorSpec]] = {}
@@ -155,7 +158,7 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource)
     for spec in specs:
         planned[spec.name] = (position, spec)
         position += spec.bytes
-    lock, flusher = threading.Lock(), _Flusher(file)
+    lock = threading.Lock()
 
     def write(piece: Piece) -> None:
         start, spec = planned[piece.name]
@@ -168,40 +171,45 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource)
         view = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         with lock:
             file.seek(start)
-            flusher.count(len(view))
+            flusher.count(file, len(view))
             while view:
                 view = view[file.write(view) :]
 
-    with contextlib.closing(flusher):
-        for _ in run_pieces(list_pieces(specs, source), write):
-            pass
-        flusher.finish()
+    for _ in run_pieces(list_pieces(specs, source), write):
+        pass
 
 
 class _Flusher:
     """Sends what was written to the disk while more is made, rather than all of it at the end."""
 
-    def __init__(self, file: FileIO) -> None:
-        self.file = file
+    def __init__(self) -> None:
         self.waiting = 0
         self.sent: list[Future[None]] = []
         self.executor = ThreadPoolExecutor(1)
 
-    def count(self, size: int) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.executor.shutdown(wait=True)
+        for sent in self.sent:
+            sent.result()  # raises the disk's error, of which the system tells only once
+
+    def count(self, file: FileIO, size: int) -> None:
         """Add to what waits; send it when it is enough to keep the disk busy."""
         self.waiting += size
         if self.waiting >= _FLUSHED_BYTES:
             self.waiting = 0
-            self.sent.append(self.executor.submit(os.fsync, self.file.fileno()))
+            self.sent.append(self.executor.submit(os.fsync, file.fileno()))
 
-    def finish(self) -> None:
-        """Wait for what was sent, and raise the disk's errors: the system tells each of them only once."""
-        for sent in self.sent:
-            sent.result()
+    def close_file(self, file: FileIO) -> None:
+        """Send the rest of a file and close it, after what was sent before."""
+        self.sent.append(self.executor.submit(_close, file))
 
-    def close(self) -> None:
-        """Stop."""
-        self.executor.shutdown(wait=True, cancel_futures=True)
+
+def _close(file: FileIO) -> None:
+    with file:
+        os.fsync(file.fileno())
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
