@@ -44,7 +44,7 @@ def test_names_that_stand_for_nothing(name, message):
     ],
 )
 def test_offline_says_how_to_fetch(monkeypatch, tmp_path, name, command):
-    monkeypatch.setattr("finetune.starts.snapshot_download", fail_offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail_offline)
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(name)
     assert command in str(caught.value)

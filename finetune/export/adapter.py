@@ -98,9 +98,9 @@ class Adapter:
         parts, rows = change.parts, slice(start, start + len(base))
         if "replacement" in parts:
             return parts["replacement"][rows].float()
-        merged = base.float()
+        merged = base.to(torch.float32, copy=True)
         if "a" in parts:
-            merged = _add_product(merged, parts["b"][rows].float(), parts["a"].float(), change.scale)
+            _add_product(merged, parts["b"][rows].float(), parts["a"].float(), change.scale)
             if "magnitude" in parts:
                 merged.mul_((parts["magnitude"][rows].float() / merged.norm(dim=1)).unsqueeze(1))
         if "embedding_a" in parts:
@@ -108,18 +108,18 @@ class Adapter:
             if "embedding_magnitude" in parts:
                 merged = merged * (parts["embedding_magnitude"].float() / merged.norm(dim=0))
         if "token_rows" in parts:
-            merged = merged.clone()
             for token, row in zip(change.tokens, parts["token_rows"].float(), strict=True):
                 if rows.start <= token < rows.stop:
                     merged[token - start] = row
         return merged
 
 
-def _add_product(base: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `base + (b @ a) * scale` as PEFT rounds it."""
+def _add_product(base: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> None:
+    """Add `(b @ a) * scale` in place, rounded as by PEFT."""
     if math.frexp(scale)[0] == 0.5:  # a power of two changes no rounding, so the smaller factor can carry it
-        return (b * scale @ a).add_(base)
-    return (b @ a).mul_(scale).add_(base)
+        base.addmm_(b * scale, a)
+    else:
+        base.add_((b @ a).mul_(scale))
 
 
 def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
