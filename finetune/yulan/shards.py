@@ -180,7 +180,11 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource,
 
 
 class _Flusher:
-    """Sends what was written to the disk while more is made, rather than all of it at the end."""
+    """Sends what was written to the disk while more is made, and lets go of the memory that held it.
+
+    Gigabytes of output would otherwise push what is still to be read, and what other programs need, out of the system's
+    memory; and getting new memory for each of them takes longer than writing them.
+    """
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -200,16 +204,23 @@ class _Flusher:
         self.waiting += size
         if self.waiting >= _FLUSHED_BYTES:
             self.waiting = 0
-            self.sent.append(self.executor.submit(os.fsync, file.fileno()))
+            self.sent.append(self.executor.submit(_let_go, file))
 
     def close_file(self, file: FileIO) -> None:
         """Send the rest of a file and close it, after what was sent before."""
         self.sent.append(self.executor.submit(_close, file))
 
 
+def _let_go(file: FileIO) -> None:
+    # Begins to write what is not on the disk yet, and frees what is. Not every system has it; it is a help, no promise.
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _close(file: FileIO) -> None:
     with file:
         os.fsync(file.fileno())
+        _let_go(file)
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
