@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from finetune.data.dataset import load_splits
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import find_template, render_conversations
 from finetune.data.tokenizer import load_tokenizer
 from finetune.starts import as_llama, find_checkpoint
@@ -81,7 +81,9 @@ def main() -> None:
         file = Path(folder) / "rows.jsonl"
         lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
         file.write_text("".join(lines), encoding="utf-8")
-        settings = DataSettings((file,), max_tokens=_MAX_TOKENS, overflow="truncate", cache=Path(folder) / "cache")
+        settings = DataSettings(
+            (Source(file),), max_tokens=_MAX_TOKENS, overflow="truncate", cache=Path(folder) / "cache"
+        )
         texts = render_conversations(tokenizer, template, conversations).texts
         results = {}
         for name, is_parallel in (("one thread", "false"), ("all cores", "true")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
-from finetune.recipe import AdapterSection, Draft, Recipe, describe_unknown_key, read_recipe
+from finetune.recipe import AdapterSection, Draft, Recipe, SourceSection, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
@@ -88,10 +88,12 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
     data = recipe.data
     if not data.train:
         yield "data.train: is missing; name at least one data file"
-    for key, names in (("train", data.train), ("eval", data.eval)):
-        for name in names:
-            if _find_file(name, folder) is None:
-                yield f"data.{key}: {name} does not exist{_suggest_file(name, folder)}"
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for number, source in enumerate(sources, 1):
+            if isinstance(source, SourceSection):
+                yield from _check_source(source, f"data.{key}[{number}]", folder)
+            elif _find_file(source, folder) is None:
+                yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
     yield from _check_template(data.template, folder)
@@ -101,6 +103,24 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+
+
+def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
+    if bool(source.path) == bool(source.hub):
+        yield f"{name}: needs one of path (files) and hub (a data set's owner/name)"
+    elif source.path and _find_file(source.path, folder) is None:
+        yield f"{name}.path: {source.path} does not exist{_suggest_file(source.path, folder)}"
+    elif source.hub and not is_hub_id(source.hub):
+        yield f"{name}.hub: must read owner/name; found {source.hub!r}"
+    for key in ("config", "split", "revision"):
+        if source.path and getattr(source, key) is not None:
+            yield f"{name}.{key}: belongs to a data set of the hub; remove it, or give hub instead of path"
+    if source.weight is not None and source.rows is not None:
+        yield f"{name}: takes a weight or a number of rows, not both"
+    if source.weight is not None and source.weight <= 0:
+        yield f"{name}.weight: must be above 0; found {source.weight}"
+    if source.rows is not None and source.rows < 1:
+        yield f"{name}.rows: must be at least 1; found {source.rows}"
 
 
 def _check_template(template: str, folder: Path) -> Iterator[str]:
@@ -165,6 +185,8 @@ def _is_data(path: Path) -> bool:
 
 
 def _suggest_file(name: str, folder: Path) -> str:
+    if is_hub_id(name) and not Path(name).suffix:
+        return f"; a data set of the hub is written {{hub: {name}}}"
     path = Path(name).expanduser()
     for parent in dict.fromkeys([folder / path.parent, path.parent]):
         if parent.is_dir():
@@ -174,12 +196,18 @@ def _suggest_file(name: str, folder: Path) -> str:
     return f" (looked in {folder.resolve()} and {Path.cwd()})"
 
 
+def _resolve_source(source: str | SourceSection, folder: Path) -> str | SourceSection:
+    if isinstance(source, str):
+        return str(_find_file(source, folder))
+    return replace(source, path=str(_find_file(source.path, folder))) if source.path else source
+
+
 def _resolve_paths(draft: Draft) -> Recipe:
     recipe, folder = draft.recipe, draft.source.parent
     data = replace(
         recipe.data,
-        train=tuple(str(_find_file(name, folder)) for name in recipe.data.train),
-        eval=tuple(str(_find_file(name, folder)) for name in recipe.data.eval),
+        train=tuple(_resolve_source(source, folder) for source in recipe.data.train),
+        eval=tuple(_resolve_source(source, folder) for source in recipe.data.eval),
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(_find_file(recipe.data.template, folder)))

@@ -31,11 +31,24 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class SourceSection:
+    """One source of a mixture: a path or a data set of the hub, and how much of it is taken (all, unless said)."""
+
+    path: str = ""
+    hub: str = ""
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    weight: int | float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
 class DataSection:
     """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row."""
 
-    train: tuple[str, ...] = ()
-    eval: tuple[str, ...] = ()
+    train: tuple[str | SourceSection, ...] = ()
+    eval: tuple[str | SourceSection, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -250,7 +263,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(value, get_args(hint))
     if origin is tuple:
-        return _convert_tuple(value, get_args(hint)[0])
+        return _convert_tuple(value, get_args(hint)[0], name, problems)
     if origin is not None:  # the remaining generic is Mapping
         return _convert_mapping(value, get_args(hint)[1])
     return _convert_scalar(value, hint)
@@ -266,11 +279,18 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
     raise _MismatchError(" or ".join(names))
 
 
-def _convert_tuple(value: Any, member: Any) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
     # One file or one module is common enough that it need not be written as a list.
     values = value if isinstance(value, list) else [value]
+    members = get_args(member) or (member,)
+    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     try:
-        return tuple(_convert_scalar(item, member) for item in values)
+        return tuple(
+            _read_section(section, item, f"{name}[{number}].", problems)  # type: ignore[arg-type]
+            if section is not None and isinstance(item, dict)
+            else _convert_scalar(item, members[0])
+            for number, item in enumerate(values, 1)
+        )
     except _MismatchError as mismatch:
         raise _MismatchError(f"{mismatch}, or a list of such") from None
 

@@ -339,6 +339,17 @@ def test_an_unfinished_run_is_not_exported(call, folder):
     assert "this run has not finished" in err
 
 
+def test_a_mixture_is_previewed(call, folder):
+    recipe = "data: {train: [{path: rows.jsonl, rows: 12}, {path: more.jsonl, weight: 1}], held_out: 2}\n"
+    (folder / "more.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    (folder / "mixture.yaml").write_text((folder / "recipe.yaml").read_text().replace("data:", "#") + recipe)
+    status, out, _ = call("preview", "mixture.yaml", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert (report["train"]["rows"], report["evaluation"]["rows"]) == (30, 2)
+    assert list(report["left_out"].values()) == [8]
+
+
 def test_a_full_disk_is_one_sentence(call, folder, nano, monkeypatch):
     import errno
 

@@ -13,18 +13,17 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.account import Account, DataReport, SplitReport, describe_losses
-from finetune.data.files import list_files
 from finetune.data.gates import check_padding
 from finetune.data.reading import RowReader, choose_held_out
 from finetune.data.settings import DataSettings
+from finetune.data.sources import hash_source
 from finetune.data.template import ChatTemplate, list_stop_tokens
 from finetune.data.tokens import RowEncoder, TokenRow, make_record_batch
 from finetune.errors import DataError
 from finetune.folders import write_folder
-from finetune.starts import hash_file
 
 # Raised whenever the same files and settings would give other tokens than before.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,8 @@ def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, templa
     digest.update(template.source.encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr(sorted(tokenizer.special_tokens_map.items(), key=str)).encode())
-    for path in (*settings.train, *settings.evaluation):
-        for file in list_files(path):
-            digest.update(str(file).encode())
-            if file.is_file():
-                digest.update(hash_file(file).encode())
+    for source in (*settings.train, *settings.evaluation):
+        digest.update(hash_source(source).encode())
     return digest.hexdigest()[:32]
 
 
@@ -105,7 +101,7 @@ def _prepare(
     seed: int,
     file: Path | None,
 ) -> _Prepared:
-    reader = RowReader(settings)
+    reader = RowReader(settings, seed)
     encoder = RowEncoder(tokenizer, template, settings.train_on)
     account = Account(settings, encoder)
     rows = _write_rows((account.keep(encoded) for encoded in encoder.encode(reader.read())), file)

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from finetune.data.json_lists import JsonList
 from finetune.errors import DataError
 
 RawRow = tuple[str, dict[str, Any]]
@@ -115,21 +116,7 @@ def _read_json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
-    try:
-        rows = json.loads(text)
-    except RecursionError as error:
-        raise DataError(f"{path}: is nested too deeply") from error
-    except json.JSONDecodeError as error:
-        hint = "; is it JSON lines? then name it .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno}){hint}"
-        ) from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: must hold a list of rows; found {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(JsonList(path, _read_lines(path)).read(), 1):
         where = f"{path}, row {number}"
         yield where, _check_object(row, where)
 

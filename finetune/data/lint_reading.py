@@ -13,11 +13,12 @@ from typing import IO, Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding import encode_plain_texts, list_control_spellings
-from finetune.data.files import list_files, read_file
+from finetune.data.files import RawRow
 from finetune.data.lint import LintReport, LintRow, LintSettings, Split, lint_rows
 from finetune.data.messages import Message, add_system
 from finetune.data.rows import Format, Row, choose_format, read_row
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
+from finetune.data.sources import read_source
 from finetune.data.template import ChatTemplate, Encoded, encode_conversations
 from finetune.errors import DataError, TemplateError
 from finetune.folders import write_folder
@@ -64,18 +65,19 @@ def read_lint_rows(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> Iterator[LintRow]:
     """Yield every row of a recipe, those to evaluate on first, with its tokens or with its fault."""
-    splits: tuple[tuple[Split, Sequence[Path]], ...] = (("evaluation", settings.evaluation), ("train", settings.train))
-    for split, paths in splits:
-        for path in (file for entry in paths for file in list_files(entry)):
-            read = _read_rows(path, split, settings)
+    splits: tuple[tuple[Split, Sequence[Source]], ...] = (
+        ("evaluation", settings.evaluation),
+        ("train", settings.train),
+    )
+    for split, sources in splits:
+        for name, raw_rows in (part for source in sources for part in read_source(source)):
+            read = _read_rows(name, raw_rows, split, settings)
             while batch := list(itertools.islice(read, _BATCH_ROWS)):
                 yield from _encode_rows(batch, tokenizer, template)
 
 
-def _read_rows(path: Path, split: Split, settings: DataSettings) -> Iterator[_ReadRow]:
+def _read_rows(source: str, raw_rows: Iterator[RawRow], split: Split, settings: DataSettings) -> Iterator[_ReadRow]:
     entry: Format | None = None
-    source = str(path)
-    raw_rows = read_file(path)
     while True:
         try:
             where, raw = next(raw_rows)

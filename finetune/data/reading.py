@@ -6,14 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from finetune.data.files import list_files, read_file
 from finetune.data.gates import check_rows
 from finetune.data.messages import add_system
-from finetune.data.rows import Row, choose_format, read_row
-from finetune.data.settings import DataSettings
+from finetune.data.rows import Format, Row, choose_format, read_row
+from finetune.data.settings import DataSettings, Source
+from finetune.data.sources import draw_rows, read_source
 from finetune.data.tokens import SourceRow
 from finetune.errors import DataError
 
@@ -21,10 +20,11 @@ _MOST_FAULTS = 1000
 
 
 class RowReader:
-    """Read files as a stream of rows, counting all that is left out."""
+    """Read sources as a stream of rows, counting all that is left out; the seed chooses the rows of a mixture."""
 
-    def __init__(self, settings: DataSettings) -> None:
+    def __init__(self, settings: DataSettings, seed: int) -> None:
         self._settings = settings
+        self._seed = seed
         self._seen: set[bytes] = set()
         names = "|".join(map(re.escape, settings.substitute))
         self._placeholder = re.compile(r"\{\{\s*(" + names + r")\s*\}\}")
@@ -39,33 +39,47 @@ class RowReader:
         Raises:
             DataError: files or rows that cannot be used, with their lines.
         """
-        yield from self._read_paths(self._settings.train)
+        yield from self._read_sources(self._settings.train)
         self.train_count = self.count
-        yield from self._read_paths(self._settings.evaluation)
+        yield from self._read_sources(self._settings.evaluation)
 
-    def _read_paths(self, paths: Sequence[Path]) -> Iterator[SourceRow]:
+    def _read_sources(self, sources: Sequence[Source]) -> Iterator[SourceRow]:
         faults: list[tuple[str, str]] = []
-        for path in (file for entry in paths for file in list_files(entry)):
-            entry = None
-            for where, raw in read_file(path):
-                if entry is None:
-                    entry = choose_format(self._settings.format, self._settings.columns, raw, where)
-                    self.formats[str(path)] = entry.name
-                    if entry.row_kind == "prompt":
-                        raise DataError(f"{where}: holds a prompt alone; training needs an answer to each")
-                try:
-                    row = read_row(entry, self._settings.columns, self._substitute(raw), where)
-                except DataError as error:
-                    origin, _, fault = str(error).partition(": ")
-                    faults.append((origin, fault))
-                    if len(faults) >= _MOST_FAULTS:
-                        break
-                    continue
-                if not self._is_left_out(row):
-                    self.count += 1
-                    self.kinds[entry.row_kind] += 1
-                    yield SourceRow(self.count - 1, where, entry.row_kind, self._add_system(row))
+        for entry, where, raw in self._read_raw(sources):
+            try:
+                row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+            except DataError as error:
+                origin, _, fault = str(error).partition(": ")
+                faults.append((origin, fault))
+                if len(faults) >= _MOST_FAULTS:
+                    break
+                continue
+            if not self._is_left_out(row):
+                self.count += 1
+                self.kinds[entry.row_kind] += 1
+                yield SourceRow(self.count - 1, where, entry.row_kind, self._add_system(row))
         check_rows(faults)
+
+    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, str, dict[str, Any]]]:
+        """Yield the rows that are drawn of each source, with their place and format."""
+        for source, draw in zip(sources, draw_rows(sources, self._seed), strict=True):
+            number = 0
+            for name, rows in read_source(source):
+                entry = None
+                for where, raw in rows:
+                    entry = entry or self._choose_format(name, raw, where)
+                    if draw.taken is None or number in draw.taken:
+                        yield entry, where, raw
+                    number += 1
+            if draw.taken is not None and number > len(draw.taken):
+                self.left_out[draw.note] += number - len(draw.taken)
+
+    def _choose_format(self, name: str, raw: dict[str, Any], where: str) -> Format:
+        entry = choose_format(self._settings.format, self._settings.columns, raw, where)
+        self.formats[name] = entry.name
+        if entry.row_kind == "prompt":
+            raise DataError(f"{where}: holds a prompt alone; training needs an answer to each")
+        return entry
 
     def _is_left_out(self, row: Row) -> bool:
         if row.label is False:

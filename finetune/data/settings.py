@@ -9,11 +9,30 @@ TrainOn = Literal["assistant", "last", "all"]
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Files and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None."""
+class HubDataset:
+    """A data set of the hub; without a revision it is the newest one."""
 
-    train: tuple[Path, ...]
-    evaluation: tuple[Path, ...] = ()
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all."""
+
+    place: Path | HubDataset
+    weight: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None."""
+
+    train: tuple[Source, ...]
+    evaluation: tuple[Source, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from finetune.data.dataset import load_splits
 from finetune.data.gates import IGNORED_LABEL
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.evaluate.chat import LoadedModel, open_model
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
         FinetuneError: the model or the rows cannot be used.
     """
     loaded = open_model(name)
-    settings = DataSettings(train=tuple(files), max_tokens=max_tokens, overflow="drop")
+    settings = DataSettings(train=tuple(map(Source, files)), max_tokens=max_tokens, overflow="drop")
     splits = load_splits(settings, loaded.tokenizer, loaded.template, seed=0)
     for note in splits.report.notes:
         logger.info("%s", note)

@@ -13,7 +13,7 @@ from finetune.data.dataset import load_splits
 from finetune.data.files import read_file
 from finetune.data.preview import describe_preview, preview_rows
 from finetune.data.rows import FORMATS, choose_format, read_row
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
@@ -36,7 +36,7 @@ def load(tokenizer, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         template = find_template("yulan-mini", tokenizer)
-        return load_splits(DataSettings(train=(path,), **settings), tokenizer, template, seed)
+        return load_splits(DataSettings(train=(Source(path),), **settings), tokenizer, template, seed)
 
     return run
 
@@ -303,7 +303,7 @@ def test_preview_shows_what_is_trained(load, tokenizer):
     ],
 )
 def test_real_files_are_read_whole(shared, tokenizer, file, columns, rows):
-    settings = DataSettings(train=(shared / "data" / file,), columns=columns, max_tokens=512, overflow="drop")
+    settings = DataSettings(train=(Source(shared / "data" / file),), columns=columns, max_tokens=512, overflow="drop")
     report = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), 0).report
     assert report.train.rows_read == rows
     assert report.train.rows > 0.5 * rows

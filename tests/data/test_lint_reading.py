@@ -12,7 +12,7 @@ from finetune.data.files import read_file
 from finetune.data.lint import KINDS
 from finetune.data.lint_reading import lint_data, list_control_spellings, read_lint_rows
 from finetune.data.rows import FORMATS
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError
@@ -31,7 +31,10 @@ def lint(tokenizer):
 
     def run(*train, fixed=None, **settings):
         return lint_data(
-            DataSettings(train=train, **settings), tokenizer, find_template("yulan-mini", tokenizer), fixed
+            DataSettings(train=tuple(map(Source, train)), **settings),
+            tokenizer,
+            find_template("yulan-mini", tokenizer),
+            fixed,
         )
 
     return run
@@ -101,7 +104,7 @@ def test_broken_files_are_findings_that_name_the_file(lint, tmp_path, name, cont
 
 def test_rows_have_the_tokens_that_training_counts(tokenizer, shared):
     path = shared / "data" / "alpaca_en_demo.json"
-    settings = DataSettings(train=(path,), max_tokens=100_000, system="Be brief.")
+    settings = DataSettings(train=(Source(path),), max_tokens=100_000, system="Be brief.")
     template = find_template("yulan-mini", tokenizer)
     rows = list(read_lint_rows(settings, tokenizer, template))
     splits = load_splits(settings, tokenizer, template, seed=0)
@@ -116,7 +119,7 @@ def test_a_row_that_the_template_refuses(tokenizer, tmp_path):
     refuse = "{% if messages[0].content == 'bad' %}{{ raise_exception('no such talk') }}{% endif %}"
     (tmp_path / "strict.jinja").write_text(refuse + source, encoding="utf-8")
     rows = [{"prompt": text, "completion": "Because it is."} for text in ("one", "bad", "two")]
-    settings = DataSettings(train=(write(tmp_path / "rows.jsonl", rows),))
+    settings = DataSettings(train=(Source(write(tmp_path / "rows.jsonl", rows)),))
     report = lint_data(settings, tokenizer, find_template(str(tmp_path / "strict.jinja"), tokenizer))
     assert report.left_out == {"unreadable": 1}
     assert report.findings[0].examples[0].line == 2
@@ -186,7 +189,7 @@ def test_what_is_written_trains_and_lints_clean(lint, tokenizer, shared, tmp_pat
     empty, long = {**real[40], "output": " "}, {**real[41], "output": "and so on " * 600}
     number = {**real[42], "output": 5}
     train = write(tmp_path / "train.jsonl", [*real[10:], near, empty, long, number, real[50], *real[60:63]])
-    report = lint(train, evaluation=(held_out,), max_tokens=1024, fixed=tmp_path / "fixed")
+    report = lint(train, evaluation=(Source(held_out),), max_tokens=1024, fixed=tmp_path / "fixed")
     assert sum(report.left_out.values()) == report.rows - report.passed
     found = report.to_json()["counts"]
     assert found["overlap"] == 10
@@ -197,10 +200,12 @@ def test_what_is_written_trains_and_lints_clean(lint, tokenizer, shared, tmp_pat
 
     paths = [tmp_path / "fixed" / "train.jsonl", tmp_path / "fixed" / "held_out.jsonl"]
     assert sorted((tmp_path / "fixed").iterdir()) == sorted(paths)
-    settings = DataSettings(train=(paths[0],), evaluation=(paths[1],), max_tokens=1024, overflow="error")
+    settings = DataSettings(
+        train=(Source(paths[0]),), evaluation=(Source(paths[1]),), max_tokens=1024, overflow="error"
+    )
     splits = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), seed=0)
     assert splits.report.train.rows + splits.report.evaluation.rows == report.passed
-    again = lint(paths[0], evaluation=(paths[1],), max_tokens=1024)
+    again = lint(paths[0], evaluation=(Source(paths[1]),), max_tokens=1024)
     assert not [finding.kind for finding in again.findings if finding.is_dropped]
     assert again.passed == again.rows == report.passed
     source = read(train)

@@ -11,7 +11,7 @@ import pytest
 
 from finetune.data.dataset import load_splits
 from finetune.data.page import PageColumn, PagePiece, PageRow, collect_page, render_page, split_tokens, write_page
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError
@@ -37,7 +37,7 @@ def splits(tokenizer, tmp_path):
     held_out.write_text(
         json.dumps(ROWS[2]) + "\n" + json.dumps({**ROWS[2], "completion": "so " * 400}), encoding="utf-8"
     )
-    settings = DataSettings(train=(path,), evaluation=(held_out,), overflow="drop", max_tokens=700)
+    settings = DataSettings(train=(Source(path),), evaluation=(Source(held_out),), overflow="drop", max_tokens=700)
     return load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), seed=0)
 
 
@@ -161,7 +161,7 @@ def test_tokens_of_one_character_come_together(tokenizer):
 
 def test_real_rows_are_shown_to_the_letter(shared, tokenizer):
     for name in ("alpaca_zh_demo.json", "kto_en_demo.json"):
-        settings = DataSettings(train=(shared / "data" / name,), max_tokens=100_000)
+        settings = DataSettings(train=(Source(shared / "data" / name),), max_tokens=100_000)
         splits = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), seed=0)
         for row in splits.train.select(range(100)):
             pieces = list(split_tokens(tokenizer, row["input_ids"], [label != -100 for label in row["labels"]]))

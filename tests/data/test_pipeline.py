@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from finetune.data.dataset import load_splits
 from finetune.data.gates import IGNORED_LABEL
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import encode_prompt, find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
@@ -27,7 +27,9 @@ def load(tokenizer, tmp_path):
     def run(rows, **settings):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return load_splits(DataSettings((path,), **settings), tokenizer, find_template("yulan-mini", tokenizer), 0)
+        return load_splits(
+            DataSettings((Source(path),), **settings), tokenizer, find_template("yulan-mini", tokenizer), 0
+        )
 
     return run
 

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.check import load_recipe
 from finetune.data.dataset import load_splits
-from finetune.data.settings import DataSettings
+from finetune.data.settings import DataSettings, Source
 from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
@@ -97,7 +97,7 @@ def test_five_hundred_broken_files_are_told_or_counted(shared, tmp_path, nano_ll
         name = rng.choice(list(sources))
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes(corrupt(sources[name], rng))
-        settings = DataSettings((path,), columns=columns.get(name, {}), max_tokens=1024, overflow="drop")
+        settings = DataSettings((Source(path),), columns=columns.get(name, {}), max_tokens=1024, overflow="drop")
         lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
         try:
             report = load_splits(settings, tokenizer, template, 0).report
