@@ -79,7 +79,7 @@ def test_the_straight_line(call, folder):
     assert "each step: 2 rows (2 a device x 1 accumulated x 1 process)" in err
 
     status, out, _ = call("export", "run", "-o", "exported", "--json")
-    report = json.loads(out)["counts"]
+    report = json.loads(out)
     assert status == 0
     assert report["verify"]["max_abs"] <= 1e-4
     assert report["verify"]["top1_agreement"] == 1.0
@@ -113,7 +113,7 @@ def test_lint_reports_and_fixes(call, folder):
     write_rows(folder / "rows.jsonl", [*good, *bad, {"prompt": "One word?", "completion": "Yes"}])
     before = list_files(folder)
     status, out, err = call("lint", "recipe.yaml", "--json")
-    report = json.loads(out)["counts"]
+    report = json.loads(out)
     assert (status, err) == (0, "")
     assert report["counts"] == {"unreadable": 1, "empty_text": 1, "duplicate": 1, "one_word": 1}
     assert (report["rows"], report["passed"]) == (16, 13)
@@ -192,7 +192,7 @@ def test_checkpoints(call):
 
 def test_fold(call, folder, nano):
     status, out, _ = call("fold", nano, "-o", "folded", "--dtype", "bfloat16", "--max-shard-size", "2MB", "--json")
-    report = json.loads(out)["counts"]
+    report = json.loads(out)
     assert status == 0
     assert report["dtype"] == "bfloat16"
     shards = sorted((folder / "folded").glob("*.safetensors"))
@@ -348,6 +348,9 @@ def test_a_mixture_is_previewed(call, folder):
     assert status == 0
     assert (report["train"]["rows"], report["evaluation"]["rows"]) == (30, 2)
     assert list(report["left_out"].values()) == [8]
+    _, out, _ = call("preview", "mixture.yaml")
+    assert "8 rows are left out: not drawn from " in out
+    assert "rows.jsonl (rows: 12; 12 of 20 are taken)" in out
 
 
 def test_a_full_disk_is_one_sentence(call, folder, nano, monkeypatch):

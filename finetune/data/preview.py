@@ -65,6 +65,8 @@ def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     for name in ("train", "evaluation"):
         if preview.counts[name] is not None:
             lines += ["", *_describe_split(name, SplitReport(**preview.counts[name]))]
+    notes = preview.counts["notes"]
+    lines += ["", *notes] if notes else []
     read_as = ", ".join(f"{path} as {entry}" for path, entry in preview.counts["formats"].items())
     return "\n".join([*lines, "", f"read {read_as}; template {preview.counts['template']}"])
 
