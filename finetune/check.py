@@ -8,7 +8,8 @@ from pathlib import Path
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
-from finetune.recipe import AdapterSection, Draft, Recipe, SourceSection, describe_unknown_key, read_recipe
+from finetune.recipe import AdapterSection, Recipe, SourceSection
+from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options

@@ -1,4 +1,4 @@
-"""The command line: each verb parses, calls one function and prints. The only place that prints or exits."""
+"""What each verb does: call one function and print. The only place that prints or exits; `command_line.py` parses."""
 
 import argparse
 import atexit
@@ -10,16 +10,15 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from finetune.command_line import Verb, make_parser
 from finetune.errors import FinetuneError, RecipeError
 
 _SUCCESS, _BUG, _USER_ERROR, _INTERRUPTED = 0, 1, 2, 130
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
-    arguments = _make_parser().parse_args(argv)
+    arguments = make_parser(_VERBS).parse_args(argv)
     _quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
     # At the end Python would search everything that torch has loaded for garbage, a third of a second for nothing.
@@ -52,103 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     """End as after an error, so that what is half-written is removed."""
     sys.exit(128 + number)
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finetune",
-        description="Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models.",
-        epilog="Start with: finetune demo",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def add_verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=text, description=text)
-        verb.set_defaults(run=run)
-        verb.add_argument(
-            "--json", action="store_true", help="print one JSON object on standard output and nothing else"
-        )
-        return verb
-
-    def add_recipe(verb: argparse.ArgumentParser) -> None:
-        verb.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
-        verb.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-
-    def add_writing(verb: argparse.ArgumentParser) -> None:
-        verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-        verb.add_argument("--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as stored)")
-        verb.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
-
-    add_verb("checkpoints", _run_checkpoints, "list what one can start from")
-    fold = add_verb("fold", _run_fold, "write the exact Llama form of a checkpoint")
-    fold.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="an alias, a hub id with an optional @revision, or a folder"
-    )
-    add_writing(fold)
-    add_recipe(add_verb("check", _run_check, "check a recipe without loading anything"))
-    preview = add_verb("preview", _run_preview, "show rows as the model will see them, with what is trained marked")
-    add_recipe(preview)
-    preview.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
-    preview.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write them as one page that needs nothing else"
-    )
-    lint = add_verb(
-        "lint", _run_lint, "look for what is wrong with the rows: duplicates, empty answers, overlap and more"
-    )
-    add_recipe(lint)
-    lint.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
-    )
-    plan = add_verb("plan", _run_plan, "predict memory and time of a training step, without a GPU and without weights")
-    add_recipe(plan)
-    plan.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
-    plan.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
-    plan.add_argument(
-        "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
-    )
-    add_verb("doctor", _run_doctor, "what this machine has, and what the kit will therefore use")
-    train = add_verb("train", _run_train, "train, and leave a run directory")
-    add_recipe(train)
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the recipe's output")
-    train.add_argument("--force", action="store_true", help="train also what the plan says cannot fit this GPU")
-    export = add_verb("export", _run_export, "merge a run into Llama-format weights, and prove that they are right")
-    export.add_argument(
-        "result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote"
-    )
-    add_writing(export)
-    export.add_argument(
-        "--base",
-        choices=("full", "dequantized", "auto"),
-        default="full",
-        help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
-    )
-    export.add_argument("--no-verify", action="store_true", help="skip reopening and comparing")
-    evaluate = add_verb("evaluate", _run_evaluate, "loss, perplexity and token accuracy on held-out rows")
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
-    evaluate.add_argument("--data", type=Path, required=True, nargs="+", metavar="FILE", help="rows to evaluate on")
-    evaluate.add_argument(
-        "--max-tokens", type=_read_count, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
-    )
-    chat = add_verb("chat", _run_chat, "talk to a run or a model")
-    chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or an alias, a hub id or a folder")
-    chat.add_argument("--prompt", metavar="TEXT", help="answer once and stop")
-    chat.add_argument("--system", metavar="TEXT", help="a system line")
-    chat.add_argument(
-        "--max-new-tokens", type=_read_count, default=512, metavar="N", help="longest answer (default: 512)"
-    )
-    chat.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
-    )
-    demo = add_verb("demo", _run_demo, "the whole line in miniature: train, export, verify, answer")
-    demo.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    return parser
-
-
-def _read_count(text: str) -> int:
-    """Read a whole number above 0; argparse turns the error into its usual message and exit status 2."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
-    return int(text)
 
 
 def _run_checkpoints(arguments: argparse.Namespace) -> int:
@@ -319,6 +221,22 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()  # one bar for each of six loads of a tiny model is noise
     result = run_demo(arguments.output)
     return _print_result(arguments, _to_json(result), describe_demo(result))
+
+
+_VERBS: Mapping[str, Verb] = {
+    "checkpoints": _run_checkpoints,
+    "fold": _run_fold,
+    "check": _run_check,
+    "preview": _run_preview,
+    "lint": _run_lint,
+    "plan": _run_plan,
+    "doctor": _run_doctor,
+    "train": _run_train,
+    "export": _run_export,
+    "evaluate": _run_evaluate,
+    "chat": _run_chat,
+    "demo": _run_demo,
+}
 
 
 def _print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:

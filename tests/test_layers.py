@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"folders", "resources", "checkpoints"},
-    {"recipe"},
+    {"recipe", "recipe_file"},
     {"yulan"},
     {"starts"},
     {"data"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"check"},
     {"export", "evaluate", "plan"},
     {"demo"},
-    {"cli"},
+    {"cli", "command_line"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

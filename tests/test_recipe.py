@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from finetune.errors import RecipeError
-from finetune.recipe import AdapterSection, Recipe, dump_recipe, read_recipe
+from finetune.recipe import AdapterSection, Recipe, dump_recipe
+from finetune.recipe_file import read_recipe
 
 
 @pytest.fixture

@@ -78,15 +78,15 @@ def encode_texts(
     backend.no_padding()
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     return [
-        TokenSpans(encoding.ids, [_find_tokens(encoding, start, end) for start, end in found if end > start])
-        for encoding, found in zip(encodings, spans, strict=True)
+        TokenSpans(encoding.ids, [_find_tokens(encoding, len(text), start, end) for start, end in found if end > start])
+        for encoding, text, found in zip(encodings, texts, spans, strict=True)
     ]
 
 
-def _find_tokens(encoding: Any, start: int, end: int) -> Span:
-    # Asking for two characters is far cheaper than fetching the offsets of every token.
+def _find_tokens(encoding: Any, length: int, start: int, end: int) -> Span:
+    # Asking for three characters is far cheaper than fetching the offsets of every token.
     first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-    after = encoding.char_to_token(end)
+    after = len(encoding) if end == length else encoding.char_to_token(end)
     if first is not None and last is not None and after is not None and after > last:
         return first, after
     return mark_span(encoding.offsets, start, end)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from finetune.data.template import encode_conversations, find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
-from finetune.recipe import read_recipe
+from finetune.recipe_file import read_recipe
 from finetune.resources import find_demo_data, find_resource_folder
 from finetune.train.record import open_result
 from finetune.train.run import run_training

@@ -1,0 +1,240 @@
+"""Read recipes: strict YAML into frozen sections, with every problem listed at once.
+
+Precedence: the sections' own defaults, then the file, then `--set section.key=value`.
+What a recipe says about other tables (methods, templates, formats, the trainer's own options) is checked in `check.py`.
+"""
+
+import dataclasses
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from finetune.errors import RecipeError, describe_unknown_name
+from finetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as read: where it stands, what it says, and what is wrong with it so far."""
+
+    source: Path
+    recipe: Recipe
+    problems: tuple[str, ...]
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-4` is a number, `no` is a word, a key written twice is an error."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}",
+                problem_mark=key_node.start_mark,
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
+    """
+    content = _load_yaml_file(source)
+    problems: list[str] = []
+    for override in overrides:
+        _apply_override(content, override, problems)
+    recipe = _read_section(Recipe, content, "", problems)
+    return Draft(source, recipe, tuple(problems))
+
+
+def _load_yaml_file(source: Path) -> dict[str, Any]:
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error
+    content = _parse_yaml(text, str(source))
+    if content is None:
+        raise RecipeError(str(source), ["the file is empty; a recipe needs at least data.train"])
+    if not isinstance(content, dict):
+        raise RecipeError(str(source), [f"must hold keys and values; found {_describe(content)}"])
+    return content
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+
+
+def _suggest_neighbour(source: Path) -> str:
+    folder = source.parent
+    if not folder.is_dir():
+        return f" (the folder {folder} does not exist either)"
+    recipes = sorted(path.name for path in folder.glob("*.yaml"))
+    return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
+
+
+def _apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
+        return
+    *sections, key = path.split(".")
+    target = content
+    for section in sections:
+        inner = target.get(section)
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            problems.append(f"--set {override}: {section!r} is not a section")
+            return
+        target = inner
+    # YAML would take the star of a glob for a reference to something named elsewhere.
+    target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
+
+
+def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = get_type_hints(section)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(f"{name}: {describe_unknown_key(key, hints)}")
+            continue
+        try:
+            values[key] = _convert(value, hints[key], name, problems)
+        except _MismatchError as mismatch:
+            problems.append(f"{name}: must be {mismatch}; found {_describe(value)}")
+    return section(**values)
+
+
+def describe_unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a key is unknown, with its nearest known key."""
+    return describe_unknown_name(key, known).replace("unknown", "unknown key", 1)
+
+
+class _MismatchError(Exception):
+    """A value is not what its key takes; the text says what would be."""
+
+
+def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _MismatchError("a section of keys and values")
+        return _read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise _MismatchError(f"one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, get_args(hint))
+    if origin is tuple:
+        return _convert_tuple(value, get_args(hint)[0], name, problems)
+    if origin is not None:  # the remaining generic is Mapping
+        return _convert_mapping(value, get_args(hint)[1])
+    return _convert_scalar(value, hint)
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    for member in members:
+        try:
+            return None if member is type(None) and value is None else _convert_scalar(value, member)
+        except _MismatchError:
+            continue
+    names = [_TYPE_NAMES[member] for member in members if not (member is int and float in members)]
+    raise _MismatchError(" or ".join(names))
+
+
+def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
+    # One file or one module is common enough that it need not be written as a list.
+    values = value if isinstance(value, list) else [value]
+    members = get_args(member) or (member,)
+    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
+    try:
+        return tuple(
+            _read_section(section, item, f"{name}[{number}].", problems)  # type: ignore[arg-type]
+            if section is not None and isinstance(item, dict)
+            else _convert_scalar(item, members[0])
+            for number, item in enumerate(values, 1)
+        )
+    except _MismatchError as mismatch:
+        raise _MismatchError(f"{mismatch}, or a list of such") from None
+
+
+def _convert_mapping(value: Any, member: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _MismatchError("keys and values")
+    if member is Any:
+        return dict(value)
+    return {key: _convert_scalar(inner, member) for key, inner in value.items()}
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _convert_scalar(value: Any, member: Any) -> Any:
+    if member is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is a kind of int in Python, never in a recipe.
+    if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
+        raise _MismatchError(_TYPE_NAMES[member])
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section of keys and values"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if value is None:
+        return "nothing"
+    return repr(value) if not isinstance(value, bool) else str(value).lower()
