@@ -36,12 +36,20 @@ def choose_device(use_cpu: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool) -> Precision:
+def choose_precision(
+    dtype: str, device: torch.device, trains_all_weights: bool, keeps_masters: bool = False
+) -> Precision:
     """Choose what suits the device, or follow the recipe's `model.dtype`.
 
     Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
-    step of the type would be lost, and float16 gradients cannot be unscaled.
+    step of the type would be lost, and float16 gradients cannot be unscaled. An optimizer that keeps float32 masters
+    leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
     """
+    if keeps_masters and trains_all_weights:
+        held = choose_precision(dtype, device, trains_all_weights=False)
+        if held.weights == torch.bfloat16:
+            # FSDP holds float32 shares, and casts them to bfloat16 itself.
+            return Precision(torch.float32, "bf16") if is_sharded() else Precision(torch.bfloat16, "no")
     if dtype == "auto":
         if device.type == "cpu":
             dtype = "float32"
@@ -55,6 +63,11 @@ def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool)
         return Precision(torch.float32, "fp16")
     weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     return Precision(weights, _name_autocast(dtype))
+
+
+def is_sharded() -> bool:
+    """Tell whether `accelerate launch` has set this process up to hold shares of every tensor (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def _name_autocast(dtype: str) -> AutocastDtype:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
+from finetune.data.packing import PackedRows
 from finetune.data.settings import DataSettings, HubDataset, Source
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
@@ -22,8 +23,9 @@ from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
-from finetune.train.preflight import EvaluationCheck, check_first_batch
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
@@ -31,6 +33,7 @@ from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
 
+_ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
@@ -69,7 +72,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    pretrains = METHODS[recipe.method].pretraining is not None
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
@@ -78,12 +82,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
-        may_lack_ends = "text" in start.splits.report.formats.values() or start.splits.report.train.answers_cut > 0
-        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
-        check_first_batch(trainer, start.tokenizer, stop_tokens)
-        if start.splits.evaluation is not None:
-            trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
+        _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
@@ -112,6 +111,21 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
     return _Start(recipe, precision, base, tokenizer, template, splits)
 
 
+def _check_rows(trainer: Trainer, start: _Start) -> None:
+    """Look at the first batch, and have the longest held-out rows tried before step 1."""
+    report = start.splits.report
+    if METHODS[start.recipe.method].pretraining is not None:
+        check_packed_batch(trainer)
+    else:
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
+        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
+    if start.splits.evaluation is not None:
+        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, PackedRows) else start.splits.evaluation
+        trainer.add_callback(EvaluationCheck(trainer, choose_longest_rows(rows, trainer.args)))
+
+
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
     settings, tokenizer, template = open_data(recipe)
@@ -133,7 +147,8 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         format=data.format,
         columns=data.columns,
         system=data.system,
-        max_tokens=data.max_tokens,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
         overflow=data.overflow,
         train_on=data.train_on,
         substitute=data.substitute,
@@ -234,7 +249,7 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(last("num_tokens") or 0),
+        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
         train_loss=last("loss") or float("nan"),
         eval_loss=last("eval_loss"),
         seconds=round(seconds, 1),
