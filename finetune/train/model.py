@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
+from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.modeling import load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
@@ -89,6 +90,7 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
     try:
         model = load(
             folder,
+            config=load_config(folder, section),
             dtype=precision.weights,
             quantization_config=make_quantization(section.quantize, precision.weights),
             attn_implementation=None if section.attention == "auto" else section.attention,
@@ -103,6 +105,26 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)
+
+
+def load_config(folder: Path, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+    """Return a base's configuration, with the recipe's own positions.
+
+    Raises:
+        CheckpointError: a native one cannot be read or used.
+    """
+    is_native = section.architecture == "native"
+    config = load_native_config(folder) if is_native else LlamaConfig.from_pretrained(folder)
+    return extend_context(config, section)
+
+
+def extend_context(config: LlamaConfig | YuLanMiniConfig, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+    """Set the longest position and the base of RoPE where a recipe says so, and return the configuration."""
+    if section.max_positions is not None:
+        config.max_position_embeddings = section.max_positions
+    if section.rope_theta is not None:
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": section.rope_theta}
+    return config
 
 
 def _keep_weights_differentiable(model: PreTrainedModel) -> None:

@@ -131,7 +131,7 @@ class EvaluationCheck(TrainerCallback):
             with torch.random.fork_rng(devices=[]):
                 self._trainer.evaluate(self._rows, metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
-            longest = max(len(row["input_ids"]) for row in self._rows)
+            longest = max(len(self._rows[number]["input_ids"]) for number in range(len(self._rows)))
             raise TrainingError(
                 f"evaluation does not fit: {len(self._rows)} rows of up to {longest:,} tokens run out of memory; "
                 "lower trainer.per_device_eval_batch_size"
