@@ -123,7 +123,7 @@ def extend_context(config: LlamaConfig | YuLanMiniConfig, section: ModelSection)
     if section.max_positions is not None:
         config.max_position_embeddings = section.max_positions
     if section.rope_theta is not None:
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": section.rope_theta}
+        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": section.rope_theta}
     return config
 
 

@@ -67,7 +67,7 @@ class OptimizerFactory:
         optimizer = make(
             [
                 {
-                    "params": [masters.get(parameters[name], parameters[name]) for name in group.names],
+                    "params": [(name, masters.get(parameters[name], parameters[name])) for name in group.names],
                     "lr": group.lr,
                     "betas": group.betas,
                     "eps": group.eps,

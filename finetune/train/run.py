@@ -26,11 +26,14 @@ from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
+from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
 from finetune.train.sources import read_source_section, read_training_sources
+from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
+from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class _Start:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
+    states: OptimizerStates | None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -82,7 +86,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
+        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
         _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
@@ -92,7 +96,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model)
+        _write_result(run, start, model, trainer)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
@@ -106,10 +110,11 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer = load_tokenizer(base)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
+        states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, base, tokenizer, template, splits)
+    return _Start(recipe, precision, base, tokenizer, template, splits, states)
 
 
 def _check_rows(trainer: Trainer, start: _Start) -> None:
@@ -251,7 +256,7 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     )
 
 
-def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) -> None:
+def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
     with write_folder(run / trained) as folder:
@@ -261,6 +266,8 @@ def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) 
                 subtract_start(folder, run / _PISSA_START)
         else:
             model.save_pretrained(folder)
+        if recipe.optimizer.save_states:
+            save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
         write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub

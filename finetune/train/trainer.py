@@ -23,6 +23,7 @@ from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
@@ -42,8 +43,9 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
+    states: OptimizerStates | None = None,
 ) -> Trainer:
-    """Return the method's trainer over rows that are tokens already.
+    """Return the method's trainer over rows that are tokens already; `states` are those that a pre-training goes on from.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
@@ -63,7 +65,7 @@ def build_trainer(
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
     if method.pretraining is not None:
-        set_up_pretraining(trainer, recipe)
+        set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
