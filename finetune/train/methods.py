@@ -44,21 +44,11 @@ _SHARED_OWNED: Mapping[str, str] = {
     "output_dir": f"set output instead; {_OURS}",
     "seed": f"set seed instead; {_OURS}",
     "data_seed": f"set seed instead; {_OURS}",
-    "max_length": f"set data.max_tokens instead; {_OURS}",
-    "truncation_mode": f"set data.overflow instead; {_OURS}",
     "bf16": f"set model.dtype: bfloat16 instead; {_OURS}",
     "fp16": f"set model.dtype: float16 instead; {_OURS}",
     "bf16_full_eval": f"set model.dtype instead; {_OURS}",
     "fp16_full_eval": f"set model.dtype instead; {_OURS}",
-    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
-    "chat_template_path": f"set data.template instead; {_OURS}",
-    "eos_token": "the chat template decides what ends an answer; set data.template instead",
-    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
-    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "resume_from_checkpoint": "run `finetune train RECIPE --resume` instead",
-    "dataset_text_field": f"set data.columns instead; {_OURS}",
-    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
-    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
     "remove_unused_columns": f"the kit prepares the rows itself; {_OURS}",
     "label_names": f"the kit prepares the rows itself; {_OURS}",
     "length_column_name": f"the kit prepares the rows itself; {_OURS}",
@@ -71,6 +61,20 @@ _SHARED_OWNED: Mapping[str, str] = {
     "local_rank": "the launcher decides this; remove this key",
     "use_liger_kernel": "TRL computes the loss in chunks by itself; remove this key",
     "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
+}
+
+# These TRL's classes have beyond transformers' own.
+_TRL_OWNED: Mapping[str, str] = {
+    "max_length": f"set data.max_tokens instead; {_OURS}",
+    "truncation_mode": f"set data.overflow instead; {_OURS}",
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "chat_template_path": f"set data.template instead; {_OURS}",
+    "eos_token": "the chat template decides what ends an answer; set data.template instead",
+    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
+    "dataset_text_field": f"set data.columns instead; {_OURS}",
+    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
+    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
 }
 
 _IN_OPTIMIZER = "the section optimizer decides this"
@@ -89,7 +93,6 @@ _PRETRAINING_OWNED: Mapping[str, str] = {
     "lr_scheduler_type": f"set schedule.decay instead; {_IN_SCHEDULE}",
     "lr_scheduler_kwargs": f"set schedule.decay_start and decay_end instead; {_IN_SCHEDULE}",
     "warmup_steps": f"set schedule.warmup instead; {_IN_SCHEDULE}",
-    "warmup_ratio": f"set schedule.warmup instead; {_IN_SCHEDULE}",
     "max_steps": f"set schedule.length instead; {_IN_SCHEDULE}",
     "num_train_epochs": f"set schedule.length instead; {_IN_SCHEDULE}",
     "include_num_input_tokens_seen": f"tokens are always counted; {_OURS}",
@@ -127,6 +130,7 @@ METHODS: Mapping[str, Method] = {
             defaults=_SHARED_DEFAULTS,
             owned={
                 **_SHARED_OWNED,
+                **_TRL_OWNED,
                 "assistant_only_loss": "the chat template marks what is trained; remove this key",
                 "completion_only_loss": "the chat template marks what is trained; remove this key",
             },
