@@ -83,7 +83,7 @@ class RowEncoder:
                 yield self._finish(*pending.popleft())
 
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
-        chats = [source for source in batch if source.kind != "text"]
+        chats = [source for source in batch if source.kind not in ("text", "tokens")]
         messages = [_join(source.row) for source in chats]
         if not chats:
             return Rendered([], [], [])
@@ -115,7 +115,9 @@ class RowEncoder:
     def _finish(self, batch: list[SourceRow], rendered: Rendered, future: Future[_Tokenized]) -> list[TokenRow]:
         tokenized, documents = future.result()
         chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
-        return [self._make_row(source, next(texts if source.kind == "text" else chats)) for source in batch]
+        given = (TokenSpans(s.row.token_ids, [(0, len(s.row.token_ids))]) for s in batch if s.kind == "tokens")
+        found = {"text": texts, "tokens": given}
+        return [self._make_row(source, next(found.get(source.kind, chats))) for source in batch]
 
     def _make_row(self, source: SourceRow, tokens: TokenSpans) -> TokenRow:
         pair = self._split_pair(source, tokens.token_ids)
@@ -142,6 +144,9 @@ class RowEncoder:
     def find_fault(self, row: TokenRow) -> str | None:
         """Return what forbids to train a row, or None."""
         ids, last = row.token_ids, len(row.token_ids)
+        if row.source.kind == "tokens":
+            size = len(self._tokenizer)
+            return None if max(ids) < size else f"holds token {max(ids)}; the tokenizer has {size:,}, from 0 on"
         free = row.is_cut or self._train_on == "all" or row.source.kind == "text"
         is_sound = (
             ids[0] == self._tokenizer.bos_token_id

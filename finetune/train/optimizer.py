@@ -91,15 +91,22 @@ class OptimizerFactory:
 def _make_masters(parameters: Iterable[nn.Parameter], device: torch.device | None) -> dict[nn.Parameter, nn.Parameter]:
     """Return float32 copies of the parameters that are held in less, or that are stepped elsewhere.
 
-    Their gradients are summed in float32 too, so that clipping and accumulating round nothing.
+    The gradient of one backward pass is of the parameter's own type, as in the published runs; from then on it is
+    float32, so that accumulating and clipping round nothing.
     """
     masters: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in parameters:
         if parameter.dtype != torch.float32 or (device is not None and parameter.device != device):
             copy = parameter.detach().to(device=device or parameter.device, dtype=torch.float32, copy=True)
             masters[parameter] = nn.Parameter(copy)
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = None  # any
+            parameter.register_post_accumulate_grad_hook(_widen_gradient)
     return masters
+
+
+def _widen_gradient(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.float()
 
 
 def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]) -> None:

@@ -43,10 +43,14 @@ class YuLanMiniRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((native.hidden_size,), 1.0 - self.offset))
 
     def forward(self, states: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise the last dimension, in float32 or wider."""
+        """Normalise the last dimension, in float32 or wider; what is rounded when is as in the published runs."""
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        weight = multiply((self.weight.to(wide.dtype) + self.offset) * self.ln_scale, alpha)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(states.dtype)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            normed = normed.to(states.dtype) * (self.weight + self.offset)
+        else:
+            normed = (normed * self.weight.to(wide.dtype)).to(states.dtype)
+        return multiply(normed if self.ln_scale == 1 else normed * self.ln_scale, alpha)
 
 
 class YuLanMiniHeadNorm(nn.Module):
@@ -117,7 +121,12 @@ class YuLanMiniAttention(LlamaAttention):
         value = multiply(self.v_proj(hidden_states), self.v_proj_alpha).view(heads).transpose(1, 2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # In float32 or wider, and rounded once, as in the published runs.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key = (
+            rotated.to(value.dtype)
+            for rotated in apply_rotary_pos_emb(query.to(wide), key.to(wide), *position_embeddings)
+        )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

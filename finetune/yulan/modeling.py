@@ -144,7 +144,8 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        states = self.norm(states, self.norm_alpha)
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        states = self.norm(wide, self.norm_alpha).to(states.dtype)
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
