@@ -100,7 +100,9 @@ def _read_tokens(row: Mapping[str, Any]) -> Row:
     ids = read_list(row["input_ids"], "input_ids")
     wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
     if wrong is not None or len(ids) < 2:
-        raise RowError(f"input_ids must be two or more whole numbers from 0 on; found {describe(wrong if ids else ids)}")
+        raise RowError(
+            f"input_ids must be two or more whole numbers from 0 on; found {describe(wrong if ids else ids)}"
+        )
     return Row(token_ids=ids)
 
 

@@ -61,6 +61,16 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * unit)
 
 
+def describe_size(count: int) -> str:
+    """Return a number of bytes for a person, such as `4.9 GB`."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some rows of a tensor: those from `start` up to `stop`. A tensor of fewer than two dimensions is one piece."""
