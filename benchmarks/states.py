@@ -24,12 +24,14 @@ from pathlib import Path
 import torch
 from transformers import initialization
 
+from finetune.train.optimizer import OptimizerFactory
+from finetune.train.states import list_named_parameters, load_parameter
 from finetune.yulan.configuration import YuLanMiniConfig
 from finetune.yulan.layout import list_native_tensors
 from finetune.yulan.modeling import YuLanMiniForCausalLM
-from finetune.yulan.optimizer_states import make_adamw, open_states
+from finetune.yulan.optimizer_states import check_parameters, open_states, read_state
 
-READ, LOAD, KIT = "read the files", "torch.load of each", "open_states and make_adamw"
+READ, LOAD, KIT = "read the files", "torch.load of each", "into a model and its AdamW"
 STEP, STATE_FOLDER = 243_198, "global_step243198_universal"
 PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -97,8 +99,12 @@ def load_states(folder: Path, layers: int) -> object:
         model = YuLanMiniForCausalLM(make_config(layers))
     model.to_empty(device="cpu")
     model.tie_weights()
-    optimizer = make_adamw(model, open_states(folder))
-    if sum(len(group["params"]) for group in optimizer.param_groups) != len(optimizer.state):
+    states = open_states(folder)
+    check_parameters(states, model)
+    optimizer = OptimizerFactory(states.groups).make(model)
+    for name, parameter in list_named_parameters(optimizer):
+        load_parameter(optimizer, parameter, read_state(states, name, parameter.shape))
+    if len(optimizer.state) != len(states.shapes):
         sys.exit("a parameter has no moments")
     return model, optimizer
 

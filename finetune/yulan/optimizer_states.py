@@ -7,7 +7,6 @@ Source: the layout that DeepSpeed 0.16's `ds_to_universal` writes.
 import contextlib
 import math
 import pickle
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,7 @@ def open_states(folder: Path) -> OptimizerStates:
     """
     root = _find_root(folder)
     path = root / "mp_rank_00_model_states.pt"
-    # Of this file only names and settings are wanted: mapped, its copy of the weights is never read.
-    model = _load(path, mapped=zipfile.is_zipfile(path))
+    model = _load(path)
     groups = _load(root / "zero" / "optimizer_state.pt")
     try:
         shapes = [{name: tuple(shape) for name, shape in part.items()} for part in model["param_shapes"]]
@@ -123,6 +121,7 @@ def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
         raise CheckpointError(f"{path}: {name} must be a float32 tensor under 'param'; download the states again")
     if tensor.shape != shape and not tensor.numel() == shape.numel() == 1:
         raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}; the model's is {list(shape)}")
+    tensor = tensor.detach()
     # One sum is 30 times faster than asking every value, and is finite only where all are; huge ones may overflow it.
     if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise CheckpointError(f"{path}: {name} holds values that are not finite; download the states again")
@@ -197,9 +196,9 @@ def _find_root(folder: Path) -> Path:
     return root
 
 
-def _load(path: Path, *, mapped: bool = False) -> Any:
+def _load(path: Path) -> Any:
     with _refuse_unreadable(path), torch.serialization.safe_globals([(_Stub, name) for name in _STUBBED]):
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        return torch.load(path, weights_only=True, map_location="cpu")
 
 
 @contextlib.contextmanager
