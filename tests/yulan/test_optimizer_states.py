@@ -9,7 +9,14 @@ import torch
 from finetune.cli import main
 from finetune.errors import CheckpointError
 from finetune.yulan.modeling import load_native
-from finetune.yulan.optimizer_states import ParameterState, StateGroup, check_parameters, open_states, read_state
+from finetune.yulan.optimizer_states import (
+    OptimizerStates,
+    ParameterState,
+    StateGroup,
+    check_parameters,
+    open_states,
+    read_state,
+)
 from finetune.yulan.state_files import write_states
 from finetune.yulan.state_report import report_states
 
@@ -225,3 +232,21 @@ def test_the_command_line_shows_what_a_folder_holds(folder, capsys):
         "parameters": 5,
         "tensors": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "is_fine"),
+    [([3e38, 3e38], True), ([-3e38, -3e38, 1.0], True), ([torch.inf, -torch.inf], False), ([0.0, torch.inf], False)],
+)
+def test_only_values_that_are_not_finite_are_refused(tmp_path, values, is_fine):
+    """Their sum tells it quickly, but the sum of huge ones overflows."""
+    folder = tmp_path / "zero" / "w"
+    folder.mkdir(parents=True)
+    for part in ("fp32", "exp_avg", "exp_avg_sq"):
+        torch.save({"param": torch.tensor(values)}, folder / f"{part}.pt")
+    states = OptimizerStates(tmp_path, 3, (), {"w": (len(values),)})
+    if is_fine:
+        assert read_state(states, "w", torch.Size([len(values)])).weight.tolist() == pytest.approx(values)
+    else:
+        with pytest.raises(CheckpointError, match="holds values that are not finite"):
+            read_state(states, "w", torch.Size([len(values)]))
