@@ -17,6 +17,8 @@ from finetune.yulan.optimizer_states import StateGroup
 # Source: technical report (arXiv 2412.17743), section 3; the DeepSpeed configuration of RUC-GSAI/YuLan-Mini, pretrain/.
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 _BETAS, _EPS = (0.9, 0.95), 1e-15
+# A second moment that 8 bits round to 0 would divide by eps alone.
+_EPS_8BIT = 1e-8
 _MUP_WIDTH = 256  # where a configuration has no dim_model_base_lr of its own
 _MASTERS = "masters"
 
@@ -70,7 +72,7 @@ class OptimizerFactory:
                     "params": [(name, masters.get(parameters[name], parameters[name])) for name in group.names],
                     "lr": group.lr,
                     "betas": group.betas,
-                    "eps": group.eps,
+                    "eps": max(group.eps, _EPS_8BIT) if self.moments == "8bit" else group.eps,
                     "weight_decay": group.weight_decay,
                 }
                 for group in self.groups
@@ -125,12 +127,16 @@ def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Paramete
     def save_masters(_: torch.optim.Optimizer, content: dict[str, Any]) -> None:
         content[_MASTERS] = [master.detach() for master in masters.values()]
 
+    load_rest = optimizer.load_state_dict
+
     @torch.no_grad()
-    def load_masters(_: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-        for master, saved in zip(masters.values(), content.pop(_MASTERS), strict=True):
+    def load_all(content: dict[str, Any], **options: Any) -> None:
+        for master, saved in zip(masters.values(), content[_MASTERS], strict=True):
             master.copy_(saved)
+        load_rest({name: value for name, value in content.items() if name != _MASTERS}, **options)
 
     optimizer.register_step_pre_hook(take_gradients)
     optimizer.register_step_post_hook(hand_over)
     optimizer.register_state_dict_post_hook(save_masters)
-    optimizer.register_load_state_dict_pre_hook(load_masters)
+    # Not by a hook: bitsandbytes loads by a method of its own, which calls none.
+    optimizer.load_state_dict = load_all  # type: ignore[method-assign, assignment]
