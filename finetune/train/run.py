@@ -21,6 +21,7 @@ from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.preflight import EvaluationCheck, check_first_batch
@@ -70,6 +71,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
     precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    check_engine(recipe, find_engine())
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
@@ -91,8 +93,9 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
+    weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model)
+        _write_result(run, start, model, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
@@ -189,7 +192,7 @@ def _describe_work(trainer: Trainer, start: _Start) -> None:
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         config.world_size,
-        "process" if config.world_size == 1 else "processes",
+        "process" if config.world_size == 1 else f"processes, {ENGINE_NAMES[find_engine()]}",
     )
     logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
 
@@ -241,16 +244,18 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     )
 
 
-def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) -> None:
+def _write_result(
+    run: Path, start: _Start, model: PreTrainedModel | PeftModel, weights: dict[str, torch.Tensor] | None
+) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
     with write_folder(run / trained) as folder:
         if isinstance(model, PeftModel):
-            save_adapter(model, folder)
+            save_adapter(model, folder, weights)
             if recipe.adapter.init == "pissa":
                 subtract_start(folder, run / _PISSA_START)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
         start.tokenizer.save_pretrained(folder)
         write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub

@@ -20,6 +20,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.engine import shard_on_cpu
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.progress import MetricsWriter, ProgressBar
@@ -110,6 +111,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         config: TrainingArguments = config_class(**options, **owned)
     except (ValueError, TypeError) as error:
         raise RecipeError("trainer", [str(error)]) from error
+    shard_on_cpu(config)
     return config
 
 
