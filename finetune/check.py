@@ -8,7 +8,9 @@ from pathlib import Path
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
-from finetune.recipe import AdapterSection, Recipe, SourceSection
+from finetune.mixtures.matched import list_unknown_sources
+from finetune.mixtures.published import describe_unknown_mixture, find_mixture
+from finetune.recipe import AdapterSection, DataSection, Recipe, SourceSection
 from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.methods import METHODS, Method
@@ -87,7 +89,9 @@ def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
 
 def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
     data = recipe.data
-    if not data.train:
+    if data.mixture is not None or data.sources:
+        yield from _check_mixture(data, folder)
+    elif not data.train:
         yield "data.train: is missing; name at least one data file"
     for key, sources in (("train", data.train), ("eval", data.eval)):
         for number, source in enumerate(sources, 1):
@@ -104,6 +108,29 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+
+
+def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
+    if data.train:
+        yield "data.train: data.mixture and data.sources say what to train on already; set one of the two"
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
+        if isinstance(source, SourceSection):
+            yield from _check_source(source, key, folder)
+            if source.weight is not None or source.rows is not None:
+                yield f"{key}: takes no weight and no number of rows; data.mixture decides how much of it is taken"
+        elif _find_file(source, folder) is None:
+            yield f"{key}: {source} does not exist{_suggest_file(source, folder)}"
+    if data.mixture is None:
+        yield "data.mixture: is missing; data.sources needs a published mixture, such as phase25 (`finetune mixtures` lists them)"
+        return
+    mixture = find_mixture(data.mixture)
+    if mixture is None:
+        yield f"data.mixture: {data.mixture!r} is {describe_unknown_mixture(data.mixture)}"
+    elif not data.sources:
+        yield f"data.sources: is missing; give files for names of {mixture.name}, such as {{fineweb-edu: web/*.jsonl, code: mine.parquet}}"
+    else:
+        yield from (f"data.sources.{name}: {reason}" for name, reason in list_unknown_sources(mixture, data.sources))
 
 
 def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
@@ -209,6 +236,7 @@ def _resolve_paths(draft: Draft) -> Recipe:
         recipe.data,
         train=tuple(_resolve_source(source, folder) for source in recipe.data.train),
         eval=tuple(_resolve_source(source, folder) for source in recipe.data.eval),
+        sources={name: _resolve_source(source, folder) for name, source in recipe.data.sources.items()},
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(_find_file(recipe.data.template, folder)))

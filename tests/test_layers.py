@@ -11,6 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"folders", "resources", "checkpoints"},
+    {"mixtures"},
     {"recipe", "recipe_file"},
     {"yulan"},
     {"starts"},

@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
-from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
-from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
+from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
@@ -28,6 +28,7 @@ from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,10 @@ def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, Ch
 
 def _read_data_settings(recipe: Recipe) -> DataSettings:
     data = recipe.data
+    train, notes = read_training_sources(data)
     return DataSettings(
-        train=tuple(map(_read_source, data.train)),
-        evaluation=tuple(map(_read_source, data.eval)),
+        train=train,
+        evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
@@ -141,16 +143,9 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         train_on=data.train_on,
         substitute=data.substitute,
         deduplicate=data.deduplicate,
+        notes=notes,
         cache=find_cache() / "rows",
     )
-
-
-def _read_source(source: str | SourceSection) -> Source:
-    if isinstance(source, str):
-        return Source(Path(source))
-    is_hub = bool(source.hub)
-    hub = HubDataset(source.hub, source.config, source.split or "train", source.revision)
-    return Source(hub if is_hub else Path(source.path), source.weight, source.rows)
 
 
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
