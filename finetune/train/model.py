@@ -79,7 +79,7 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
             folder,
             dtype=precision.weights,
             quantization_config=make_quantization(
-                section.quantize, precision.weights, is_sharded=find_engine() == "fsdp2"
+                section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
             ),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
@@ -118,7 +118,7 @@ def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: boo
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        # FSDP shares out floating-point tensors only, so the same bytes are called such.
+        # FSDP2 and ZeRO-3 share out floating-point tensors only, so the same bytes are called such.
         bnb_4bit_quant_storage=compute_dtype if is_sharded else None,
     )
 
