@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
@@ -48,6 +49,7 @@ def _list_problems(draft: Draft) -> Iterator[str]:
     yield from _check_checkpoint(recipe)
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
+    yield from check_pretraining(recipe)
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -246,4 +248,5 @@ def _resolve_paths(draft: Draft) -> Recipe:
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]
     trainer = {**method.defaults, **recipe.trainer}
-    return replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    resolved = replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    return resolve_pretraining(resolved, folder)

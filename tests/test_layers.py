@@ -17,7 +17,7 @@ LAYERS = [
     {"starts"},
     {"data"},
     {"train"},
-    {"check"},
+    {"check", "check_pretraining"},
     {"export", "evaluate", "plan"},
     {"demo"},
     {"cli", "command_line"},

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from finetune.errors import MachineError, RecipeError
 from finetune.recipe import Recipe
+from finetune.train.methods import METHODS
 
 Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]
 ENGINE_NAMES = {"one": "", "ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
@@ -46,6 +47,10 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
         RecipeError: with the keys to change.
     """
     problems = []
+    if engine in ("fsdp2", "zero2", "zero3") and METHODS[recipe.method].pretraining is not None:
+        problems.append(
+            f"method: {recipe.method} keeps its own optimizer states whole; launch with recipes/accelerate/ddp.yaml"
+        )
     if engine in ("fsdp2", "zero3") and recipe.adapter.train_tokens:
         problems.append(
             f"adapter.train_tokens: PEFT replaces rows of whole tables, and {ENGINE_NAMES[engine]} keeps shares of them; "

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
+from finetune.data.packing import PackedRows
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
@@ -23,16 +24,21 @@ from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
-from finetune.train.preflight import EvaluationCheck, check_first_batch
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
+from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
 from finetune.train.sources import read_source_section, read_training_sources
+from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
+from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
+_ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
@@ -60,6 +66,7 @@ class _Start:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
+    states: OptimizerStates | None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -71,8 +78,9 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
     check_engine(recipe, find_engine())
+    pretrains = METHODS[recipe.method].pretraining is not None
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
@@ -80,13 +88,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
-        may_lack_ends = "text" in start.splits.report.formats.values() or start.splits.report.train.answers_cut > 0
-        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
-        check_first_batch(trainer, start.tokenizer, stop_tokens)
-        if start.splits.evaluation is not None:
-            trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
+        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
+        _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
@@ -96,7 +99,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model, weights)
+        _write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
@@ -110,10 +113,26 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer = load_tokenizer(base)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
+        states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, base, tokenizer, template, splits)
+    return _Start(recipe, precision, base, tokenizer, template, splits, states)
+
+
+def _check_rows(trainer: Trainer, start: _Start) -> None:
+    """Look at the first batch, and have the longest held-out rows tried before step 1."""
+    report = start.splits.report
+    if METHODS[start.recipe.method].pretraining is not None:
+        check_packed_batch(trainer)
+    else:
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
+        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
+    if start.splits.evaluation is not None:
+        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, PackedRows) else start.splits.evaluation
+        trainer.add_callback(EvaluationCheck(trainer, choose_longest_rows(rows, trainer.args)))
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -138,7 +157,8 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         format=data.format,
         columns=data.columns,
         system=data.system,
-        max_tokens=data.max_tokens,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
         overflow=data.overflow,
         train_on=data.train_on,
         substitute=data.substitute,
@@ -232,7 +252,7 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(last("num_tokens") or 0),
+        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
         train_loss=last("loss") or float("nan"),
         eval_loss=last("eval_loss"),
         seconds=round(seconds, 1),
@@ -240,7 +260,11 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
 
 
 def _write_result(
-    run: Path, start: _Start, model: PreTrainedModel | PeftModel, weights: dict[str, torch.Tensor] | None
+    run: Path,
+    start: _Start,
+    model: PreTrainedModel | PeftModel,
+    trainer: Trainer,
+    weights: dict[str, torch.Tensor] | None,
 ) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
@@ -251,6 +275,8 @@ def _write_result(
                 subtract_start(folder, run / _PISSA_START)
         else:
             model.save_pretrained(folder, state_dict=weights)
+        if recipe.optimizer.save_states:
+            save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
         write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub

@@ -1,11 +1,10 @@
-"""Build TRL's trainer for a recipe: pass its options through, and decide what the kit owns."""
+"""Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
 import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -23,7 +22,9 @@ from finetune.recipe import Recipe
 from finetune.train.engine import find_engine, shard_on_cpu
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
+from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
@@ -43,27 +44,29 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
+    states: OptimizerStates | None = None,
 ) -> Trainer:
-    """Return the method's TRL trainer over rows that are tokens already.
+    """Return the method's trainer over rows that are tokens already; `states` are those that a pre-training goes on from.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
     method = METHODS[recipe.method]
-    trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
+    trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
     start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
             model=model,
             args=config,
-            train_dataset=_keep_model_columns(splits.train),
-            eval_dataset=_keep_model_columns(splits.evaluation) if splits.evaluation is not None else None,
             processing_class=tokenizer,
+            **(_choose_rows(splits) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
         )
     except ValueError as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    if method.pretraining is not None:
+        set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
@@ -72,14 +75,13 @@ def build_trainer(
 
 
 def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> TrainingArguments:
-    """Return TRL's configuration for a recipe.
+    """Return the trainer's configuration for a recipe.
 
     Raises:
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
     options = dict(recipe.trainer)
-    packs = bool(options.get("packing"))
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
@@ -97,14 +99,12 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         # Never larger than in training, where it is known to fit.
         options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
     owned: dict[str, Any] = {
+        **(_list_row_options(recipe) if method.pretraining is None else PRETRAINING_OPTIONS),
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": precision.autocast == "bf16",
         "fp16": precision.autocast == "fp16",
-        # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
-        "max_length": recipe.data.max_tokens if packs else None,
-        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
         "prediction_loss_only": True,
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
@@ -118,8 +118,20 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
-def _keep_model_columns(rows: Dataset) -> Dataset:
-    return rows.select_columns(list(_MODEL_COLUMNS))
+def _list_row_options(recipe: Recipe) -> dict[str, Any]:
+    """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    packs = bool(recipe.trainer.get("packing"))
+    return {
+        "max_length": recipe.data.max_tokens if packs else None,
+        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
+    }
+
+
+def _choose_rows(splits: Splits) -> dict[str, Any]:
+    return {
+        "train_dataset": splits.train.select_columns(list(_MODEL_COLUMNS)),
+        "eval_dataset": splits.evaluation and splits.evaluation.select_columns(list(_MODEL_COLUMNS)),
+    }
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
