@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +14,18 @@ from finetune.errors import MachineError
 from finetune.recipe import ModelSection
 from finetune.train.engine import find_engine
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
-from finetune.yulan.modeling import load_native
+from finetune.yulan.modeling import flatten_alphas, load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The type that weights are held in, and the one that matrix products run in where that differs."""
+    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
 
     weights: torch.dtype
     autocast: AutocastDtype
+    shared: torch.dtype | None = None
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:
@@ -48,10 +49,13 @@ def choose_precision(
     leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
     """
     if keeps_masters and trains_all_weights:
-        held = choose_precision(dtype, device, trains_all_weights=False)
+        held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
         if held.weights == torch.bfloat16:
-            # FSDP holds float32 shares, and casts them to bfloat16 itself.
-            return Precision(torch.float32, "bf16") if is_sharded() else Precision(torch.bfloat16, "no")
+            if find_engine() == "one":
+                return held
+            # Processes that exchange gradients hold float32 weights.
+            is_shared = find_engine() == "fsdp2"
+            return Precision(torch.float32, "no", torch.bfloat16) if is_shared else Precision(torch.float32, "bf16")
     if dtype == "auto":
         if device.type == "cpu":
             dtype = "float32"
@@ -65,11 +69,6 @@ def choose_precision(
         return Precision(torch.float32, "fp16")
     weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     return Precision(weights, _name_autocast(dtype))
-
-
-def is_sharded() -> bool:
-    """Tell whether `accelerate launch` has set this process up to hold shares of every tensor (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def _name_autocast(dtype: str) -> AutocastDtype:
@@ -105,6 +104,8 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
         raise MachineError(
             f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}"
         ) from error
+    if section.architecture == "native" and find_engine() == "fsdp2":
+        flatten_alphas(model)
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.data.dataset import Splits
 from finetune.data.template import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, FinetuneError, TemplateError
 from finetune.recipe import TrainedArchitecture
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
+# What an export is compared on. The real model needs minutes for so many on a processor.
+_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 ResultKind = Literal["adapter", "model"]
 
 
@@ -182,3 +185,17 @@ def _read_json_file(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error
+
+
+def choose_sample_rows(splits: Splits) -> list[SampleRow]:
+    """Return held-out rows, or rows of the training where there are none."""
+    rows = splits.train if splits.evaluation is None else splits.evaluation
+    chosen: list[SampleRow] = []
+    tokens = 0
+    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
+        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
+        tokens += len(sample.input_ids)
+        if chosen and tokens > _SAMPLE_TOKENS:
+            break
+        chosen.append(sample)
+    return chosen

@@ -29,7 +29,7 @@ from finetune.train.model import Precision, choose_device, choose_precision, loa
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.record import Origin, choose_sample_rows, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
 from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.states import save_states
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 _ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
-# What an export is compared on. The real model needs minutes for so many on a processor.
-_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         _write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
+    elif recipe.optimizer.save_states:
+        save_states(run, trainer.optimizer, is_writer=False)
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -278,7 +278,7 @@ def _write_result(
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
-        write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
+        write_origin(folder, _describe_origin(start), choose_sample_rows(start.splits))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 
@@ -294,17 +294,3 @@ def _describe_origin(start: _Start) -> Origin:
         method=start.recipe.method,
         architecture=start.recipe.model.architecture,
     )
-
-
-def _choose_sample_rows(splits: Splits) -> list[SampleRow]:
-    """Return held-out rows, or rows of the training where there are none."""
-    rows = splits.train if splits.evaluation is None else splits.evaluation
-    chosen: list[SampleRow] = []
-    tokens = 0
-    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
-        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
-        tokens += len(sample.input_ids)
-        if chosen and tokens > _SAMPLE_TOKENS:
-            break
-        chosen.append(sample)
-    return chosen

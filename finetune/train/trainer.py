@@ -19,7 +19,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
-from finetune.train.engine import find_engine, shard_on_cpu
+from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
@@ -65,6 +65,7 @@ def build_trainer(
     except ValueError as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    set_shared_type(trainer, precision.shared)
     if method.pretraining is not None:
         set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)

@@ -34,7 +34,7 @@ def multiply(value: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
 
 
 class YuLanMiniRMSNorm(nn.Module):
-    """RMSNorm times `ln_scale` and a factor, rounded once; `rms_type: gemma` stores the weight less 1."""
+    """RMSNorm times `ln_scale` and a factor; `rms_type: gemma` stores the weight less 1."""
 
     def __init__(self, native: NativeConfig) -> None:
         super().__init__()
@@ -42,15 +42,21 @@ class YuLanMiniRMSNorm(nn.Module):
         self.eps, self.ln_scale = native.rms_norm_eps, native.ln_scale
         self.weight = nn.Parameter(torch.full((native.hidden_size,), 1.0 - self.offset))
 
-    def forward(self, states: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise the last dimension, in float32 or wider; what is rounded when is as in the published runs."""
+    def forward(
+        self, states: torch.Tensor, alpha: torch.Tensor | None = None, *, rounds_once: bool = False
+    ) -> torch.Tensor:
+        """Normalise the last dimension in float32 or wider; between the factors it is rounded as in the published runs.
+
+        They round once, at the end, only after the last layer.
+        """
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        dtype = wide.dtype if rounds_once else states.dtype
         if self.offset:
-            normed = normed.to(states.dtype) * (self.weight + self.offset)
+            normed = normed.to(dtype) * (self.weight + self.offset)
         else:
-            normed = (normed * self.weight.to(wide.dtype)).to(states.dtype)
-        return multiply(normed if self.ln_scale == 1 else normed * self.ln_scale, alpha)
+            normed = (normed * self.weight.to(wide.dtype)).to(dtype)
+        return multiply(normed if self.ln_scale == 1 else normed * self.ln_scale, alpha).to(states.dtype)
 
 
 class YuLanMiniHeadNorm(nn.Module):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from finetune.check import load_recipe
+from finetune.resources import find_resource_folder
 from finetune.train.run import run_training
 from finetune.yulan.optimizer_states import open_states, read_state
 
@@ -121,3 +124,20 @@ def test_a_killed_run_goes_on_bit_for_bit(anneal, case):
         one, other = (read_state(opened, name, torch.Size(shape)) for opened in (states, again))
         assert all(torch.equal(vars(one)[part], vars(other)[part]) for part in ("weight", "exp_avg", "exp_avg_sq"))
     assert read_metrics(straight, "loss") == read_metrics(resumed, "loss")
+
+
+@pytest.mark.parametrize("case", ["case", "case_fp32"])
+def test_two_processes_that_share_every_tensor_go_on_alike(make_recipe, expected, tmp_path, case):
+    make_recipe(case, "run")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(find_resource_folder("recipes") / "accelerate" / "fsdp2.yaml"), "-m", "finetune"]
+    command += ["train", str(tmp_path / "recipe.yaml"), "-s", f"model.checkpoint={tmp_path / case}"]
+    dtype = "float32" if case == "case_fp32" else "bfloat16"
+    for override in (f"model.dtype={dtype}", f"output={tmp_path / 'run'}", "trainer.per_device_train_batch_size=2"):
+        command += ["-s", override]
+    done = subprocess.run([*command, "-s", "optimizer.save_states=true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "x 2 processes, FSDP2)" in done.stderr
+    rows = expected["cases"][case]["after_resume"]["stable"]
+    assert read_metrics(tmp_path / "run", "loss") == pytest.approx([row["loss"] for row in rows], abs=5e-4)
+    assert open_states(tmp_path / "run" / "model").step == 15
