@@ -14,6 +14,7 @@ from finetune.mixtures.published import describe_unknown_mixture, find_mixture
 from finetune.recipe import AdapterSection, DataSection, Recipe, SourceSection
 from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
+from finetune.train.batches import ACCUMULATION, AUTO, BATCH, GLOBAL_BATCH, KIT_OPTIONS
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
 
@@ -64,13 +65,30 @@ def _check_method(recipe: Recipe) -> Iterator[str]:
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
     options = read_trainer_options(method.config_module, method.config_class)
+    yield from _check_auto(trainer, method)
     for key, value in trainer.items():
+        if key in KIT_OPTIONS:
+            continue
         if key in method.owned:
             yield f"trainer.{key}: {method.owned[key]}"
         elif key not in options:
-            yield f"trainer.{key}: {describe_unknown_key(key, set(options) - set(method.owned))}"
+            yield f"trainer.{key}: {describe_unknown_key(key, {*options, *KIT_OPTIONS} - set(method.owned))}"
         elif expected := options[key].describe_mismatch(value):
             yield f"trainer.{key}: must be {expected}; found {value!r}"
+
+
+def _check_auto(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
+    is_auto, rows = trainer.get(AUTO, False), trainer.get(GLOBAL_BATCH, 1)
+    if not isinstance(is_auto, bool):
+        yield f"trainer.{AUTO}: must be true or false; found {is_auto!r}"
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        yield f"trainer.{GLOBAL_BATCH}: must be a whole number above 0; found {rows!r}"
+    if GLOBAL_BATCH in trainer and not is_auto:
+        yield f"trainer.{GLOBAL_BATCH}: is split up by auto: true; set that, or {BATCH} and {ACCUMULATION}"
+    if is_auto is True and ACCUMULATION in trainer and BATCH not in trainer:
+        yield f"trainer.{ACCUMULATION}: follows from {GLOBAL_BATCH} where auto is true; remove this key"
+    if is_auto is True and method.pretraining is not None:
+        yield f"trainer.{AUTO}: the batch belongs to the schedule of {method.name}; set {BATCH} and {ACCUMULATION}"
 
 
 def _check_checkpoint(recipe: Recipe) -> Iterator[str]:

@@ -75,6 +75,8 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
     content = _load_yaml_file(source)
+    if content.get("trainer") == "auto":
+        content["trainer"] = {"auto": True}
     problems: list[str] = []
     for override in overrides:
         _apply_override(content, override, problems)
