@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
+# What a row becomes: one text with trained spans, a prompt with two answers, an answer with its label, or a prompt alone.
+RowShape = Literal["sequence", "pair", "labelled", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None."""
 
     train: tuple[Source, ...]
+    shape: RowShape = "sequence"
     evaluation: tuple[Source, ...] = ()
     held_out: int | float = 0
     format: str = "auto"

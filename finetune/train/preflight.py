@@ -32,9 +32,9 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
     with torch.random.fork_rng(devices=[]):
         batch = next(iter(trainer.get_train_dataloader()))
-    if not (batch["labels"] != IGNORED_LABEL).any():
-        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     rows = list(_split_rows(batch))
+    if all(label == IGNORED_LABEL for _, labels in rows for label in labels):
+        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
         _check_row(where, token_ids, labels, tokenizer)
@@ -64,8 +64,8 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
 
 
 def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
-    """Yield the rows of a batch without their padding; a packed batch is split where positions start again."""
-    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
+    ids, labels = batch["input_ids"].cpu(), _find_labels(batch)
     if "position_ids" in batch:
         starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
@@ -76,6 +76,13 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
         yield row[:length].tolist(), row_labels[:length].tolist()
 
 
+def _find_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what of a batch is learnt, in the words of supervised training."""
+    if "labels" in batch:
+        return batch["labels"].cpu()
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL).cpu()
+
+
 class EvaluationCheck(TrainerCallback):
     """Run one evaluation step over the longest held-out rows before step 1, so that no run dies at its first evaluation.
 
@@ -84,9 +91,8 @@ class EvaluationCheck(TrainerCallback):
     (transformers 5.23, accelerate 1.15).
     """
 
-    def __init__(self, trainer: Trainer, evaluation: Dataset) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._evaluation = evaluation
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -96,15 +102,29 @@ class EvaluationCheck(TrainerCallback):
         Raises:
             TrainingError: the step runs out of memory.
         """
-        size = args.per_device_eval_batch_size * args.world_size
-        lengths = [len(ids) for ids in self._evaluation["input_ids"]]
-        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
-        rows = self._evaluation.select(longest).select_columns(["input_ids", "labels"])
+        rows: Dataset = self._trainer.eval_dataset
+        lengths = _measure_lengths(rows)
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[
+            : args.per_device_eval_batch_size * args.world_size
+        ]
+        # Rows that are handed to `evaluate` would lose what was computed of them before, such as reference log-probabilities.
+        self._trainer.eval_dataset = rows.select(longest)
         try:
             with torch.random.fork_rng(devices=[]):
-                self._trainer.evaluate(rows, metric_key_prefix=PREFLIGHT)
+                self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
                 "lower trainer.per_device_eval_batch_size"
             ) from error
+        finally:
+            self._trainer.eval_dataset = rows
+
+
+def _measure_lengths(rows: Dataset) -> list[int]:
+    """Return the length of each row in tokens; a pair's is that of its longer side."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    sides = zip(rows["prompt_ids"], *answers, strict=True)
+    return [len(prompt) + max(map(len, sides)) for prompt, *sides in sides]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -22,14 +21,16 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
+from finetune.train.origin import find_earlier
+from finetune.train.prepared import accept_prepared_rows
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.train.reference import settle_reference
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
 LOGIT_COLUMNS = 8192
 trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
-_MODEL_COLUMNS = ("input_ids", "labels")
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -49,20 +50,24 @@ def build_trainer(
         RecipeError: TRL or transformers refuses a combination of options.
     """
     method = METHODS[recipe.method]
-    trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
+    trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
+    if method.name != "sft":
+        trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    start = _copy_adapter(model)
+    start, evaluation = _copy_adapter(model), splits.evaluation
     try:
         trainer: Trainer = trainer_class(
             model=model,
             args=config,
-            train_dataset=_keep_model_columns(splits.train),
-            eval_dataset=_keep_model_columns(splits.evaluation) if splits.evaluation is not None else None,
+            train_dataset=splits.train.select_columns(list(method.columns)),
+            eval_dataset=evaluation.select_columns(list(method.columns)) if evaluation is not None else None,
             processing_class=tokenizer,
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    if isinstance(model, PeftModel):
+        settle_reference(model, starts_from_base=_starts_from_base(recipe))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
@@ -100,11 +105,13 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         "fp16": precision.autocast == "fp16",
         # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
         "max_length": recipe.data.max_tokens if packs else None,
-        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
         "prediction_loss_only": True,
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
     }
+    if method.name == "sft":
+        owned["dataset_kwargs"] = None if packs else {"skip_prepare_dataset": True}
     config_class = getattr(importlib.import_module(method.config_module), method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
@@ -113,8 +120,10 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
-def _keep_model_columns(rows: Dataset) -> Dataset:
-    return rows.select_columns(list(_MODEL_COLUMNS))
+def _starts_from_base(recipe: Recipe) -> bool:
+    """Tell whether the adapter of a recipe changes nothing at the start, so that the base alone is the start."""
+    earlier = find_earlier(recipe.model.checkpoint)
+    return recipe.adapter.init == "default" and (earlier is None or earlier.kind == "model")
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
