@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS, describe_wrong_kind
 from finetune.errors import RecipeError, describe_unknown_name
-from finetune.recipe import LINEAR_LAYERS, AdapterSection, Recipe, SourceSection
+from finetune.mixtures.matched import list_unknown_sources
+from finetune.mixtures.published import describe_unknown_mixture, find_mixture
+from finetune.recipe import LINEAR_LAYERS, AdapterSection, DataSection, Recipe, SourceSection
 from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.adoption import adopt_earlier_run
@@ -46,6 +49,7 @@ def _list_problems(draft: Draft) -> Iterator[str]:
     yield from _check_checkpoint(recipe)
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
+    yield from check_pretraining(recipe)
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -96,7 +100,9 @@ def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
 
 def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
     data = recipe.data
-    if not data.train:
+    if data.mixture is not None or data.sources:
+        yield from _check_mixture(data, folder)
+    elif not data.train:
         yield "data.train: is missing; name at least one data file"
     for key, sources in (("train", data.train), ("eval", data.eval)):
         for number, source in enumerate(sources, 1):
@@ -127,6 +133,29 @@ def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:
         yield f"data.train_on: {method.name} learns from whole answers, so there is nothing to choose; remove this key"
     if data.overflow == "split":
         yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
+
+
+def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
+    if data.train:
+        yield "data.train: data.mixture and data.sources say what to train on already; set one of the two"
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
+        if isinstance(source, SourceSection):
+            yield from _check_source(source, key, folder)
+            if source.weight is not None or source.rows is not None:
+                yield f"{key}: takes no weight and no number of rows; data.mixture decides how much of it is taken"
+        elif _find_file(source, folder) is None:
+            yield f"{key}: {source} does not exist{_suggest_file(source, folder)}"
+    if data.mixture is None:
+        yield "data.mixture: is missing; data.sources needs a published mixture, such as phase25 (`finetune mixtures` lists them)"
+        return
+    mixture = find_mixture(data.mixture)
+    if mixture is None:
+        yield f"data.mixture: {data.mixture!r} is {describe_unknown_mixture(data.mixture)}"
+    elif not data.sources:
+        yield f"data.sources: is missing; give files for names of {mixture.name}, such as {{fineweb-edu: web/*.jsonl, code: mine.parquet}}"
+    else:
+        yield from (f"data.sources.{name}: {reason}" for name, reason in list_unknown_sources(mixture, data.sources))
 
 
 def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
@@ -232,6 +261,7 @@ def _resolve_paths(draft: Draft) -> Recipe:
         recipe.data,
         train=tuple(_resolve_source(source, folder) for source in recipe.data.train),
         eval=tuple(_resolve_source(source, folder) for source in recipe.data.eval),
+        sources={name: _resolve_source(source, folder) for name, source in recipe.data.sources.items()},
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(_find_file(recipe.data.template, folder)))
@@ -241,4 +271,5 @@ def _resolve_paths(draft: Draft) -> Recipe:
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]
     trainer = {**method.defaults, **recipe.trainer}
-    return replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    resolved = replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    return resolve_pretraining(resolved, folder)

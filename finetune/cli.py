@@ -60,6 +60,22 @@ def _run_checkpoints(arguments: argparse.Namespace) -> int:
     return _print_result(arguments, rows, describe_checkpoints())
 
 
+def _run_mixtures(arguments: argparse.Namespace) -> int:
+    from finetune.mixtures.published import choose_mixtures, describe_datasets, describe_mixtures, list_used_datasets
+
+    if arguments.datasets:
+        used = list_used_datasets()
+        return _print_result(arguments, used, "\n".join(f"{entry['name']:<40} {entry['url']}" for entry in used))
+    mixtures = choose_mixtures(arguments.phase)
+    if arguments.plot is not None:
+        from finetune.mixtures.plot import draw_mixtures
+
+        draw_mixtures(arguments.plot)
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    text = describe_mixtures(mixtures) if arguments.phase is None else "\n\n".join(map(describe_datasets, mixtures))
+    return _print_result(arguments, [mixture.to_json() for mixture in mixtures], text)
+
+
 def _run_fold(arguments: argparse.Namespace) -> int:
     from finetune.starts import find_checkpoint
     from finetune.yulan.folding import fold_checkpoint
@@ -73,6 +89,8 @@ def _run_fold(arguments: argparse.Namespace) -> int:
 
 def _run_check(arguments: argparse.Namespace) -> int:
     from finetune.check import load_recipe
+    from finetune.mixtures.matched import match_sources
+    from finetune.mixtures.published import find_mixture
     from finetune.recipe import dump_recipe, to_plain
 
     try:
@@ -83,7 +101,9 @@ def _run_check(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False))
         return _USER_ERROR
     result = {"ok": True, "problems": [], "recipe": to_plain(recipe)}
-    return _print_result(arguments, result, f"{dump_recipe(recipe)}\n{arguments.recipe}: fine")
+    mixture = find_mixture(recipe.data.mixture) if recipe.data.mixture else None
+    note = f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
+    return _print_result(arguments, result, f"{dump_recipe(recipe)}\n{note}{arguments.recipe}: fine")
 
 
 def _run_preview(arguments: argparse.Namespace) -> int:
@@ -225,6 +245,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 _VERBS: Mapping[str, Verb] = {
     "checkpoints": _run_checkpoints,
+    "mixtures": _run_mixtures,
     "fold": _run_fold,
     "check": _run_check,
     "preview": _run_preview,

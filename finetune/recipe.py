@@ -21,6 +21,8 @@ class ModelSection:
     quantize: Literal["none", "int8", "nf4"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    max_positions: int | None = None
+    rope_theta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,14 @@ class SourceSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row."""
+    """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row.
+
+    `mixture` is a published one, and `sources` has a person's own files for its names; they stand in the place of `train`.
+    """
 
     train: tuple[str | SourceSection, ...] = ()
+    mixture: str | None = None
+    sources: Mapping[str, str | SourceSection] = field(default_factory=dict)
     eval: tuple[str | SourceSection, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
@@ -70,6 +77,37 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW of the methods `pretrain` and `anneal`; `auto` and null stand for what the method or the states say.
+
+    `states` are `fresh` (zero moments), `published` (those in the checkpoint's own folder), or a folder.
+    """
+
+    states: str = "auto"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    moments: Literal["float32", "8bit", "cpu"] = "float32"
+    save_states: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """How long `pretrain` and `anneal` go on, and by which factor of the learning rate; all numbers are in `unit`.
+
+    `count` says where 0 is: at the first step of this run, or where the states began to count. A decay without a range
+    takes all of the run after the warm-up.
+    """
+
+    unit: Literal["steps", "tokens"] = "steps"
+    count: Literal["run", "states"] = "run"
+    length: int | float | None = None
+    warmup: int | float = 0
+    decay: Literal["auto", "none", "1-sqrt", "linear", "cosine"] = "auto"
+    decay_start: int | float | None = None
+    decay_end: int | float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run; `trainer` goes by name to the configuration class of the method's trainer."""
 
@@ -77,6 +115,8 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     output: str = ""
     seed: int = 42

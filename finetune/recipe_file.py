@@ -182,7 +182,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], name, problems)
     if origin is not None:  # the remaining generic is Mapping
-        return _convert_mapping(value, get_args(hint)[1])
+        return _convert_mapping(value, get_args(hint)[1], name, problems)
     return _convert_scalar(value, hint)
 
 
@@ -199,25 +199,35 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
     # One file or one module is common enough that it need not be written as a list.
     values = value if isinstance(value, list) else [value]
-    members = get_args(member) or (member,)
-    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     try:
         return tuple(
-            _read_section(section, item, f"{name}[{number}].", problems)  # type: ignore[arg-type]
-            if section is not None and isinstance(item, dict)
-            else _convert_scalar(item, members[0])
-            for number, item in enumerate(values, 1)
+            _convert_item(item, member, f"{name}[{number}].", problems) for number, item in enumerate(values, 1)
         )
     except _MismatchError as mismatch:
         raise _MismatchError(f"{mismatch}, or a list of such") from None
 
 
-def _convert_mapping(value: Any, member: Any) -> dict[str, Any]:
+def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _MismatchError("keys and values")
     if member is Any:
         return dict(value)
-    return {key: _convert_scalar(inner, member) for key, inner in value.items()}
+    converted = {}
+    for key, inner in value.items():
+        try:
+            converted[key] = _convert_item(inner, member, f"{name}.{key}.", problems)
+        except _MismatchError as mismatch:
+            problems.append(f"{name}.{key}: must be {mismatch}; found {_describe(inner)}")
+    return converted
+
+
+def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> Any:
+    """Convert what stands in a list or under a free name: a scalar or, where one is allowed, a section."""
+    members = get_args(member) or (member,)
+    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
+    if section is not None and isinstance(value, dict):
+        return _read_section(section, value, prefix, problems)  # type: ignore[arg-type]
+    return _convert_scalar(value, members[0])
 
 
 _TYPE_NAMES: dict[Any, str] = {

@@ -22,16 +22,23 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all."""
+    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all.
+
+    A weight is a share of all rows or, for sources that `weigh_text`, of all text.
+    """
 
     place: Path | HubDataset
     weight: float | None = None
     rows: int | None = None
+    weigh_text: bool = False
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None."""
+    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
+
+    `notes` are what a person should know of the sources.
+    """
 
     train: tuple[Source, ...]
     shape: RowShape = "sequence"
@@ -45,4 +52,5 @@ class DataSettings:
     train_on: TrainOn = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    notes: tuple[str, ...] = ()
     cache: Path | None = None

@@ -19,13 +19,15 @@ from finetune.data.settings import RowShape, TrainOn
 from finetune.data.template import (
     ChatTemplate,
     Rendered,
-    encode_rendered,
     list_stop_tokens,
+    read_tokens,
     render_conversations,
+    tokenize_rendered,
 )
 from finetune.errors import TemplateError
 
 _BATCH_ROWS = 1000
+_Tokenized = tuple[list[Any], list[TokenSpans]]
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class RowEncoder:
         Raises:
             TemplateError: the template refuses a conversation.
         """
-        pending: deque[tuple[list[SourceRow], Future[list[TokenSpans]]]] = deque()
+        pending: deque[tuple[list[SourceRow], Rendered, Future[_Tokenized]]] = deque()
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as executor:
             while batch := list(islice(remaining, _BATCH_ROWS)):
                 rendered = self._render(batch)
-                # The tokenizer works outside of Python's lock, on all cores that it may use.
-                pending.append((batch, executor.submit(self._tokenize, batch, rendered)))
+                # The tokenizer works outside of Python's lock, on all cores that it may use; the spans are found here meanwhile.
+                pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
                 if len(pending) > 1:
                     yield self._finish(*pending.popleft())
             while pending:
@@ -137,22 +139,21 @@ class RowEncoder:
             raise TemplateError(f"{self._template.name}: marks {len(spans)} spans for {len(answers)} answers")
         return [span for span, answer in zip(spans, answers, strict=True) if answer.get("train", True)]
 
-    def _tokenize(self, batch: Sequence[SourceRow], rendered: Rendered) -> list[TokenSpans]:
-        chats = iter(encode_rendered(self._tokenizer, rendered) if rendered.texts else [])
-        texts = iter(encode_plain_texts(self._tokenizer, [s.row.text for s in batch if s.kind == "text"]))
-        sides = ((source, side) for source in batch for side in self._list_sides(source))
-        return [next(texts) if source.kind == "text" else next(chats) for source, _ in sides]
+    def _tokenize(self, batch: Sequence[SourceRow], rendered: Rendered) -> _Tokenized:
+        texts = [source.row.text for source in batch if source.kind == "text"]
+        return tokenize_rendered(self._tokenizer, rendered), encode_plain_texts(self._tokenizer, texts)
 
-    def _finish(self, batch: list[SourceRow], future: Future[list[TokenSpans]]) -> list[TokenRow]:
-        encoded = iter(future.result())
+    def _finish(self, batch: list[SourceRow], rendered: Rendered, future: Future[_Tokenized]) -> list[TokenRow]:
+        tokenized, documents = future.result()
+        chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
         rows: list[TokenRow] = []
         for source in batch:
             if self._shape == "sequence":
-                side = next(encoded)
+                side = next(texts if source.kind == "text" else chats)
                 rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
                 continue
             # White space behind the token that ends the answer belongs to what would follow.
-            sides = [_cut_behind_answer(next(encoded)) for _ in self._list_sides(source)]
+            sides = [_cut_behind_answer(next(chats)) for _ in self._list_sides(source)]
             rows += [self._join_pair(source, *sides)] if self._shape == "pair" else _label_sides(source, sides)
         return rows
 

@@ -11,8 +11,16 @@ Head = Literal["language", "score"]
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """What `auto` means for a method whose rows are packed full, and whose optimizer and schedule are the kit's."""
+
+    states: Literal["fresh", "published"]
+    decay: Literal["none", "1-sqrt"]
+
+
+@dataclass(frozen=True)
 class Method:
-    """One method: what its rows become, TRL's classes for it, and what the kit decides in their place.
+    """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
 
     `columns` are those of the prepared rows that the trainer is given. `has_reference` says whether its loss compares with
     the start. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
@@ -31,6 +39,7 @@ class Method:
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
+    pretraining: Pretraining | None = None
 
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
@@ -47,8 +56,6 @@ SHARED_OWNED: Mapping[str, str] = {
     "fp16": f"set model.dtype: float16 instead; {_OURS}",
     "bf16_full_eval": f"set model.dtype instead; {_OURS}",
     "fp16_full_eval": f"set model.dtype instead; {_OURS}",
-    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
-    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "resume_from_checkpoint": "run `finetune train RECIPE --resume` instead",
     "remove_unused_columns": f"the kit prepares the rows itself; {_OURS}",
     "label_names": f"the kit prepares the rows itself; {_OURS}",
@@ -66,6 +73,8 @@ SHARED_OWNED: Mapping[str, str] = {
 
 # Options that only some of TRL's classes have.
 _OWNED_IN_SOME: Mapping[str, str] = {
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "max_length": f"set data.max_tokens instead; {_OURS}",
     "truncation_mode": f"set data.overflow instead; {_OURS}",
     "chat_template_path": f"set data.template instead; {_OURS}",
@@ -84,8 +93,9 @@ _OWNED_IN_SOME: Mapping[str, str] = {
 
 
 def own(*names: str) -> Mapping[str, str]:
-    """Return the options that no recipe may set: those of all of TRL's classes, and these that only some have."""
-    return {**SHARED_OWNED, **{name: _OWNED_IN_SOME[name] for name in names}}
+    """Return the options of a TRL class that no recipe may set: those that all have, and these that only some have."""
+    everywhere = ("model_init_kwargs", "trust_remote_code")
+    return {**SHARED_OWNED, **{name: _OWNED_IN_SOME[name] for name in (*everywhere, *names)}}
 
 
 _PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -109,6 +119,49 @@ _DPO_LOSSES = (
     "sigmoid_norm",
 )
 _F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+_IN_OPTIMIZER = "the section optimizer decides this"
+_IN_SCHEDULE = "the section schedule decides this"
+_PRETRAINING_DEFAULTS: Mapping[str, Any] = {**SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
+_PRETRAINING_OWNED: Mapping[str, str] = {
+    **SHARED_OWNED,
+    "learning_rate": f"set optimizer.learning_rate instead; {_IN_OPTIMIZER}",
+    "weight_decay": f"set optimizer.weight_decay instead; {_IN_OPTIMIZER}",
+    "adam_beta1": f"{_IN_OPTIMIZER}, as the authors did: 0.9; remove this key",
+    "adam_beta2": f"{_IN_OPTIMIZER}, as the authors did: 0.95; remove this key",
+    "adam_epsilon": f"{_IN_OPTIMIZER}, as the authors did: 1e-15; remove this key",
+    "optim": f"set optimizer.moments instead; {_IN_OPTIMIZER}",
+    "optim_args": f"{_IN_OPTIMIZER}; remove this key",
+    "optim_target_modules": f"{_IN_OPTIMIZER}; remove this key",
+    "lr_scheduler_type": f"set schedule.decay instead; {_IN_SCHEDULE}",
+    "lr_scheduler_kwargs": f"set schedule.decay_start and decay_end instead; {_IN_SCHEDULE}",
+    "warmup_steps": f"set schedule.warmup instead; {_IN_SCHEDULE}",
+    "max_steps": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "num_train_epochs": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "include_num_input_tokens_seen": f"tokens are always counted; {_OURS}",
+    "neftune_noise_alpha": "is for supervised tuning; remove this key",
+    "label_smoothing_factor": "the loss is the authors', with its z term; remove this key",
+    "load_best_model_at_end": "a schedule ends where it ends; remove this key",
+    "auto_find_batch_size": "the batch belongs to the schedule; remove this key",
+}
+
+
+def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
+    """Return a row for transformers' own Trainer, whose loss is the model's."""
+    return Method(
+        name=name,
+        shape="sequence",
+        columns=("input_ids", "labels"),
+        trainer_module="transformers",
+        trainer_class="Trainer",
+        config_module="transformers.training_args",
+        config_class="TrainingArguments",
+        defaults=_PRETRAINING_DEFAULTS,
+        owned=_PRETRAINING_OWNED,
+        pretraining=pretraining,
+    )
+
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -148,5 +201,7 @@ METHODS: Mapping[str, Method] = {
             words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
             owned=own("max_length", "truncation_mode", "pad_token", "padding_free", "dataset_num_proc", *_REFERENCE),
         ),
+        _make_pretraining("pretrain", Pretraining(states="fresh", decay="none")),
+        _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),
     )
 }

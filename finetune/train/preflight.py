@@ -4,9 +4,11 @@ Every check is an error: a run that trains on nothing, never stops, or dies at i
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Subset
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from finetune.data.gates import IGNORED_LABEL
+from finetune.data.packing import PackedRows
 from finetune.errors import TrainingError
 from finetune.train.progress import PREFLIGHT
 
@@ -29,12 +32,8 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     Raises:
         TrainingError: naming the row of the batch and what is wrong with it.
     """
-    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
-    with torch.random.fork_rng(devices=[]):
-        batch = next(iter(trainer.get_train_dataloader()))
+    batch = _draw_first_batch(trainer)
     rows = list(_split_rows(batch))
-    if all(label == IGNORED_LABEL for _, labels in rows for label in labels):
-        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
         _check_row(where, token_ids, labels, tokenizer)
@@ -45,6 +44,28 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
             f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "
             "look at the rows with `finetune preview`"
         )
+
+
+def check_packed_batch(trainer: Trainer) -> None:
+    """Check the first batch of full rows: trained tokens, each trained as itself, never the first of a document.
+
+    Raises:
+        TrainingError: nothing is trained.
+    """
+    batch = _draw_first_batch(trainer)
+    ids, labels = batch["input_ids"], batch["labels"]
+    is_trained = labels != IGNORED_LABEL
+    if (is_trained & ((labels != ids) | (batch["position_ids"] == 0))).any():
+        raise TrainingError("first batch: a token is trained as another, or without anything before it")
+
+
+def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
+    with torch.random.fork_rng(devices=[]):
+        batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
+    if not (_find_labels(batch) != IGNORED_LABEL).any():
+        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
+    return batch
 
 
 def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,7 +86,7 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
 
 def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
     """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
-    ids, labels = batch["input_ids"].cpu(), _find_labels(batch)
+    ids, labels = batch["input_ids"].cpu(), _find_labels(batch).cpu()
     if "position_ids" in batch:
         starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
@@ -79,8 +100,26 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
 def _find_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return what of a batch is learnt, in the words of supervised training."""
     if "labels" in batch:
-        return batch["labels"].cpu()
-    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL).cpu()
+        return batch["labels"]
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
+
+
+def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
+    """Return as many of the longest rows as one evaluation step of all processes takes; packed ones are equally long."""
+    size = args.per_device_eval_batch_size * args.world_size
+    if isinstance(rows, PackedRows):
+        return Subset(rows, range(min(size, len(rows))))
+    lengths = _measure_lengths(rows)
+    return rows.select(sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size])
+
+
+def _measure_lengths(rows: Dataset) -> list[int]:
+    """Return the length of each row in tokens; a pair's is that of its longer side."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    texts = zip(rows["prompt_ids"], *answers, strict=True)
+    return [len(prompt) + max(map(len, sides)) for prompt, *sides in texts]
 
 
 class EvaluationCheck(TrainerCallback):
@@ -102,29 +141,17 @@ class EvaluationCheck(TrainerCallback):
         Raises:
             TrainingError: the step runs out of memory.
         """
-        rows: Dataset = self._trainer.eval_dataset
-        lengths = _measure_lengths(rows)
-        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[
-            : args.per_device_eval_batch_size * args.world_size
-        ]
+        held = self._trainer.eval_dataset
+        rows = choose_longest_rows(held, args)
         # Rows that are handed to `evaluate` would lose what was computed of them before, such as reference log-probabilities.
-        self._trainer.eval_dataset = rows.select(longest)
+        self._trainer.eval_dataset = rows
         try:
             with torch.random.fork_rng(devices=[]):
                 self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
+                f"evaluation does not fit: {len(rows)} of the longest held-out rows run out of memory together; "
                 "lower trainer.per_device_eval_batch_size"
             ) from error
         finally:
-            self._trainer.eval_dataset = rows
-
-
-def _measure_lengths(rows: Dataset) -> list[int]:
-    """Return the length of each row in tokens; a pair's is that of its longer side."""
-    if "input_ids" in rows.column_names:
-        return [len(ids) for ids in rows["input_ids"]]
-    answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
-    sides = zip(rows["prompt_ids"], *answers, strict=True)
-    return [len(prompt) + max(map(len, sides)) for prompt, *sides in sides]
+            self._trainer.eval_dataset = held

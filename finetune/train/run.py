@@ -14,25 +14,30 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
-from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
-from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
+from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
-from finetune.train.preflight import EvaluationCheck, check_first_batch
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
+from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Start, find_start
 from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.sources import read_source_section, read_training_sources
+from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
+from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
+_ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
@@ -60,6 +65,7 @@ class _Start:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
+    states: OptimizerStates | None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -71,7 +77,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    pretrains = METHODS[recipe.method].pretraining is not None
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
@@ -79,13 +86,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
-        may_lack_ends = "text" in start.splits.report.formats.values() or start.splits.report.train.answers_cut > 0
-        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
-        check_first_batch(trainer, start.tokenizer, stop_tokens)
-        if start.splits.evaluation is not None:
-            trainer.add_callback(EvaluationCheck(trainer))
+        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
+        _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
@@ -94,7 +96,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model)
+        _write_result(run, start, model, trainer)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
@@ -108,10 +110,25 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer = load_tokenizer(begin.tokenizer_folder)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
+        states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, begin, tokenizer, template, splits)
+    return _Start(recipe, precision, begin, tokenizer, template, splits, states)
+
+
+def _check_rows(trainer: Trainer, start: _Start) -> None:
+    """Look at the first batch, and have the longest held-out rows tried before step 1."""
+    report = start.splits.report
+    if METHODS[start.recipe.method].pretraining is not None:
+        check_packed_batch(trainer)
+    else:
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
+        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
+    if start.splits.evaluation is not None:
+        trainer.add_callback(EvaluationCheck(trainer))
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -128,29 +145,24 @@ def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, Ch
 
 def _read_data_settings(recipe: Recipe) -> DataSettings:
     data = recipe.data
+    train, notes = read_training_sources(data)
     return DataSettings(
-        train=tuple(map(_read_source, data.train)),
+        train=train,
         shape=METHODS[recipe.method].shape,
-        evaluation=tuple(map(_read_source, data.eval)),
+        evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
         system=data.system,
-        max_tokens=data.max_tokens,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
         overflow=data.overflow,
         train_on=data.train_on,
         substitute=data.substitute,
         deduplicate=data.deduplicate,
+        notes=notes,
         cache=find_cache() / "rows",
     )
-
-
-def _read_source(source: str | SourceSection) -> Source:
-    if isinstance(source, str):
-        return Source(Path(source))
-    is_hub = bool(source.hub)
-    hub = HubDataset(source.hub, source.config, source.split or "train", source.revision)
-    return Source(hub if is_hub else Path(source.path), source.weight, source.rows)
 
 
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
@@ -239,14 +251,14 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(last("num_tokens") or 0),
+        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
         train_loss=last("loss") or float("nan"),
         eval_loss=last("eval_loss"),
         seconds=round(seconds, 1),
     )
 
 
-def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) -> None:
+def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
     with write_folder(run / trained) as folder:
@@ -256,6 +268,8 @@ def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) 
                 subtract_start(folder, run / _PISSA_START)
         else:
             model.save_pretrained(folder)
+        if recipe.optimizer.save_states:
+            save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
         write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub

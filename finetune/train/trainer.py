@@ -1,4 +1,4 @@
-"""Build TRL's trainer for a recipe: pass its options through, and decide what the kit owns."""
+"""Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
 import importlib
 from pathlib import Path
@@ -19,12 +19,14 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
-from finetune.train.methods import METHODS
+from finetune.train.methods import METHODS, Method
 from finetune.train.model import Precision
 from finetune.train.origin import find_earlier
 from finetune.train.prepared import accept_prepared_rows
+from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.reference import settle_reference
+from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
@@ -43,31 +45,33 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
+    states: OptimizerStates | None = None,
 ) -> Trainer:
-    """Return the method's TRL trainer over rows that are tokens already.
+    """Return the method's trainer over rows that are tokens already; `states` are those that a pre-training goes on from.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
-    if method.name != "sft":
+    if method.shape != "sequence":
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    start, evaluation = _copy_adapter(model), splits.evaluation
+    start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
             model=model,
             args=config,
-            train_dataset=splits.train.select_columns(list(method.columns)),
-            eval_dataset=evaluation.select_columns(list(method.columns)) if evaluation is not None else None,
             processing_class=tokenizer,
+            **(_choose_rows(splits, method) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
     if isinstance(model, PeftModel):
         settle_reference(model, starts_from_base=_starts_from_base(recipe))
+    if method.pretraining is not None:
+        set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
@@ -76,14 +80,13 @@ def build_trainer(
 
 
 def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> TrainingArguments:
-    """Return TRL's configuration for a recipe.
+    """Return the trainer's configuration for a recipe.
 
     Raises:
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
     options = dict(recipe.trainer)
-    packs = bool(options.get("packing"))
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
@@ -98,20 +101,16 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         # Never larger than in training, where it is known to fit.
         options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
     owned: dict[str, Any] = {
+        **(_list_row_options(recipe) if method.pretraining is None else PRETRAINING_OPTIONS),
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": precision.autocast == "bf16",
         "fp16": precision.autocast == "fp16",
-        # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
-        "max_length": recipe.data.max_tokens if packs else None,
-        "remove_unused_columns": False,
         "prediction_loss_only": True,
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
     }
-    if method.name == "sft":
-        owned["dataset_kwargs"] = None if packs else {"skip_prepare_dataset": True}
     config_class = getattr(importlib.import_module(method.config_module), method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
@@ -124,6 +123,23 @@ def _starts_from_base(recipe: Recipe) -> bool:
     """Tell whether the adapter of a recipe changes nothing at the start, so that the base alone is the start."""
     earlier = find_earlier(recipe.model.checkpoint)
     return recipe.adapter.init == "default" and (earlier is None or earlier.kind == "model")
+
+
+def _list_row_options(recipe: Recipe) -> dict[str, Any]:
+    """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    packs = bool(recipe.trainer.get("packing"))
+    length = {"max_length": recipe.data.max_tokens if packs else None}
+    if METHODS[recipe.method].shape != "sequence":
+        return {**length, "remove_unused_columns": False}
+    return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
+
+
+def _choose_rows(splits: Splits, method: Method) -> dict[str, Any]:
+    columns = list(method.columns)
+    return {
+        "train_dataset": splits.train.select_columns(columns),
+        "eval_dataset": splits.evaluation and splits.evaluation.select_columns(columns),
+    }
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
