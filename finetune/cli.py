@@ -143,7 +143,13 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     memory = parse_memory(arguments.memory) if arguments.memory else None
     from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
-    target = choose_target(recipe, memory, arguments.gpu)
+    engine, processes = arguments.engine, arguments.processes
+    if arguments.accelerate is not None:
+        from finetune.plan.sharing import read_sharing
+
+        found, count = read_sharing(arguments.accelerate)
+        engine, processes = engine or found, processes or count
+    target = choose_target(recipe, memory, arguments.gpu, engine, processes)
     if not arguments.fit:
         plan = make_plan(recipe, target)
         return _print_result(arguments, plan.to_json(), describe_plan(plan))
