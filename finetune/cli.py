@@ -192,7 +192,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
 def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.export.merge import ExportSettings, describe_export, export_result
-    from finetune.train.record import open_result
+    from finetune.train.origin import open_result
     from finetune.yulan.shards import parse_size
 
     settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
