@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
+# What a row becomes: one text with trained spans, a prompt with two answers, an answer with its label, or a prompt alone.
+RowShape = Literal["sequence", "pair", "labelled", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class DataSettings:
     """
 
     train: tuple[Source, ...]
+    shape: RowShape = "sequence"
     evaluation: tuple[Source, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
