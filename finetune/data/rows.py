@@ -165,7 +165,7 @@ FORMATS: Mapping[str, Format] = {
 
 # The kinds of rows that each shape can be made of: a pair serves supervised training by its chosen answer, and KTO by both.
 SHAPES: Mapping[RowShape, tuple[RowKind, ...]] = {
-    "sequence": ("conversation", "preference", "labelled", "text"),
+    "sequence": ("conversation", "preference", "labelled", "text", "tokens"),
     "pair": ("preference",),
     "labelled": ("labelled", "preference"),
     "prompt": ("prompt",),
