@@ -13,6 +13,7 @@ from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
+from finetune.train.reward_checks import check_rewards
 
 _SHORTEST_ROW = 8
 _LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,6 +47,8 @@ def _list_problems(draft: Draft) -> Iterator[str]:
     yield from _check_checkpoint(recipe)
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
+    if recipe.method in METHODS:
+        yield from check_rewards(recipe, METHODS[recipe.method])
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 

@@ -68,6 +68,20 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class RewardsSection:
+    """What the answers of an online method are judged by: rules with their weights, and a trained reward run as `model`.
+
+    The score of a reward model has no bounds, so it is clipped; rules lie between -1 and 1.
+    """
+
+    rules: Mapping[str, float] = field(default_factory=dict)
+    length_tokens: int | None = None
+    model: str | None = None
+    model_weight: int | float = 1.0
+    clip: tuple[float, ...] = (-20.0, 10.0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run; `trainer` goes by name to the configuration class of the method's trainer."""
 
@@ -75,6 +89,7 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
+    rewards: RewardsSection = field(default_factory=RewardsSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     output: str = ""
     seed: int = 42

@@ -49,9 +49,10 @@ class DataReport:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        parts = [
-            f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"
-        ]
+        account = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        if not self.train.trained_tokens:
+            account = f"prompts of {self.train.tokens:,} tokens"
+        parts = [f"{self.train.rows:,} for training ({account})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -89,7 +90,7 @@ class Account:
             self._worst = max(self._worst, (row.full_length, row.source.origin))
             if overflow == "split" and row.source.kind == "text":
                 kept += split_text_row(row, limit)
-            elif overflow == "truncate" and (cut := cut_row(row, limit)).spans:
+            elif overflow == "truncate" and row.spans and (cut := cut_row(row, limit)).spans:
                 # A row whose answer starts beyond the limit would train nothing.
                 kept.append(cut)
         for row in kept:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
+# What a row becomes: one text with trained spans, a prompt with two answers, an answer with its label, or a prompt alone.
+RowShape = Literal["sequence", "pair", "labelled", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None."""
+    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
+
+    `needs_answer` names what compares answers with the reference that each prompt must then carry.
+    """
 
     train: tuple[Source, ...]
+    shape: RowShape = "sequence"
     evaluation: tuple[Source, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
@@ -42,4 +48,5 @@ class DataSettings:
     train_on: TrainOn = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    needs_answer: str | None = None
     cache: Path | None = None

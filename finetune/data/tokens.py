@@ -12,7 +12,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding import Span, TokenSpans, encode_plain_texts
-from finetune.data.gates import IGNORED_LABEL, describe_row_fault
+from finetune.data.gates import IGNORED_LABEL, describe_bos_fault, describe_row_fault
 from finetune.data.messages import Message
 from finetune.data.rows import Row, RowKind
 from finetune.data.settings import TrainOn
@@ -27,6 +27,7 @@ from finetune.data.template import (
 from finetune.errors import TemplateError
 
 _BATCH_ROWS = 1000
+_MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RowEncoder:
                 yield self._finish(*pending.popleft())
 
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
-        chats = [source for source in batch if source.kind != "text"]
+        chats = [source for source in batch if source.kind not in ("text", "prompt")]
         messages = [_join(source.row) for source in chats]
         if not chats:
             return Rendered([], [], [])
@@ -108,7 +109,12 @@ class RowEncoder:
     def _tokenize(self, batch: Sequence[SourceRow], rendered: Rendered) -> list[TokenSpans]:
         chats = iter(encode_rendered(self._tokenizer, rendered) if rendered.texts else [])
         texts = iter(encode_plain_texts(self._tokenizer, [s.row.text for s in batch if s.kind == "text"]))
-        return [next(texts) if source.kind == "text" else next(chats) for source in batch]
+        return [
+            TokenSpans(encode_prompt(self._tokenizer, self._template, source.row.messages), [])
+            if source.kind == "prompt"
+            else next(texts if source.kind == "text" else chats)
+            for source in batch
+        ]
 
     def _finish(self, batch: list[SourceRow], future: Future[list[TokenSpans]]) -> list[TokenRow]:
         pairs = zip(batch, future.result(), strict=True)
@@ -138,6 +144,8 @@ class RowEncoder:
     def find_fault(self, row: TokenRow) -> str | None:
         """Return what forbids to train a row, or None."""
         ids, last = row.token_ids, len(row.token_ids)
+        if row.source.kind == "prompt":
+            return describe_bos_fault(ids, self._tokenizer)
         free = row.is_cut or self._train_on == "all" or row.source.kind == "text"
         is_sound = (
             ids[0] == self._tokenizer.bos_token_id
@@ -180,7 +188,7 @@ def make_labels(row: TokenRow) -> Any:
 
 
 def make_record_batch(rows: Sequence[TokenRow]) -> pyarrow.RecordBatch:
-    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`, and for pairs their three parts."""
+    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`; for pairs their parts, for prompts their texts."""
     columns = {
         "input_ids": _make_lists([row.token_ids for row in rows]),
         "labels": _make_lists([make_labels(row) for row in rows]),
@@ -191,6 +199,9 @@ def make_record_batch(rows: Sequence[TokenRow]) -> pyarrow.RecordBatch:
     if pairs:
         for position, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids")):
             columns[name] = _make_lists([pair[position] for pair in pairs])
+    if rows and rows[0].source.kind == "prompt":
+        columns["prompt"] = pyarrow.array([row.source.row.messages for row in rows], _MESSAGES)
+        columns["answer"] = pyarrow.array([row.source.row.answer for row in rows], pyarrow.string())
     return pyarrow.RecordBatch.from_pydict(columns)
 
 

@@ -68,7 +68,8 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter as PEFT does, without copies of the embedding tables."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+    # Without the frozen copy that serves as reference in some methods.
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
 
 

@@ -99,7 +99,7 @@ class EvaluationCheck(TrainerCallback):
         size = args.per_device_eval_batch_size * args.world_size
         lengths = [len(ids) for ids in self._evaluation["input_ids"]]
         longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
-        rows = self._evaluation.select(longest).select_columns(["input_ids", "labels"])
+        rows = self._evaluation.select(longest).select_columns(self._trainer.eval_dataset.column_names)
         try:
             with torch.random.fork_rng(devices=[]):
                 self._trainer.evaluate(rows, metric_key_prefix=PREFLIGHT)

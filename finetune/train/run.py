@@ -22,11 +22,15 @@ from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
+from finetune.train.judging import Judge
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
+from finetune.train.online import bind_template, set_stop_tokens
 from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.rewards import RULES
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -77,17 +81,12 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision)
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
-        may_lack_ends = "text" in start.splits.report.formats.values() or start.splits.report.train.answers_cut > 0
-        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
-        check_first_batch(trainer, start.tokenizer, stop_tokens)
-        if start.splits.evaluation is not None:
-            trainer.add_callback(EvaluationCheck(trainer, start.splits.evaluation))
+        trainer = _build_checked_trainer(start, model)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
-        set_seed(recipe.seed)
+        # Processes that write answers must not all write the same ones.
+        set_seed(recipe.seed + (config.process_index if _is_online(recipe) else 0))
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
@@ -97,6 +96,29 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def _is_online(recipe: Recipe) -> bool:
+    return METHODS[recipe.method].row_kind == "prompt"
+
+
+def _build_checked_trainer(start: _Start, model: PreTrainedModel | PeftModel) -> Trainer:
+    """Build the trainer and look at what it will be given; rows are looked at in their first batch."""
+    recipe, splits, tokenizer = start.recipe, start.splits, start.tokenizer
+    stop_tokens = list_stop_tokens(tokenizer, start.template)
+    judge = None
+    if _is_online(recipe):
+        judge = Judge(recipe.rewards, stop_tokens)
+        tokenizer = bind_template(tokenizer, start.template)
+        set_stop_tokens(model, stop_tokens)
+    trainer = build_trainer(recipe, model, tokenizer, splits, start.precision, judge)
+    if judge is None:
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in splits.report.formats.values() or splits.report.train.answers_cut > 0
+        check_first_batch(trainer, tokenizer, [] if may_lack_ends else stop_tokens)
+    if splits.evaluation is not None:
+        trainer.add_callback(EvaluationCheck(trainer, splits.evaluation))
+    return trainer
 
 
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
@@ -128,6 +150,8 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     data = recipe.data
     return DataSettings(
         train=tuple(map(_read_source, data.train)),
+        shape="prompt" if _is_online(recipe) else "sequence",
+        needs_answer=next((f"the reward {name}" for name in recipe.rewards.rules if RULES[name].needs_reference), None),
         evaluation=tuple(map(_read_source, data.eval)),
         held_out=data.held_out,
         format=data.format,

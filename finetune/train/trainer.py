@@ -20,6 +20,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.progress import MetricsWriter, ProgressBar
@@ -30,6 +31,7 @@ LOGIT_COLUMNS = 8192
 trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
 _MODEL_COLUMNS = ("input_ids", "labels")
+_PROMPT_COLUMNS = ("prompt", "answer", "origin")
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -42,8 +44,9 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
+    judge: Judge | None = None,
 ) -> Trainer:
-    """Return the method's TRL trainer over rows that are tokens already.
+    """Return the method's TRL trainer over rows that are tokens already, or over prompts whose answers are judged.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
@@ -51,14 +54,16 @@ def build_trainer(
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
+    rewards = {} if judge is None else {"reward_funcs": judge.make_functions()}
     start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
             model=model,
             args=config,
-            train_dataset=_keep_model_columns(splits.train),
-            eval_dataset=_keep_model_columns(splits.evaluation) if splits.evaluation is not None else None,
+            train_dataset=keep_columns(splits.train, recipe.method),
+            eval_dataset=keep_columns(splits.evaluation, recipe.method) if splits.evaluation is not None else None,
             processing_class=tokenizer,
+            **rewards,
         )
     except ValueError as error:
         raise RecipeError("trainer", [str(error)]) from error
@@ -67,6 +72,8 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(Path(recipe.output)))
+    if judge is not None:
+        trainer.add_callback(CompletionWriter(Path(recipe.output), judge))
     return trainer
 
 
@@ -99,11 +106,10 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         "bf16": precision.autocast == "bf16",
         "fp16": precision.autocast == "fp16",
         # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
-        "max_length": recipe.data.max_tokens if packs else None,
-        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
         "prediction_loss_only": True,
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
+        **_own_rows(recipe, packs),
     }
     config_class = getattr(importlib.import_module(method.config_module), method.config_class)
     try:
@@ -113,8 +119,18 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
-def _keep_model_columns(rows: Dataset) -> Dataset:
-    return rows.select_columns(list(_MODEL_COLUMNS))
+def _own_rows(recipe: Recipe, packs: bool) -> dict[str, Any]:
+    if METHODS[recipe.method].row_kind == "prompt":
+        return {"reward_weights": list_weights(recipe.rewards)}
+    return {
+        "max_length": recipe.data.max_tokens if packs else None,
+        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
+    }
+
+
+def keep_columns(rows: Dataset, method: str) -> Dataset:
+    """Return rows with the columns that the method's trainer is given."""
+    return rows.select_columns(list(_PROMPT_COLUMNS if METHODS[method].row_kind == "prompt" else _MODEL_COLUMNS))
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
