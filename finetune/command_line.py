@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
+
 Verb = Callable[[argparse.Namespace], int]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +43,20 @@ def _add_writing(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     verb.add_argument("--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as stored)")
     verb.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
+
+
+def _add_mixtures(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--datasets", action="store_true", help="the open data sets that were used, with their addresses")
+    verb.add_argument("--phase", type=_read_phase, metavar="N", help="one phase, with its data sets")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the categories over all phases (.png, .svg, .pdf)"
+    )
+
+
+def _read_phase(text: str) -> int:
+    if not text.isdecimal() or not FIRST_PHASE <= int(text) <= LAST_PHASE:
+        raise argparse.ArgumentTypeError(f"must be a phase from {FIRST_PHASE} to {LAST_PHASE}; found {text!r}")
+    return int(text)
 
 
 def _add_fold(verb: argparse.ArgumentParser) -> None:
@@ -123,6 +139,7 @@ def _read_count(text: str) -> int:
 
 _VERBS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "checkpoints": ("list what one can start from", _add_nothing),
+    "mixtures": ("show what the authors trained on, phase by phase", _add_mixtures),
     "fold": ("write the exact Llama form of a checkpoint", _add_fold),
     "check": ("check a recipe without loading anything", _add_recipe),
     "preview": ("show rows as the model will see them, with what is trained marked", _add_preview),

@@ -36,9 +36,14 @@ class SourceSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row."""
+    """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row.
+
+    `mixture` is a published one, and `sources` has a person's own files for its names; they stand in the place of `train`.
+    """
 
     train: tuple[str | SourceSection, ...] = ()
+    mixture: str | None = None
+    sources: Mapping[str, str | SourceSection] = field(default_factory=dict)
     eval: tuple[str | SourceSection, ...] = ()
     held_out: int | float = 0
     format: str = "auto"

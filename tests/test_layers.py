@@ -11,14 +11,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"folders", "resources", "checkpoints"},
+    {"mixtures"},
     {"recipe", "recipe_file"},
     {"yulan"},
     {"starts"},
     {"data"},
     {"train"},
-    {"check"},
+    {"check", "chain_file"},
     {"export", "evaluate", "plan"},
-    {"demo"},
+    {"demo", "chain"},
     {"cli", "command_line"},
     {"__main__"},
 ]

@@ -131,6 +131,7 @@ def _prepare(
         template_fingerprint=template.fingerprint,
         fingerprint=account.digest.hexdigest()[:16],
         notes=(
+            *settings.notes,
             *describe_losses(reports["train"], reports["evaluation"], settings),
             *reader.describe(),
             *encoder.describe(),

@@ -69,18 +69,19 @@ def holds_spelling(messages: Sequence[Mapping[str, Any]], tools: object, pattern
     return tools is not None and pattern.search(json.dumps(tools, ensure_ascii=False)) is not None
 
 
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], spans: Sequence[Sequence[Span]]
-) -> list[TokenSpans]:
-    """Tokenize texts in one call; a token is trained when any of its characters is."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Any]:
+    """Tokenize texts in one call, outside of Python's lock; what it returns is read by `find_spans`."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-    return [
-        TokenSpans(encoding.ids, [_find_tokens(encoding, len(text), start, end) for start, end in found if end > start])
-        for encoding, text, found in zip(encodings, texts, spans, strict=True)
-    ]
+    encodings: list[Any] = backend.encode_batch(list(texts), add_special_tokens=False)
+    return encodings
+
+
+def find_spans(encoding: Any, text: str, spans: Sequence[Span]) -> TokenSpans:
+    """Return the tokens of a text with its trained runs; a token is trained when any of its characters is."""
+    found = [_find_tokens(encoding, len(text), start, end) for start, end in spans if end > start]
+    return TokenSpans(encoding.ids, found)
 
 
 def _find_tokens(encoding: Any, length: int, start: int, end: int) -> Span:

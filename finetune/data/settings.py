@@ -22,11 +22,15 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all."""
+    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all.
+
+    A weight is a share of all rows or, for sources that `weigh_text`, of all text.
+    """
 
     place: Path | HubDataset
     weight: float | None = None
     rows: int | None = None
+    weigh_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
 
     `needs_answer` names what compares answers with the reference that each prompt must then carry.
+    `notes` are what a person should know of the sources.
     """
 
     train: tuple[Source, ...]
@@ -49,4 +54,5 @@ class DataSettings:
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
     needs_answer: str | None = None
+    notes: tuple[str, ...] = ()
     cache: Path | None = None

@@ -1,8 +1,9 @@
 """The sources of a mixture: their rows, what they hold, and which rows of each are taken."""
 
 import hashlib
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,34 +60,62 @@ class Draw:
 def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
     """Choose the rows of every source by a seed, none of them twice.
 
-    Sources with a weight share rows in proportion, as many as the one that is used up first allows. A source whose rows are
-    chosen is read once more only to be counted.
+    Sources with a weight share rows in proportion, or text where they weigh that, as much as the one that is used up first
+    allows. A source whose rows are chosen is read once more only to be measured.
 
     Raises:
         DataError: a source holds fewer rows than are asked for.
     """
-    counts = [
-        sum(1 for _, rows in read_source(source) for _ in rows) if source.weight or source.rows else 0
-        for source in sources
-    ]
+    sizes = [_measure_rows(source) for source in sources]
     # The largest mixture that repeats no row.
-    size = min(
-        (count / source.weight for source, count in zip(sources, counts, strict=True) if source.weight), default=0
+    whole = min(
+        (sum(size) / source.weight for source, size in zip(sources, sizes, strict=True) if source.weight), default=0
     )
     draws = []
-    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+    for number, (source, size) in enumerate(zip(sources, sizes, strict=True)):
         if not source.weight and not source.rows:
             draws.append(Draw(None))
             continue
-        wanted = source.rows or max(1, round(size * (source.weight or 0)))
-        if wanted > count:
-            raise DataError(
-                f"{name_source(source)}: holds {count:,} rows where rows: {wanted:,} are asked for; ask for fewer"
-            )
-        taken = frozenset(random.Random(f"{seed} {number}").sample(range(count), wanted))
-        reason = f"rows: {source.rows}" if source.rows else f"weight: {source.weight:g}"
-        draws.append(Draw(taken, f"not drawn from {name_source(source)} ({reason}; {wanted:,} of {count:,} are taken)"))
+        order = random.Random(f"{seed} {number}").sample(range(len(size)), len(size))
+        taken = _take_rows(source, order, size, whole)
+        unit = " of the text" if source.weigh_text else ""
+        reason = f"rows: {source.rows}" if source.rows else f"weight: {source.weight:.4g}{unit}"
+        draws.append(
+            Draw(taken, f"not drawn from {name_source(source)} ({reason}; {len(taken):,} of {len(size):,} are taken)")
+        )
     return draws
+
+
+def _measure_rows(source: Source) -> list[int]:
+    """Return the size of every row of a source that takes part in a mixture: its text in bytes, or 1 where rows are counted."""
+    if not source.weight and not source.rows:
+        return []
+    rows = (row for _, part in read_source(source) for _, row in part)
+    return [_count_bytes(row.get("text", row)) if source.weigh_text else 1 for row in rows]
+
+
+def _count_bytes(value: object) -> int:
+    """Return the UTF-8 bytes of all text in a row: nearer to its tokens than its characters are, where scripts are mixed."""
+    if isinstance(value, str):
+        return len(value.encode(errors="replace"))
+    if isinstance(value, Mapping):
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _take_rows(source: Source, order: Sequence[int], size: Sequence[int], whole: float) -> frozenset[int]:
+    """Return the first rows of an order that are asked for: so many, or up to their share of the whole, one at least."""
+    if source.rows:
+        if source.rows > len(size):
+            raise DataError(
+                f"{name_source(source)}: holds {len(size):,} rows where rows: {source.rows:,} are asked for; ask for fewer"
+            )
+        return frozenset(order[: source.rows])
+    wanted = round(whole * (source.weight or 0))
+    ends = itertools.accumulate(size[number] for number in order)
+    return frozenset(
+        number for place, (number, end) in enumerate(zip(order, ends, strict=True)) if not place or end <= wanted
+    )
 
 
 def name_source(source: Source) -> str:

@@ -20,6 +20,7 @@ from finetune.data.encoding import (
     compile_spellings,
     encode_hidden,
     encode_texts,
+    find_spans,
     hide_spellings,
     holds_spelling,
     list_control_spellings,
@@ -191,20 +192,23 @@ def render_conversations(
     return Rendered([texts[0] for texts, _ in parts], [spans[0] for _, spans in parts], hidden)
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[TokenSpans]:
+def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[Any]:
     """Tokenize rendered conversations: all plain ones in one call, and those with spellings of control tokens apart."""
-    plain = [number for number, marks in enumerate(rendered.hidden) if not marks]
-    encoded = encode_texts(
-        tokenizer, [rendered.texts[number] for number in plain], [rendered.spans[number] for number in plain]
-    )
-    if len(plain) == len(rendered.texts):
-        return encoded
-    found = dict(zip(plain, encoded, strict=True))
+    plain = [text for text, marks in zip(rendered.texts, rendered.hidden, strict=True) if not marks]
+    encodings = iter(encode_texts(tokenizer, plain) if plain else [])
     rows = zip(rendered.texts, rendered.spans, rendered.hidden, strict=True)
-    return [
-        found[number] if number in found else encode_hidden(tokenizer, text, spans, marks)
-        for number, (text, spans, marks) in enumerate(rows)
-    ]
+    return [encode_hidden(tokenizer, *row) if row[2] else next(encodings) for row in rows]
+
+
+def read_tokens(rendered: Rendered, tokenized: Sequence[Any]) -> list[TokenSpans]:
+    """Return tokens with their trained spans from what `tokenize_rendered` returned; it does not use the tokenizer."""
+    rows = zip(tokenized, rendered.texts, rendered.spans, strict=True)
+    return [found if isinstance(found, TokenSpans) else find_spans(found, text, spans) for found, text, spans in rows]
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[TokenSpans]:
+    """Tokenize rendered conversations and find their trained spans."""
+    return read_tokens(rendered, tokenize_rendered(tokenizer, rendered))
 
 
 def encode_prompt(

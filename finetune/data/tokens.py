@@ -22,12 +22,15 @@ from finetune.data.template import (
     encode_prompt,
     encode_rendered,
     list_stop_tokens,
+    read_tokens,
     render_conversations,
+    tokenize_rendered,
 )
 from finetune.errors import TemplateError
 
 _BATCH_ROWS = 1000
 _MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+_Tokenized = tuple[list[Any], list[TokenSpans]]
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ class RowEncoder:
         Raises:
             TemplateError: the template refuses a conversation.
         """
-        pending: deque[tuple[list[SourceRow], Future[list[TokenSpans]]]] = deque()
+        pending: deque[tuple[list[SourceRow], Rendered, Future[_Tokenized]]] = deque()
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as executor:
             while batch := list(islice(remaining, _BATCH_ROWS)):
                 rendered = self._render(batch)
-                # The tokenizer works outside of Python's lock, on all cores that it may use.
-                pending.append((batch, executor.submit(self._tokenize, batch, rendered)))
+                # The tokenizer works outside of Python's lock, on all cores that it may use; the spans are found here meanwhile.
+                pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
                 if len(pending) > 1:
                     yield self._finish(*pending.popleft())
             while pending:
@@ -106,22 +109,26 @@ class RowEncoder:
             raise TemplateError(f"{self._template.name}: marks {len(spans)} spans for {len(answers)} answers")
         return [span for span, answer in zip(spans, answers, strict=True) if answer.get("train", True)]
 
-    def _tokenize(self, batch: Sequence[SourceRow], rendered: Rendered) -> list[TokenSpans]:
-        chats = iter(encode_rendered(self._tokenizer, rendered) if rendered.texts else [])
-        texts = iter(encode_plain_texts(self._tokenizer, [s.row.text for s in batch if s.kind == "text"]))
+    def _tokenize(self, batch: Sequence[SourceRow], rendered: Rendered) -> _Tokenized:
+        texts = [source.row.text for source in batch if source.kind == "text"]
+        return tokenize_rendered(self._tokenizer, rendered), encode_plain_texts(self._tokenizer, texts)
+
+    def _finish(self, batch: list[SourceRow], rendered: Rendered, future: Future[_Tokenized]) -> list[TokenRow]:
+        tokenized, documents = future.result()
+        chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
         return [
-            TokenSpans(encode_prompt(self._tokenizer, self._template, source.row.messages), [])
+            self._make_row(source, self._encode_prompt(source))
             if source.kind == "prompt"
-            else next(texts if source.kind == "text" else chats)
+            else self._make_row(source, next(texts if source.kind == "text" else chats))
             for source in batch
         ]
 
-    def _finish(self, batch: list[SourceRow], future: Future[list[TokenSpans]]) -> list[TokenRow]:
-        pairs = zip(batch, future.result(), strict=True)
-        return [
-            TokenRow(source, row.token_ids, row.spans, len(row.token_ids), pair=self._split_pair(source, row.token_ids))
-            for source, row in pairs
-        ]
+    def _encode_prompt(self, source: SourceRow) -> TokenSpans:
+        return TokenSpans(encode_prompt(self._tokenizer, self._template, source.row.messages), [])
+
+    def _make_row(self, source: SourceRow, tokens: TokenSpans) -> TokenRow:
+        pair = self._split_pair(source, tokens.token_ids)
+        return TokenRow(source, tokens.token_ids, tokens.spans, len(tokens.token_ids), pair=pair)
 
     def _split_pair(self, source: SourceRow, chosen: list[int]) -> tuple[list[int], list[int], list[int]] | None:
         if source.kind != "preference":

@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
-from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
-from finetune.recipe import Recipe, SourceSection, dump_recipe, to_plain
+from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.environment import describe_environment
@@ -29,8 +29,9 @@ from finetune.train.online import bind_template, set_stop_tokens
 from finetune.train.preflight import EvaluationCheck, check_first_batch
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
-from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
 from finetune.train.rewards import RULES
+from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen."""
+    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen.
+
+    The rewards are those of methods whose answers are judged: the weighted sum, on the newest batch and on held-out prompts.
+    """
 
     run: str
     steps: int
@@ -50,6 +54,8 @@ class RunSummary:
     train_loss: float
     eval_loss: float | None
     seconds: float
+    train_reward: float | None = None
+    eval_reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,19 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
     return _Start(recipe, precision, base, tokenizer, template, splits)
 
 
+def check_finished_run(recipe: Recipe) -> None:
+    """Make sure that the run in a recipe's output is of this recipe, these rows and this base.
+
+    Raises:
+        TrainingError: something of it has changed since.
+    """
+    run = Path(recipe.output)
+    check_same_recipe(run / "recipe.yaml", dump_recipe(recipe), "run")
+    _, splits = prepare_rows(recipe)
+    base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
+    check_same_inputs(run, splits.report.fingerprint, base)
+
+
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
     settings, tokenizer, template = open_data(recipe)
@@ -148,11 +167,12 @@ def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, Ch
 
 def _read_data_settings(recipe: Recipe) -> DataSettings:
     data = recipe.data
+    train, notes = read_training_sources(data)
     return DataSettings(
-        train=tuple(map(_read_source, data.train)),
+        train=train,
         shape="prompt" if _is_online(recipe) else "sequence",
         needs_answer=next((f"the reward {name}" for name in recipe.rewards.rules if RULES[name].needs_reference), None),
-        evaluation=tuple(map(_read_source, data.eval)),
+        evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
@@ -162,16 +182,9 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         train_on=data.train_on,
         substitute=data.substitute,
         deduplicate=data.deduplicate,
+        notes=notes,
         cache=find_cache() / "rows",
     )
-
-
-def _read_source(source: str | SourceSection) -> Source:
-    if isinstance(source, str):
-        return Source(Path(source))
-    is_hub = bool(source.hub)
-    hub = HubDataset(source.hub, source.config, source.split or "train", source.revision)
-    return Source(hub if is_hub else Path(source.path), source.weight, source.rows)
 
 
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
@@ -246,6 +259,17 @@ def _write_run_files(
         write_json(run / "run.json", record)
 
 
+def describe_run(summary: RunSummary) -> str:
+    """Return the summary as one line for a person."""
+    facts = [f"{summary.steps} steps", f"training loss {summary.train_loss:.3f}"]
+    if summary.eval_loss is not None:
+        facts.append(f"held-out loss {summary.eval_loss:.3f}")
+    for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):
+        if reward is not None:
+            facts.append(f"{name} {reward:.3f}")
+    return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
+
+
 def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
     # The trainer's own history is the same in every process; the file belongs to the first one.
     lines = trainer.state.log_history
@@ -261,6 +285,8 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         tokens=int(last("num_tokens") or 0),
         train_loss=last("loss") or float("nan"),
         eval_loss=last("eval_loss"),
+        train_reward=last("reward"),
+        eval_reward=last("eval_reward"),
         seconds=round(seconds, 1),
     )
 

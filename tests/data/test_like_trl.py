@@ -15,42 +15,66 @@ from finetune.data.template import find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 
-COLUMNS = {"gsm8k_train.jsonl": {"prompt": "question", "completion": "answer"}}
+COLUMNS = {
+    "gsm8k_train.jsonl": {"prompt": "question", "completion": "answer"},
+    "HumanEval.jsonl.gz": {"completion": "canonical_solution"},
+}
+# Not the file of tool calls: its arguments differ from row to row, and Arrow, which TRL reads rows from, gives each row all
+# arguments of the others.
+CONVERSATIONS = (
+    "gsm8k_train.jsonl",
+    "alpaca_en_demo.json",
+    "alpaca_zh_demo.json",
+    "identity.json",
+    "HumanEval.jsonl.gz",
+    "kto_en_demo.json",
+    "dpo_en_demo.json",
+)
 
 
 @pytest.fixture(scope="module")
 def prepare_with_trl(nano_llama, tmp_path_factory):
-    """Return a function that lets TRL's trainer tokenize conversations, one row for each."""
+    """Return a function that lets TRL's trainer tokenize rows."""
     tokenizer = load_tokenizer(nano_llama)
     tokenizer.chat_template = find_template("yulan-mini", tokenizer).source
     model = AutoModelForCausalLM.from_pretrained(nano_llama)
-    config = SFTConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")),
-        assistant_only_loss=True,
-        max_length=None,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-    )
 
-    def prepare(conversations):
-        rows = Dataset.from_list([{"messages": messages} for messages in conversations])
-        trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    def prepare(rows):
+        config = SFTConfig(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            assistant_only_loss="messages" in rows[0],
+            max_length=None,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        )
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
         return trainer.train_dataset
 
     return prepare
 
 
-@pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "alpaca_en_demo.json", "alpaca_zh_demo.json", "identity.json"])
-def test_rows_equal_trls(prepare_with_trl, shared, nano_llama, tmp_path, name):
-    conversations = list(read_conversations(shared / "data" / name, COLUMNS.get(name, {})))
-    lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
-    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer = load_tokenizer(nano_llama)
-    settings = DataSettings(train=(Source(tmp_path / "rows.jsonl"),), max_tokens=100_000)
-    ours = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), 0).train
-    theirs = prepare_with_trl(conversations)
-    assert len(ours) == len(theirs) == len(conversations) > 80
+@pytest.fixture
+def prepare(nano_llama, tmp_path):
+    """Return a function that prepares rows as the kit does, from a file."""
+
+    def run(rows):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+        tokenizer = load_tokenizer(nano_llama)
+        settings = DataSettings(train=(Source(tmp_path / "rows.jsonl"),), max_tokens=100_000)
+        return load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), 0).train
+
+    return run
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_rows_equal_trls(prepare, prepare_with_trl, shared, name):
+    rows = list(read_conversations(shared / "data" / name, COLUMNS.get(name, {})))
+    ours, theirs = prepare(rows), prepare_with_trl(rows)
+    assert len(ours) == len(theirs) == len(rows) > 80
     different = {
         number
         for key in ("input_ids", "labels")
@@ -58,7 +82,15 @@ def test_rows_equal_trls(prepare_with_trl, shared, nano_llama, tmp_path, name):
         if pair[0] != pair[1]
     }
     # TRL lets a text that spells a control token become that token.
-    assert different == {number for number, messages in enumerate(conversations) if "</s>" in json.dumps(messages)}
+    assert different == {number for number, row in enumerate(rows) if "</s>" in json.dumps(row)}
+
+
+def test_texts_equal_trls(prepare, prepare_with_trl, shared):
+    """TRL trains a text with its bos; nothing stands before that, so no loss comes of it."""
+    rows = [raw for _, raw in read_file(shared / "data" / "c4_demo.jsonl")]
+    ours, theirs = prepare(rows), prepare_with_trl([{"text": row["text"]} for row in rows])
+    assert len(ours) == len(theirs) == 300
+    assert ours["input_ids"][:] == theirs["input_ids"][:]
 
 
 def read_conversations(path, columns):
@@ -68,4 +100,5 @@ def read_conversations(path, columns):
             row = read_row(choose_format("auto", columns, raw, where), columns, raw, where)
         except DataError:
             continue
-        yield [{"role": message["role"], "content": message["content"]} for message in row.messages]
+        messages = [*row.messages, *row.chosen]
+        yield {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}

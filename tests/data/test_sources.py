@@ -56,6 +56,31 @@ def test_weights_give_the_largest_mixture_without_a_repeated_row(make_source, lo
     assert note.endswith("a.jsonl (weight: 3; 120 of 900 are taken)")
 
 
+def test_text_is_weighed_in_bytes(tmp_path):
+    """A source of long rows must not take more of the text than its share."""
+    texts = {"long": ["a" * 900] * 40, "chinese": ["雨" * 50] * 30, "short": ["b" * 30] * 2000}
+    for name, rows in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"id": "x" * 500, "text": row}) + "\n" for row in rows)
+        )
+    sources = [
+        Source(tmp_path / f"{name}.jsonl", weight=weight, weigh_text=True)
+        for name, weight in (("long", 0.5), ("chinese", 0.25), ("short", 0.25))
+    ]
+    draws = draw_rows(sources, 0)
+    # All 4,500 bytes of the Chinese rows are a quarter of 18,000.
+    assert [len(draw.taken) for draw in draws] == [9000 // 900, 30, 4500 // 30]
+    assert "(weight: 0.5 of the text; 10 of 40 are taken)" in draws[0].note
+    assert draws == draw_rows(sources, 0) != draw_rows(sources, 1)
+
+
+def test_rows_without_a_text_are_weighed_by_all_their_words(make_source):
+    # "a 10" + "yes" has 7 bytes, "b 0" + "yes" 6: 12 rows of b are 72 bytes, 10 rows of a are 70.
+    sources = [make_source("a", 100, weight=1, weigh_text=True), make_source("b", 12, weight=1, weigh_text=True)]
+    taken = [len(draw.taken) for draw in draw_rows(sources, 0)]
+    assert taken == [10, 12]
+
+
 def test_rows_are_drawn_by_the_seed_and_in_the_order_of_the_file(make_source, load):
     source = make_source("a", 50, rows=20)
     first, again, other = (load(source, seed=seed).train["origin"][:] for seed in (1, 1, 2))
