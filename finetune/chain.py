@@ -22,7 +22,7 @@ from finetune.train.record import find_complete_checkpoint, open_result, write_j
 from finetune.train.resume import check_same_recipe
 from finetune.train.run import RunSummary, check_finished_run, describe_run, run_training
 from finetune.train.trainer import make_config
-from finetune.yulan.shards import parse_size
+from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from finetune.check import find_file, find_recipe, list_problems, resolve_recipe
-from finetune.errors import RecipeError, describe_unknown_name
+from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.recipe import Recipe, to_plain
 from finetune.recipe_file import Draft, apply_override, load_recipe_file, read_section
+from finetune.yulan.sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _OWN_KEYS = ("name", "recipe", "export")
@@ -165,6 +166,10 @@ class _ChainReader:
         if not before:
             self._problems.append("export: no stage before it trains, so there is nothing to export")
         settings = read_section(ExportSection, options, "export.", self._problems)
+        try:
+            parse_size(settings.max_shard_size)
+        except FinetuneError as error:
+            self._problems.append(str(error).replace("--max-shard-size", "export.max_shard_size"))
         run = Path(before[-1].recipe.output) if before else self._output
         return ExportStage(name, settings, run, self._output / name)
 

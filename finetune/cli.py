@@ -80,7 +80,7 @@ def _run_mixtures(arguments: argparse.Namespace) -> int:
 def _run_fold(arguments: argparse.Namespace) -> int:
     from finetune.starts import find_checkpoint
     from finetune.yulan.folding import fold_checkpoint
-    from finetune.yulan.shards import parse_size
+    from finetune.yulan.sizes import parse_size
 
     limit = parse_size(arguments.max_shard_size)
     report = fold_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, arguments.dtype, limit)
@@ -89,22 +89,35 @@ def _run_fold(arguments: argparse.Namespace) -> int:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
+    from finetune.chain_file import dump_chain, is_chain, load_chain, to_plain_chain
     from finetune.check import load_recipe
-    from finetune.mixtures.matched import match_sources
-    from finetune.mixtures.published import find_mixture
     from finetune.recipe import dump_recipe, to_plain
 
     try:
-        recipe = load_recipe(arguments.recipe, arguments.set)
+        if is_chain(arguments.recipe):
+            chain = load_chain(arguments.recipe, arguments.set)
+            recipes = [stage.recipe for stage in chain.trainings]
+            plain, text = to_plain_chain(chain), dump_chain(chain)
+        else:
+            recipes = [load_recipe(arguments.recipe, arguments.set)]
+            plain, text = to_plain(recipes[0]), dump_recipe(recipes[0])
     except RecipeError as error:
         if not arguments.json:
             raise
         print(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False))
         return _USER_ERROR
-    result = {"ok": True, "problems": [], "recipe": to_plain(recipe)}
+    notes = "".join(map(_describe_mixture, recipes))
+    return _print_result(
+        arguments, {"ok": True, "problems": [], "recipe": plain}, f"{text}\n{notes}{arguments.recipe}: fine"
+    )
+
+
+def _describe_mixture(recipe: Recipe) -> str:
+    from finetune.mixtures.matched import match_sources
+    from finetune.mixtures.published import find_mixture
+
     mixture = find_mixture(recipe.data.mixture) if recipe.data.mixture else None
-    note = f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
-    return _print_result(arguments, result, f"{dump_recipe(recipe)}\n{note}{arguments.recipe}: fine")
+    return f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
 
 
 def _run_preview(arguments: argparse.Namespace) -> int:
@@ -225,7 +238,7 @@ def _check_memory(recipes: Sequence[Recipe], is_forced: bool) -> None:
 def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.export.merge import ExportSettings, describe_export, export_result
     from finetune.train.record import open_result
-    from finetune.yulan.shards import parse_size
+    from finetune.yulan.sizes import parse_size
 
     settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
     verifier = None

@@ -59,9 +59,15 @@ _RELATIVE_TOLERANCE = 1e-6
 
 
 def judge_final_answer(answer: Answer) -> float:
-    """Return 1 where the final answer is the reference's, as a number where both are numbers."""
-    found, wanted = find_final_answer(answer.text), find_final_answer(answer.reference or "")
-    if found is None or wanted is None:
+    """Return 1 where the final answer is the reference's, as a number where both are numbers.
+
+    A reference without any result, such as `Paris`, must be the whole answer.
+    """
+    reference = answer.reference or ""
+    found, wanted = find_final_answer(answer.text), find_final_answer(reference)
+    if wanted is None:
+        return float(_tidy(answer.text) == _tidy(reference))
+    if found is None:
         return 0.0
     one, other = _read_number(found), _read_number(wanted)
     if one is not None and other is not None:

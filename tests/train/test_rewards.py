@@ -52,6 +52,8 @@ def test_the_final_answer_is_found(text, found):
         (r"\boxed{x+2}", r"\boxed{x+1}", 0.0),
         ("#### 3/0", "#### 3", 0.0),
         ("no number", "#### 3", 0.0),
+        ("paris.", "Paris", 1.0),
+        ("It is Paris", "Paris", 0.0),
         ("", "#### 3", 0.0),
         ("1" * 10_000, "#### 3", 0.0),  # Python refuses to convert so many digits
     ],
