@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
 from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
@@ -54,8 +55,11 @@ def _check_recipe(draft: Draft) -> Iterator[str]:
     yield from _check_checkpoint(recipe)
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
+    yield from check_pretraining(recipe)
     if recipe.method in METHODS:
         yield from check_rewards(recipe, METHODS[recipe.method])
+    if recipe.answers < 0:
+        yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -255,4 +259,5 @@ def resolve_recipe(draft: Draft) -> Recipe:
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]
     trainer = {**method.defaults, **recipe.trainer}
-    return replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    resolved = replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    return resolve_pretraining(resolved, folder)

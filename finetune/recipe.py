@@ -19,6 +19,8 @@ class ModelSection:
     quantize: Literal["none", "int8", "nf4"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    max_positions: int | None = None
+    rope_theta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,52 @@ class RewardsSection:
 
 
 @dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW of the methods `pretrain` and `anneal`; `auto` and null stand for what the method or the states say.
+
+    `states` are `fresh` (zero moments), `published` (those in the checkpoint's own folder), or a folder.
+    """
+
+    states: str = "auto"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    moments: Literal["float32", "8bit", "cpu"] = "float32"
+    save_states: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """How long `pretrain` and `anneal` go on, and by which factor of the learning rate; all numbers are in `unit`.
+
+    `count` says where 0 is: at the first step of this run, or where the states began to count. A decay without a range
+    takes all of the run after the warm-up.
+    """
+
+    unit: Literal["steps", "tokens"] = "steps"
+    count: Literal["run", "states"] = "run"
+    length: int | float | None = None
+    warmup: int | float = 0
+    decay: Literal["auto", "none", "1-sqrt", "linear", "cosine"] = "auto"
+    decay_start: int | float | None = None
+    decay_end: int | float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One run; `trainer` goes by name to the configuration class of the method's trainer."""
+    """One run; `trainer` goes by name to the configuration class of the method's trainer.
+
+    `answers` is the most tokens of each answer that is kept from before and after; 0 keeps none.
+    """
 
     method: str = "sft"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
     rewards: RewardsSection = field(default_factory=RewardsSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    answers: int = 64
     output: str = ""
     seed: int = 42
 

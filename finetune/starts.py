@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -25,6 +25,8 @@ from finetune.yulan.tensors import list_weight_files
 
 # Weights as safetensors, and text; never code, never pickles.
 _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
+# Optimizer states are pickles, which are read as tensors and plain values only; fetched only where a recipe asks for them.
+_STATE_FILES = ("latest_universal", "*_universal/*.pt")
 _FOLD_VERSION = 1
 _HASH_CHUNK = 1 << 22
 
@@ -53,12 +55,31 @@ def find_checkpoint(name: str) -> Path:
     )
 
 
-def _download(repository: str, revision: str | None, name: str) -> Path:
+def find_states_folder(name: str) -> Path:
+    """Return the folder of a start with its optimizer states, fetched where it is published on the hub.
+
+    Raises:
+        CheckpointError: the start has none, or they cannot be fetched from here.
+    """
+    folder = Path(name).expanduser()
+    start = find_alias(name)
+    if start is not None and start.repository is not None:
+        folder = _download(start.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
+    elif start is None and not folder.is_dir():
+        repository, _, revision = name.partition("@")
+        folder = _download(repository, revision or None, name, (*_WANTED_FILES, *_STATE_FILES))
+    if not (folder / "latest_universal").is_file():
+        raise CheckpointError(
+            f"{name}: holds no optimizer states (no latest_universal in {folder}); `finetune checkpoints` shows which starts do; "
+            "set optimizer.states: fresh to begin with empty ones, or a folder that has them"
+        )
+    return folder
+
+
+def _download(repository: str, revision: str | None, name: str, files: Sequence[str] = _WANTED_FILES) -> Path:
     try:
         # By attribute: the library then loads what downloads only here, a fifth of a second that other starts do not need.
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED_FILES))
-        )
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
             f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private"

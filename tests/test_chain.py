@@ -105,7 +105,9 @@ def test_a_chain_leaves_every_run_and_the_export(straight, chain_file):
     assert (output / "first" / "adapter").is_dir()
     assert json.loads((output / "merged" / "export.json").read_text())["verify"]["top1_agreement"] == 1.0
     # The second stage goes on from the first, and does something.
-    first, second = ((output / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second"))
+    first, second = (
+        (output / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")
+    )
     assert first != second
 
 
@@ -122,7 +124,9 @@ def test_a_chain_leaves_every_run_and_the_export(straight, chain_file):
 def test_killed_anywhere_and_resumed_it_is_the_same_export(straight, chain_file, tmp_path, stage, moment, done):
     output = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, stage, moment, str(chain_file), str(output)]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     times = {name: (output / name / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns for name in done}
     resumed = run_chain(load_chain(chain_file, [f"output={output}"]), resume=True)
@@ -156,7 +160,9 @@ def test_an_export_of_other_weights_is_made_again(straight, chain_file, tmp_path
 
 def test_a_chain_that_changed_is_not_gone_on_with(straight, chain_file, tmp_path):
     overrides = [f"output={chain_file.parent / 'straight'}", "stages.second.trainer.learning_rate=1e-4"]
-    with pytest.raises(TrainingError, match=r"(?s)the recipe has changed since this chain started.*- learning_rate: 0.005"):
+    with pytest.raises(
+        TrainingError, match=r"(?s)the recipe has changed since this chain started.*- learning_rate: 0.005"
+    ):
         run_chain(load_chain(chain_file, overrides), resume=True)
     with pytest.raises(TrainingError, match="there is no chain to resume"):
         run_chain(load_chain(chain_file, [f"output={tmp_path / 'nothing'}"]), resume=True)

@@ -26,7 +26,7 @@ from finetune.plan.changes import read_batch
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
-from finetune.train.model import Precision, make_quantization
+from finetune.train.model import Precision, extend_context, make_quantization
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
@@ -42,8 +42,8 @@ def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
         CheckpointError: it cannot be found or read.
     """
     if section.architecture == "native":
-        return load_native_config(find_checkpoint(section.checkpoint))
-    return LlamaConfig(**read_sizes(section.checkpoint))
+        return extend_context(load_native_config(find_checkpoint(section.checkpoint)), section)
+    return extend_context(LlamaConfig(**read_sizes(section.checkpoint)), section)
 
 
 def build_dry_model(

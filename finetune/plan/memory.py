@@ -94,7 +94,9 @@ def _build_dry_trainer(
     recipe: Recipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
 ) -> Trainer:
     """Return the recipe's own trainer over full rows."""
-    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, output=folder)
+    # States that a run goes on from have the sizes of fresh ones.
+    optimizer = replace(recipe.optimizer, states="fresh")
+    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)

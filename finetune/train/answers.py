@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.data.gates import IGNORED_LABEL
 from finetune.data.template import ChatTemplate, encode_prompt, list_stop_tokens
-from finetune.train.origin import write_json
+from finetune.train.record import SampleRow, write_json
 
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 _QUESTIONS = (
@@ -20,6 +20,7 @@ _QUESTIONS = (
     "小明有十二个苹果，吃了五个，又买了三个，现在有几个？请写出过程。",
 )
 _OWN_PROMPTS, _LONGEST_PROMPT = 2, 512
+_SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,26 @@ def answer_prompts(
     return [_cut_behind_stop(answer, stop_tokens) for answer in output[:, longest:].tolist()]
 
 
+def answer_rows(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int], rows: Dataset
+) -> list[SampleRow]:
+    """Return prompts with the model's own answers to them, for an export of a run whose rows are only prompts."""
+    prompts = [Prompt(row["input_ids"], row["origin"]) for row in rows]
+    answers = answer_prompts(model, tokenizer, stop_tokens, prompts, _SAMPLE_TOKENS)
+    return [
+        SampleRow([*prompt.token_ids, *answer], [IGNORED_LABEL] * len(prompt.token_ids) + answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
 def _cut_behind_stop(answer: list[int], stop_tokens: Sequence[int]) -> list[int]:
     end = next((place for place, token in enumerate(answer) if token in stop_tokens), len(answer) - 1)
     return answer[: end + 1]
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Tell whether the weights lie apart in several processes, so that one alone cannot answer."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 class AnswerSheet:

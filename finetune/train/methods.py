@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.train.online_options import GRPO_OWNED, ONLINE_OWNED
+
 RowKind = Literal["conversation", "preference", "labelled", "text", "prompt"]
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """What `auto` means for a method whose rows are packed full, and whose optimizer and schedule are the kit's."""
+
+    states: Literal["fresh", "published"]
+    decay: Literal["none", "1-sqrt"]
+
+
+@dataclass(frozen=True)
 class Method:
-    """One method: the rows it takes, TRL's classes for it, and what the kit decides in their place.
+    """One method: the rows it takes, the trainer's classes for it, and what the kit decides in their place.
 
     `defaults` are ours and a recipe may change them; `owned` maps the options that a recipe may not set to the
     place where that is decided.
@@ -22,6 +32,13 @@ class Method:
     config_class: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
+    trainer_module: str = "trl"
+    pretraining: Pretraining | None = None
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the model writes the answers that it is trained on, so that a row is only a prompt."""
+        return self.row_kind == "prompt"
 
 
 _SHARED_DEFAULTS: Mapping[str, Any] = {
@@ -34,21 +51,11 @@ _SHARED_OWNED: Mapping[str, str] = {
     "output_dir": f"set output instead; {_OURS}",
     "seed": f"set seed instead; {_OURS}",
     "data_seed": f"set seed instead; {_OURS}",
-    "max_length": f"set data.max_tokens instead; {_OURS}",
-    "truncation_mode": f"set data.overflow instead; {_OURS}",
     "bf16": f"set model.dtype: bfloat16 instead; {_OURS}",
     "fp16": f"set model.dtype: float16 instead; {_OURS}",
     "bf16_full_eval": f"set model.dtype instead; {_OURS}",
     "fp16_full_eval": f"set model.dtype instead; {_OURS}",
-    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
-    "chat_template_path": f"set data.template instead; {_OURS}",
-    "eos_token": "the chat template decides what ends an answer; set data.template instead",
-    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
-    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "resume_from_checkpoint": "run `finetune train RECIPE --resume` instead",
-    "dataset_text_field": f"set data.columns instead; {_OURS}",
-    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
-    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
     "remove_unused_columns": f"the kit prepares the rows itself; {_OURS}",
     "label_names": f"the kit prepares the rows itself; {_OURS}",
     "length_column_name": f"the kit prepares the rows itself; {_OURS}",
@@ -63,63 +70,80 @@ _SHARED_OWNED: Mapping[str, str] = {
     "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
 }
 
-_ONLINE_DEFAULTS: Mapping[str, Any] = {
-    **_SHARED_DEFAULTS,
-    # One answer to each held-out prompt tells the mean reward; TRL would write as many as in training.
-    "num_generations_eval": 1,
+# These TRL's classes have beyond transformers' own.
+_TRL_OWNED: Mapping[str, str] = {
+    "max_length": f"set data.max_tokens instead; {_OURS}",
+    "truncation_mode": f"set data.overflow instead; {_OURS}",
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "chat_template_path": f"set data.template instead; {_OURS}",
+    "eos_token": "the chat template decides what ends an answer; set data.template instead",
+    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
+    "dataset_text_field": f"set data.columns instead; {_OURS}",
+    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
+    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
 }
-# Options of the trainers that take whole rows; those that take prompts have none of them.
-_SEQUENCE_OPTIONS = {
-    "max_length",
-    "truncation_mode",
-    "chat_template_path",
-    "eos_token",
-    "pad_token",
-    "dataset_text_field",
-    "dataset_kwargs",
-    "dataset_num_proc",
+
+_IN_OPTIMIZER = "the section optimizer decides this"
+_IN_SCHEDULE = "the section schedule decides this"
+_PRETRAINING_DEFAULTS: Mapping[str, Any] = {**_SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
+_PRETRAINING_OWNED: Mapping[str, str] = {
+    **_SHARED_OWNED,
+    "learning_rate": f"set optimizer.learning_rate instead; {_IN_OPTIMIZER}",
+    "weight_decay": f"set optimizer.weight_decay instead; {_IN_OPTIMIZER}",
+    "adam_beta1": f"{_IN_OPTIMIZER}, as the authors did: 0.9; remove this key",
+    "adam_beta2": f"{_IN_OPTIMIZER}, as the authors did: 0.95; remove this key",
+    "adam_epsilon": f"{_IN_OPTIMIZER}, as the authors did: 1e-15; remove this key",
+    "optim": f"set optimizer.moments instead; {_IN_OPTIMIZER}",
+    "optim_args": f"{_IN_OPTIMIZER}; remove this key",
+    "optim_target_modules": f"{_IN_OPTIMIZER}; remove this key",
+    "lr_scheduler_type": f"set schedule.decay instead; {_IN_SCHEDULE}",
+    "lr_scheduler_kwargs": f"set schedule.decay_start and decay_end instead; {_IN_SCHEDULE}",
+    "warmup_steps": f"set schedule.warmup instead; {_IN_SCHEDULE}",
+    "max_steps": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "num_train_epochs": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "include_num_input_tokens_seen": f"tokens are always counted; {_OURS}",
+    "neftune_noise_alpha": "is for supervised tuning; remove this key",
+    "label_smoothing_factor": "the loss is the authors', with its z term; remove this key",
+    "load_best_model_at_end": "a schedule ends where it ends; remove this key",
+    "auto_find_batch_size": "the batch belongs to the schedule; remove this key",
 }
-_VLLM = "answers are generated by the model that is trained, in this process; remove this key"
-_ONLINE_OWNED: Mapping[str, str] = {
-    **{key: text for key, text in _SHARED_OWNED.items() if key not in _SEQUENCE_OPTIONS},
-    "reward_weights": "set rewards.rules and rewards.model_weight instead; the kit owns this setting",
-    "chat_template_kwargs": "the kit renders the prompts itself; remove this key",
-    "log_completions": "the run directory holds completions.jsonl; remove this key",
-    "num_completions_to_print": "the run directory holds completions.jsonl; remove this key",
-    "log_unique_prompts": "the run directory holds completions.jsonl; remove this key",
-    "log_multimodal": "there are no images here; remove this key",
-    "sync_ref_model": "the reference is the start, which costs no second model; remove this key",
-    "ref_model_mixup_alpha": "the reference is the start, which costs no second model; remove this key",
-    "ref_model_sync_steps": "the reference is the start, which costs no second model; remove this key",
-    "router_aux_loss_coef": "YuLan-Mini has no experts; remove this key",
-    **dict.fromkeys(
-        (
-            "use_vllm",
-            "use_transformers_continuous_batching",
-            "transformers_continuous_batching_config",
-            "use_transformers_paged",
-            "ds3_gather_for_generation",
-            *(
-                f"vllm_{name}"
-                for name in [
-                    "mode",
-                    "model_impl",
-                    "enable_sleep_mode",
-                    "structured_outputs_regex",
-                    "server_base_url",
-                    "server_host",
-                    "server_port",
-                    "server_timeout",
-                    "group_port",
-                    "gpu_memory_utilization",
-                    "max_model_length",
-                    "tensor_parallel_size",
-                ]
-            ),
-        ),
-        _VLLM,
-    ),
-}
+
+
+def _make_online(name: str, owned: Mapping[str, str]) -> Method:
+    """Return a row for a method whose answers the model writes itself, to prompts."""
+    return Method(
+        name=name,
+        row_kind="prompt",
+        trainer_module="trl",
+        trainer_class=f"{name.upper()}Trainer",
+        config_module=f"trl.trainer.{name}_config",
+        config_class=f"{name.upper()}Config",
+        # One answer to each held-out prompt tells the mean reward; TRL would write as many as in training.
+        defaults={**_SHARED_DEFAULTS, "num_generations_eval": 1},
+        owned={
+            **_SHARED_OWNED,
+            "model_init_kwargs": _TRL_OWNED["model_init_kwargs"],
+            "trust_remote_code": _TRL_OWNED["trust_remote_code"],
+            **owned,
+        },
+    )
+
+
+def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
+    """Return a row for transformers' own Trainer, whose loss is the model's."""
+    return Method(
+        name=name,
+        row_kind="text",
+        trainer_module="transformers",
+        trainer_class="Trainer",
+        config_module="transformers.training_args",
+        config_class="TrainingArguments",
+        defaults=_PRETRAINING_DEFAULTS,
+        owned=_PRETRAINING_OWNED,
+        pretraining=pretraining,
+    )
+
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -133,41 +157,14 @@ METHODS: Mapping[str, Method] = {
             defaults=_SHARED_DEFAULTS,
             owned={
                 **_SHARED_OWNED,
+                **_TRL_OWNED,
                 "assistant_only_loss": "the chat template marks what is trained; remove this key",
                 "completion_only_loss": "the chat template marks what is trained; remove this key",
             },
         ),
-        Method(
-            name="grpo",
-            row_kind="prompt",
-            trainer_class="GRPOTrainer",
-            config_module="trl.trainer.grpo_config",
-            config_class="GRPOConfig",
-            defaults=_ONLINE_DEFAULTS,
-            owned={
-                **_ONLINE_OWNED,
-                "max_tool_calling_iterations": "prompts carry no tools; remove this key",
-                "log_completions_hub_repo": "nothing is sent anywhere; remove this key",
-                **dict.fromkeys(
-                    (
-                        "vllm_importance_sampling_correction",
-                        "vllm_importance_sampling_mode",
-                        "vllm_importance_sampling_clip_max",
-                        "vllm_importance_sampling_clip_min",
-                        "vllm_importance_sampling_cap",
-                    ),
-                    _VLLM,
-                ),
-            },
-        ),
-        Method(
-            name="rloo",
-            row_kind="prompt",
-            trainer_class="RLOOTrainer",
-            config_module="trl.trainer.rloo_config",
-            config_class="RLOOConfig",
-            defaults=_ONLINE_DEFAULTS,
-            owned=_ONLINE_OWNED,
-        ),
+        _make_online("grpo", {**ONLINE_OWNED, **GRPO_OWNED}),
+        _make_online("rloo", ONLINE_OWNED),
+        _make_pretraining("pretrain", Pretraining(states="fresh", decay="none")),
+        _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),
     )
 }

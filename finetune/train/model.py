@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
+from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.modeling import load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
@@ -36,12 +37,20 @@ def choose_device(use_cpu: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool) -> Precision:
+def choose_precision(
+    dtype: str, device: torch.device, trains_all_weights: bool, keeps_masters: bool = False
+) -> Precision:
     """Choose what suits the device, or follow the recipe's `model.dtype`.
 
     Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
-    step of the type would be lost, and float16 gradients cannot be unscaled.
+    step of the type would be lost, and float16 gradients cannot be unscaled. An optimizer that keeps float32 masters
+    leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
     """
+    if keeps_masters and trains_all_weights:
+        held = choose_precision(dtype, device, trains_all_weights=False)
+        if held.weights == torch.bfloat16:
+            # FSDP holds float32 shares, and casts them to bfloat16 itself.
+            return Precision(torch.float32, "bf16") if is_sharded() else Precision(torch.bfloat16, "no")
     if dtype == "auto":
         if device.type == "cpu":
             dtype = "float32"
@@ -55,6 +64,11 @@ def choose_precision(dtype: str, device: torch.device, trains_all_weights: bool)
         return Precision(torch.float32, "fp16")
     weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     return Precision(weights, _name_autocast(dtype))
+
+
+def is_sharded() -> bool:
+    """Tell whether `accelerate launch` has set this process up to hold shares of every tensor (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def _name_autocast(dtype: str) -> AutocastDtype:
@@ -76,6 +90,7 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
     try:
         model = load(
             folder,
+            config=load_config(folder, section),
             dtype=precision.weights,
             quantization_config=make_quantization(section.quantize, precision.weights),
             attn_implementation=None if section.attention == "auto" else section.attention,
@@ -90,6 +105,26 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)
+
+
+def load_config(folder: Path, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+    """Return a base's configuration, with the recipe's own positions.
+
+    Raises:
+        CheckpointError: a native one cannot be read or used.
+    """
+    is_native = section.architecture == "native"
+    config = load_native_config(folder) if is_native else LlamaConfig.from_pretrained(folder)
+    return extend_context(config, section)
+
+
+def extend_context(config: LlamaConfig | YuLanMiniConfig, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+    """Set the longest position and the base of RoPE where a recipe says so, and return the configuration."""
+    if section.max_positions is not None:
+        config.max_position_embeddings = section.max_positions
+    if section.rope_theta is not None:
+        config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": section.rope_theta}
+    return config
 
 
 def _keep_weights_differentiable(model: PreTrainedModel) -> None:

@@ -4,9 +4,11 @@ Every check is an error: a run that trains on nothing, never stops, or dies at i
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Subset
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from finetune.data.gates import IGNORED_LABEL
+from finetune.data.packing import PackedRows
 from finetune.errors import TrainingError
 from finetune.train.progress import PREFLIGHT
 
@@ -29,11 +32,7 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     Raises:
         TrainingError: naming the row of the batch and what is wrong with it.
     """
-    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
-    with torch.random.fork_rng(devices=[]):
-        batch = next(iter(trainer.get_train_dataloader()))
-    if not (batch["labels"] != IGNORED_LABEL).any():
-        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
+    batch = _draw_first_batch(trainer)
     rows = list(_split_rows(batch))
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
@@ -45,6 +44,28 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
             f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "
             "look at the rows with `finetune preview`"
         )
+
+
+def check_packed_batch(trainer: Trainer) -> None:
+    """Check the first batch of full rows: trained tokens, each trained as itself, never the first of a document.
+
+    Raises:
+        TrainingError: nothing is trained.
+    """
+    batch = _draw_first_batch(trainer)
+    ids, labels = batch["input_ids"], batch["labels"]
+    is_trained = labels != IGNORED_LABEL
+    if (is_trained & ((labels != ids) | (batch["position_ids"] == 0))).any():
+        raise TrainingError("first batch: a token is trained as another, or without anything before it")
+
+
+def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
+    with torch.random.fork_rng(devices=[]):
+        batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
+    if not (batch["labels"] != IGNORED_LABEL).any():
+        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
+    return batch
 
 
 def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,6 +97,21 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
         yield row[:length].tolist(), row_labels[:length].tolist()
 
 
+def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
+    """Return as many of the longest rows as one evaluation step of all processes takes; packed ones are equally long."""
+    size = args.per_device_eval_batch_size * args.world_size
+    if isinstance(rows, PackedRows):
+        return Subset(rows, range(min(size, len(rows))))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
+    return rows.select(longest).select_columns(choose_columns(rows))
+
+
+def choose_columns(rows: Dataset) -> list[str]:
+    """Return the columns that a trainer is given: tokens and labels, or the texts that an online one asks and compares."""
+    return ["input_ids", "prompt", "answer", "origin"] if "prompt" in rows.column_names else ["input_ids", "labels"]
+
+
 class EvaluationCheck(TrainerCallback):
     """Run one evaluation step over the longest held-out rows before step 1, so that no run dies at its first evaluation.
 
@@ -84,9 +120,9 @@ class EvaluationCheck(TrainerCallback):
     (transformers 5.23, accelerate 1.15).
     """
 
-    def __init__(self, trainer: Trainer, evaluation: Dataset) -> None:
+    def __init__(self, trainer: Trainer, rows: Dataset | Subset[Any]) -> None:
         self._trainer = trainer
-        self._evaluation = evaluation
+        self._rows = rows
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -96,15 +132,12 @@ class EvaluationCheck(TrainerCallback):
         Raises:
             TrainingError: the step runs out of memory.
         """
-        size = args.per_device_eval_batch_size * args.world_size
-        lengths = [len(ids) for ids in self._evaluation["input_ids"]]
-        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
-        rows = self._evaluation.select(longest).select_columns(self._trainer.eval_dataset.column_names)
         try:
             with torch.random.fork_rng(devices=[]):
-                self._trainer.evaluate(rows, metric_key_prefix=PREFLIGHT)
+                self._trainer.evaluate(self._rows, metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
+            longest = max(len(self._rows[number]["input_ids"]) for number in range(len(self._rows)))
             raise TrainingError(
-                f"evaluation does not fit: {len(longest)} rows of up to {lengths[longest[0]]:,} tokens run out of memory; "
+                f"evaluation does not fit: {len(self._rows)} rows of up to {longest:,} tokens run out of memory; "
                 "lower trainer.per_device_eval_batch_size"
             ) from error

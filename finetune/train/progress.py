@@ -88,7 +88,7 @@ class MetricsWriter(TrainerCallback):
             TrainingError: the training loss is NaN or infinite.
         """
         line = logs or {}
-        if "train_runtime" in line or any(name.startswith(PREFLIGHT) for name in line):
+        if "train_loss" in line or any(name.startswith(PREFLIGHT) for name in line):
             return
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:

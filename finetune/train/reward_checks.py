@@ -12,7 +12,7 @@ from finetune.train.rewards import RULES
 def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
     """Yield what is wrong with the rewards of a recipe, and with the rows of a method that asks prompts."""
     rewards = recipe.rewards
-    if method.row_kind != "prompt":
+    if not method.is_online:
         if rewards != RewardsSection():
             yield f"rewards: has no effect on {method.name}; remove it, or set method: grpo or rloo"
         return

@@ -9,7 +9,7 @@ Source: YuLan-Mini (arXiv 2412.17743), post-training: penalties for truncated, m
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -148,6 +148,11 @@ def penalize_one_sentence(answer: Answer) -> float:
     """Return -1 for an answer of a single sentence, or of none."""
     sentences = [part for part in _SENTENCE_END.split(answer.text.strip()) if part and part.strip()]
     return -float(len(sentences) < 2)
+
+
+def find_reference_rule(names: Iterable[str]) -> str | None:
+    """Return the first rule that compares with a row's own answer, as it is called in messages, or None."""
+    return next((f"the reward {name}" for name in names if RULES[name].needs_reference), None)
 
 
 RULES: Mapping[str, Rule] = {

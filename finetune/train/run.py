@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
+from finetune.data.packing import PackedRows
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
@@ -21,23 +22,28 @@ from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.train.answers import AnswerSheet, answer_rows, is_sharded
 from finetune.train.environment import describe_environment
-from finetune.train.judging import Judge
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.online import bind_template, set_stop_tokens
-from finetune.train.preflight import EvaluationCheck, check_first_batch
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
+from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Origin, SampleRow, write_json, write_origin
 from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
-from finetune.train.rewards import RULES
+from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
+from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
+from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
+_ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
+_ANSWERED_ROWS = 8
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
@@ -68,6 +74,7 @@ class _Start:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
+    states: OptimizerStates | None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -79,7 +86,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    pretrains = METHODS[recipe.method].pretraining is not None
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
@@ -87,44 +95,31 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = _build_checked_trainer(start, model)
+        sheet = _open_answers(start)
+        tokenizer = start.tokenizer
+        if METHODS[recipe.method].is_online:
+            tokenizer = bind_template(tokenizer, start.template)
+            set_stop_tokens(model, list_stop_tokens(tokenizer, start.template))
+        trainer = build_trainer(recipe, model, tokenizer, start.splits, precision, start.states)
+        _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
+            if sheet is not None and checkpoint is None:
+                sheet.write_before(model)
         # Processes that write answers must not all write the same ones.
-        set_seed(recipe.seed + (config.process_index if _is_online(recipe) else 0))
+        set_seed(recipe.seed + (config.process_index if METHODS[recipe.method].is_online else 0))
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model)
+        if sheet is not None and not is_sharded(trainer):
+            sheet.write_after(model)
+        _write_result(run, start, model, trainer)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
     return summary
-
-
-def _is_online(recipe: Recipe) -> bool:
-    return METHODS[recipe.method].row_kind == "prompt"
-
-
-def _build_checked_trainer(start: _Start, model: PreTrainedModel | PeftModel) -> Trainer:
-    """Build the trainer and look at what it will be given; rows are looked at in their first batch."""
-    recipe, splits, tokenizer = start.recipe, start.splits, start.tokenizer
-    stop_tokens = list_stop_tokens(tokenizer, start.template)
-    judge = None
-    if _is_online(recipe):
-        judge = Judge(recipe.rewards, stop_tokens)
-        tokenizer = bind_template(tokenizer, start.template)
-        set_stop_tokens(model, stop_tokens)
-    trainer = build_trainer(recipe, model, tokenizer, splits, start.precision, judge)
-    if judge is None:
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
-        may_lack_ends = "text" in splits.report.formats.values() or splits.report.train.answers_cut > 0
-        check_first_batch(trainer, tokenizer, [] if may_lack_ends else stop_tokens)
-    if splits.evaluation is not None:
-        trainer.add_callback(EvaluationCheck(trainer, splits.evaluation))
-    return trainer
 
 
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
@@ -134,10 +129,34 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer = load_tokenizer(base)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
+        states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, base, tokenizer, template, splits)
+    return _Start(recipe, precision, base, tokenizer, template, splits, states)
+
+
+def _open_answers(start: _Start) -> AnswerSheet | None:
+    if not start.recipe.answers:
+        return None
+    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
+    return AnswerSheet(Path(start.recipe.output), start.tokenizer, start.template, rows, start.recipe.answers)
+
+
+def _check_rows(trainer: Trainer, start: _Start) -> None:
+    """Look at the first batch, and have the longest held-out rows tried before step 1."""
+    report = start.splits.report
+    method = METHODS[start.recipe.method]
+    if method.pretraining is not None:
+        check_packed_batch(trainer)
+    elif not method.is_online:  # which trains on answers that are not there yet
+        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
+        may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
+        stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
+        check_first_batch(trainer, start.tokenizer, stop_tokens)
+    if start.splits.evaluation is not None:
+        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, PackedRows) else start.splits.evaluation
+        trainer.add_callback(EvaluationCheck(trainer, choose_longest_rows(rows, trainer.args)))
 
 
 def check_finished_run(recipe: Recipe) -> None:
@@ -170,14 +189,15 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     train, notes = read_training_sources(data)
     return DataSettings(
         train=train,
-        shape="prompt" if _is_online(recipe) else "sequence",
-        needs_answer=next((f"the reward {name}" for name in recipe.rewards.rules if RULES[name].needs_reference), None),
+        shape="prompt" if METHODS[recipe.method].is_online else "sequence",
+        needs_answer=find_reference_rule(recipe.rewards.rules),
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
         system=data.system,
-        max_tokens=data.max_tokens,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
         overflow=data.overflow,
         train_on=data.train_on,
         substitute=data.substitute,
@@ -282,7 +302,7 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(last("num_tokens") or 0),
+        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
         train_loss=last("loss") or float("nan"),
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
@@ -291,7 +311,7 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     )
 
 
-def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) -> None:
+def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
     with write_folder(run / trained) as folder:
@@ -301,8 +321,13 @@ def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel) 
                 subtract_start(folder, run / _PISSA_START)
         else:
             model.save_pretrained(folder)
+        if recipe.optimizer.save_states:
+            save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
-        write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
+        rows = _choose_sample_rows(start.splits)
+        if METHODS[recipe.method].is_online:
+            rows = _answer_sample_rows(start, model, trainer)
+        write_origin(folder, _describe_origin(start), rows)
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 
@@ -318,6 +343,15 @@ def _describe_origin(start: _Start) -> Origin:
         method=start.recipe.method,
         architecture=start.recipe.model.architecture,
     )
+
+
+def _answer_sample_rows(start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
+    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
+    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
+    rows = rows.select(range(min(_ANSWERED_ROWS, len(rows))))
+    if is_sharded(trainer):
+        return [SampleRow(ids, ids) for ids in rows["input_ids"]]
+    return answer_rows(model, start.tokenizer, list_stop_tokens(start.tokenizer, start.template), rows)
 
 
 def _choose_sample_rows(splits: Splits) -> list[SampleRow]:

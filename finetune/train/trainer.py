@@ -1,11 +1,10 @@
-"""Build TRL's trainer for a recipe: pass its options through, and decide what the kit owns."""
+"""Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
 import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -23,15 +22,16 @@ from finetune.recipe import Recipe
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
+from finetune.train.preflight import choose_columns
+from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
 LOGIT_COLUMNS = 8192
 trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
-_MODEL_COLUMNS = ("input_ids", "labels")
-_PROMPT_COLUMNS = ("prompt", "answer", "origin")
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -44,30 +44,31 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
-    judge: Judge | None = None,
+    states: OptimizerStates | None = None,
 ) -> Trainer:
-    """Return the method's TRL trainer over rows that are tokens already, or over prompts whose answers are judged.
+    """Return the method's trainer over rows that are tokens already; `states` are those that a pre-training goes on from.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
     method = METHODS[recipe.method]
-    trainer_class = getattr(importlib.import_module("trl"), method.trainer_class)
+    trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    rewards = {} if judge is None else {"reward_funcs": judge.make_functions()}
+    judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
             model=model,
             args=config,
-            train_dataset=keep_columns(splits.train, recipe.method),
-            eval_dataset=keep_columns(splits.evaluation, recipe.method) if splits.evaluation is not None else None,
             processing_class=tokenizer,
-            **rewards,
+            **(_choose_rows(splits) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
+            **({} if judge is None else {"reward_funcs": judge.make_functions()}),
         )
     except ValueError as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    if method.pretraining is not None:
+        set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
@@ -78,14 +79,13 @@ def build_trainer(
 
 
 def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> TrainingArguments:
-    """Return TRL's configuration for a recipe.
+    """Return the trainer's configuration for a recipe.
 
     Raises:
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
     options = dict(recipe.trainer)
-    packs = bool(options.get("packing"))
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
@@ -100,16 +100,15 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         # Never larger than in training, where it is known to fit.
         options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
     owned: dict[str, Any] = {
+        **(_list_row_options(recipe) if method.pretraining is None else PRETRAINING_OPTIONS),
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": precision.autocast == "bf16",
         "fp16": precision.autocast == "fp16",
-        # Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack.
         "prediction_loss_only": True,
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
-        **_own_rows(recipe, packs),
     }
     config_class = getattr(importlib.import_module(method.config_module), method.config_class)
     try:
@@ -119,18 +118,23 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
-def _own_rows(recipe: Recipe, packs: bool) -> dict[str, Any]:
-    if METHODS[recipe.method].row_kind == "prompt":
+def _list_row_options(recipe: Recipe) -> dict[str, Any]:
+    """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    if METHODS[recipe.method].is_online:
         return {"reward_weights": list_weights(recipe.rewards)}
+    packs = bool(recipe.trainer.get("packing"))
     return {
         "max_length": recipe.data.max_tokens if packs else None,
         "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
     }
 
 
-def keep_columns(rows: Dataset, method: str) -> Dataset:
-    """Return rows with the columns that the method's trainer is given."""
-    return rows.select_columns(list(_PROMPT_COLUMNS if METHODS[method].row_kind == "prompt" else _MODEL_COLUMNS))
+def _choose_rows(splits: Splits) -> dict[str, Any]:
+    columns = choose_columns(splits.train)
+    return {
+        "train_dataset": splits.train.select_columns(columns),
+        "eval_dataset": splits.evaluation and splits.evaluation.select_columns(columns),
+    }
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:

@@ -271,13 +271,15 @@ AutoModelForCausalLM.register(YuLanMiniConfig, YuLanMiniForCausalLM)
 AutoModelForCausalLM.register(MiniYuLanConfig, MiniYuLanModelForCausalLM)
 
 
-def load_native(folder: Path, **options: Any) -> YuLanMiniForCausalLM:
-    """Load a published folder as it is; `options` are those of `from_pretrained` (`dtype`, `attn_implementation`, …).
+def load_native(folder: Path, *, config: YuLanMiniConfig | None = None, **options: Any) -> YuLanMiniForCausalLM:
+    """Load a published folder; `options` are those of `from_pretrained` (`dtype`, `attn_implementation`, …).
+
+    A `config` that differs from the folder's own only in how it reads positions may take its place.
 
     Raises:
         CheckpointError: the configuration cannot be read or used, or the tensors do not fit it.
     """
-    config = load_native_config(folder)
+    config = load_native_config(folder) if config is None else config
     optional = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
     check_tensors(open_tensors(folder), list_native_tensors(config.read_native(folder)), optional)
     if not (folder / "generation_config.json").is_file():

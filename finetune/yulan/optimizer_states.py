@@ -5,6 +5,7 @@ Source: the layout that DeepSpeed 0.16's `ds_to_universal` writes.
 """
 
 import contextlib
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,21 +126,39 @@ def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
     return tensor.reshape(shape)
 
 
+def check_parameters(states: OptimizerStates, model: nn.Module) -> None:
+    """Compare the names and shapes of states with a model's parameters.
+
+    Raises:
+        CheckpointError: one is missing, not the model's, or misshapen.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    misshapen = {name for name in shapes.keys() & states.shapes if not _fits(states.shapes[name], shapes[name])}
+    for text, names in (
+        ("missing", shapes.keys() - states.shapes),
+        ("not the model's", states.shapes.keys() - shapes),
+        ("misshapen", misshapen),
+    ):
+        if names:
+            name = min(names)
+            sizes = f": {list(states.shapes[name])}, the model's is {list(shapes[name])}" if names is misshapen else ""
+            raise CheckpointError(
+                f"{states.folder}: {name} is {text}{sizes} ({len(names)} such); take the states of this model"
+            )
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return found == expected or math.prod(found) == math.prod(expected) == 1
+
+
 def make_adamw(model: nn.Module, states: OptimizerStates) -> torch.optim.AdamW:
     """Load weights and moments into an fp32 model and return AdamW in the published groups.
 
     Raises:
         CheckpointError: the model and the states do not have the same parameters.
     """
+    check_parameters(states, model)
     parameters = dict(model.named_parameters())
-    for text, names in (
-        ("missing", parameters.keys() - states.shapes),
-        ("not the model's", states.shapes.keys() - parameters),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{states.folder}: {min(names)} is {text} ({len(names)} such); take the states of this model"
-            )
     optimizer = torch.optim.AdamW(
         [
             {
