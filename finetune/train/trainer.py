@@ -22,6 +22,7 @@ from finetune.recipe import Recipe
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
+from finetune.train.online import PromptOrder
 from finetune.train.preflight import choose_columns
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
@@ -75,6 +76,8 @@ def build_trainer(
     trainer.add_callback(MetricsWriter(Path(recipe.output)))
     if judge is not None:
         trainer.add_callback(CompletionWriter(Path(recipe.output), judge))
+        if config.shuffle_dataset:
+            trainer.add_callback(PromptOrder())
     return trainer
 
 

@@ -29,9 +29,9 @@ answers: 0
 trainer:
   max_steps: 2
   learning_rate: 2e-3
-  per_device_train_batch_size: 4
+  per_device_train_batch_size: 8
   per_device_eval_batch_size: 4
-  num_generations: 2
+  num_generations: 4
   max_completion_length: 6
   beta: 0.1
   logging_steps: 1
@@ -93,7 +93,7 @@ def test_trl_is_given_our_tokens(nano_llama):
 def test_generation_begins_with_the_prepared_prompts_and_ends_at_our_stop_tokens(make_recipe, method, monkeypatch):
     from finetune.train import run as training
 
-    recipe = make_recipe("run", f"method={method}", "trainer.max_steps=1", "trainer.per_device_train_batch_size=8")
+    recipe = make_recipe("run", f"method={method}", "trainer.max_steps=2")
     seen = {}
 
     def build(*arguments):
@@ -228,5 +228,5 @@ def test_each_mistake_has_its_own_sentence(make_recipe, overrides, problem):
 
 
 def test_trl_s_refusals_are_sentences(make_recipe):
-    with pytest.raises(RecipeError, match="trainer: generation_batch_size .* must be divisible by num_generations"):
+    with pytest.raises(RecipeError, match=r"generation_batch_size .* must be divisible by num_generations"):
         run_training(make_recipe("run", "trainer.num_generations=3"))
