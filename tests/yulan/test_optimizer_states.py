@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import CheckpointError
 from finetune.yulan.modeling import load_native
-from finetune.yulan.optimizer_states import make_adamw, open_states, read_state
+from finetune.yulan.optimizer_states import OptimizerStates, make_adamw, open_states, read_state
 from finetune.yulan.schedules import compute_decay
 
 
@@ -78,3 +78,21 @@ def test_a_bad_state_file_is_refused(shared, tmp_path, capsys, damage):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         read_state(open_states(folder), name, torch.Size([96]))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "is_fine"),
+    [([3e38, 3e38], True), ([-3e38, -3e38, 1.0], True), ([torch.inf, -torch.inf], False), ([0.0, torch.inf], False)],
+)
+def test_only_values_that_are_not_finite_are_refused(tmp_path, values, is_fine):
+    """Their sum tells it quickly, but the sum of huge ones overflows."""
+    folder = tmp_path / "zero" / "w"
+    folder.mkdir(parents=True)
+    for part in ("fp32", "exp_avg", "exp_avg_sq"):
+        torch.save({"param": torch.tensor(values)}, folder / f"{part}.pt")
+    states = OptimizerStates(tmp_path, 3, (), {"w": (len(values),)})
+    if is_fine:
+        assert read_state(states, "w", torch.Size([len(values)])).weight.tolist() == pytest.approx(values)
+    else:
+        with pytest.raises(CheckpointError, match="holds values that are not finite"):
+            read_state(states, "w", torch.Size([len(values)]))
