@@ -161,8 +161,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     memory = parse_memory(arguments.memory) if arguments.memory else None
     from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
+    engine, processes = arguments.engine, arguments.processes
+    if arguments.accelerate is not None:
+        from finetune.plan.sharing import read_sharing
+
+        found, count = read_sharing(arguments.accelerate)
+        engine, processes = engine or found, processes or count
+
     def plan_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
-        target = choose_target(recipe, memory, arguments.gpu)
+        target = choose_target(recipe, memory, arguments.gpu, engine, processes)
         if not arguments.fit:
             plan = make_plan(recipe, target)
             return plan.to_json(), describe_plan(plan)

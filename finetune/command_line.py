@@ -9,6 +9,7 @@ from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
 Verb = Callable[[argparse.Namespace], int]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 _RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
 
 
@@ -83,6 +84,9 @@ def _add_plan(verb: argparse.ArgumentParser) -> None:
     _add_recipe(verb)
     verb.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
     verb.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
+    verb.add_argument("--processes", type=_read_count, metavar="N", help="plan for one of so many processes")
+    verb.add_argument("--engine", choices=_ENGINES, help="what shares their work (default: ddp)")
+    verb.add_argument("--accelerate", type=Path, metavar="FILE", help="read both from accelerate's configuration")
     verb.add_argument(
         "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
     )

@@ -57,7 +57,7 @@ def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:
     return layer * int(sizes["num_hidden_layers"]), int(sizes["vocab_size"]) * hidden, width
 
 
-def estimate_time(work: StepWork, card: Card) -> CardTime:
-    """Return how long a card would take at the assumed utilisation."""
+def estimate_time(work: StepWork, card: Card, processes: int = 1) -> CardTime:
+    """Return how long a card would take at the assumed utilisation, and what as many cards as processes get done together."""
     seconds = work.flops / (card.tflops * 1e12 * UTILISATION)
-    return CardTime(card.name, seconds, work.tokens / seconds)
+    return CardTime(card.name, seconds, work.tokens * processes / seconds)

@@ -1,12 +1,14 @@
 """Answer the question before a run: does it fit, what takes the room, and how long will it take."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from finetune.errors import MachineError, TrainingError
+from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes
 from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
@@ -15,6 +17,7 @@ from finetune.plan.hardware import (
     CUBLAS_BYTES,
     FRAGMENTATION,
     GIB,
+    NCCL_BYTES,
     TYPICAL_CARDS,
     UTILISATION,
     Card,
@@ -22,18 +25,25 @@ from finetune.plan.hardware import (
 )
 from finetune.plan.memory import StepMemory, measure_step
 from finetune.recipe import Recipe
+from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 
 _BAR = 30
+EXCHANGE = "NCCL's channels (assumed)"
 CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allocator gaps (assumed)"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for."""
+    """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for.
+
+    With several processes, each has such a device, and the plan is of one of them.
+    """
 
     is_gpu: bool
     memory_bytes: int | None = None
     card: Card | None = None
+    engine: Engine = "one"
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Plan:
     device: str
     trainable_parameters: int
     loss_bytes: int
+    engine: Engine
+    processes: int
     step: StepWork
     times: tuple[CardTime, ...]
     suggestions: tuple[str, ...]
@@ -58,16 +70,29 @@ class Plan:
         return asdict(self)
 
 
-def choose_target(recipe: Recipe, memory_bytes: int | None, gpu: str | None) -> Target:
+def choose_target(
+    recipe: Recipe,
+    memory_bytes: int | None,
+    gpu: str | None,
+    engine: Engine | None = None,
+    processes: int | None = None,
+) -> Target:
     """Return what a recipe is planned for; a GPU, unless the recipe itself asks for the CPU.
 
     Raises:
-        MachineError: no card has that name.
+        MachineError: no card has that name, or an engine has nobody to share with.
     """
+    engine, processes = _complete_engine(engine, processes)
     card = find_card(gpu) if gpu else None
     memory = memory_bytes if memory_bytes is not None or card is None else card.memory_bytes
     is_gpu = card is not None or not recipe.trainer.get("use_cpu")
-    return Target(is_gpu, memory, card)
+    return Target(is_gpu, memory, card, engine, processes)
+
+
+def _complete_engine(engine: Engine | None, processes: int | None) -> tuple[Engine, int]:
+    if engine not in (None, "one") and processes in (None, 1):
+        raise MachineError(f"--engine {engine}: say how many processes share the work, such as --processes 2")
+    return (engine or "ddp", processes) if processes is not None and processes > 1 else ("one", 1)
 
 
 def make_plan(recipe: Recipe, target: Target) -> Plan:
@@ -76,31 +101,38 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
-    step = measure_step(recipe, target.is_gpu, target.card is None or target.card.has_bf16)
-    parts = {**step.peak.parts, **(_list_overheads(step) if target.is_gpu else {})}
+    check_engine(recipe, target.engine)
+    has_bf16 = target.card is None or target.card.has_bf16
+    trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
+    step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
+    stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
+    parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    work = count_work(recipe, read_sizes(recipe.model.checkpoint), read_batch(recipe), read_accumulation(recipe))
+    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe))
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
         tensor_bytes=step.peak.bytes,
         parts=parts,
-        peak_stage=step.peak.stage,
+        peak_stage=stage,
         fits=fits,
         memory_bytes=target.memory_bytes,
         device="gpu" if target.is_gpu else "cpu",
         trainable_parameters=step.trainable,
         loss_bytes=step.loss_bytes,
-        step=work,
-        times=tuple(estimate_time(work, card) for card in cards),
+        engine=target.engine,
+        processes=target.processes,
+        step=replace(work, tokens=work.tokens * target.processes, flops=work.flops * target.processes),
+        times=tuple(estimate_time(work, card, target.processes) for card in cards),
         suggestions=() if fits else tuple(change.describe() for change in list_changes(recipe)),
     )
 
 
-def _list_overheads(step: StepMemory) -> dict[str, int]:
+def _list_overheads(step: StepMemory, processes: int) -> dict[str, int]:
     return {
+        **({EXCHANGE: NCCL_BYTES} if processes > 1 else {}),
         CONTEXT: CONTEXT_BYTES + CUBLAS_BYTES,
         ROUNDING: step.peak.rounding,
         GAPS: int(step.peak.bytes * FRAGMENTATION),
@@ -147,7 +179,9 @@ def check_fits(recipe: Recipe, device: torch.device) -> None:
         TrainingError: with what takes the room, and what would take less.
     """
     free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
-    plan = make_plan(recipe, Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    target = Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES, engine=find_engine(), processes=processes)
+    plan = make_plan(recipe, target)
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
         raise TrainingError(
@@ -179,6 +213,8 @@ def describe_plan(plan: Plan) -> str:
         f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
         "",
     ]
+    if plan.processes > 1:
+        lines.append(f"each of {plan.processes} processes ({ENGINE_NAMES[plan.engine]})")
     lines.append(_describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]

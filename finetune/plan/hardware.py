@@ -12,6 +12,8 @@ _MIB = 1 << 20
 CONTEXT_BYTES = 512 * _MIB
 # cuBLAS's own workspace, the larger one of the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
 CUBLAS_BYTES = 32 * _MIB
+# NCCL's channels between processes, 4 MiB each by default (NCCL_BUFFSIZE). An assumption: their number follows the wiring.
+NCCL_BYTES = 256 * _MIB
 # The share of live tensors that the caching allocator may hold in gaps: its large segments are multiples of 2 and 20 MiB
 # (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption: none of ours was measured on a card.
 FRAGMENTATION = 0.05
@@ -37,6 +39,8 @@ class Card:
 
 
 # Source: NVIDIA's data sheets, and for GeForce the whitepapers of each architecture (Turing, Ampere GA102, Ada, Blackwell).
+# Compared with tables that other kits publish: A100, H100, L40S, RTX 3090, 4090, 5090. The other GeForce cards from Ampere
+# on were compared by the rule that these keep, twice the published float32 rate; the rest is unchecked.
 # Laptop cards at their highest power; most are sold with less.
 CARDS: tuple[Card, ...] = (
     Card("RTX 2060", 6, 25.8, has_bf16=False),

@@ -25,9 +25,11 @@ from finetune.plan.kernels import (
     answer_truths,
     build_masks_as_in_run,
 )
-from finetune.plan.stages import LOSS, WORKSPACE, follow_training, make_optimizer_states
+from finetune.plan.sharing import Sharing
+from finetune.plan.stages import LOSS, WORKSPACE, follow_training, list_weights, make_optimizer_states
 from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
+from finetune.train.engine import Engine
 from finetune.train.model import Precision, choose_precision
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
@@ -59,8 +61,10 @@ class StepMemory:
     trainable: int
 
 
-def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMemory:
-    """Run a step of a recipe without content and return its memory on a GPU, or on a CPU.
+def measure_step(
+    recipe: Recipe, is_gpu: bool, has_bf16: bool = True, engine: Engine = "one", processes: int = 1
+) -> StepMemory:
+    """Run a step of a recipe without content and return its memory on a GPU, or on a CPU; of one process, where it is many.
 
     It is a later step: optimizer states are there and, where a run accumulates, gradients, as for all but the first batch.
 
@@ -79,7 +83,8 @@ def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMem
         model = build_dry_model(recipe, config, precision, fake)
         stack.enter_context(fake)
         trainer = _build_dry_trainer(recipe, model, precision, folder)
-        tracker = _make_tracker(recipe, is_gpu)
+        sharing = Sharing(engine, processes, 4 if precision == Precision(torch.float32, "no") else 2)
+        tracker = _make_tracker(recipe, is_gpu, sharing)
         accumulates = read_accumulation(recipe) > 1
         prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
         # What a plan takes for a CPU is the GPU that pages.
@@ -87,7 +92,18 @@ def measure_step(recipe: Recipe, is_gpu: bool, has_bf16: bool = True) -> StepMem
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
         follow_training(trainer, tracker, prepare)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return StepMemory(tracker.find_peak(WORKSPACE), tracker.find_largest(LOSS), trainable)
+    peak = tracker.find_peak(WORKSPACE, sharing.list_extras(model))
+    if sharing.shares_weights:
+        peak = max(peak, _measure_loading(model), key=lambda moment: moment.bytes)
+    return StepMemory(peak, tracker.find_largest(LOSS), trainable)
+
+
+def _measure_loading(model: PreTrainedModel | PeftModel) -> Peak:
+    """Return the moment at which every process still has the whole model that it will keep a share of."""
+    parts: dict[str, int] = {}
+    for part, tensor in list_weights(model):
+        parts[part] = parts.get(part, 0) + tensor.untyped_storage().nbytes()
+    return Peak(sum(parts.values()), parts, 0, "loading")
 
 
 def _build_dry_trainer(
@@ -114,11 +130,14 @@ def _build_dry_trainer(
     return trainer
 
 
-def _make_tracker(recipe: Recipe, is_gpu: bool) -> MemoryTracker:
+def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
     is_one_row = read_batch(recipe) == 1 and not recipe.trainer.get("packing")
     truths = answer_truths(is_one_row)
-    return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}) if is_gpu else MemoryTracker({}, truths)
+    share = sharing.count_share if sharing.processes > 1 else None
+    if is_gpu:
+        return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}, share)
+    return MemoryTracker({}, truths, share)
 
 
 def _collate_without_content(collate: Any) -> Any:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a kernel allocates for itself while it runs: its arguments and outputs -> bytes.
 KernelWorkspace = Callable[[Sequence[Any], Any], int]
+# The bytes that a process keeps of a tensor that counts for a part.
+Share = Callable[[torch.Tensor, str], int]
 # What takes the place of an operation that cannot run without content: its arguments -> its output.
 Substitute = Callable[[Sequence[Any]], Any]
 
@@ -42,12 +44,14 @@ class MemoryTracker(TorchDispatchMode):
         self,
         workspaces: Mapping[Any, KernelWorkspace] | None = None,
         substitutes: Mapping[Any, Substitute] | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stage = FORWARD
         self._is_paused = False
         self._workspaces = workspaces or {}
         self._substitutes = substitutes or {}
+        self._share = share
         self._events: list[tuple[int, int]] = []  # number of a storage, and +1 or -1
         self._sizes: list[int] = []
         self._stages: list[str] = []
@@ -84,8 +88,11 @@ class MemoryTracker(TorchDispatchMode):
             self._is_paused = False
 
     def adopt(self, tensor: torch.Tensor, part: str) -> None:
-        """Count a tensor from here on, and for a part, whenever it was made."""
-        self._parts[self._log(tensor)] = part
+        """Count a tensor from here on, and for a part, whenever it was made; where processes share it, only this one's share."""
+        number = self._log(tensor)
+        self._parts[number] = part
+        if self._share is not None:
+            self._sizes[number] = self._share(tensor, part)
 
     def adopt_live(self, stage: str, part: str) -> None:
         """Count for a part what was made in a stage and is still live, unless it has a part already."""
@@ -99,13 +106,19 @@ class MemoryTracker(TorchDispatchMode):
             if made_in == stage:
                 self._parts.setdefault(number, part)
 
-    def find_peak(self, default_part: str) -> Peak:
-        """Replay the log and return its highest moment; what has no part counts for `default_part`."""
+    def find_peak(self, default_part: str, extras: Mapping[str, Mapping[str, int]] | None = None) -> Peak:
+        """Replay the log and return its highest moment; what has no part counts for `default_part`.
+
+        `extras` are bytes that are live all through a stage without being of any storage: stage -> part -> bytes.
+        """
+        extras = extras or {}
+        added = {name: sum(parts.values()) for name, parts in extras.items()}
         live = highest = moment = 0
         for index, (number, sign) in enumerate(self._events):
             live += sign * self._sizes[number]
-            if live > highest:
-                highest, moment = live, index
+            total = live + added.get(self._stages[number], 0)
+            if sign > 0 and total > highest:
+                highest, moment = total, index
         alive: set[int] = set()
         for number, sign in self._events[: moment + 1]:
             (alive.add if sign > 0 else alive.discard)(number)
@@ -113,8 +126,11 @@ class MemoryTracker(TorchDispatchMode):
         for number in alive:
             part = self._parts.get(number, default_part)
             parts[part] = parts.get(part, 0) + self._sizes[number]
+        stage = self._stages[self._events[moment][0]] if self._events else ""
+        for part, size in extras.get(stage, {}).items():
+            parts[part] = parts.get(part, 0) + size
         rounding = sum(-self._sizes[number] % _BLOCK_BYTES for number in alive)
-        return Peak(highest, parts, rounding, self._stages[self._events[moment][0]] if self._events else "")
+        return Peak(highest, parts, rounding, stage)
 
     def find_largest(self, part: str) -> int:
         """Return the most bytes that a part ever had at one moment, at the peak or not."""

@@ -1,7 +1,7 @@
 """Attach the trained part of a run to its base, and save it so that it fits the base as published."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,10 +66,10 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
     return sorted(found)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter as PEFT does, without copies of the embedding tables."""
+def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter as PEFT does, without copies of the embedding tables; `weights` in place of the model's own."""
     # Without the frozen copy that serves as reference in some methods.
-    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
 
 

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
+from finetune.train.engine import find_engine
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.modeling import load_native
 
@@ -92,7 +93,9 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
             folder,
             config=load_config(folder, section),
             dtype=precision.weights,
-            quantization_config=make_quantization(section.quantize, precision.weights),
+            quantization_config=make_quantization(
+                section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
+            ),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
             device_map={"": device} if device.type == "cuda" else None,
@@ -139,7 +142,7 @@ def _keep_weights_differentiable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: bool = False) -> BitsAndBytesConfig | None:
     """Return transformers' settings for a recipe's `model.quantize`, or None for `none`."""
     if quantize == "none":
         return None
@@ -150,6 +153,8 @@ def make_quantization(quantize: str, compute_dtype: torch.dtype) -> BitsAndBytes
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        # FSDP2 and ZeRO-3 share out floating-point tensors only, so the same bytes are called such.
+        bnb_4bit_quant_storage=compute_dtype if is_sharded else None,
     )
 
 

@@ -23,6 +23,7 @@ from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.answers import AnswerSheet, answer_rows, is_sharded
+from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
@@ -86,6 +87,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     run = Path(recipe.output)
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
+    check_engine(recipe, find_engine())
     pretrains = METHODS[recipe.method].pretraining is not None
     precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
@@ -112,10 +114,11 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
+    weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
         if sheet is not None and not is_sharded(trainer):
             sheet.write_after(model)
-        _write_result(run, start, model, trainer)
+        _write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
@@ -246,7 +249,7 @@ def _describe_work(trainer: Trainer, start: _Start) -> None:
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         config.world_size,
-        "process" if config.world_size == 1 else "processes",
+        "process" if config.world_size == 1 else f"processes, {ENGINE_NAMES[find_engine()]}",
     )
     logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
 
@@ -311,16 +314,22 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     )
 
 
-def _write_result(run: Path, start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> None:
+def _write_result(
+    run: Path,
+    start: _Start,
+    model: PreTrainedModel | PeftModel,
+    trainer: Trainer,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
     recipe = start.recipe
     trained = "adapter" if isinstance(model, PeftModel) else "model"
     with write_folder(run / trained) as folder:
         if isinstance(model, PeftModel):
-            save_adapter(model, folder)
+            save_adapter(model, folder, weights)
             if recipe.adapter.init == "pissa":
                 subtract_start(folder, run / _PISSA_START)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)

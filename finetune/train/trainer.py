@@ -19,6 +19,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.engine import find_engine, shard_on_cpu
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
@@ -97,6 +98,9 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     # Both follow from the machine and from our own bar; transformers' defaults would warn, and hide the bar.
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     options.setdefault("disable_tqdm", False)
+    if find_engine() == "fsdp2":
+        # Otherwise every process keeps whole gradients until the last batch of a step.
+        options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
     options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     if evaluates:
         options.setdefault("eval_strategy", "epoch")
@@ -118,6 +122,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         config: TrainingArguments = config_class(**options, **owned)
     except (ValueError, TypeError) as error:
         raise RecipeError("trainer", [str(error)]) from error
+    shard_on_cpu(config)
     return config
 
 
