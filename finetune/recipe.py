@@ -76,16 +76,10 @@ class AdapterSection:
 
 @dataclass(frozen=True)
 class RewardsSection:
-    """What the answers of an online method are judged by: rules with their weights, and a trained reward run as `model`.
-
-    The score of a reward model has no bounds, so it is clipped; rules lie between -1 and 1.
-    """
+    """What the answers of an online method are judged by: rules with their weights; `length_tokens` belongs to `length`."""
 
     rules: Mapping[str, float] = field(default_factory=dict)
     length_tokens: int | None = None
-    model: str | None = None
-    model_weight: int | float = 1.0
-    clip: tuple[float, ...] = (-20.0, 10.0)
 
 
 @dataclass(frozen=True)

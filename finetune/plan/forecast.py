@@ -106,6 +106,7 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
     step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
     stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
+    tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
@@ -114,7 +115,7 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
-        tensor_bytes=step.peak.bytes,
+        tensor_bytes=tensor_bytes,
         parts=parts,
         peak_stage=stage,
         fits=fits,

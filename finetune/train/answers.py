@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its likeliest answer before and after, without control tokens."""
+    """One prompt as the model sees it, with its likeliest answer before and after, without control tokens."""
 
     origin: str
     prompt: str
@@ -129,7 +129,7 @@ class AnswerSheet:
         """Ask before step 1."""
         answers = self._ask(model)
         samples = [
-            Sample(prompt.origin, self._decode(prompt.token_ids), answer)
+            Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
             for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
         write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])

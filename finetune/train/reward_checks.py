@@ -1,7 +1,6 @@
 """Check what a recipe says about rewards, without importing torch."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from finetune.recipe import Recipe, RewardsSection
 from finetune.recipe_file import describe_unknown_key
@@ -16,8 +15,8 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
         if rewards != RewardsSection():
             yield f"rewards: has no effect on {method.name}; remove it, or set method: grpo or rloo"
         return
-    if not rewards.rules and rewards.model is None:
-        yield f"rewards: {method.name} needs rewards.rules, such as {{final_answer: 1.0}}, or a reward run as rewards.model"
+    if not rewards.rules:
+        yield f"rewards.rules: is missing; {method.name} needs rules with their weights, such as {{final_answer: 1.0}}"
     for name, weight in rewards.rules.items():
         if name not in RULES:
             yield f"rewards.rules.{name}: {describe_unknown_key(name, RULES)}"
@@ -29,22 +28,7 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
     if rewards.length_tokens is not None and (not needs_length or rewards.length_tokens < 1):
         reason = "must be at least 1" if needs_length else "belongs to the rule length, which is not used; remove it"
         yield f"rewards.length_tokens: {reason}; found {rewards.length_tokens}"
-    if len(rewards.clip) != 2 or rewards.clip[0] >= rewards.clip[1]:
-        yield f"rewards.clip: must be two numbers, the lower one first; found {list(rewards.clip)}"
-    yield from _check_reward_model(rewards)
     yield from _check_prompts(recipe)
-
-
-def _check_reward_model(rewards: RewardsSection) -> Iterator[str]:
-    defaults = RewardsSection()
-    if rewards.model is None:
-        for key in ("model_weight", "clip"):
-            if vars(rewards)[key] != vars(defaults)[key]:
-                yield f"rewards.{key}: belongs to rewards.model, which is not set; remove it"
-    elif not Path(rewards.model).expanduser().is_dir():
-        yield f"rewards.model: there is no folder {rewards.model}; name the run directory of a finished `reward` run"
-    if rewards.model_weight <= 0:
-        yield f"rewards.model_weight: must be above 0; found {rewards.model_weight}"
 
 
 def _check_prompts(recipe: Recipe) -> Iterator[str]:
