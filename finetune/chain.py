@@ -12,13 +12,17 @@ import torch
 from transformers import TrainingArguments
 
 from finetune.chain_file import Chain, ExportStage, TrainStage, dump_chain
-from finetune.errors import OutputError, TrainingError
+from finetune.errors import OutputError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.folders import check_output_free, translate_os_errors
+from finetune.recipe import Recipe
+from finetune.recipe_file import Draft
 from finetune.starts import hash_file
+from finetune.train.adoption import adopt_earlier_run
 from finetune.train.model import choose_device, choose_precision
-from finetune.train.record import find_complete_checkpoint, open_result, write_json
+from finetune.train.origin import open_result, write_json
+from finetune.train.record import find_complete_checkpoint
 from finetune.train.resume import check_same_recipe
 from finetune.train.run import RunSummary, check_finished_run, describe_run, run_training
 from finetune.train.trainer import make_config
@@ -102,7 +106,7 @@ def _open_output(chain: Chain, resume: bool) -> None:
 
 
 def _run_training(stage: TrainStage, processes: TrainingArguments) -> StageSummary:
-    recipe = stage.run_recipe
+    recipe = _settle_recipe(stage)
     run = Path(recipe.output)
     state = processes.distributed_state
     summary = _read_summary(run)
@@ -118,6 +122,14 @@ def _run_training(stage: TrainStage, processes: TrainingArguments) -> StageSumma
             shutil.rmtree(part, ignore_errors=True)
     state.wait_for_everyone()
     return StageSummary(stage.name, str(run), False, asdict(run_training(recipe, resume=checkpoint is not None)))
+
+
+def _settle_recipe(stage: TrainStage) -> Recipe:
+    """Return the recipe that a stage runs by: that of the file, with what the run before has settled."""
+    draft = adopt_earlier_run(Draft(Path(stage.recipe.output), stage.run_recipe, (), frozenset()))
+    if draft.problems:
+        raise RecipeError(stage.name, list(draft.problems))
+    return draft.recipe
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:

@@ -20,6 +20,11 @@ from finetune.recipe_file import Draft, apply_override, load_recipe_file, read_s
 from finetune.yulan.sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# What an adapter and its base keep when training goes on with them.
+_ADOPTED = {
+    "adapter": ("kind", "rank", "alpha", "rslora", "dora", "train_tokens", "targets"),
+    "model": ("quantize", "architecture"),
+}
 _OWN_KEYS = ("name", "recipe", "export")
 Content = dict[str, Any]
 
@@ -193,8 +198,24 @@ class _ChainReader:
         if found := list_problems(draft):
             self._problems += found
             return TrainStage(name, draft.recipe, None)
-        follows = Path(before[-1].recipe.output) if before else None
-        return TrainStage(name, resolve_recipe(draft), follows)
+        recipe = resolve_recipe(draft)
+        if not before:
+            return TrainStage(name, recipe, None)
+        return TrainStage(name, self._adopt(recipe, before[-1].recipe, item), Path(before[-1].recipe.output))
+
+    def _adopt(self, recipe: Recipe, earlier: Recipe, item: Content) -> Recipe:
+        """Return a later stage's recipe with the form of the adapter that it goes on with; the stage itself may not change it."""
+        if earlier.adapter.kind == "none":
+            return recipe
+        for section, names in _ADOPTED.items():
+            own, kept = item.get(section), {name: getattr(vars(earlier)[section], name) for name in names}
+            for name in names:
+                if isinstance(own, dict) and name in own and getattr(vars(recipe)[section], name) != kept[name]:
+                    self._problems.append(
+                        f"{section}.{name}: the adapter of the stage before goes on as it is; remove it"
+                    )
+            recipe = replace(recipe, **{section: replace(vars(recipe)[section], **kept)})
+        return replace(recipe, adapter=replace(recipe.adapter, init="default"))
 
     def _override(self, name: str, content: Content, shared: Sequence[str]) -> None:
         own = [text.removeprefix(f"{name}.") for text in self._own if text.startswith(f"{name}.")]

@@ -244,7 +244,7 @@ def _check_memory(recipes: Sequence[Recipe], is_forced: bool) -> None:
 
 def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.export.merge import ExportSettings, describe_export, export_result
-    from finetune.train.record import open_result
+    from finetune.train.origin import open_result
     from finetune.yulan.sizes import parse_size
 
     settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import yaml
 
 TrainedArchitecture = Literal["llama", "native"]
+# What `adapter.targets: all-linear` stands for.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,14 @@ if moment == "export":
 if moment == "record":
     chain.write_json = kill
 if moment == "result":
-    write = training.draw_metrics
+    write = training.draw_losses
 
     def draw_and_stop(run, *arguments):
         if run.name == stage:
             kill()
         write(run, *arguments)
 
-    training.draw_metrics = draw_and_stop
+    training.draw_losses = draw_and_stop
 chain.run_chain(load_chain(__import__("pathlib").Path(path), [f"output={output}"]))
 """
 

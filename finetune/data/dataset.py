@@ -23,13 +23,14 @@ from finetune.errors import DataError
 from finetune.folders import write_folder
 
 # Raised whenever the same files and settings would give other tokens than before.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Splits:
     """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`.
 
+    Pairs also have `prompt_ids`, `chosen_ids`, `rejected_ids`, labelled answers `prompt_ids`, `completion_ids`, `label`.
     Prompts also have `prompt` (messages) and `answer` (the reference, or None).
     """
 
@@ -105,7 +106,7 @@ def _prepare(
     file: Path | None,
 ) -> _Prepared:
     reader = RowReader(settings, seed)
-    encoder = RowEncoder(tokenizer, template, settings.train_on)
+    encoder = RowEncoder(tokenizer, template, settings.train_on, settings.shape)
     account = Account(settings, encoder)
     rows = _write_rows((account.keep(encoded) for encoded in encoder.encode(reader.read())), file)
     account.check()

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from finetune.data.gates import IGNORED_LABEL
 from finetune.data.template import ChatTemplate, encode_prompt, list_stop_tokens
-from finetune.train.record import SampleRow, write_json
+from finetune.train.origin import SampleRow, write_json
 
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 _QUESTIONS = (

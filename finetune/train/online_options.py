@@ -10,9 +10,6 @@ ONLINE_OWNED: Mapping[str, str] = {
     "num_completions_to_print": "the run directory holds completions.jsonl; remove this key",
     "log_unique_prompts": "the run directory holds completions.jsonl; remove this key",
     "log_multimodal": "there are no images here; remove this key",
-    "sync_ref_model": "the reference is the start, which costs no second model; remove this key",
-    "ref_model_mixup_alpha": "the reference is the start, which costs no second model; remove this key",
-    "ref_model_sync_steps": "the reference is the start, which costs no second model; remove this key",
     "router_aux_loss_coef": "YuLan-Mini has no experts; remove this key",
     **dict.fromkeys(
         (

@@ -14,24 +14,24 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
-from finetune.data.packing import PackedRows
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
-from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.starts import find_cache, fingerprint_checkpoint
+from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.answers import AnswerSheet, answer_rows, is_sharded
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.online import bind_template, set_stop_tokens
-from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
+from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.record import Start, find_start
 from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
 from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
@@ -71,7 +71,7 @@ class _Start:
 
     recipe: Recipe
     precision: Precision
-    base: Path
+    begin: Start
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
@@ -94,7 +94,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
     if checkpoint is not None:
-        check_same_inputs(run, start.splits.report.fingerprint, start.base)
+        check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         sheet = _open_answers(start)
@@ -128,15 +128,15 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
-        base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-        tokenizer = load_tokenizer(base)
+        begin = find_start(recipe.model)
+        tokenizer = load_tokenizer(begin.tokenizer_folder)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
         states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, base, tokenizer, template, splits, states)
+    return _Start(recipe, precision, begin, tokenizer, template, splits, states)
 
 
 def _open_answers(start: _Start) -> AnswerSheet | None:
@@ -158,8 +158,7 @@ def _check_rows(trainer: Trainer, start: _Start) -> None:
         stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
         check_first_batch(trainer, start.tokenizer, stop_tokens)
     if start.splits.evaluation is not None:
-        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, PackedRows) else start.splits.evaluation
-        trainer.add_callback(EvaluationCheck(trainer, choose_longest_rows(rows, trainer.args)))
+        trainer.add_callback(EvaluationCheck(trainer))
 
 
 def check_finished_run(recipe: Recipe) -> None:
@@ -171,8 +170,7 @@ def check_finished_run(recipe: Recipe) -> None:
     run = Path(recipe.output)
     check_same_recipe(run / "recipe.yaml", dump_recipe(recipe), "run")
     _, splits = prepare_rows(recipe)
-    base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-    check_same_inputs(run, splits.report.fingerprint, base)
+    check_same_inputs(run, splits.report.fingerprint, find_start(recipe.model).base)
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -183,7 +181,7 @@ def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
 
 def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
     """Return what the rows of a recipe are read and rendered with, before any row is read."""
-    tokenizer = load_tokenizer(find_base_folder(recipe.model.checkpoint, recipe.model.architecture))
+    tokenizer = load_tokenizer(find_start(recipe.model).tokenizer_folder)
     return _read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
 
 
@@ -192,7 +190,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     train, notes = read_training_sources(data)
     return DataSettings(
         train=train,
-        shape="prompt" if METHODS[recipe.method].is_online else "sequence",
+        shape=METHODS[recipe.method].shape,
         needs_answer=find_reference_rule(recipe.rewards.rules),
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
@@ -212,7 +210,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
 
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
     recipe = start.recipe
-    base = load_base(start.base, recipe.model, start.precision, device)
+    base = load_base(start.begin.base, recipe.model, start.precision, device)
     control_tokens = list_template_tokens(start.tokenizer, start.template)
     untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
     if untrained and recipe.adapter.kind != "none":
@@ -222,8 +220,10 @@ def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftM
             names,
             sorted(untrained),
         )
+    if start.begin.adapter is not None:
+        return continue_adapter(base, recipe.adapter, start.begin.adapter)
     set_seed(recipe.seed)
-    return attach_adapter(base, recipe.adapter, start.base)
+    return attach_adapter(base, recipe.adapter, start.begin.base)
 
 
 @contextlib.contextmanager
@@ -273,8 +273,8 @@ def _write_run_files(
             "status": status,
             "resumed": resumed,
             "recipe": to_plain(start.recipe),
-            "base": str(start.base),
-            "base_fingerprint": fingerprint_checkpoint(start.base),
+            "base": str(start.begin.base),
+            "base_fingerprint": fingerprint_checkpoint(start.begin.base),
             "data": start.splits.report.to_json(),
             **describe_environment(),
             "result": asdict(summary) if summary else None,
@@ -341,16 +341,23 @@ def _write_result(
 
 
 def _describe_origin(start: _Start) -> Origin:
+    checkpoint, earlier, stages = start.recipe.model.checkpoint, start.begin.earlier, tuple[Stage, ...]()
+    if earlier is not None and earlier.origin is not None:
+        before = earlier.origin
+        stages = (*before.earlier, Stage(before.checkpoint, before.method, checkpoint))
+        if earlier.kind == "adapter":  # its base goes on too, and is found by the name that it was first started by
+            checkpoint = before.checkpoint
     return Origin(
-        checkpoint=start.recipe.model.checkpoint,
-        base=str(start.base),
-        base_fingerprint=fingerprint_checkpoint(start.base),
+        checkpoint=checkpoint,
+        base=str(start.begin.base),
+        base_fingerprint=fingerprint_checkpoint(start.begin.base),
         quantize=start.recipe.model.quantize,
         dtype=str(start.precision.weights).removeprefix("torch."),
         template=start.template.name,
         template_fingerprint=start.template.fingerprint,
         method=start.recipe.method,
         architecture=start.recipe.model.architecture,
+        earlier=stages,
     )
 
 

@@ -21,12 +21,14 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.engine import find_engine, shard_on_cpu
 from finetune.train.judging import CompletionWriter, Judge, list_weights
-from finetune.train.methods import METHODS
+from finetune.train.methods import METHODS, Method
 from finetune.train.model import Precision
 from finetune.train.online import PromptOrder
-from finetune.train.preflight import choose_columns
+from finetune.train.origin import find_earlier
+from finetune.train.prepared import accept_prepared_rows
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.train.reference import settle_reference
 from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
@@ -55,6 +57,8 @@ def build_trainer(
     """
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
+    if method.shape in ("pair", "labelled"):
+        trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
     judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start = _copy_adapter(model)
@@ -63,12 +67,14 @@ def build_trainer(
             model=model,
             args=config,
             processing_class=tokenizer,
-            **(_choose_rows(splits) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
+            **(_choose_rows(splits, method) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
             **({} if judge is None else {"reward_funcs": judge.make_functions()}),
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    if isinstance(model, PeftModel):
+        settle_reference(model, starts_from_base=_starts_from_base(recipe))
     if method.pretraining is not None:
         set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
@@ -126,19 +132,25 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
+def _starts_from_base(recipe: Recipe) -> bool:
+    """Tell whether the adapter of a recipe changes nothing at the start, so that the base alone is the start."""
+    earlier = find_earlier(recipe.model.checkpoint)
+    return recipe.adapter.init == "default" and (earlier is None or earlier.kind == "model")
+
+
 def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
     if METHODS[recipe.method].is_online:
         return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
-    return {
-        "max_length": recipe.data.max_tokens if packs else None,
-        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
-    }
+    length = {"max_length": recipe.data.max_tokens if packs else None}
+    if METHODS[recipe.method].shape != "sequence":
+        return {**length, "remove_unused_columns": False}
+    return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 
-def _choose_rows(splits: Splits) -> dict[str, Any]:
-    columns = choose_columns(splits.train)
+def _choose_rows(splits: Splits, method: Method) -> dict[str, Any]:
+    columns = list(method.columns)
     return {
         "train_dataset": splits.train.select_columns(columns),
         "eval_dataset": splits.evaluation and splits.evaluation.select_columns(columns),

@@ -14,7 +14,7 @@ from finetune.errors import DataError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.train.online import bind_template
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.rewards import RULES, Rule
 from finetune.train.run import prepare_rows, run_training
 from finetune.train.trainer import build_trainer

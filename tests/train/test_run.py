@@ -15,7 +15,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
 from finetune.recipe_file import read_recipe
 from finetune.resources import find_demo_data, find_resource_folder
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 
 UNLOGGED = ["trainer.logging_strategy=no"]
