@@ -25,6 +25,7 @@ trainer:
   learning_rate: 2e-3
   per_device_train_batch_size: 4
   save_steps: 2
+  logging_steps: 1
   gradient_checkpointing: false
   disable_tqdm: true
 stages:
