@@ -108,7 +108,7 @@ class Account:
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
         self.trained.append(row.trained_tokens)
-        loses_end = row.rejected is not None or row.spans[-1][1] == len(row.token_ids)
+        loses_end = row.rejected is not None or (bool(row.spans) and row.spans[-1][1] == len(row.token_ids))
         self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
     def check(self) -> None:
