@@ -125,6 +125,8 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+    if data.workers < 1:
+        yield f"data.workers: must be at least 1; found {data.workers}"
 
 
 def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:

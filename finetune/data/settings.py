@@ -37,7 +37,7 @@ class Source:
 class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
 
-    `notes` are what a person should know of the sources.
+    `notes` are what a person should know of the sources; `workers` processes encode the rows.
     """
 
     train: tuple[Source, ...]
@@ -53,4 +53,5 @@ class DataSettings:
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
     notes: tuple[str, ...] = ()
+    workers: int = 1
     cache: Path | None = None
