@@ -16,6 +16,7 @@ from finetune.errors import OutputError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.folders import check_output_free, translate_os_errors
+from finetune.plan.ladder import restore_choices, train_on_device
 from finetune.recipe import Recipe
 from finetune.recipe_file import Draft
 from finetune.starts import hash_file
@@ -24,7 +25,7 @@ from finetune.train.model import choose_device, choose_precision
 from finetune.train.origin import open_result, write_json
 from finetune.train.record import find_complete_checkpoint
 from finetune.train.resume import check_same_recipe
-from finetune.train.run import RunSummary, check_finished_run, describe_run, run_training
+from finetune.train.run import RunSummary, check_finished_run, describe_run
 from finetune.train.trainer import make_config
 from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import list_weight_files
@@ -53,8 +54,8 @@ class ChainSummary:
     export: str | None
 
 
-def run_chain(chain: Chain, resume: bool = False) -> ChainSummary:
-    """Run every stage of a checked chain that is not finished yet.
+def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainSummary:
+    """Run every stage of a checked chain that is not finished yet; `force` trains also what the plan says cannot fit.
 
     Raises:
         FinetuneError: anything of the user's that stops a stage; the finished ones stay, for `--resume`.
@@ -68,7 +69,7 @@ def run_chain(chain: Chain, resume: bool = False) -> ChainSummary:
     for number, stage in enumerate(chain.stages, 1):
         logger.info("stage %d of %d: %s", number, len(chain.stages), stage.name)
         if isinstance(stage, TrainStage):
-            summaries.append(_run_training(stage, processes))
+            summaries.append(_run_training(stage, processes, force))
         else:
             summaries.append(_run_export(stage, chain, processes))
         gc.collect()  # a trainer and its callbacks hold each other, and with them the model
@@ -105,7 +106,7 @@ def _open_output(chain: Chain, resume: bool) -> None:
         check_same_recipe(file, dump_chain(chain), "chain")
 
 
-def _run_training(stage: TrainStage, processes: TrainingArguments) -> StageSummary:
+def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) -> StageSummary:
     recipe = _settle_recipe(stage)
     run = Path(recipe.output)
     state = processes.distributed_state
@@ -113,7 +114,7 @@ def _run_training(stage: TrainStage, processes: TrainingArguments) -> StageSumma
     checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
     state.wait_for_everyone()  # all have looked before one changes anything
     if summary is not None:
-        check_finished_run(recipe)
+        check_finished_run(restore_choices(recipe))
         logger.info("%s: finished already", run)
         return StageSummary(stage.name, str(run), True, summary)
     if processes.process_index == 0 and run.is_dir():
@@ -121,7 +122,7 @@ def _run_training(stage: TrainStage, processes: TrainingArguments) -> StageSumma
         for part in (run / "adapter", run / "model") if checkpoint else (run,):
             shutil.rmtree(part, ignore_errors=True)
     state.wait_for_everyone()
-    return StageSummary(stage.name, str(run), False, asdict(run_training(recipe, resume=checkpoint is not None)))
+    return StageSummary(stage.name, str(run), False, asdict(train_on_device(recipe, checkpoint is not None, force)))
 
 
 def _settle_recipe(stage: TrainStage) -> Recipe:

@@ -6,7 +6,7 @@ that. Precedence: the recipe file that a stage names, the top of the chain, the 
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import yaml
 from finetune.check import find_file, find_recipe, list_problems, resolve_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.recipe import Recipe, to_plain
-from finetune.recipe_file import Draft, apply_override, load_recipe_file, read_section
+from finetune.recipe_file import Draft, apply_override, expand_shorthand, load_recipe_file, read_section
 from finetune.yulan.sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -241,8 +241,10 @@ class _ChainReader:
         return content
 
 
-def _merge(content: Content, changes: Mapping[str, Any]) -> None:
+def _merge(content: Content, changes: Content) -> None:
     """Lay one recipe's keys over another's: sections key by key, everything else whole."""
+    expand_shorthand(content)
+    expand_shorthand(changes)
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict):
             content[key] = {**content[key], **value}

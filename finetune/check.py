@@ -15,6 +15,7 @@ from finetune.recipe import LINEAR_LAYERS, AdapterSection, DataSection, Recipe, 
 from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
 from finetune.train.adoption import adopt_earlier_run
+from finetune.train.batches import KIT_OPTIONS, list_batch_problems
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
 from finetune.train.reward_checks import check_rewards
@@ -74,11 +75,14 @@ def _check_method(recipe: Recipe) -> Iterator[str]:
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
     options = read_trainer_options(method.config_module, method.config_class)
+    yield from list_batch_problems(trainer, method)
     for key, value in trainer.items():
+        if key in KIT_OPTIONS:
+            continue
         if key in method.owned:
             yield f"trainer.{key}: {method.owned[key]}"
         elif key not in options:
-            yield f"trainer.{key}: {describe_unknown_key(key, set(options) - set(method.owned))}"
+            yield f"trainer.{key}: {describe_unknown_key(key, {*options, *KIT_OPTIONS} - set(method.owned))}"
         elif key in method.words:
             yield from _check_words(key, value, method.words[key])
         elif expected := options[key].describe_mismatch(value):
@@ -131,6 +135,8 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+    if data.workers < 1:
+        yield f"data.workers: must be at least 1; found {data.workers}"
 
 
 def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:

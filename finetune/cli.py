@@ -159,6 +159,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     recipes = _load_recipes(arguments)
     memory = parse_memory(arguments.memory) if arguments.memory else None
+    from finetune.plan.automatic import choose_settings, describe_choices
     from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
     engine, processes = arguments.engine, arguments.processes
@@ -170,9 +171,12 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     def plan_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
         target = choose_target(recipe, memory, arguments.gpu, engine, processes)
+        recipe, choices = choose_settings(recipe, target)
+        notes = f"\n\n{describe_choices(choices)}" if choices else ""
         if not arguments.fit:
             plan = make_plan(recipe, target)
-            return plan.to_json(), describe_plan(plan)
+            result = {**plan.to_json(), "choices": [asdict(choice) for choice in choices]}
+            return result, f"{describe_plan(plan)}{notes}"
         plan, steps = find_fitting_plan(recipe, target)
         result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
         return result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}"
@@ -215,31 +219,19 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from finetune.check import load_recipe
 
     # Before the seconds that importing torch takes.
-    chain = load_chain(arguments.recipe, arguments.set) if is_chain(arguments.recipe) else None
-    recipes = [stage.recipe for stage in chain.trainings] if chain else [load_recipe(arguments.recipe, arguments.set)]
-    _check_memory(recipes, arguments.force)
-    if chain is not None:
+    if is_chain(arguments.recipe):
+        chain = load_chain(arguments.recipe, arguments.set)
         from finetune.chain import describe_chain, run_chain
 
-        chain_summary = run_chain(chain, arguments.resume)
-        return _print_result(arguments, asdict(chain_summary), describe_chain(chain_summary))
-    from finetune.train.run import describe_run, run_training
+        done = run_chain(chain, arguments.resume, arguments.force)
+        return _print_result(arguments, asdict(done), describe_chain(done))
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.plan.ladder import train_on_device
+    from finetune.train.run import describe_run
 
-    summary = run_training(recipes[0], arguments.resume)
-    return _print_result(
-        arguments, asdict(summary), f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
-    )
-
-
-def _check_memory(recipes: Sequence[Recipe], is_forced: bool) -> None:
-    from finetune.train.model import choose_device
-
-    for recipe in recipes:
-        device = choose_device(bool(recipe.trainer.get("use_cpu")))
-        if device.type == "cuda" and not is_forced:
-            from finetune.plan.forecast import check_fits
-
-            check_fits(recipe, device)
+    summary = train_on_device(recipe, arguments.resume, arguments.force)
+    text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
+    return _print_result(arguments, asdict(summary), text)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:

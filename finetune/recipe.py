@@ -59,6 +59,7 @@ class DataSection:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,18 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
     content = load_recipe_file(source)
+    expand_shorthand(content)
     problems: list[str] = []
     for override in overrides:
         apply_override(content, override, problems)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
+
+
+def expand_shorthand(content: dict[str, Any]) -> None:
+    """Write out `trainer: auto`."""
+    if content.get("trainer") == "auto":
+        content["trainer"] = {"auto": True}
 
 
 def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

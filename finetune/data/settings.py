@@ -38,7 +38,7 @@ class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
 
     `needs_answer` names what compares answers with the reference that each prompt must then carry.
-    `notes` are what a person should know of the sources.
+    `notes` are what a person should know of the sources; `workers` processes encode the rows.
     """
 
     train: tuple[Source, ...]
@@ -55,4 +55,5 @@ class DataSettings:
     deduplicate: bool = False
     needs_answer: str | None = None
     notes: tuple[str, ...] = ()
+    workers: int = 1
     cache: Path | None = None

@@ -27,7 +27,7 @@ from finetune.data.template import (
 )
 from finetune.errors import TemplateError
 
-_BATCH_ROWS = 1000
+BATCH_ROWS = 1000
 _MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 _Tokenized = tuple[list[Any], list[TokenSpans]]
 
@@ -85,7 +85,7 @@ class RowEncoder:
         self._train_on = train_on
         self._shape = shape
         self._stop_tokens = list_stop_tokens(tokenizer, template)
-        self._rows_with_spellings = 0
+        self.rows_with_spellings = 0
 
     def encode(self, rows: Iterable[SourceRow]) -> Iterator[list[TokenRow]]:
         """Yield batches of rows in their order.
@@ -96,7 +96,7 @@ class RowEncoder:
         pending: deque[tuple[list[SourceRow], Rendered, Future[_Tokenized]]] = deque()
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as executor:
-            while batch := list(islice(remaining, _BATCH_ROWS)):
+            while batch := list(islice(remaining, BATCH_ROWS)):
                 rendered = self._render(batch)
                 # The tokenizer works outside of Python's lock, on all cores that it may use; the spans are found here meanwhile.
                 pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
@@ -116,7 +116,7 @@ class RowEncoder:
             return Rendered([], [], [])
         messages = [side for side, _ in sides]
         rendered = render_conversations(self._tokenizer, self._template, messages, [tools for _, tools in sides])
-        self._rows_with_spellings += sum(bool(marks) for marks in rendered.hidden)
+        self.rows_with_spellings += sum(bool(marks) for marks in rendered.hidden)
         triples = zip(rendered.spans, rendered.texts, messages, strict=True)
         return Rendered(
             rendered.texts, [self._choose_spans(spans, text, own) for spans, text, own in triples], rendered.hidden
@@ -179,7 +179,7 @@ class RowEncoder:
 
     def describe(self) -> tuple[str, ...]:
         """Return what a person should know of the rows' texts."""
-        count = self._rows_with_spellings
+        count = self.rows_with_spellings
         return (f"{count:,} rows spell control tokens in their text; there they are plain text",) if count else ()
 
     def find_fault(self, row: TokenRow) -> str | None:

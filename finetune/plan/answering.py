@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune.plan.changes import read_accumulation, read_batch
 from finetune.plan.tracker import Peak
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
 

@@ -28,11 +28,11 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
     if rewards.length_tokens is not None and (not needs_length or rewards.length_tokens < 1):
         reason = "must be at least 1" if needs_length else "belongs to the rule length, which is not used; remove it"
         yield f"rewards.length_tokens: {reason}; found {rewards.length_tokens}"
+    if recipe.trainer.get("auto"):
+        yield f"trainer.auto: does not know the room that writing answers takes; set the sizes for {method.name} by hand"
     yield from _check_prompts(recipe)
 
 
 def _check_prompts(recipe: Recipe) -> Iterator[str]:
     if recipe.data.overflow in ("truncate", "split"):
         yield f"data.overflow: {recipe.data.overflow} would cut prompts before their end; use drop, or error"
-    if recipe.data.train_on != "assistant":
-        yield f"data.train_on: has no effect on {recipe.method}, which trains on the model's own answers; remove it"

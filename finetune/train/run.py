@@ -204,6 +204,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         substitute=data.substitute,
         deduplicate=data.deduplicate,
         notes=notes,
+        workers=data.workers,
         cache=find_cache() / "rows",
     )
 
@@ -306,7 +307,8 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         run=str(run),
         steps=steps,
         tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        train_loss=last("loss") or float("nan"),
+        # A run of fewer steps than trainer.logging_steps has only its mean.
+        train_loss=last("loss") or last("train_loss") or float("nan"),
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
         eval_reward=last("eval_reward"),

@@ -19,6 +19,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, shard_on_cpu
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS, Method
@@ -95,7 +96,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
-    options = dict(recipe.trainer)
+    options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
