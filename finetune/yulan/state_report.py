@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.errors import CheckpointError
 from finetune.yulan.optimizer_states import OptimizerStates, find_state_file, load_file, open_states
-from finetune.yulan.shards import describe_size
+from finetune.yulan.sizes import describe_size
 
 _PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 
