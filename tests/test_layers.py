@@ -17,7 +17,7 @@ LAYERS = [
     {"starts"},
     {"data"},
     {"train"},
-    {"check", "check_pretraining"},
+    {"check", "check_preference", "check_pretraining"},
     {"export", "evaluate", "plan"},
     {"demo"},
     {"cli", "command_line"},

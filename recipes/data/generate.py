@@ -1,4 +1,4 @@
-"""Make the bundled rows, `demo.jsonl` and `demo_eval.jsonl`: python recipes/data/generate.py
+"""Make the bundled rows, `demo.jsonl`, `demo_eval.jsonl` and `pairs.jsonl`: python recipes/data/generate.py
 
 The hand-written lines stand in this file; sums and conversions are computed. The same seed gives the same bytes, and a
 test compares them with what is shipped. Held-out rows ask for the same kinds of things, never the same thing.
@@ -263,6 +263,19 @@ def make_rows() -> tuple[list[list[Message]], list[list[Message]]]:
     return train, held_out
 
 
+def make_pairs() -> list[dict[str, str]]:
+    """Return pairs in which an answer is preferred to an evasion."""
+    questions = [row for row in make_rows()[0] if len(row) == 2]
+    return [
+        {
+            "prompt": question["content"],
+            "chosen": answer["content"],
+            "rejected": "我不知道。" if any(letter > "\u3000" for letter in question["content"]) else "I do not know.",
+        }
+        for question, answer in questions[:96]
+    ]
+
+
 def write_rows(path: Path, rows: list[list[Message]]) -> None:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -272,3 +285,5 @@ if __name__ == "__main__":
     training, evaluation = make_rows()
     write_rows(FOLDER / "demo.jsonl", training)
     write_rows(FOLDER / "demo_eval.jsonl", evaluation)
+    pairs = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in make_pairs())
+    (FOLDER / "pairs.jsonl").write_text(pairs, encoding="utf-8")

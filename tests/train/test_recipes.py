@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from finetune.check import load_recipe
+from finetune.errors import ExportError
+from finetune.evaluate.pairs import evaluate_pairs
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import list_recipes
+from finetune.resources import find_demo_data, list_recipes
+from finetune.train.methods import METHODS
 from finetune.train.origin import open_result
 from finetune.train.run import run_training
 
@@ -23,6 +26,13 @@ def test_shipped_recipes_train(tmp_path, name):
     if not torch.cuda.is_available() and str(recipe.trainer.get("optim", "")).startswith("paged"):
         recipe = load_recipe(list_recipes()[name], [*SMALL, f"output={tmp_path / 'run'}", "trainer.optim=adamw_torch"])
     run = Path(run_training(recipe).run)
+    if METHODS[recipe.method].head == "score":
+        scores = evaluate_pairs(str(run), [find_demo_data("pairs.jsonl")], 256)
+        assert 0 <= scores.accuracy <= 1
+        assert scores.pairs == 96
+        with pytest.raises(ExportError, match="is a reward model; an export is a Llama that speaks"):
+            export_result(open_result(run), tmp_path / "export", EXPORT)
+        return
     report = export_result(open_result(run), tmp_path / "export", EXPORT, LogitVerifier())
     assert report.verify.top1_agreement > 0.9
 
