@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
+from finetune.train.methods import METHODS
 
 _SHORTEST_ROW = 256
+_LONGEST_ANSWER = 512  # TRL's default
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,6 @@ def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | list) else str(value)
 
 
-def read_batch(recipe: Recipe) -> int:
-    """Return the rows that a device computes at once."""
-    return int(recipe.trainer.get("per_device_train_batch_size", 8))
-
-
-def read_accumulation(recipe: Recipe) -> int:
-    """Return the batches of one optimizer step."""
-    return int(recipe.trainer.get("gradient_accumulation_steps", 1))
-
-
 def list_changes(recipe: Recipe) -> Iterator[Change]:
     """Yield what would take less room than a recipe does, in the order to try it in."""
     batch, trainer, trains_all = read_batch(recipe), recipe.trainer, recipe.adapter.kind == "none"
@@ -44,7 +37,10 @@ def list_changes(recipe: Recipe) -> Iterator[Change]:
         yield Change({f"trainer.{key}": value for key, value in rows.items()}, "the same steps, a row at a time")
     if not trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
-    if not trainer.get("activation_offloading"):
+    if METHODS[recipe.method].is_online:
+        half = max(int(trainer.get("max_completion_length", _LONGEST_ANSWER)) // 2, _SHORTEST_ROW)
+        yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
+    elif not trainer.get("activation_offloading"):
         yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
     if "8bit" not in str(trainer.get("optim", "")):
         yield Change({"trainer.optim": "paged_adamw_8bit"}, "optimizer states in 8 bits, paged", keeps_training=False)

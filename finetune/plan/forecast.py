@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
-from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
+from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes
+from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.plan.hardware import (
@@ -24,6 +26,7 @@ from finetune.plan.hardware import (
 )
 from finetune.plan.memory import StepMemory, measure_step
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 
 _BAR = 30
@@ -102,18 +105,21 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     """
     check_engine(recipe, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
-    step = measure_step(recipe, target.is_gpu, has_bf16, target.engine, target.processes)
-    parts = {**step.peak.parts, **(_list_overheads(step, target.processes) if target.is_gpu else {})}
+    trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
+    step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
+    stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
+    tensor_bytes = sum(parts.values())
+    parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    work = count_work(recipe, read_sizes(recipe.model.checkpoint), read_batch(recipe), read_accumulation(recipe))
+    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe))
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
-        tensor_bytes=step.peak.bytes,
+        tensor_bytes=tensor_bytes,
         parts=parts,
-        peak_stage=step.peak.stage,
+        peak_stage=stage,
         fits=fits,
         memory_bytes=target.memory_bytes,
         device="gpu" if target.is_gpu else "cpu",
@@ -169,20 +175,31 @@ def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step,
     return plan, tuple(steps)
 
 
+def find_target(device: torch.device) -> Target:
+    """Return the device of this process as what a run has to fit; processes that share one must come to the same answer."""
+    engine, processes = find_engine(), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type != "cuda":
+        return Target(False, int(psutil.virtual_memory().available) // processes, None, engine, processes)
+    if processes > 1:
+        cards = range(torch.cuda.device_count())
+        memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    else:
+        free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+        memory = int(free) + CONTEXT_BYTES
+    return Target(True, memory, None, engine, processes)
+
+
 def check_fits(recipe: Recipe, device: torch.device) -> None:
     """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
 
     Raises:
         TrainingError: with what takes the room, and what would take less.
     """
-    free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    target = Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES, engine=find_engine(), processes=processes)
-    plan = make_plan(recipe, target)
+    plan = make_plan(recipe, find_target(device))
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
         raise TrainingError(
-            f"{_describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
+            f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
             + "\n  ".join(plan.suggestions)
             + "\nor run it all the same with --force"
         )
@@ -212,7 +229,7 @@ def describe_plan(plan: Plan) -> str:
     ]
     if plan.processes > 1:
         lines.append(f"each of {plan.processes} processes ({ENGINE_NAMES[plan.engine]})")
-    lines.append(_describe_verdict(plan))
+    lines.append(describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(
@@ -228,7 +245,8 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _describe_verdict(plan: Plan) -> str:
+def describe_verdict(plan: Plan) -> str:
+    """Say whether a plan fits, and by how much."""
     peak = f"{plan.peak_bytes / GIB:.2f} GiB"
     if plan.memory_bytes is None:
         return f"needs {peak} of {'GPU' if plan.device == 'gpu' else 'main'} memory"

@@ -8,11 +8,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.data.dataset import Splits
-from finetune.data.template import ChatTemplate
+from finetune.data.template import ChatTemplate, list_stop_tokens
 from finetune.folders import write_folder
 from finetune.recipe import Recipe
 from finetune.starts import fingerprint_checkpoint
 from finetune.train.adapter import save_adapter, subtract_start
+from finetune.train.answers import answer_rows, is_sharded
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.origin import Origin, SampleRow, Stage, write_origin
 from finetune.train.record import Start
@@ -21,6 +23,7 @@ from finetune.yulan.optimizer_states import OptimizerStates
 
 PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
+_ANSWERED_ROWS = 8
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
@@ -57,7 +60,10 @@ def write_result(
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
         setup.tokenizer.save_pretrained(folder)
-        write_origin(folder, _describe_origin(setup), _choose_sample_rows(setup.splits))
+        rows = _choose_sample_rows(setup.splits)
+        if METHODS[recipe.method].is_online:
+            rows = _answer_sample_rows(setup, model, trainer)
+        write_origin(folder, _describe_origin(setup), rows)
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 
@@ -80,6 +86,15 @@ def _describe_origin(setup: Setup) -> Origin:
         architecture=setup.recipe.model.architecture,
         earlier=stages,
     )
+
+
+def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
+    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
+    rows = setup.splits.train if setup.splits.evaluation is None else setup.splits.evaluation
+    rows = rows.select(range(min(_ANSWERED_ROWS, len(rows))))
+    if is_sharded(trainer):
+        return [SampleRow(ids, ids) for ids in rows["input_ids"]]
+    return answer_rows(model, setup.tokenizer, list_stop_tokens(setup.tokenizer, setup.template), rows)
 
 
 def _choose_sample_rows(splits: Splits) -> list[SampleRow]:

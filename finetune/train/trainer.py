@@ -20,9 +20,12 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, shard_on_cpu
+from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
+from finetune.train.online import PromptOrder
 from finetune.train.prepared import accept_prepared_rows, adapt_collator, choose_rows, make_kto_collator
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
@@ -58,9 +61,10 @@ def build_trainer(
     """
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
-    if method.shape != "sequence":
+    if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
+    judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
     try:
         trainer: Trainer = trainer_class(
@@ -72,6 +76,7 @@ def build_trainer(
                 if method.pretraining is None
                 else pack_splits(recipe, splits, tokenizer)
             ),
+            **({} if judge is None else {"reward_funcs": judge.make_functions()}),
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
@@ -88,6 +93,10 @@ def build_trainer(
     trainer.add_callback(MetricsWriter(Path(recipe.output)))
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
+    if judge is not None:
+        trainer.add_callback(CompletionWriter(Path(recipe.output), judge))
+        if config.shuffle_dataset:
+            trainer.add_callback(PromptOrder())
     return trainer
 
 
@@ -98,7 +107,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
-    options = dict(recipe.trainer)
+    options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
@@ -137,6 +146,8 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
 
 def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    if METHODS[recipe.method].is_online:
+        return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
     length = {"max_length": recipe.data.max_tokens if packs else None}
     if METHODS[recipe.method].shape != "sequence":
