@@ -256,7 +256,12 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     from finetune.evaluate.loss import evaluate_path
+    from finetune.evaluate.pairs import evaluate_pairs, hold_pairs
 
+    if hold_pairs(arguments.data):
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
+        return _print_result(arguments, asdict(found), text)
     scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
     text = (
         f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "

@@ -5,17 +5,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.dataset import Splits
 from finetune.data.template import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.recipe import ModelSection
 from finetune.starts import find_base_folder, find_checkpoint, fingerprint_checkpoint
-from finetune.train.origin import Result, SampleRow, find_earlier, read_json
+from finetune.train.origin import Result, find_earlier, read_json
 
 logger = logging.getLogger(__name__)
-
-# What an export is compared on. The real model needs minutes for so many on a processor.
-_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
@@ -114,17 +110,3 @@ def _read_peft_base(folder: Path) -> str:
             f"{folder / 'adapter_config.json'}: does not say which base the adapter belongs to; set its base_model_name_or_path"
         )
     return str(name)
-
-
-def choose_sample_rows(splits: Splits) -> list[SampleRow]:
-    """Return held-out rows, or rows of the training where there are none."""
-    rows = splits.train if splits.evaluation is None else splits.evaluation
-    chosen: list[SampleRow] = []
-    tokens = 0
-    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
-        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
-        tokens += len(sample.input_ids)
-        if chosen and tokens > _SAMPLE_TOKENS:
-            break
-        chosen.append(sample)
-    return chosen
