@@ -11,7 +11,7 @@ from finetune.data.gates import IGNORED_LABEL
 _DOCUMENTS_AT_ONCE = 1000
 
 
-class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows of `length` tokens each; positions start again at 0 with every document, and with every row.
 
     A document goes on in the next row where one is full. The first token of a run of positions is never trained: what
@@ -28,7 +28,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         if not 0 <= number < self._rows:
             raise IndexError(number)
         start = number * self._length
@@ -45,9 +45,9 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         is_trained[: len(tokens)] &= self._is_trained[start : start + self._length]
         is_trained[len(tokens) :] = False
         return {
-            "input_ids": torch.from_numpy(ids),
-            "position_ids": torch.from_numpy(positions),
-            "labels": torch.from_numpy(numpy.where(is_trained, ids, IGNORED_LABEL)),
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": numpy.where(is_trained, ids, IGNORED_LABEL),
         }
 
 

@@ -29,6 +29,11 @@ def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | list) else str(value)
 
 
+def is_packed(recipe: Recipe) -> bool:
+    """Tell whether a row of a batch may hold several documents, which then need a mask."""
+    return bool(recipe.trainer.get("packing")) or METHODS[recipe.method].pretraining is not None
+
+
 def list_changes(recipe: Recipe) -> Iterator[Change]:
     """Yield what would take less room than a recipe does, in the order to try it in."""
     batch, trainer, trains_all = read_batch(recipe), recipe.trainer, recipe.adapter.kind == "none"
@@ -37,12 +42,15 @@ def list_changes(recipe: Recipe) -> Iterator[Change]:
         yield Change({f"trainer.{key}": value for key, value in rows.items()}, "the same steps, a row at a time")
     if not trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
-    if METHODS[recipe.method].is_online:
+    method = METHODS[recipe.method]
+    if method.is_online:
         half = max(int(trainer.get("max_completion_length", _LONGEST_ANSWER)) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
-    elif not trainer.get("activation_offloading"):
+    elif not trainer.get("activation_offloading") and method.pretraining is None:
         yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
-    if "8bit" not in str(trainer.get("optim", "")):
+    if method.pretraining is not None:
+        yield from _list_moments(recipe)
+    elif "8bit" not in str(trainer.get("optim", "")):
         yield Change({"trainer.optim": "paged_adamw_8bit"}, "optimizer states in 8 bits, paged", keeps_training=False)
     if recipe.adapter.train_tokens:
         reason = "no copies of the tables and no gradient of the head, but chat tokens stay as they are"
@@ -52,9 +60,16 @@ def list_changes(recipe: Recipe) -> Iterator[Change]:
     if recipe.data.max_tokens > _SHORTEST_ROW:
         half = max(recipe.data.max_tokens // 2, _SHORTEST_ROW)
         yield Change({"data.max_tokens": half}, "shorter rows", keeps_training=False)
-    if trains_all:
+    if trains_all and method.pretraining is None:
         adapter = {"adapter.kind": "lora", "model.quantize": "nf4", "model.dtype": "auto"}
         yield Change(adapter, "trains an adapter of a 4-bit base instead of all weights", keeps_training=False)
+
+
+def _list_moments(recipe: Recipe) -> Iterator[Change]:
+    if recipe.optimizer.moments == "float32":
+        reason = "float32 copies and moments in main memory; every step waits for them"
+        yield Change({"optimizer.moments": "cpu"}, reason)
+        yield Change({"optimizer.moments": "8bit"}, "moments in 8 bits", keeps_training=False)
 
 
 def apply_change(recipe: Recipe, change: Change) -> Recipe:

@@ -22,6 +22,7 @@ from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.errors import CheckpointError
+from finetune.plan.changes import is_packed
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
@@ -42,7 +43,11 @@ def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
         CheckpointError: it cannot be found or read.
     """
     if section.architecture == "native":
-        return extend_context(load_native_config(find_checkpoint(section.checkpoint)), section)
+        start = find_alias(section.checkpoint)
+        is_published = start is not None and start.alias != "nano"
+        # The class's own defaults are the published sizes, so that a plan needs no network.
+        config = YuLanMiniConfig() if is_published else load_native_config(find_checkpoint(section.checkpoint))
+        return extend_context(config, section)
     return extend_context(LlamaConfig(**read_sizes(section.checkpoint)), section)
 
 
@@ -143,7 +148,7 @@ def _download_config(name: str) -> Path:
 
 def make_full_rows(recipe: Recipe) -> Splits:
     """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
-    packs = bool(recipe.trainer.get("packing"))
+    packs = is_packed(recipe)
     length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
     batch = read_batch(recipe)
     count = _STEPS * batch * (2 if packs else 1)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 
+from finetune.plan.changes import is_packed
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
     GPU_SUBSTITUTES,
@@ -25,12 +26,14 @@ from finetune.plan.kernels import (
     build_masks_as_in_run,
 )
 from finetune.plan.sharing import Sharing
-from finetune.plan.stages import LOSS, WORKSPACE, follow_training, list_weights, make_optimizer_states
+from finetune.plan.stages import LOSS, OPTIMIZER, WORKSPACE, follow_training, list_weights, make_optimizer_states
 from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import Engine
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_precision
+from finetune.train.options import read_trainer_options
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
@@ -71,7 +74,7 @@ def measure_step(
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
-    precision = choose_planned_precision(recipe, is_gpu, has_bf16)
+    precision = choose_planned_precision(recipe, is_gpu, has_bf16, engine)
     config = find_model_config(recipe.model)
     quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -112,7 +115,10 @@ def _build_dry_trainer(
     """Return the recipe's own trainer over full rows."""
     # States that a run goes on from have the sizes of fresh ones.
     optimizer = replace(recipe.optimizer, states="fresh")
-    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
+    method = METHODS[recipe.method]
+    known = read_trainer_options(method.config_module, method.config_class)
+    options = {name: value for name, value in _DRY_OPTIONS.items() if name in known}
+    dry = replace(recipe, trainer={**recipe.trainer, **options}, optimizer=optimizer, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
@@ -132,12 +138,18 @@ def _build_dry_trainer(
 
 def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
-    is_one_row = read_batch(recipe) == 1 and not recipe.trainer.get("packing")
+    is_one_row = read_batch(recipe) == 1 and not is_packed(recipe)
     truths = answer_truths(is_one_row)
     share = sharing.count_share if sharing.processes > 1 else None
+    if is_gpu and recipe.optimizer.moments == "cpu":
+        share = _leave_out_optimizer
     if is_gpu:
         return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}, share)
     return MemoryTracker({}, truths, share)
+
+
+def _leave_out_optimizer(tensor: torch.Tensor, part: str) -> int:
+    return 0 if part == OPTIMIZER else tensor.untyped_storage().nbytes()
 
 
 def _collate_without_content(collate: Any) -> Any:
@@ -154,7 +166,7 @@ def _collate_without_content(collate: Any) -> Any:
     return collate_shapes
 
 
-def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool) -> Precision:
+def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one") -> Precision:
     """Return the precision that a run would choose on the machine that is planned for, not on this one.
 
     float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
@@ -162,7 +174,10 @@ def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool) -> Pr
     trains_all, dtype = recipe.adapter.kind == "none", recipe.model.dtype
     cpu = torch.device("cpu")
     if not is_gpu:
-        return choose_precision(dtype, cpu, trains_all)
+        return choose_precision(dtype, cpu, trains_all, keeps_masters=METHODS[recipe.method].pretraining is not None)
+    pretrains = METHODS[recipe.method].pretraining is not None
+    if trains_all and pretrains and engine == "one" and has_bf16 and dtype in ("auto", "bfloat16"):
+        return Precision(torch.bfloat16, "no")
     if trains_all and (dtype in ("auto", "float16") or not has_bf16):
         return Precision(torch.float32, "bf16")
     return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)

@@ -32,7 +32,7 @@ def follow_training(trainer: Trainer, tracker: MemoryTracker, prepare: Callable[
                 prepare(trainer)
         for part, tensor in list_weights(trainer.model):
             tracker.adopt(tensor, part)
-        for tensor in list_states(optimizer):
+        for tensor in (*list_states(optimizer), *_list_copies(trainer.model, optimizer)):
             tracker.adopt(tensor, OPTIMIZER)
         for parameter in trainer.model.parameters():
             if parameter.grad is not None:
@@ -66,12 +66,16 @@ class _Beginning(TrainerCallback):
 def make_optimizer_states(trainer: Trainer, keep_gradients: bool) -> None:
     """Take an optimizer step on gradients without content, so that the next step finds what a run's later steps find."""
     optimizer = trainer.optimizer.optimizer  # accelerate's wrapper would skip a step that it did not prepare
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # Where an optimizer steps float32 copies, gradients are float32 too.
+            dtype = parameter.dtype if id(parameter) in stepped else torch.float32
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype)
     optimizer.step()
     if not keep_gradients:
-        optimizer.zero_grad()
+        for parameter in trainer.model.parameters():
+            parameter.grad = None
 
 
 def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,6 +102,12 @@ def list_states(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
             pages = is_paged and name in ("state1", "state2") and value.numel() >= _FEWEST_PAGED
             if isinstance(value, torch.Tensor) and not pages:
                 yield value
+
+
+def _list_copies(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield what an optimizer steps that is not the model's own: float32 copies of weights that are held in less."""
+    own = {id(parameter) for parameter in model.parameters()}
+    yield from (p for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
 
 
 def _name_type(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from finetune.data.dataset import Splits
 from finetune.data.packing import PackedRows
+from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.starts import find_states_folder
 from finetune.train.methods import METHODS
@@ -51,9 +52,15 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
     """Give a trainer its optimizer, its schedule, its number of steps, and the states that it goes on from.
 
     Raises:
-        RecipeError: the schedule is over before the run begins.
+        RecipeError: rows are longer than the model's positions, or the schedule is over before the run begins.
         CheckpointError: the states are not those of this model.
     """
+    positions = trainer.model.config.max_position_embeddings
+    if recipe.data.max_tokens > positions:
+        problem = f"data.max_tokens: {recipe.data.max_tokens:,} exceeds the {positions:,} positions of the checkpoint"
+        raise RecipeError(
+            "recipe", [f"{problem}; lower it, or extend the context by model.max_positions and rope_theta"]
+        )
     config = trainer.args
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     tokens_per_step = rows_per_step * recipe.data.max_tokens

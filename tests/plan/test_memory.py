@@ -29,6 +29,8 @@ CASES = {
     "full-bf16": ("sft_full", SHORT, ADAMW, "trainer.gradient_accumulation_steps=2"),
     "int8": (*LORA, "model.quantize=int8", "trainer.gradient_accumulation_steps=1"),
     "packed": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.packing=true"),
+    "pretrain": ("anneal_nano", "trainer.gradient_accumulation_steps=2", "model.dtype=bfloat16"),
+    "pretrain-8bit": ("anneal_nano", "optimizer.moments=8bit", "model.dtype=bfloat16", "data.max_tokens=256"),
 }
 
 
@@ -47,6 +49,14 @@ def test_prediction_matches_a_real_run(make_recipe, larger_start, case, size):
     for part in {*predicted.peak.parts, *measured.peak.parts} - {"workspace"}:
         expected = pytest.approx(measured.peak.parts.get(part, 0), rel=0.01, abs=measured.peak.bytes / 1000)
         assert predicted.peak.parts.get(part, 0) == expected, part
+
+
+@pytest.mark.parametrize(("moments", "bytes_each"), [("float32", 12), ("cpu", 0), ("8bit", 6)])
+def test_copies_and_moments_of_pretraining_match_a_formula(make_recipe, moments, bytes_each):
+    """Float32 copies take 4 bytes a weight, moments 8, or 2 where they are in 8 bits; on the processor they take none."""
+    plan = measure_step(make_recipe("anneal_nano", f"optimizer.moments={moments}"), is_gpu=True)
+    found = plan.peak.parts.get(OPTIMIZER, 0)
+    assert found == pytest.approx(bytes_each * plan.trainable, rel=0.03)
 
 
 def test_parts_tell_kept_from_recomputed(make_recipe):

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from finetune.check import load_recipe
+from finetune.errors import FinetuneError, RecipeError
+from finetune.export.merge import ExportSettings, export_result
+from finetune.export.verify import LogitVerifier
 from finetune.resources import find_demo_data
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 from finetune.yulan.optimizer_states import open_states, read_state
 
@@ -58,17 +61,84 @@ def read_metrics(run, key):
     return [line[key] for line in lines if key in line]
 
 
-def test_a_run_can_be_published_and_continued_as_if_it_had_not_ended(train, tmp_path):
-    data = ["trainer.train_sampling_strategy=sequential", "schedule.warmup=0"]
-    whole = train("whole", *data)
-    first = train("first", *data, "schedule.length=2", "optimizer.save_states=true")
-    lines = (tmp_path / "text.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = read_metrics(whole, "loss")
-    assert read_metrics(first, "loss") == losses[:2]
-    states = open_states(first / "model")
-    assert states.step == 2
-    assert [(group.lr, group.weight_decay) for group in states.groups] == [(1e-2, 0.1), (1e-2, 0.1), (1e-2, 0.0)]
-    weights = load_file(first / "model" / "model.safetensors")
-    for name, shape in states.shapes.items():
-        assert torch.equal(read_state(states, name, torch.Size(shape)).weight, weights[name].reshape(shape))
-    assert lines
+@pytest.fixture
+def tokens(tmp_path, nano):
+    """A file of rows of 32 tokens, of which each fills a packed row; the first half and the second half stand alone too."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(110, 1500, (8, 32), generator=generator).tolist()
+    for name, part in (("all", rows), ("first", rows[:4]), ("second", rows[4:])):
+        lines = [json.dumps({"input_ids": row}) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_goes_on_from_another_is_one_run(train, tokens, dtype):
+    common = ["trainer.train_sampling_strategy=sequential", "schedule.warmup=0", f"model.dtype={dtype}"]
+    common += ["optimizer.save_states=true", "optimizer.learning_rate=1e-3"]
+    whole = train("whole", *common, f"data.train={tokens / 'all.jsonl'}", "data.eval=[]")
+    first = train("first", *common, f"data.train={tokens / 'first.jsonl'}", "schedule.length=2", "data.eval=[]")
+    assert read_metrics(first, "loss") == read_metrics(whole, "loss")[:2]
+    goes_on = [*common[:-1], "optimizer.learning_rate=null", "optimizer.states=published", "schedule.length=2"]
+    second = train(
+        "second",
+        *goes_on,
+        f"model.checkpoint={first / 'model'}",
+        f"data.train={tokens / 'second.jsonl'}",
+        "data.eval=[]",
+    )
+    assert read_metrics(second, "loss") == read_metrics(whole, "loss")[2:]
+    one, other = open_states(whole / "model"), open_states(second / "model")
+    assert one.step == other.step == 4
+    assert [(group.lr, group.weight_decay) for group in other.groups] == [(1e-3, 0.1), (1e-3, 0.1), (1e-3, 0.0)]
+    for name, shape in one.shapes.items():
+        states = [read_state(opened, name, torch.Size(shape)) for opened in (one, other)]
+        assert torch.equal(states[0].weight, states[1].weight)
+        assert torch.equal(states[0].exp_avg_sq, states[1].exp_avg_sq)
+
+
+def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tmp_path):
+    run = train("run", "model.max_positions=4096", "model.rope_theta=490000", "optimizer.learning_rate=1e-3")
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_theta"]) == (4096, 490000.0)
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
+    assert report.verify.max_abs <= 1e-4
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["rope_theta"] == 490000.0
+
+
+def test_what_does_not_go_together_is_told_at_once(make_recipe, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(
+            "run",
+            "data.overflow=split",
+            "optimizer.states=published",
+            "optimizer.learning_rate=1e-3",
+            "schedule.decay_end=3",
+            "schedule.count=states",
+            "schedule.unit=tokens",
+            "trainer.max_steps=3",
+            "trainer.lr_scheduler_type=cosine",
+        )
+    keys = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert set(keys) == {
+        "data.overflow",
+        "optimizer.learning_rate",
+        "schedule.decay_end",
+        "schedule.count",
+        "trainer.max_steps",
+        "trainer.lr_scheduler_type",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.max_tokens=4096"], "exceeds the 2,048 positions"),
+        (["optimizer.states=published"], "holds no optimizer states"),
+        (["schedule.decay=linear", "schedule.decay_end=1"], "is over when this run begins"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(make_recipe, tmp_path, overrides, message):
+    with pytest.raises(FinetuneError, match=message):
+        run_training(make_recipe("run", *overrides))
+    assert not (tmp_path / "run").exists()
