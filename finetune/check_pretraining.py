@@ -19,8 +19,9 @@ def check_pretraining(recipe: Recipe) -> Iterator[str]:
         yield from _check_unused(recipe)
         return
     yield from _check_rows(recipe)
-    yield from _check_optimizer(recipe, resolve_pretraining(recipe, Path()).optimizer.states)
-    yield from _check_schedule(recipe.schedule, resolve_pretraining(recipe, Path()).optimizer.states)
+    resolved = resolve_pretraining(recipe, Path())
+    yield from _check_optimizer(recipe, resolved.optimizer.states)
+    yield from _check_schedule(resolved.schedule, resolved.optimizer.states)
 
 
 def _check_unused(recipe: Recipe) -> Iterator[str]:

@@ -29,8 +29,6 @@ CASES = {
     "full-bf16": ("sft_full", SHORT, ADAMW, "trainer.gradient_accumulation_steps=2"),
     "int8": (*LORA, "model.quantize=int8", "trainer.gradient_accumulation_steps=1"),
     "packed": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.packing=true"),
-    "pretrain": ("anneal_nano", "trainer.gradient_accumulation_steps=2", "model.dtype=bfloat16"),
-    "pretrain-8bit": ("anneal_nano", "optimizer.moments=8bit", "model.dtype=bfloat16", "data.max_tokens=256"),
 }
 
 
