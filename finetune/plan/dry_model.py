@@ -21,11 +21,13 @@ from transformers.quantizers import AutoHfQuantizer
 from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
+from finetune.data.settings import RowShape
 from finetune.errors import CheckpointError
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
 from finetune.train.batches import read_batch
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, extend_context, make_quantization
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.folding import describe_llama_config
@@ -145,12 +147,21 @@ def make_full_rows(recipe: Recipe) -> Splits:
     """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
     packs = bool(recipe.trainer.get("packing"))
     length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
-    batch = read_batch(recipe)
-    count = _STEPS * batch * (2 if packs else 1)
-    row = list(range(1, length + 1))
-    rows = Dataset.from_dict({"input_ids": [row] * count, "labels": [row] * count})
+    count = _STEPS * read_batch(recipe) * (2 if packs else 1)
+    columns = _fill_columns(METHODS[recipe.method].shape, length)
+    rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
     report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
     return Splits(rows, None, DataReport(report, None, {}, "", "", ""))
+
+
+def _fill_columns(shape: RowShape, length: int) -> dict[str, Any]:
+    """Return one full row of a method's shape; a prompt is a single token, so that all others are trained."""
+    row = list(range(1, length + 1))
+    if shape == "sequence":
+        return {"input_ids": row, "labels": row}
+    answers = ("chosen_ids", "rejected_ids") if shape == "pair" else ("completion_ids",)
+    label = {"label": True} if shape == "labelled" else {}
+    return {"prompt_ids": row[:1], **dict.fromkeys(answers, row[1:]), **label}
 
 
 def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:
