@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check_preference import check_preference, settle_trainer
 from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
-from finetune.data.rows import FORMATS, describe_wrong_kind
+from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
@@ -18,6 +19,7 @@ from finetune.train.adoption import adopt_earlier_run
 from finetune.train.batches import KIT_OPTIONS, list_batch_problems
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
+from finetune.train.reward_checks import check_rewards
 
 _SHORTEST_ROW = 8
 
@@ -30,20 +32,25 @@ def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem that was found, not only the first.
     """
-    draft = adopt_earlier_run(read_recipe(_find_recipe(source), overrides))
-    problems = [*draft.problems, *_list_problems(draft)]
-    if problems:
+    draft = adopt_earlier_run(read_recipe(find_recipe(source), overrides))
+    if problems := list_problems(draft):
         raise RecipeError(str(source), problems)
-    return _resolve_paths(draft)
+    return resolve_recipe(draft)
 
 
-def _find_recipe(source: Path) -> Path:
+def list_problems(draft: Draft) -> list[str]:
+    """Return everything that is wrong with a recipe."""
+    return [*draft.problems, *_check_recipe(draft)]
+
+
+def find_recipe(source: Path) -> Path:
+    """Return the file of a recipe: itself, or a shipped one of that name."""
     shipped = list_recipes()
     is_name = source.as_posix() in (source.stem, f"recipes/{source.stem}.yaml")
     return shipped[source.stem] if not source.is_file() and is_name and source.stem in shipped else source
 
 
-def _list_problems(draft: Draft) -> Iterator[str]:
+def _check_recipe(draft: Draft) -> Iterator[str]:
     recipe = draft.recipe
     # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
     yield from _check_method(recipe)
@@ -51,6 +58,10 @@ def _list_problems(draft: Draft) -> Iterator[str]:
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
     yield from check_pretraining(recipe)
+    if recipe.method in METHODS:
+        yield from check_rewards(recipe, METHODS[recipe.method])
+    if recipe.answers < 0:
+        yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -61,6 +72,7 @@ def _check_method(recipe: Recipe) -> Iterator[str]:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
         return
     yield from _check_trainer(recipe.trainer, method)
+    yield from check_preference(recipe, method)
 
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
@@ -112,12 +124,10 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         for number, source in enumerate(sources, 1):
             if isinstance(source, SourceSection):
                 yield from _check_source(source, f"data.{key}[{number}]", folder)
-            elif _find_file(source, folder) is None:
+            elif find_file(source, folder) is None:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
-    if recipe.method in METHODS:
-        yield from _check_shape(recipe, METHODS[recipe.method])
     yield from _check_template(data.template, folder)
     if data.eval and data.held_out:
         yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
@@ -125,18 +135,8 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
-
-
-def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:
-    data = recipe.data
-    if data.format in FORMATS and (fault := describe_wrong_kind(FORMATS[data.format], method.shape)):
-        yield f"data.format: {fault}"
-    if method.shape == "sequence":
-        return
-    if data.train_on != "assistant":
-        yield f"data.train_on: {method.name} learns from whole answers, so there is nothing to choose; remove this key"
-    if data.overflow == "split":
-        yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
+    if data.workers < 1:
+        yield f"data.workers: must be at least 1; found {data.workers}"
 
 
 def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
             yield from _check_source(source, key, folder)
             if source.weight is not None or source.rows is not None:
                 yield f"{key}: takes no weight and no number of rows; data.mixture decides how much of it is taken"
-        elif _find_file(source, folder) is None:
+        elif find_file(source, folder) is None:
             yield f"{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.mixture is None:
         yield "data.mixture: is missing; data.sources needs a published mixture, such as phase25 (`finetune mixtures` lists them)"
@@ -165,7 +165,7 @@ def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
 def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
     if bool(source.path) == bool(source.hub):
         yield f"{name}: needs one of path (files) and hub (a data set's owner/name)"
-    elif source.path and _find_file(source.path, folder) is None:
+    elif source.path and find_file(source.path, folder) is None:
         yield f"{name}.path: {source.path} does not exist{_suggest_file(source.path, folder)}"
     elif source.hub and not is_hub_id(source.hub):
         yield f"{name}.hub: must read owner/name; found {source.hub!r}"
@@ -184,7 +184,7 @@ def _check_template(template: str, folder: Path) -> Iterator[str]:
     if template == "auto" or template in list_templates():
         return
     if template.endswith((".jinja", ".j2")) or "/" in template:
-        if _find_file(template, folder) is None:
+        if find_file(template, folder) is None:
             yield f"data.template: {template} does not exist{_suggest_file(template, folder)}"
         return
     yield f"data.template: {template!r} is {describe_unknown_name(template, ['auto', *list_templates()])}"
@@ -227,7 +227,7 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
         yield "adapter.dora: cannot be combined with init: pissa; choose one"
 
 
-def _find_file(name: str, folder: Path) -> Path | None:
+def find_file(name: str, folder: Path) -> Path | None:
     """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
     path = Path(name).expanduser()
     candidates = [path] if path.is_absolute() else [folder / path, path]
@@ -255,11 +255,12 @@ def _suggest_file(name: str, folder: Path) -> str:
 
 def _resolve_source(source: str | SourceSection, folder: Path) -> str | SourceSection:
     if isinstance(source, str):
-        return str(_find_file(source, folder))
-    return replace(source, path=str(_find_file(source.path, folder))) if source.path else source
+        return str(find_file(source, folder))
+    return replace(source, path=str(find_file(source.path, folder))) if source.path else source
 
 
-def _resolve_paths(draft: Draft) -> Recipe:
+def resolve_recipe(draft: Draft) -> Recipe:
+    """Return a recipe without problems, with absolute paths and the method's defaults."""
     recipe, folder = draft.recipe, draft.source.parent
     data = replace(
         recipe.data,
@@ -268,12 +269,11 @@ def _resolve_paths(draft: Draft) -> Recipe:
         sources={name: _resolve_source(source, folder) for name, source in recipe.data.sources.items()},
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
-        data = replace(data, template=str(_find_file(recipe.data.template, folder)))
+        data = replace(data, template=str(find_file(recipe.data.template, folder)))
     model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
-    method = METHODS[recipe.method]
-    trainer = {**method.defaults, **recipe.trainer}
-    resolved = replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    settled = settle_trainer(recipe, METHODS[recipe.method])
+    resolved = replace(settled, model=model, data=data, output=str(output.resolve()))
     return resolve_pretraining(resolved, folder)

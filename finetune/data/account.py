@@ -49,9 +49,10 @@ class DataReport:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        parts = [
-            f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"
-        ]
+        account = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        if not self.train.trained_tokens:
+            account = f"prompts of {self.train.tokens:,} tokens"
+        parts = [f"{self.train.rows:,} for training ({account})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -76,6 +77,7 @@ class Account:
         self.tokens: list[int] = []
         self.trained: list[int] = []
         self.cut: list[int] = []
+        self.liked: list[bool] = []
 
     def keep(self, encoded: Sequence[TokenRow]) -> list[TokenRow]:
         """Return what is kept of a batch, cut or split where the policy says so."""
@@ -90,7 +92,7 @@ class Account:
             self._worst = max(self._worst, (row.full_length, row.source.origin))
             if overflow == "split" and row.source.kind == "text":
                 kept += split_text_row(row, limit)
-            elif overflow == "truncate" and (cut := cut_row(row, limit)).spans:
+            elif overflow == "truncate" and row.spans and (cut := cut_row(row, limit)).spans:
                 # A row whose answer starts beyond the limit would train nothing.
                 kept.append(cut)
         for row in kept:
@@ -107,7 +109,9 @@ class Account:
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
         self.trained.append(row.trained_tokens)
-        loses_end = row.rejected is not None or row.spans[-1][1] == len(row.token_ids)
+        if row.label is not None:
+            self.liked.append(row.label)
+        loses_end = row.rejected is not None or (bool(row.spans) and row.spans[-1][1] == len(row.token_ids))
         self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
     def check(self) -> None:
@@ -123,6 +127,26 @@ class Account:
                 f"longest has {self._worst[0]:,} tokens: {self._worst[1]}); raise data.max_tokens, or say what to do with "
                 "them: data.overflow: drop or truncate"
             )
+
+        if self.liked and len(set(self.liked)) == 1:
+            word, other = ("true", "false") if self.liked[0] else ("false", "true")
+            raise DataError(
+                f"all {len(self.liked):,} answers are labelled {word}; this method learns from answers that are liked and from "
+                f"others that are not, so add rows with label: {other}"
+            )
+
+    def describe_labels(self) -> tuple[str, ...]:
+        """Return how many answers are liked, and what evens them out.
+
+        Source: KTO (arXiv 2402.01306), equation 8: the weighted sides should be 1:1 to 4:3.
+        """
+        liked, others = sum(self.liked), len(self.liked) - sum(self.liked)
+        if not self.liked or 1 <= liked / others <= 4 / 3:
+            return ()
+        return (
+            f"{liked:,} answers are liked and {others:,} are not; trainer.undesirable_weight: {liked / others:.3g} gives both "
+            "sides the same weight",
+        )
 
     def split(self, held: set[int], read: int) -> tuple[dict[str, Any], dict[str, SplitReport]]:
         """Return the places of the rows of each split among those kept, and their reports; `read` counts all rows."""

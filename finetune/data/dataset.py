@@ -19,11 +19,13 @@ from finetune.data.settings import DataSettings
 from finetune.data.sources import hash_source
 from finetune.data.template import ChatTemplate, list_stop_tokens
 from finetune.data.tokens import RowEncoder, TokenRow, make_record_batch
+from finetune.data.workers import encode_rows
 from finetune.errors import DataError
 from finetune.folders import write_folder
 
 # Raised whenever the same files and settings would give other tokens than before.
 _CACHE_VERSION = 3
+_NO_CONTENT = ("cache", "workers")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Splits:
     """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`.
 
     Pairs also have `prompt_ids`, `chosen_ids`, `rejected_ids`, labelled answers `prompt_ids`, `completion_ids`, `label`.
+    Prompts also have `prompt` (messages) and `answer` (the reference, or None).
     """
 
     train: Dataset
@@ -87,7 +90,7 @@ def _open_cached(folder: Path) -> Splits:
 
 def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int) -> str:
     digest = hashlib.sha256(f"{_CACHE_VERSION} {seed} {template.spans} {template.name}".encode())
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name != "cache"}
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name not in _NO_CONTENT}
     digest.update(repr(sorted(values.items(), key=lambda pair: pair[0])).encode())
     digest.update(template.source.encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -107,7 +110,9 @@ def _prepare(
     reader = RowReader(settings, seed)
     encoder = RowEncoder(tokenizer, template, settings.train_on, settings.shape)
     account = Account(settings, encoder)
-    rows = _write_rows((account.keep(encoded) for encoded in encoder.encode(reader.read())), file)
+    rows = _write_rows(
+        (account.keep(encoded) for encoded in encode_rows(encoder, reader.read(), settings.workers)), file
+    )
     account.check()
     held = choose_held_out(settings, reader, seed)
     chosen, reports = account.split(held, reader.count)
@@ -116,7 +121,7 @@ def _prepare(
         raise DataError(f"no row is left for training: all {reader.count - len(held):,} {limit}")
     if held and not len(chosen["evaluation"]):
         raise DataError(f"no held-out row is left: all {len(held):,} {limit}")
-    if reports["train"].answers_cut == reports["train"].rows:
+    if 0 < reports["train"].rows == reports["train"].answers_cut:
         raise DataError(
             f"every answer loses its end and its stop token: all {reports['train'].rows:,} rows are cut at data.max_tokens: "
             f"{settings.max_tokens}, so the model would never learn to stop; raise data.max_tokens"
@@ -135,6 +140,7 @@ def _prepare(
             *describe_losses(reports["train"], reports["evaluation"], settings),
             *reader.describe(),
             *encoder.describe(),
+            *account.describe_labels(),
         ),
         left_out=dict(reader.left_out),
     )

@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
 from finetune.train.engine import find_engine
+from finetune.train.methods import Head
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.modeling import load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
+# Heads stay as they are where the layers are quantized.
+_HEADS = ("lm_head", "score")
 
 
 @dataclass(frozen=True)
@@ -77,21 +86,26 @@ def _name_autocast(dtype: str) -> AutocastDtype:
     return names[dtype]
 
 
-def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """Load a base in the recipe's architecture and quantization, whole, on one device.
+def load_base(
+    folder: Path, section: ModelSection, precision: Precision, device: torch.device, head: Head = "language"
+) -> PreTrainedModel:
+    """Load a base in the recipe's architecture and quantization, whole, on one device; a head for scores is a new one.
 
     Raises:
         MachineError: the quantization or the attention kernel cannot run here.
     """
     if section.quantize != "none":
         check_quantization(section.quantize, device)
-    load: Callable[..., PreTrainedModel] = (
-        load_native if section.architecture == "native" else LlamaForCausalLM.from_pretrained
-    )
+    load: Callable[..., PreTrainedModel] = LlamaForCausalLM.from_pretrained
+    config = load_config(folder, section)
+    if section.architecture == "native":
+        load = load_native
+    elif head == "score":
+        load, config.num_labels = LlamaForSequenceClassification.from_pretrained, 1
     try:
         model = load(
             folder,
-            config=load_config(folder, section),
+            config=config,
             dtype=precision.weights,
             quantization_config=make_quantization(
                 section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
@@ -147,9 +161,10 @@ def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: boo
     if quantize == "none":
         return None
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_HEADS))
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(_HEADS),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,

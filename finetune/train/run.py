@@ -17,36 +17,39 @@ from finetune.data.dataset import Splits, load_splits
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
-from finetune.folders import translate_os_errors, write_folder
+from finetune.folders import translate_os_errors
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_cache, fingerprint_checkpoint
-from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter
+from finetune.train.answers import AnswerSheet, is_sharded
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
-from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
+from finetune.train.online import bind_template, set_stop_tokens
+from finetune.train.origin import write_json
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Start, find_start
-from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.record import find_start
+from finetune.train.reference import describe_reference
+from finetune.train.result import PISSA_START, Setup, write_result
+from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
+from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
-from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
-from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
 _ANY_LENGTH = 2**31 - 1
-_PISSA_START = "pissa-start"
-# What an export is compared on. The real model needs minutes for so many on a processor.
-_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen."""
+    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen.
+
+    The rewards are those of methods whose answers are judged: the weighted sum, on the newest batch and on held-out prompts.
+    """
 
     run: str
     steps: int
@@ -54,19 +57,8 @@ class RunSummary:
     train_loss: float
     eval_loss: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Everything that is fixed before the trainer is built."""
-
-    recipe: Recipe
-    precision: Precision
-    begin: Start
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    splits: Splits
-    states: OptimizerStates | None
+    train_reward: float | None = None
+    eval_reward: float | None = None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -88,25 +80,35 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
+        sheet = _open_answers(start)
+        tokenizer = start.tokenizer
+        if METHODS[recipe.method].is_online:
+            tokenizer = bind_template(tokenizer, start.template)
+            set_stop_tokens(model, list_stop_tokens(tokenizer, start.template))
+        trainer = build_trainer(recipe, model, tokenizer, start.splits, precision, start.states)
         _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
-        set_seed(recipe.seed)
+            if sheet is not None and checkpoint is None:
+                sheet.write_before(model)
+        # Processes that write answers must not all write the same ones.
+        set_seed(recipe.seed + (config.process_index if METHODS[recipe.method].is_online else 0))
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        _write_result(run, start, model, trainer, weights)
+        if sheet is not None and not is_sharded(trainer):
+            sheet.write_after(model)
+        write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
     trainer.accelerator.wait_for_everyone()
     return summary
 
 
-def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
+def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> Setup:
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
         begin = find_start(recipe.model)
@@ -115,23 +117,44 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer.chat_template = template.source
         states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
-    for note in (*template.notes, *splits.report.notes):
+    reference = describe_reference(recipe, splits.report.train.rows)
+    for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
-    return _Start(recipe, precision, begin, tokenizer, template, splits, states)
+    return Setup(recipe, precision, begin, tokenizer, template, splits, states)
 
 
-def _check_rows(trainer: Trainer, start: _Start) -> None:
+def _open_answers(start: Setup) -> AnswerSheet | None:
+    if not start.recipe.answers or METHODS[start.recipe.method].head == "score":
+        return None
+    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
+    return AnswerSheet(Path(start.recipe.output), start.tokenizer, start.template, rows, start.recipe.answers)
+
+
+def _check_rows(trainer: Trainer, start: Setup) -> None:
     """Look at the first batch, and have the longest held-out rows tried before step 1."""
     report = start.splits.report
-    if METHODS[start.recipe.method].pretraining is not None:
+    method = METHODS[start.recipe.method]
+    if method.pretraining is not None:
         check_packed_batch(trainer)
-    else:
+    elif not method.is_online:  # which trains on answers that are not there yet
         # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
         may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
         check_first_batch(trainer, start.tokenizer, stop_tokens)
     if start.splits.evaluation is not None:
         trainer.add_callback(EvaluationCheck(trainer))
+
+
+def check_finished_run(recipe: Recipe) -> None:
+    """Make sure that the run in a recipe's output is of this recipe, these rows and this base.
+
+    Raises:
+        TrainingError: something of it has changed since.
+    """
+    run = Path(recipe.output)
+    check_same_recipe(run / "recipe.yaml", dump_recipe(recipe), "run")
+    _, splits = prepare_rows(recipe)
+    check_same_inputs(run, splits.report.fingerprint, find_start(recipe.model).base)
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -152,6 +175,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     return DataSettings(
         train=train,
         shape=METHODS[recipe.method].shape,
+        needs_answer=find_reference_rule(recipe.rewards.rules),
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
@@ -164,13 +188,15 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         substitute=data.substitute,
         deduplicate=data.deduplicate,
         notes=notes,
+        workers=data.workers,
         cache=find_cache() / "rows",
     )
 
 
-def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
+def _build_model(start: Setup, device: torch.device) -> PreTrainedModel | PeftModel:
     recipe = start.recipe
-    base = load_base(start.begin.base, recipe.model, start.precision, device)
+    set_seed(recipe.seed)  # a head for scores begins at random
+    base = load_base(start.begin.base, recipe.model, start.precision, device, METHODS[recipe.method].head)
     control_tokens = list_template_tokens(start.tokenizer, start.template)
     untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
     if untrained and recipe.adapter.kind != "none":
@@ -198,7 +224,7 @@ def _leave_nothing_before_step_one(run: Path, checkpoint: str | None) -> Iterato
         raise
 
 
-def _describe_work(trainer: Trainer, start: _Start) -> None:
+def _describe_work(trainer: Trainer, start: Setup) -> None:
     config, report = trainer.args, start.splits.report
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -216,7 +242,7 @@ def _describe_work(trainer: Trainer, start: _Start) -> None:
 
 def _write_run_files(
     run: Path,
-    start: _Start,
+    start: Setup,
     model: PreTrainedModel | PeftModel,
     *,
     status: str,
@@ -228,7 +254,7 @@ def _write_run_files(
         if summary is None and not resumed:
             (run / "recipe.yaml").write_text(dump_recipe(start.recipe), encoding="utf-8")
             if start.recipe.adapter.init == "pissa" and isinstance(model, PeftModel):
-                save_adapter(model, run / _PISSA_START)
+                save_adapter(model, run / PISSA_START)
         record: dict[str, Any] = {
             "status": status,
             "resumed": resumed,
@@ -240,6 +266,17 @@ def _write_run_files(
             "result": asdict(summary) if summary else None,
         }
         write_json(run / "run.json", record)
+
+
+def describe_run(summary: RunSummary) -> str:
+    """Return the summary as one line for a person."""
+    facts = [f"{summary.steps} steps", f"training loss {summary.train_loss:.3f}"]
+    if summary.eval_loss is not None:
+        facts.append(f"held-out loss {summary.eval_loss:.3f}")
+    for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):
+        if reward is not None:
+            facts.append(f"{name} {reward:.3f}")
+    return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
 
 
 def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
@@ -255,65 +292,10 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         run=str(run),
         steps=steps,
         tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        train_loss=last("loss") or float("nan"),
+        # A run of fewer steps than trainer.logging_steps has only its mean.
+        train_loss=last("loss") or last("train_loss") or float("nan"),
         eval_loss=last("eval_loss"),
+        train_reward=last("reward"),
+        eval_reward=last("eval_reward"),
         seconds=round(seconds, 1),
     )
-
-
-def _write_result(
-    run: Path,
-    start: _Start,
-    model: PreTrainedModel | PeftModel,
-    trainer: Trainer,
-    weights: dict[str, torch.Tensor] | None,
-) -> None:
-    recipe = start.recipe
-    trained = "adapter" if isinstance(model, PeftModel) else "model"
-    with write_folder(run / trained) as folder:
-        if isinstance(model, PeftModel):
-            save_adapter(model, folder, weights)
-            if recipe.adapter.init == "pissa":
-                subtract_start(folder, run / _PISSA_START)
-        else:
-            model.save_pretrained(folder, state_dict=weights)
-        if recipe.optimizer.save_states:
-            save_states(folder, trainer.optimizer)
-        start.tokenizer.save_pretrained(folder)
-        write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
-    (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
-
-
-def _describe_origin(start: _Start) -> Origin:
-    checkpoint, earlier, stages = start.recipe.model.checkpoint, start.begin.earlier, tuple[Stage, ...]()
-    if earlier is not None and earlier.origin is not None:
-        before = earlier.origin
-        stages = (*before.earlier, Stage(before.checkpoint, before.method, checkpoint))
-        if earlier.kind == "adapter":  # its base goes on too, and is found by the name that it was first started by
-            checkpoint = before.checkpoint
-    return Origin(
-        checkpoint=checkpoint,
-        base=str(start.begin.base),
-        base_fingerprint=fingerprint_checkpoint(start.begin.base),
-        quantize=start.recipe.model.quantize,
-        dtype=str(start.precision.weights).removeprefix("torch."),
-        template=start.template.name,
-        template_fingerprint=start.template.fingerprint,
-        method=start.recipe.method,
-        architecture=start.recipe.model.architecture,
-        earlier=stages,
-    )
-
-
-def _choose_sample_rows(splits: Splits) -> list[SampleRow]:
-    """Return held-out rows, or rows of the training where there are none."""
-    rows = splits.train if splits.evaluation is None else splits.evaluation
-    chosen: list[SampleRow] = []
-    tokens = 0
-    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
-        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
-        tokens += len(sample.input_ids)
-        if chosen and tokens > _SAMPLE_TOKENS:
-            break
-        chosen.append(sample)
-    return chosen

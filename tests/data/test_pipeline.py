@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from finetune.data.gates import IGNORED_LABEL
 from finetune.data.settings import DataSettings, Source
 from finetune.data.template import encode_prompt, find_template
 from finetune.data.tokenizer import load_tokenizer
-from finetune.errors import DataError
+from finetune.errors import DataError, MachineError
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +146,17 @@ def test_a_pair_becomes_two_labelled_answers(load, tokenizer):
     rows = load([PAIR], shape="labelled").train
     found = [(tokenizer.decode(row["completion_ids"]), row["label"]) for row in rows]
     assert found == [("good<|eot_id|>", True), ("bad answer<|eot_id|>", False)]
-    row = load([labelled], shape="labelled").train[0]
+    row = load([labelled, {**labelled, "label": True}], shape="labelled").train[0]
     assert (tokenizer.decode(row["completion_ids"]), row["label"]) == ("so so<|eot_id|>", False)
     assert row["input_ids"] == row["prompt_ids"] + row["completion_ids"]
+
+
+def test_answers_of_one_label_teach_nothing(load):
+    rows = [{"prompt": "Q", "completion": "A", "label": True}] * 3
+    with pytest.raises(DataError, match=r"all 3 answers are labelled true; .* add rows with label: false"):
+        load(rows, shape="labelled")
+    notes = load([*rows, {**rows[0], "label": False}], shape="labelled").report.notes
+    assert "3 answers are liked and 1 are not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
 
 
 def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
@@ -246,3 +255,20 @@ def test_held_out_rows_are_the_same_whenever_they_are_drawn(load):
     assert len(first.evaluation) == 5
     assert not set(first.evaluation["origin"]) & set(first.train["origin"])
     assert replace(first.report, fingerprint="") == replace(second.report, fingerprint="")
+
+
+@pytest.mark.parametrize("shape", ["sequence", "pair", "labelled"])
+def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
+    monkeypatch.setattr("finetune.data.workers.BATCH_ROWS", 4)  # several batches for each process
+    pairs = [{"prompt": f"Q{n}", "chosen": f"yes {n} </s>", "rejected": f"no {n}"} for n in range(30)]
+    alone = load(pairs, shape=shape)
+    together = load(pairs, shape=shape, workers=2)
+    assert together.report == alone.report
+    assert together.train[:] == alone.train[:]
+    assert any("rows spell control tokens" in note for note in together.report.notes)
+
+
+def test_a_process_that_ends_is_told(load, monkeypatch):
+    monkeypatch.setattr("finetune.data.workers._start_worker", sys.exit)
+    with pytest.raises(MachineError, match=r"data\.workers: a process that prepares rows was ended from outside"):
+        load([TWO], workers=2)
