@@ -47,8 +47,6 @@ _DRY_OPTIONS: Mapping[str, Any] = {
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
     "warmup_steps": 0,
-    # TRL's own needs the device that it moves from; ours takes its place.
-    "activation_offloading": False,
     "tf32": None,
 }
 
@@ -114,7 +112,9 @@ def _build_dry_trainer(
     """Return the recipe's own trainer over full rows."""
     # States that a run goes on from have the sizes of fresh ones.
     optimizer = replace(recipe.optimizer, states="fresh")
-    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
+    # TRL's own offloading needs the device that it moves from; ours takes its place.
+    kept = {key: value for key, value in recipe.trainer.items() if key != "activation_offloading"}
+    dry = replace(recipe, trainer={**kept, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
