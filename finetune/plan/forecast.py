@@ -29,6 +29,8 @@ from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 
+# Their losses ask for the content of tensors, which a plan does not have.
+UNPLANNED = ("kto", "reward")
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
 CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allocator gaps (assumed)"
@@ -103,6 +105,10 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
+    if recipe.method in UNPLANNED:
+        raise MachineError(
+            f"method: no plan is made for {recipe.method}; plan dpo on rows as long, which takes about as much"
+        )
     check_engine(recipe, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
     trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
@@ -195,6 +201,8 @@ def check_fits(recipe: Recipe, device: torch.device) -> None:
     Raises:
         TrainingError: with what takes the room, and what would take less.
     """
+    if recipe.method in UNPLANNED:
+        return
     plan = make_plan(recipe, find_target(device))
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
