@@ -21,7 +21,7 @@ from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
-from finetune.train.engine import find_engine, shard_on_cpu
+from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
@@ -81,6 +81,7 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    set_shared_type(trainer, precision.shared)
     if method.name != "kto":
         trainer.data_collator = adapt_collator(method, trainer.data_collator)
     if isinstance(model, PeftModel):
