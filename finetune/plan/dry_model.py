@@ -14,13 +14,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
 
@@ -35,6 +29,8 @@ from finetune.train.adapter import attach_adapter
 from finetune.train.batches import read_batch
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, extend_context, make_quantization
+from finetune.train.origin import Result, find_earlier
+from finetune.train.record import find_base
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
@@ -50,7 +46,9 @@ def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
         CheckpointError: it cannot be found or read.
     """
     if section.architecture == "native":
-        return extend_context(load_native_config(find_checkpoint(section.checkpoint)), section)
+        earlier = find_earlier(section.checkpoint)
+        folder = find_checkpoint(section.checkpoint if earlier is None else _find_weights(earlier))
+        return extend_context(load_native_config(folder), section)
     return extend_context(LlamaConfig(**read_sizes(section.checkpoint)), section)
 
 
@@ -59,10 +57,7 @@ def build_dry_model(
 ) -> PreTrainedModel | PeftModel:
     """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
     section = recipe.model
-    head = METHODS[recipe.method].head
     model_class = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
-    if head == "score":
-        model_class, config.num_labels, config.pad_token_id = LlamaForSequenceClassification, 1, 0
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
         base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
@@ -126,12 +121,24 @@ def read_sizes(name: str) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it cannot be found or read.
     """
+    earlier = find_earlier(name)
+    if earlier is not None:
+        return read_sizes(_find_weights(earlier))
     start = find_alias(name)
     if start is not None and start.alias != "nano":
         return PUBLISHED_SIZES
     if start is None and not Path(name).expanduser().is_dir():
         return _to_llama(_download_config(name))
     return _to_llama(find_checkpoint(name))
+
+
+def _find_weights(earlier: Result) -> str:
+    """Return the folder of the weights that an earlier run was trained on, or its start's name where that is gone."""
+    if earlier.kind == "model":
+        return str(earlier.folder)
+    if earlier.origin is None:
+        return str(find_base(earlier))
+    return earlier.origin.base if Path(earlier.origin.base).is_dir() else earlier.origin.checkpoint
 
 
 def _to_llama(folder: Path) -> Mapping[str, Any]:
@@ -156,21 +163,23 @@ def make_full_rows(recipe: Recipe) -> Splits:
     """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
     packs = bool(recipe.trainer.get("packing"))
     length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
-    count = _STEPS * read_batch(recipe) * (2 if packs else 1)
+    batch = read_batch(recipe)
+    count = _STEPS * batch * (2 if packs else 1)
     columns = _fill_columns(METHODS[recipe.method].shape, length)
     rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
     report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
     return Splits(rows, None, DataReport(report, None, {}, "", "", ""))
 
 
-def _fill_columns(shape: RowShape, length: int) -> dict[str, Any]:
-    """Return one full row of a method's shape; a prompt is a single token, so that all others are trained."""
+def _fill_columns(shape: RowShape, length: int) -> Mapping[str, Any]:
+    """Return a row of which every text is full: for pairs both, with the prompt in their first half."""
     row = list(range(1, length + 1))
-    if shape == "sequence":
-        return {"input_ids": row, "labels": row}
-    answers = ("chosen_ids", "rejected_ids") if shape == "pair" else ("completion_ids",)
-    label = {"label": True} if shape == "labelled" else {}
-    return {"prompt_ids": row[:1], **dict.fromkeys(answers, row[1:]), **label}
+    prompt, answer = row[: length // 2], row[length // 2 :]
+    if shape == "pair":
+        return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}
+    if shape == "labelled":
+        return {"prompt_ids": prompt, "completion_ids": answer, "label": True}
+    return {"input_ids": row, "labels": row}
 
 
 def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:

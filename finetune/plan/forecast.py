@@ -29,8 +29,6 @@ from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 
-# Their losses ask for the content of tensors, which a plan does not have.
-UNPLANNED = ("kto", "reward")
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
 CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allocator gaps (assumed)"
@@ -201,8 +199,6 @@ def check_fits(recipe: Recipe, device: torch.device) -> None:
     Raises:
         TrainingError: with what takes the room, and what would take less.
     """
-    if recipe.method in UNPLANNED:
-        return
     plan = make_plan(recipe, find_target(device))
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])

@@ -74,16 +74,7 @@ def _take_all(arguments: Sequence[Any]) -> Any:
     return tensor.new_empty(indices[0].numel(), *tensor.shape[indices[0].ndim :])
 
 
-def _find_all(arguments: Sequence[Any]) -> Any:
-    """Find everywhere what is looked for: the most that a batch can hold of it."""
-    tensor = arguments[0]
-    return tensor.new_empty((tensor.numel(), tensor.ndim), dtype=torch.int64)
-
-
-MASKED_SELECTION: Mapping[Any, Substitute] = {
-    torch.ops.aten.index.Tensor: _take_all,
-    torch.ops.aten.nonzero.default: _find_all,
-}
+MASKED_SELECTION: Mapping[Any, Substitute] = {torch.ops.aten.index.Tensor: _take_all}
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):

@@ -14,7 +14,7 @@ import yaml
 from finetune.errors import TrainingError
 from finetune.plan.automatic import DECIDED, choose_settings, describe_choices
 from finetune.plan.changes import Change, apply_change
-from finetune.plan.forecast import UNPLANNED, Plan, check_fits, find_target, make_plan
+from finetune.plan.forecast import Plan, check_fits, find_target, make_plan
 from finetune.recipe import Recipe, dump_recipe
 from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation, read_batch
 from finetune.train.engine import find_engine
@@ -117,8 +117,6 @@ def restore_choices(recipe: Recipe) -> Recipe:
 
 def describe_shortage(recipe: Recipe, reason: str) -> str:
     """Say what by the plan takes the room, what of it grew with the rows, and what would take less."""
-    if recipe.method in UNPLANNED:
-        return f"out of memory ({reason}); lower trainer.{BATCH}, raise trainer.{ACCUMULATION}, or set data.max_tokens lower"
     target = replace(find_target(choose_device(bool(recipe.trainer.get("use_cpu")))), memory_bytes=None)
     plan = make_plan(recipe, target)
     shorter = make_plan(

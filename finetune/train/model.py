@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from finetune.recipe import ModelSection
 from finetune.train.engine import find_engine
 from finetune.train.methods import Head
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
-from finetune.yulan.modeling import load_native
+from finetune.yulan.modeling import flatten_alphas, load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
 # Heads stay as they are where the layers are quantized.
@@ -30,10 +30,11 @@ _HEADS = ("lm_head", "score")
 
 @dataclass(frozen=True)
 class Precision:
-    """The type that weights are held in, and the one that matrix products run in where that differs."""
+    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
 
     weights: torch.dtype
     autocast: AutocastDtype
+    shared: torch.dtype | None = None
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:
@@ -57,10 +58,13 @@ def choose_precision(
     leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
     """
     if keeps_masters and trains_all_weights:
-        held = choose_precision(dtype, device, trains_all_weights=False)
+        held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
         if held.weights == torch.bfloat16:
-            # FSDP holds float32 shares, and casts them to bfloat16 itself.
-            return Precision(torch.float32, "bf16") if is_sharded() else Precision(torch.bfloat16, "no")
+            if find_engine() == "one":
+                return held
+            # Processes that exchange gradients hold float32 weights.
+            is_shared = find_engine() == "fsdp2"
+            return Precision(torch.float32, "no", torch.bfloat16) if is_shared else Precision(torch.float32, "bf16")
     if dtype == "auto":
         if device.type == "cpu":
             dtype = "float32"
@@ -74,11 +78,6 @@ def choose_precision(
         return Precision(torch.float32, "fp16")
     weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     return Precision(weights, _name_autocast(dtype))
-
-
-def is_sharded() -> bool:
-    """Tell whether `accelerate launch` has set this process up to hold shares of every tensor (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def _name_autocast(dtype: str) -> AutocastDtype:
@@ -119,6 +118,8 @@ def load_base(
         raise MachineError(
             f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}"
         ) from error
+    if section.architecture == "native" and find_engine() == "fsdp2":
+        flatten_alphas(model)
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)

@@ -37,6 +37,7 @@ from finetune.train.result import PISSA_START, Setup, write_result
 from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
 from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
+from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
+    elif recipe.optimizer.save_states:
+        save_states(run, trainer.optimizer, is_writer=False)
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -285,15 +288,16 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
         trainer.evaluate()
 
-    def last(name: str) -> float | None:
-        return next((line[name] for line in reversed(lines) if name in line), None)
+    def last(*names: str) -> float | None:
+        return next((line[name] for name in names for line in reversed(lines) if name in line), None)
+
+    loss = last("loss", "train_loss")  # a run of fewer steps than trainer.logging_steps has only its mean
 
     return RunSummary(
         run=str(run),
         steps=steps,
         tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        # A run of fewer steps than trainer.logging_steps has only its mean.
-        train_loss=last("loss") or last("train_loss") or float("nan"),
+        train_loss=float("nan") if loss is None else loss,
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
         eval_reward=last("eval_reward"),

@@ -21,7 +21,7 @@ from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
-from finetune.train.engine import find_engine, shard_on_cpu
+from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
 from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
@@ -81,6 +81,7 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    set_shared_type(trainer, precision.shared)
     if method.name != "kto":
         trainer.data_collator = adapt_collator(method, trainer.data_collator)
     if isinstance(model, PeftModel):
@@ -149,9 +150,10 @@ def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     if METHODS[recipe.method].is_online:
         return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
-    length = {"max_length": recipe.data.max_tokens if packs else None}
     if METHODS[recipe.method].shape != "sequence":
-        return {**length, "remove_unused_columns": False}
+        # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.
+        return {"max_length": recipe.data.max_tokens, "remove_unused_columns": False}
+    length = {"max_length": recipe.data.max_tokens if packs else None}
     return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 

@@ -10,7 +10,6 @@ from finetune.cli import main
 from finetune.errors import MachineError
 from finetune.plan.doctor import describe_machine, examine_machine
 from finetune.plan.duration import count_matrix_weights, count_work, estimate_time
-from finetune.plan.forecast import choose_target, make_plan
 from finetune.plan.hardware import (
     CARDS,
     CONTEXT_BYTES,
@@ -160,10 +159,3 @@ def test_doctor_reports_what_runs_here(capsys):
     assert report["memory_bytes"] > GIB and "sdpa" in report["attention"] and report["advice"]
     text = describe_machine(examine_machine())
     assert report["device"] in text and "what `auto` becomes here" in text
-
-
-@pytest.mark.parametrize("method", ["kto", "reward"])
-def test_methods_without_a_plan_say_so(make_recipe, method):
-    recipe = make_recipe("sft_lora", f"method={method}", "trainer.per_device_train_batch_size=2")
-    with pytest.raises(MachineError, match=f"no plan is made for {method}"):
-        make_plan(recipe, choose_target(recipe, None, None))
