@@ -103,10 +103,6 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
-    if recipe.method in UNPLANNED:
-        raise MachineError(
-            f"method: no plan is made for {recipe.method}; plan dpo on rows as long, which takes about as much"
-        )
     check_engine(recipe, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
     trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
