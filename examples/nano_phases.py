@@ -1,6 +1,6 @@
 """Pre-train `nano` as YuLan-Mini was: stable phases in the published proportions, then annealing; each ends as a checkpoint.
 
-python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 160 are the default
+python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 500 are the default
 
 Every phase reads new texts (made by recipes/data/corpus.py), goes on from the weights and the optimizer states of the one
 before, and leaves a run directory whose `model/` is a folder in the published layout: train, fold or export any of them.
@@ -15,7 +15,7 @@ from finetune.resources import find_demo_data
 from finetune.train.run import run_training
 
 # Our phases, each in the proportions of one of YuLan-Mini's 27.
-STABLE = {"nano-phase1": "phase1", "nano-phase2": "phase10", "nano-phase3": "phase18", "nano-phase4": "phase25"}
+STABLE = {"nano-phase1": "phase1", "nano-phase2": "phase13", "nano-phase3": "phase25"}
 ANNEALED = {"nano": "phase27"}
 RECIPE = Path(__file__).with_name("nano_phase.yaml")
 
@@ -31,7 +31,7 @@ def main(output: Path, steps: int) -> None:
         settings += [f"data.sources.{category}={folder / category}.jsonl" for category in corpus["WRITERS"]]
         settings += [f"data.eval={folder / 'held_out.jsonl'}"]
         if before is None:
-            settings += ["schedule.warmup=10"]
+            settings += ["schedule.warmup=20"]
         else:
             settings += [f"model.checkpoint={before}", "optimizer.states=published"]
         if name in ANNEALED:
@@ -44,4 +44,4 @@ def main(output: Path, steps: int) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 160)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 500)

@@ -34,7 +34,7 @@ def test_the_seed_decides_all_but_the_held_out_texts(corpora):
     assert first == again
     assert set(first) == {*CORPUS["WRITERS"], "held_out"} <= {*CATEGORIES, "held_out"}
     assert [name for name in first if first[name] == second[name]] == ["held_out"]
-    assert len(first["held_out"]) == 5 * 24
+    assert len(first["held_out"]) == 30 + 30 + 16 + 16
 
 
 def test_no_text_stands_twice_or_is_held_out(corpora):
@@ -48,7 +48,7 @@ def test_no_text_stands_twice_or_is_held_out(corpora):
 def test_every_sum_is_right(corpora):
     text = "\n".join(text for name in ("mathematics", "instruction") for text in corpora[0][name])
     sums = re.findall(r"(\d+) ([+×]) (\d+) = (\d+)", text)
-    assert len(sums) > 3000
+    assert len(sums) > 1500
     for first, sign, second, result in sums:
         value = int(first) + int(second) if sign == "+" else int(first) * int(second)
         assert value == int(result), f"{first} {sign} {second} = {result}"
@@ -67,5 +67,5 @@ def test_chinese_counts_add_up(corpora):
     given = [re.search(r"送给..(\d+)个..，自己还有(\d+)个", text) for text in corpora[0]["chinese"]]
     counts = [re.search(r"我有(\d+)个", text) for text in corpora[0]["chinese"]]
     both = [(gift, count) for gift, count in zip(given, counts, strict=True) if gift and count]
-    assert len(both) > 100
+    assert len(both) > 50
     assert all(int(gift[1]) + int(gift[2]) == int(count[1]) for gift, count in both)
