@@ -7,18 +7,19 @@ from pathlib import Path
 
 from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
-from finetune.data.rows import FORMATS
+from finetune.data.rows import FORMATS, describe_wrong_kind
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
-from finetune.recipe import AdapterSection, DataSection, Recipe, SourceSection
+from finetune.recipe import LINEAR_LAYERS, AdapterSection, DataSection, Recipe, SourceSection
 from finetune.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.resources import list_recipes, list_templates
+from finetune.train.adoption import adopt_earlier_run
+from finetune.train.batches import KIT_OPTIONS, list_batch_problems
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
 
 _SHORTEST_ROW = 8
-_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,7 +30,7 @@ def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem that was found, not only the first.
     """
-    draft = read_recipe(_find_recipe(source), overrides)
+    draft = adopt_earlier_run(read_recipe(_find_recipe(source), overrides))
     problems = [*draft.problems, *_list_problems(draft)]
     if problems:
         raise RecipeError(str(source), problems)
@@ -64,13 +65,25 @@ def _check_method(recipe: Recipe) -> Iterator[str]:
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
     options = read_trainer_options(method.config_module, method.config_class)
+    yield from list_batch_problems(trainer, method)
     for key, value in trainer.items():
+        if key in KIT_OPTIONS:
+            continue
         if key in method.owned:
             yield f"trainer.{key}: {method.owned[key]}"
         elif key not in options:
-            yield f"trainer.{key}: {describe_unknown_key(key, set(options) - set(method.owned))}"
+            yield f"trainer.{key}: {describe_unknown_key(key, {*options, *KIT_OPTIONS} - set(method.owned))}"
+        elif key in method.words:
+            yield from _check_words(key, value, method.words[key])
         elif expected := options[key].describe_mismatch(value):
             yield f"trainer.{key}: must be {expected}; found {value!r}"
+
+
+def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]:
+    """Check an option that takes a word or, for several losses together, a list of words."""
+    for word in value if isinstance(value, list) else [value]:
+        if word not in known:
+            yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
 
 
 def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
@@ -103,6 +116,8 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
+    if recipe.method in METHODS:
+        yield from _check_shape(recipe, METHODS[recipe.method])
     yield from _check_template(data.template, folder)
     if data.eval and data.held_out:
         yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
@@ -110,6 +125,20 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+    if data.workers < 1:
+        yield f"data.workers: must be at least 1; found {data.workers}"
+
+
+def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:
+    data = recipe.data
+    if data.format in FORMATS and (fault := describe_wrong_kind(FORMATS[data.format], method.shape)):
+        yield f"data.format: {fault}"
+    if method.shape == "sequence":
+        return
+    if data.train_on != "assistant":
+        yield f"data.train_on: {method.name} learns from whole answers, so there is nothing to choose; remove this key"
+    if data.overflow == "split":
+        yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
 
 
 def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
@@ -192,8 +221,8 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
     for target in adapter.targets:
         if target == "lm_head":
             yield "adapter.targets: lm_head cannot carry LoRA (TRL's loss reads its weight directly); use adapter.train_tokens"
-        elif target not in _LINEAR_LAYERS and adapter.targets != ("all-linear",):
-            yield f"adapter.targets: {target!r} is {describe_unknown_name(target, _LINEAR_LAYERS)}; or all-linear alone"
+        elif target not in LINEAR_LAYERS and adapter.targets != ("all-linear",):
+            yield f"adapter.targets: {target!r} is {describe_unknown_name(target, LINEAR_LAYERS)}; or all-linear alone"
     if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
         yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
     if adapter.init == "pissa" and adapter.dora:

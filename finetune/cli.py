@@ -141,6 +141,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
+    from finetune.plan.automatic import choose_settings, describe_choices
     from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
     engine, processes = arguments.engine, arguments.processes
@@ -150,9 +151,12 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         found, count = read_sharing(arguments.accelerate)
         engine, processes = engine or found, processes or count
     target = choose_target(recipe, memory, arguments.gpu, engine, processes)
+    recipe, choices = choose_settings(recipe, target)
+    notes = f"\n\n{describe_choices(choices)}" if choices else ""
     if not arguments.fit:
         plan = make_plan(recipe, target)
-        return _print_result(arguments, plan.to_json(), describe_plan(plan))
+        result = {**plan.to_json(), "choices": [asdict(choice) for choice in choices]}
+        return _print_result(arguments, result, f"{describe_plan(plan)}{notes}")
     plan, steps = find_fitting_plan(recipe, target)
     result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
     return _print_result(arguments, result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}")
@@ -173,11 +177,12 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from finetune.train.run import run_training
 
     device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    if device.type == "cuda" and not arguments.force:
-        from finetune.plan.forecast import check_fits
+    if device.type == "cuda" or recipe.trainer.get("auto"):
+        from finetune.plan.ladder import train_as_planned
 
-        check_fits(recipe, device)
-    summary = run_training(recipe, arguments.resume)
+        summary = train_as_planned(recipe, device, arguments.resume, arguments.force)
+    else:
+        summary = run_training(recipe, arguments.resume)
     losses = f"training loss {summary.train_loss:.3f}"
     if summary.eval_loss is not None:
         losses += f", held-out loss {summary.eval_loss:.3f}"
@@ -187,7 +192,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
 def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.export.merge import ExportSettings, describe_export, export_result
-    from finetune.train.record import open_result
+    from finetune.train.origin import open_result
     from finetune.yulan.shards import parse_size
 
     settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)

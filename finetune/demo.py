@@ -13,7 +13,7 @@ from finetune.export.proof import BaseScores, ExportReport
 from finetune.export.verify import LogitVerifier
 from finetune.folders import check_output_free
 from finetune.resources import find_demo_data, list_recipes
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 from finetune.yulan.shards import parse_size
 

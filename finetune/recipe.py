@@ -8,6 +8,8 @@ from typing import Any, Literal
 import yaml
 
 TrainedArchitecture = Literal["llama", "native"]
+# What `adapter.targets: all-linear` stands for.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class DataSection:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True)

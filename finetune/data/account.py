@@ -15,7 +15,7 @@ from finetune.errors import DataError
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The account of one split: `rows_read` + `parts` = `rows` + `dropped`; lengths are in tokens."""
+    """The account of one split: `rows_read` + `parts` = `rows` + `dropped`; lengths are in tokens, a pair's that of its longer side."""
 
     rows_read: int
     rows: int
@@ -73,6 +73,7 @@ class Account:
         self.digest = hashlib.sha256()
         self.numbers: list[int] = []
         self.lengths: list[int] = []
+        self.tokens: list[int] = []
         self.trained: list[int] = []
         self.cut: list[int] = []
 
@@ -99,11 +100,15 @@ class Account:
     def _note(self, row: TokenRow) -> None:
         if fault := self._encoder.find_fault(row):
             self._faults.append((row.source.origin, fault))
-        self.digest.update(numpy.array(row.token_ids, numpy.int32).tobytes() + repr(row.spans).encode())
+        for side in row.sides:
+            self.digest.update(numpy.array(side, numpy.int32).tobytes())
+        self.digest.update(f"{row.spans}{'' if row.label is None else row.label}".encode())
         self.numbers.append(row.source.number)
-        self.lengths.append(len(row.token_ids))
-        self.trained.append(sum(end - start for start, end in row.spans))
-        self.cut.append(0 if not row.is_cut else 2 if row.spans[-1][1] == len(row.token_ids) else 1)
+        self.lengths.append(max(map(len, row.sides)))
+        self.tokens.append(sum(map(len, row.sides)))
+        self.trained.append(row.trained_tokens)
+        loses_end = row.rejected is not None or row.spans[-1][1] == len(row.token_ids)
+        self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
     def check(self) -> None:
         """Refuse faulty rows, and long ones where no policy says what to do with them.
@@ -137,7 +142,7 @@ class Account:
             dropped=rows_read - kept,
             truncated=0 if is_split else int((cut > 0).sum()),
             answers_cut=0 if is_split else int((cut == 2).sum()),
-            tokens=sum(ordered),
+            tokens=int(numpy.array(self.tokens, int)[chosen].sum()),
             trained_tokens=int(numpy.array(self.trained, int)[chosen].sum()),
             longest=ordered[-1] if ordered else 0,
             median=ordered[len(ordered) // 2] if ordered else 0,

@@ -19,16 +19,21 @@ from finetune.data.settings import DataSettings
 from finetune.data.sources import hash_source
 from finetune.data.template import ChatTemplate, list_stop_tokens
 from finetune.data.tokens import RowEncoder, TokenRow, make_record_batch
+from finetune.data.workers import encode_rows
 from finetune.errors import DataError
 from finetune.folders import write_folder
 
 # Raised whenever the same files and settings would give other tokens than before.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+_NO_CONTENT = ("cache", "workers")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`."""
+    """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`.
+
+    Pairs also have `prompt_ids`, `chosen_ids`, `rejected_ids`, labelled answers `prompt_ids`, `completion_ids`, `label`.
+    """
 
     train: Dataset
     evaluation: Dataset | None
@@ -84,7 +89,7 @@ def _open_cached(folder: Path) -> Splits:
 
 def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int) -> str:
     digest = hashlib.sha256(f"{_CACHE_VERSION} {seed} {template.spans} {template.name}".encode())
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name != "cache"}
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name not in _NO_CONTENT}
     digest.update(repr(sorted(values.items(), key=lambda pair: pair[0])).encode())
     digest.update(template.source.encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -102,9 +107,11 @@ def _prepare(
     file: Path | None,
 ) -> _Prepared:
     reader = RowReader(settings, seed)
-    encoder = RowEncoder(tokenizer, template, settings.train_on)
+    encoder = RowEncoder(tokenizer, template, settings.train_on, settings.shape)
     account = Account(settings, encoder)
-    rows = _write_rows((account.keep(encoded) for encoded in encoder.encode(reader.read())), file)
+    rows = _write_rows(
+        (account.keep(encoded) for encoded in encode_rows(encoder, reader.read(), settings.workers)), file
+    )
     account.check()
     held = choose_held_out(settings, reader, seed)
     chosen, reports = account.split(held, reader.count)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.data.gates import check_rows
-from finetune.data.messages import add_system
-from finetune.data.rows import Format, Row, choose_format, read_row
+from finetune.data.messages import RowError, add_system
+from finetune.data.rows import Format, Row, check_pair, choose_format, describe_wrong_kind, read_row
 from finetune.data.settings import DataSettings, Source
 from finetune.data.sources import draw_rows, read_source
 from finetune.data.tokens import SourceRow
@@ -48,6 +48,7 @@ class RowReader:
         for entry, where, raw in self._read_raw(sources):
             try:
                 row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+                self._check_pair(entry, row, where)
             except DataError as error:
                 origin, _, fault = str(error).partition(": ")
                 faults.append((origin, fault))
@@ -77,12 +78,19 @@ class RowReader:
     def _choose_format(self, name: str, raw: dict[str, Any], where: str) -> Format:
         entry = choose_format(self._settings.format, self._settings.columns, raw, where)
         self.formats[name] = entry.name
-        if entry.row_kind == "prompt":
-            raise DataError(f"{where}: holds a prompt alone; training needs an answer to each")
+        if fault := describe_wrong_kind(entry, self._settings.shape):
+            raise DataError(f"{where}: {fault}")
         return entry
 
+    def _check_pair(self, entry: Format, row: Row, where: str) -> None:
+        if entry.row_kind == "preference" and self._settings.shape != "sequence":
+            try:
+                check_pair(row)
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from error
+
     def _is_left_out(self, row: Row) -> bool:
-        if row.label is False:
+        if row.label is False and self._settings.shape == "sequence":
             self.left_out["labelled false"] += 1
             return True
         if not self._settings.deduplicate:
@@ -114,7 +122,8 @@ class RowReader:
     def describe(self) -> tuple[str, ...]:
         """Return what a person should know of the rows: those left out, and pairs of which one side is trained."""
         notes = [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
-        if pairs := self.kinds["preference"]:
+        pairs = self.kinds["preference"]
+        if pairs and self._settings.shape == "sequence":
             notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")
         return tuple(notes)
 

@@ -19,6 +19,7 @@ from finetune.data.messages import (
     read_text,
     read_tools,
 )
+from finetune.data.settings import RowShape
 from finetune.errors import DataError
 
 RowKind = Literal["conversation", "preference", "labelled", "text", "prompt"]
@@ -150,6 +151,30 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+# The kinds of rows that each shape can be made of: a pair serves supervised training by its chosen answer, and KTO by both.
+SHAPES: Mapping[RowShape, tuple[RowKind, ...]] = {
+    "sequence": ("conversation", "preference", "labelled", "text"),
+    "pair": ("preference",),
+    "labelled": ("labelled", "preference"),
+    "prompt": ("prompt",),
+}
+_SHAPE_NEEDS: Mapping[RowShape, str] = {
+    "sequence": "an answer to each prompt",
+    "pair": "pairs: chosen and rejected, with or without a prompt",
+    "labelled": "labelled answers (prompt, completion, label: true or false), or pairs (chosen and rejected)",
+    "prompt": "prompts",
+}
+
+
+def describe_wrong_kind(entry: Format, shape: RowShape) -> str | None:
+    """Return what a method that trains on `shape` needs instead of a format, or None where the format fits."""
+    if entry.row_kind in SHAPES[shape]:
+        return None
+    return (
+        f"holds rows of the format {entry.name} ({', '.join(entry.required)}); this method needs {_SHAPE_NEEDS[shape]}"
+    )
+
+
 def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> Format:
     """Return the named format, or for `auto` the first whose keys the row has after renaming.
 
@@ -186,6 +211,24 @@ def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], 
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
     return read
+
+
+def check_pair(row: Row) -> None:
+    """Refuse a pair whose sides are not two answers to one prompt.
+
+    Raises:
+        RowError: the sides differ before their last answer, so there is no shared prompt.
+    """
+    if row.chosen[0]["role"] != "assistant":
+        raise RowError(
+            f"chosen and rejected answer different prompts (they differ from a {row.chosen[0]['role']} message on); "
+            "a pair must share everything before its last answer"
+        )
+    if len(row.chosen) != 1 or len(row.rejected) != 1:
+        raise RowError(
+            "chosen and rejected differ before their last answer; a pair must share everything before it, so cut both "
+            "after the first answer that differs"
+        )
 
 
 def _check_row(kind: RowKind, row: Row) -> None:

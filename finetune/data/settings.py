@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
+# What a row becomes: one text with trained spans, a prompt with two answers, an answer with its label, or a prompt alone.
+RowShape = Literal["sequence", "pair", "labelled", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class Source:
 class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
 
-    `notes` are what a person should know of the sources.
+    `notes` are what a person should know of the sources; `workers` processes encode the rows.
     """
 
     train: tuple[Source, ...]
+    shape: RowShape = "sequence"
     evaluation: tuple[Source, ...] = ()
     held_out: int | float = 0
     format: str = "auto"
@@ -50,4 +53,5 @@ class DataSettings:
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
     notes: tuple[str, ...] = ()
+    workers: int = 1
     cache: Path | None = None

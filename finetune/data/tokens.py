@@ -15,12 +15,10 @@ from finetune.data.encoding import Span, TokenSpans, encode_plain_texts
 from finetune.data.gates import IGNORED_LABEL, describe_row_fault
 from finetune.data.messages import Message
 from finetune.data.rows import Row, RowKind
-from finetune.data.settings import TrainOn
+from finetune.data.settings import RowShape, TrainOn
 from finetune.data.template import (
     ChatTemplate,
     Rendered,
-    encode_prompt,
-    encode_rendered,
     list_stop_tokens,
     read_tokens,
     render_conversations,
@@ -28,7 +26,7 @@ from finetune.data.template import (
 )
 from finetune.errors import TemplateError
 
-_BATCH_ROWS = 1000
+BATCH_ROWS = 1000
 _Tokenized = tuple[list[Any], list[TokenSpans]]
 
 
@@ -44,25 +42,48 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row as tokens; `spans` are its trained runs, `full_length` its tokens before a cut."""
+    """A row as tokens; `spans` are its trained runs, `full_length` the tokens of its longest side before a cut.
+
+    A pair has its chosen side in `token_ids` and the other in `rejected`; both begin with the prompt, which ends where the one
+    span begins. A labelled answer has one span too.
+    """
 
     source: SourceRow
     token_ids: list[int]
     spans: list[Span]
     full_length: int
     is_cut: bool = False
-    pair: tuple[list[int], list[int], list[int]] | None = None
+    rejected: list[int] | None = None
+    label: bool | None = None
+
+    @property
+    def sides(self) -> list[list[int]]:
+        """The texts that the model reads: one, or both of a pair."""
+        return [self.token_ids] if self.rejected is None else [self.token_ids, self.rejected]
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are learnt from, of both sides."""
+        answer = 0 if self.rejected is None or not self.spans else len(self.rejected) - self.spans[0][0]
+        return answer + sum(end - start for start, end in self.spans)
 
 
 class RowEncoder:
     """Turn rows into tokens with one tokenizer, template and choice of what is trained."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, train_on: TrainOn) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+        train_on: TrainOn,
+        shape: RowShape = "sequence",
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._train_on = train_on
+        self._shape = shape
         self._stop_tokens = list_stop_tokens(tokenizer, template)
-        self._rows_with_spellings = 0
+        self.rows_with_spellings = 0
 
     def encode(self, rows: Iterable[SourceRow]) -> Iterator[list[TokenRow]]:
         """Yield batches of rows in their order.
@@ -73,7 +94,7 @@ class RowEncoder:
         pending: deque[tuple[list[SourceRow], Rendered, Future[_Tokenized]]] = deque()
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as executor:
-            while batch := list(islice(remaining, _BATCH_ROWS)):
+            while batch := list(islice(remaining, BATCH_ROWS)):
                 rendered = self._render(batch)
                 # The tokenizer works outside of Python's lock, on all cores that it may use; the spans are found here meanwhile.
                 pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
@@ -83,20 +104,30 @@ class RowEncoder:
                 yield self._finish(*pending.popleft())
 
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
-        chats = [source for source in batch if source.kind != "text"]
-        messages = [_join(source.row) for source in chats]
-        if not chats:
+        sides = [
+            (side, source.row.tools) for source in batch if source.kind != "text" for side in self._list_sides(source)
+        ]
+        if not sides:
             return Rendered([], [], [])
-        rendered = render_conversations(
-            self._tokenizer, self._template, messages, [source.row.tools for source in chats]
-        )
-        self._rows_with_spellings += sum(bool(marks) for marks in rendered.hidden)
+        messages = [side for side, _ in sides]
+        rendered = render_conversations(self._tokenizer, self._template, messages, [tools for _, tools in sides])
+        self.rows_with_spellings += sum(bool(marks) for marks in rendered.hidden)
         triples = zip(rendered.spans, rendered.texts, messages, strict=True)
         return Rendered(
             rendered.texts, [self._choose_spans(spans, text, own) for spans, text, own in triples], rendered.hidden
         )
 
+    def _list_sides(self, source: SourceRow) -> list[list[Message]]:
+        """Return the conversations of a row: one, or one for each answer of a pair."""
+        row = source.row
+        sides = [[*row.messages, *row.chosen]]
+        if source.kind == "preference" and self._shape != "sequence":
+            sides.append([*row.messages, *row.rejected])
+        return sides
+
     def _choose_spans(self, spans: list[Span], text: str, messages: Sequence[Message]) -> list[Span]:
+        if self._shape != "sequence":
+            return spans[-1:]
         if self._train_on == "all":
             return [(len(str(self._tokenizer.bos_token)), len(text))]
         if self._train_on == "last":
@@ -115,54 +146,79 @@ class RowEncoder:
     def _finish(self, batch: list[SourceRow], rendered: Rendered, future: Future[_Tokenized]) -> list[TokenRow]:
         tokenized, documents = future.result()
         chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
-        return [self._make_row(source, next(texts if source.kind == "text" else chats)) for source in batch]
+        rows: list[TokenRow] = []
+        for source in batch:
+            if self._shape == "sequence":
+                side = next(texts if source.kind == "text" else chats)
+                rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
+                continue
+            # White space behind the token that ends the answer belongs to what would follow.
+            sides = [_cut_behind_answer(next(chats)) for _ in self._list_sides(source)]
+            rows += [self._join_pair(source, *sides)] if self._shape == "pair" else _label_sides(source, sides)
+        return rows
 
-    def _make_row(self, source: SourceRow, tokens: TokenSpans) -> TokenRow:
-        pair = self._split_pair(source, tokens.token_ids)
-        return TokenRow(source, tokens.token_ids, tokens.spans, len(tokens.token_ids), pair=pair)
-
-    def _split_pair(self, source: SourceRow, chosen: list[int]) -> tuple[list[int], list[int], list[int]] | None:
-        if source.kind != "preference":
-            return None
-        row = source.row
-        prompt = encode_prompt(self._tokenizer, self._template, row.messages, row.tools)
-        rendered = render_conversations(self._tokenizer, self._template, [[*row.messages, *row.rejected]], [row.tools])
-        rejected = encode_rendered(self._tokenizer, rendered)[0].token_ids
-        if chosen[: len(prompt)] != prompt or rejected[: len(prompt)] != prompt:
+    def _join_pair(self, source: SourceRow, chosen: TokenSpans, rejected: TokenSpans) -> TokenRow:
+        # A tokenizer may join the prompt's last token with an answer's first; the prompt is what both sides share.
+        start = min(chosen.spans[0][0], rejected.spans[0][0])
+        if chosen.token_ids[:start] != rejected.token_ids[:start]:
             raise TemplateError(
-                f"{self._template.name}: {source.origin}: the prompt is rendered differently before an answer"
+                f"{self._template.name}: {source.origin}: the prompt is rendered differently before its two answers"
             )
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        longest = max(len(chosen.token_ids), len(rejected.token_ids))
+        span = (start, len(chosen.token_ids))
+        return TokenRow(source, chosen.token_ids, [span], longest, rejected=rejected.token_ids)
 
     def describe(self) -> tuple[str, ...]:
         """Return what a person should know of the rows' texts."""
-        count = self._rows_with_spellings
+        count = self.rows_with_spellings
         return (f"{count:,} rows spell control tokens in their text; there they are plain text",) if count else ()
 
     def find_fault(self, row: TokenRow) -> str | None:
         """Return what forbids to train a row, or None."""
-        ids, last = row.token_ids, len(row.token_ids)
-        free = row.is_cut or self._train_on == "all" or row.source.kind == "text"
+        last = len(row.token_ids)
+        free = row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
         is_sound = (
-            ids[0] == self._tokenizer.bos_token_id
-            and ids.count(ids[0]) == 1
+            all(ids[0] == self._tokenizer.bos_token_id and ids.count(ids[0]) == 1 for ids in row.sides)
             and bool(row.spans)
-            and all(ids[end - 1] in self._stop_tokens or (free and end == last) for _, end in row.spans)
+            and all(row.token_ids[end - 1] in self._stop_tokens or (free and end == last) for _, end in row.spans)
         )
-        if is_sound:
+        if is_sound and row.rejected is None:
             return None
-        labels = make_labels(row).tolist()
-        return describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=free)
+        if row.rejected == row.token_ids:
+            return (
+                "chosen and rejected are the same, so the pair prefers neither; remove it (`finetune lint --fix` does)"
+            )
+        for ids in row.sides:
+            labels = make_labels(row).tolist() if ids is row.token_ids else _label_answer(ids, row.spans[0][0])
+            if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=free):
+                return fault if row.rejected is None else f"{'chosen' if ids is row.token_ids else 'rejected'}: {fault}"
+        return None
 
 
-def _join(row: Row) -> list[Message]:
-    return [*row.messages, *row.chosen]
+def _cut_behind_answer(side: TokenSpans) -> TokenSpans:
+    return TokenSpans(side.token_ids[: side.spans[-1][1]], side.spans)
+
+
+def _label_sides(source: SourceRow, sides: Sequence[TokenSpans]) -> list[TokenRow]:
+    """Return a labelled answer, or both answers of a pair as one that is liked and one that is not."""
+    labels = [source.row.label] if len(sides) == 1 else [True, False]
+    return [
+        TokenRow(source, side.token_ids, side.spans, len(side.token_ids), label=label)
+        for side, label in zip(sides, labels, strict=True)
+    ]
+
+
+def _label_answer(token_ids: Sequence[int], start: int) -> list[int]:
+    return [IGNORED_LABEL] * start + list(token_ids[start:])
 
 
 def cut_row(row: TokenRow, limit: int) -> TokenRow:
-    """Return the beginning of a row; a trained run that starts beyond the limit is gone."""
+    """Return the beginning of a row; a trained run that starts beyond the limit is gone, and so is a difference of a pair."""
     spans = [(start, min(end, limit)) for start, end in row.spans if start < limit]
-    return TokenRow(row.source, row.token_ids[:limit], spans, row.full_length, True, row.pair)
+    token_ids, rejected = row.token_ids[:limit], None if row.rejected is None else row.rejected[:limit]
+    if token_ids == rejected or (rejected is not None and spans and len(rejected) <= spans[0][0]):
+        spans = []
+    return TokenRow(row.source, token_ids, spans, row.full_length, True, rejected, row.label)
 
 
 def split_text_row(row: TokenRow, limit: int) -> list[TokenRow]:
@@ -184,17 +240,24 @@ def make_labels(row: TokenRow) -> Any:
 
 
 def make_record_batch(rows: Sequence[TokenRow]) -> pyarrow.RecordBatch:
-    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`, and for pairs their three parts."""
+    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`; what is apart in pairs and labelled answers."""
     columns = {
         "input_ids": _make_lists([row.token_ids for row in rows]),
         "labels": _make_lists([make_labels(row) for row in rows]),
         "origin": pyarrow.array([row.source.origin for row in rows], pyarrow.string()),
         "is_cut": pyarrow.array([row.is_cut for row in rows], pyarrow.bool_()),
     }
-    pairs = [row.pair for row in rows if row.pair is not None]
-    if pairs:
-        for position, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids")):
-            columns[name] = _make_lists([pair[position] for pair in pairs])
+    if rows[0].rejected is None and rows[0].label is None:
+        return pyarrow.RecordBatch.from_pydict(columns)
+    starts = [row.spans[0][0] for row in rows]
+    first = "completion_ids" if rows[0].rejected is None else "chosen_ids"
+    columns["prompt_ids"] = _make_lists([row.token_ids[:start] for row, start in zip(rows, starts, strict=True)])
+    columns[first] = _make_lists([row.token_ids[start:] for row, start in zip(rows, starts, strict=True)])
+    if rows[0].rejected is None:
+        columns["label"] = pyarrow.array([row.label for row in rows], pyarrow.bool_())
+    else:
+        sides = [(row.rejected or [])[start:] for row, start in zip(rows, starts, strict=True)]
+        columns["rejected_ids"] = _make_lists(sides)
     return pyarrow.RecordBatch.from_pydict(columns)
 
 

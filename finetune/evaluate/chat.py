@@ -14,7 +14,8 @@ from finetune.errors import FinetuneError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
 from finetune.train.model import choose_device, choose_precision, load_base
-from finetune.train.record import Result, check_template, find_base, find_tokenizer_folder, is_result, open_result
+from finetune.train.origin import Result, is_result, open_result
+from finetune.train.record import check_template, find_base, find_tokenizer_folder
 from finetune.yulan.layout import find_architecture
 
 

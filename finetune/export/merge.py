@@ -16,7 +16,7 @@ from finetune.export.card import write_card
 from finetune.export.merged import Subject, open_merged, open_subject
 from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
 from finetune.folders import check_output_free, write_folder
-from finetune.train.record import Result
+from finetune.train.origin import Result
 from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards

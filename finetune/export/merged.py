@@ -11,7 +11,8 @@ from finetune.data.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter import Adapter, read_adapter
 from finetune.export.quantized import is_quantized, requantize
-from finetune.train.record import Result, check_template, find_base, find_tokenizer_folder
+from finetune.train.origin import Result
+from finetune.train.record import check_template, find_base, find_tokenizer_folder
 from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture
 from finetune.yulan.shards import Piece, TensorSpec

@@ -25,7 +25,7 @@ from finetune.export.proof import BaseKind, BaseScore, BaseScores, Comparison
 from finetune.export.quantized import is_quantized, requantize
 from finetune.resources import find_demo_data
 from finetune.train.model import choose_device
-from finetune.train.record import SampleRow
+from finetune.train.origin import SampleRow
 from finetune.yulan.folding import DTYPES
 from finetune.yulan.modeling import load_native
 from finetune.yulan.shards import Piece, list_pieces, run_pieces

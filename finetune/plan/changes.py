@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
 
 _SHORTEST_ROW = 256
 
@@ -24,16 +25,6 @@ class Change:
 
 def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | list) else str(value)
-
-
-def read_batch(recipe: Recipe) -> int:
-    """Return the rows that a device computes at once."""
-    return int(recipe.trainer.get("per_device_train_batch_size", 8))
-
-
-def read_accumulation(recipe: Recipe) -> int:
-    """Return the batches of one optimizer step."""
-    return int(recipe.trainer.get("gradient_accumulation_steps", 1))
 
 
 def list_changes(recipe: Recipe) -> Iterator[Change]:

@@ -22,10 +22,10 @@ from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.errors import CheckpointError
-from finetune.plan.changes import read_batch
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
+from finetune.train.batches import read_batch
 from finetune.train.model import Precision, extend_context, make_quantization
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.folding import describe_llama_config

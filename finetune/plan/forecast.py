@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
-from finetune.plan.changes import Change, apply_change, list_changes, read_accumulation, read_batch
+from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.plan.hardware import (
@@ -24,6 +25,7 @@ from finetune.plan.hardware import (
 )
 from finetune.plan.memory import StepMemory, measure_step
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 
 _BAR = 30
@@ -169,20 +171,31 @@ def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step,
     return plan, tuple(steps)
 
 
+def find_target(device: torch.device) -> Target:
+    """Return the device of this process as what a run has to fit; processes that share one must come to the same answer."""
+    engine, processes = find_engine(), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type != "cuda":
+        return Target(False, int(psutil.virtual_memory().available) // processes, None, engine, processes)
+    if processes > 1:
+        cards = range(torch.cuda.device_count())
+        memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    else:
+        free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+        memory = int(free) + CONTEXT_BYTES
+    return Target(True, memory, None, engine, processes)
+
+
 def check_fits(recipe: Recipe, device: torch.device) -> None:
     """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
 
     Raises:
         TrainingError: with what takes the room, and what would take less.
     """
-    free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    target = Target(is_gpu=True, memory_bytes=int(free) + CONTEXT_BYTES, engine=find_engine(), processes=processes)
-    plan = make_plan(recipe, target)
+    plan = make_plan(recipe, find_target(device))
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
         raise TrainingError(
-            f"{_describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
+            f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
             + "\n  ".join(plan.suggestions)
             + "\nor run it all the same with --force"
         )
@@ -212,7 +225,7 @@ def describe_plan(plan: Plan) -> str:
     ]
     if plan.processes > 1:
         lines.append(f"each of {plan.processes} processes ({ENGINE_NAMES[plan.engine]})")
-    lines.append(_describe_verdict(plan))
+    lines.append(describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(
@@ -228,7 +241,8 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _describe_verdict(plan: Plan) -> str:
+def describe_verdict(plan: Plan) -> str:
+    """Say whether a plan fits, and by how much."""
     peak = f"{plan.peak_bytes / GIB:.2f} GiB"
     if plan.memory_bytes is None:
         return f"needs {peak} of {'GPU' if plan.device == 'gpu' else 'main'} memory"

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 
-from finetune.plan.changes import read_accumulation, read_batch
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
     GPU_SUBSTITUTES,
@@ -29,6 +28,7 @@ from finetune.plan.sharing import Sharing
 from finetune.plan.stages import LOSS, WORKSPACE, follow_training, list_weights, make_optimizer_states
 from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import Engine
 from finetune.train.model import Precision, choose_precision
 from finetune.train.progress import MetricsWriter, ProgressBar

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -45,9 +46,23 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     )
     model.name_or_path = str(base)
     tuned = get_peft_model(model, config)
-    if tokens:
-        # TRL's loss reads weight and bias of the head; PEFT's wrapper of trained rows passes on the weight only.
-        tuned.get_output_embeddings().register_parameter("bias", None)
+    # Whoever adds another adapter of this form, as TRL does for its reference, must not change the base once more.
+    config.init_lora_weights = True
+    return _complete_head(tuned)
+
+
+def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Path) -> PeftModel:
+    """Return the model with the adapter of an earlier run, to be trained further; dropout alone is the recipe's."""
+    config = LoraConfig.from_pretrained(folder)
+    config.lora_dropout = section.dropout
+    return _complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
+
+
+def _complete_head(tuned: PeftModel) -> PeftModel:
+    """Give a head of which rows are trained the `bias` that TRL's loss reads; PEFT's wrapper passes on the weight only."""
+    head = tuned.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.register_parameter("bias", None)
     return tuned
 
 
@@ -68,7 +83,7 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
 
 def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT does, without copies of the embedding tables; `weights` in place of the model's own."""
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
 
 

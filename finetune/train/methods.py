@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RowKind = Literal["conversation", "preference", "labelled", "text"]
+from finetune.data.settings import RowShape
+
+# What the base is loaded as: a language model, or one number for a whole text.
+Head = Literal["language", "score"]
 
 
 @dataclass(frozen=True)
@@ -17,30 +20,35 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Method:
-    """One method: the rows it takes, the trainer's classes for it, and what the kit decides in their place.
+    """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
 
-    `defaults` are ours and a recipe may change them; `owned` maps the options that a recipe may not set to the
-    place where that is decided.
+    `columns` are those of the prepared rows that the trainer is given. `has_reference` says whether its loss compares with
+    the start. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
+    `owned` maps the options that a recipe may not set to the place where that is decided.
     """
 
     name: str
-    row_kind: RowKind
+    shape: RowShape
+    columns: tuple[str, ...]
+    trainer_module: str
     trainer_class: str
     config_module: str
     config_class: str
+    head: Head = "language"
+    has_reference: bool = False
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
-    trainer_module: str = "trl"
     pretraining: Pretraining | None = None
 
 
-_SHARED_DEFAULTS: Mapping[str, Any] = {
+SHARED_DEFAULTS: Mapping[str, Any] = {
     # Two checkpoints are enough to go on from, and do not fill a laptop's disk.
     "save_total_limit": 2,
 }
 
 _OURS = "the kit owns this setting"
-_SHARED_OWNED: Mapping[str, str] = {
+SHARED_OWNED: Mapping[str, str] = {
     "output_dir": f"set output instead; {_OURS}",
     "seed": f"set seed instead; {_OURS}",
     "data_seed": f"set seed instead; {_OURS}",
@@ -63,25 +71,61 @@ _SHARED_OWNED: Mapping[str, str] = {
     "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
 }
 
-# These TRL's classes have beyond transformers' own.
-_TRL_OWNED: Mapping[str, str] = {
+# Options that only some of TRL's classes have.
+_OWNED_IN_SOME: Mapping[str, str] = {
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "max_length": f"set data.max_tokens instead; {_OURS}",
     "truncation_mode": f"set data.overflow instead; {_OURS}",
-    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
     "chat_template_path": f"set data.template instead; {_OURS}",
     "eos_token": "the chat template decides what ends an answer; set data.template instead",
     "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
-    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
     "dataset_text_field": f"set data.columns instead; {_OURS}",
     "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
     "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
+    "assistant_only_loss": "the chat template marks what is trained; remove this key",
+    "completion_only_loss": "the chat template marks what is trained; remove this key",
+    "padding_free": "TRL 1.16 does without it here; remove this key",
+    "sync_ref_model": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_mixup_alpha": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_sync_steps": "the reference stays the start, without a second copy of the weights; remove this key",
 }
+
+
+def own(*names: str) -> Mapping[str, str]:
+    """Return the options of a TRL class that no recipe may set: those that all have, and these that only some have."""
+    everywhere = ("model_init_kwargs", "trust_remote_code")
+    return {**SHARED_OWNED, **{name: _OWNED_IN_SOME[name] for name in (*everywhere, *names)}}
+
+
+_PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REFERENCE = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+# Source: the table of losses in TRL 1.16's DPOConfig and `DPOTrainer._compute_loss`.
+_DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+_F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
 
 _IN_OPTIMIZER = "the section optimizer decides this"
 _IN_SCHEDULE = "the section schedule decides this"
-_PRETRAINING_DEFAULTS: Mapping[str, Any] = {**_SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
+_PRETRAINING_DEFAULTS: Mapping[str, Any] = {**SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
 _PRETRAINING_OWNED: Mapping[str, str] = {
-    **_SHARED_OWNED,
+    **SHARED_OWNED,
     "learning_rate": f"set optimizer.learning_rate instead; {_IN_OPTIMIZER}",
     "weight_decay": f"set optimizer.weight_decay instead; {_IN_OPTIMIZER}",
     "adam_beta1": f"{_IN_OPTIMIZER}, as the authors did: 0.9; remove this key",
@@ -107,7 +151,8 @@ def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
     """Return a row for transformers' own Trainer, whose loss is the model's."""
     return Method(
         name=name,
-        row_kind="text",
+        shape="sequence",
+        columns=("input_ids", "labels"),
         trainer_module="transformers",
         trainer_class="Trainer",
         config_module="transformers.training_args",
@@ -123,17 +168,38 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(
             name="sft",
-            row_kind="conversation",
+            shape="sequence",
+            columns=("input_ids", "labels"),
+            trainer_module="trl.trainer.sft_trainer",
             trainer_class="SFTTrainer",
             config_module="trl.trainer.sft_config",
             config_class="SFTConfig",
-            defaults=_SHARED_DEFAULTS,
-            owned={
-                **_SHARED_OWNED,
-                **_TRL_OWNED,
-                "assistant_only_loss": "the chat template marks what is trained; remove this key",
-                "completion_only_loss": "the chat template marks what is trained; remove this key",
-            },
+            defaults=SHARED_DEFAULTS,
+            owned=own(
+                "max_length",
+                "truncation_mode",
+                "chat_template_path",
+                "eos_token",
+                "pad_token",
+                "dataset_text_field",
+                "dataset_kwargs",
+                "dataset_num_proc",
+                "assistant_only_loss",
+                "completion_only_loss",
+            ),
+        ),
+        Method(
+            name="dpo",
+            shape="pair",
+            columns=_PAIR_COLUMNS,
+            trainer_module="trl.trainer.dpo_trainer",
+            trainer_class="DPOTrainer",
+            config_module="trl.trainer.dpo_config",
+            config_class="DPOConfig",
+            has_reference=True,
+            defaults=SHARED_DEFAULTS,
+            words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
+            owned=own("max_length", "truncation_mode", "pad_token", "padding_free", "dataset_num_proc", *_REFERENCE),
         ),
         _make_pretraining("pretrain", Pretraining(states="fresh", decay="none")),
         _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),

@@ -63,7 +63,7 @@ def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
     with torch.random.fork_rng(devices=[]):
         batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
-    if not (batch["labels"] != IGNORED_LABEL).any():
+    if not (_find_labels(batch) != IGNORED_LABEL).any():
         raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     return batch
 
@@ -85,8 +85,8 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
 
 
 def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
-    """Yield the rows of a batch without their padding; a packed batch is split where positions start again."""
-    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
+    ids, labels = batch["input_ids"].cpu(), _find_labels(batch).cpu()
     if "position_ids" in batch:
         starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
@@ -97,14 +97,29 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
         yield row[:length].tolist(), row_labels[:length].tolist()
 
 
+def _find_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what of a batch is learnt, in the words of supervised training."""
+    if "labels" in batch:
+        return batch["labels"]
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
+
+
 def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
     """Return as many of the longest rows as one evaluation step of all processes takes; packed ones are equally long."""
     size = args.per_device_eval_batch_size * args.world_size
     if isinstance(rows, PackedRows):
         return Subset(rows, range(min(size, len(rows))))
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
-    return rows.select(longest).select_columns(["input_ids", "labels"])
+    lengths = _measure_lengths(rows)
+    return rows.select(sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size])
+
+
+def _measure_lengths(rows: Dataset) -> list[int]:
+    """Return the length of each row in tokens; a pair's is that of its longer side."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    texts = zip(rows["prompt_ids"], *answers, strict=True)
+    return [len(prompt) + max(map(len, sides)) for prompt, *sides in texts]
 
 
 class EvaluationCheck(TrainerCallback):
@@ -115,9 +130,8 @@ class EvaluationCheck(TrainerCallback):
     (transformers 5.23, accelerate 1.15).
     """
 
-    def __init__(self, trainer: Trainer, rows: Dataset | Subset[Any]) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._rows = rows
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -127,12 +141,17 @@ class EvaluationCheck(TrainerCallback):
         Raises:
             TrainingError: the step runs out of memory.
         """
+        held = self._trainer.eval_dataset
+        rows = choose_longest_rows(held, args)
+        # Rows that are handed to `evaluate` would lose what was computed of them before, such as reference log-probabilities.
+        self._trainer.eval_dataset = rows
         try:
             with torch.random.fork_rng(devices=[]):
-                self._trainer.evaluate(self._rows, metric_key_prefix=PREFLIGHT)
+                self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
-            longest = max(len(self._rows[number]["input_ids"]) for number in range(len(self._rows)))
             raise TrainingError(
-                f"evaluation does not fit: {len(self._rows)} rows of up to {longest:,} tokens run out of memory; "
+                f"evaluation does not fit: {len(rows)} of the longest held-out rows run out of memory together; "
                 "lower trainer.per_device_eval_batch_size"
             ) from error
+        finally:
+            self._trainer.eval_dataset = held

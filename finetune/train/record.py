@@ -1,105 +1,49 @@
-"""What a run leaves behind about itself, and how later stages find it again.
-
-The folder of a result (`adapter/` or `model/` of a run directory) carries `finetune.json` (the base it belongs to, by path
-and by content; its template) and `rows.json` (a few real rows as token ids, on which an export is compared).
-"""
+"""Find again what a result belongs to: its base by content, its tokenizer, its template; and what a run begins with."""
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from finetune.data.template import ChatTemplate
-from finetune.errors import CheckpointError, ExportError, FinetuneError, TemplateError
-from finetune.recipe import TrainedArchitecture
+from finetune.errors import CheckpointError, ExportError, TemplateError
+from finetune.recipe import ModelSection
 from finetune.starts import find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.train.origin import Result, find_earlier, read_json
 
 logger = logging.getLogger(__name__)
 
-ORIGIN_FILE = "finetune.json"
-ROWS_FILE = "rows.json"
-ResultKind = Literal["adapter", "model"]
-
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a result comes from: the start as the recipe named it, the folder of weights it was trained on, its template."""
+class Start:
+    """What a run begins with: the folder of its base's weights, and the result of an earlier run that it goes on from."""
 
-    checkpoint: str
-    base: str
-    base_fingerprint: str
-    quantize: Literal["none", "int8", "nf4"]
-    dtype: str
-    template: str
-    template_fingerprint: str
-    method: str
-    architecture: TrainedArchitecture = "llama"
+    base: Path
+    earlier: Result | None = None
 
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that goes on, if there is one."""
+        return self.earlier.folder if self.earlier is not None and self.earlier.kind == "adapter" else None
 
-@dataclass(frozen=True)
-class SampleRow:
-    """One row as the model saw it; `labels` hold -100 where nothing is trained."""
-
-    input_ids: list[int]
-    labels: list[int]
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies, with the template of an earlier run."""
+        return self.base if self.earlier is None else find_tokenizer_folder(self.earlier, self.base)
 
 
-@dataclass(frozen=True)
-class Result:
-    """A trained adapter or model on disk; `origin` is None for a folder that PEFT wrote elsewhere."""
-
-    kind: ResultKind
-    folder: Path
-    origin: Origin | None
-    rows: tuple[SampleRow, ...]
-
-
-def write_origin(folder: Path, origin: Origin, rows: list[SampleRow]) -> None:
-    """Write `finetune.json` and `rows.json` beside the weights of a result."""
-    write_json(folder / ORIGIN_FILE, asdict(origin))
-    write_json(folder / ROWS_FILE, [asdict(row) for row in rows])
-
-
-def is_result(path: Path) -> bool:
-    """Tell whether a path is a run directory or a folder of adapter weights, rather than a checkpoint."""
-    return any((path / name).exists() for name in ("adapter", "model", "run.json", "adapter_config.json"))
-
-
-def open_result(path: Path) -> Result:
-    """Open a run directory, or an adapter folder of ours or of PEFT's.
+def find_start(section: ModelSection) -> Start:
+    """Return what a recipe's `model` section starts from: a checkpoint, or an earlier run with its base.
 
     Raises:
-        FinetuneError: there is no finished result at that path.
+        FinetuneError: it cannot be found or read, or the base of the earlier run is not what that was trained on.
     """
-    if not path.is_dir():
-        raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
-    if (path / "adapter_config.json").is_file():
-        return _open_folder(path, "adapter")
-    for kind in ("adapter", "model"):
-        if (path / kind).is_dir():
-            return _open_folder(path / kind, kind)
-    if (path / "run.json").is_file():
-        raise FinetuneError(
-            f"{path}: this run has not finished; go on with `finetune train {path / 'recipe.yaml'} --resume`"
-        )
-    raise FinetuneError(
-        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
-    )
-
-
-def _open_folder(folder: Path, kind: ResultKind) -> Result:
-    origin = _read_json_file(folder / ORIGIN_FILE)
-    rows = _read_json_file(folder / ROWS_FILE) or []
-    try:
-        return Result(
-            kind,
-            folder,
-            Origin(**origin) if origin is not None else None,
-            tuple(SampleRow(**row) for row in rows),
-        )
-    except TypeError as error:
-        raise FinetuneError(f"{folder / ORIGIN_FILE}: was written by another version of this kit ({error})") from error
+    earlier = find_earlier(section.checkpoint)
+    if earlier is None:
+        return Start(find_base_folder(section.checkpoint, section.architecture))
+    if earlier.kind == "adapter":
+        return Start(find_base(earlier), earlier)
+    return Start(find_base_folder(str(earlier.folder), section.architecture), earlier)
 
 
 def find_complete_checkpoint(run: Path) -> Path | None:
@@ -160,25 +104,9 @@ def check_template(result: Result, template: ChatTemplate) -> None:
 
 
 def _read_peft_base(folder: Path) -> str:
-    name = (_read_json_file(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    name = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
     if not name:
         raise CheckpointError(
             f"{folder / 'adapter_config.json'}: does not say which base the adapter belongs to; set its base_model_name_or_path"
         )
     return str(name)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _read_json_file(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error

@@ -14,22 +14,22 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from finetune.data.dataset import Splits, load_splits
-from finetune.data.packing import PackedRows
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import find_base_folder, find_cache, fingerprint_checkpoint
-from finetune.train.adapter import attach_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.starts import find_cache, fingerprint_checkpoint
+from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
-from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch, choose_longest_rows
+from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
+from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Origin, SampleRow, write_json, write_origin
+from finetune.train.record import Start, find_start
 from finetune.train.resume import check_same_inputs, find_resume_point
 from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.states import save_states
@@ -62,7 +62,7 @@ class _Start:
 
     recipe: Recipe
     precision: Precision
-    base: Path
+    begin: Start
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     splits: Splits
@@ -85,7 +85,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
     if checkpoint is not None:
-        check_same_inputs(run, start.splits.report.fingerprint, start.base)
+        check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
         trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
@@ -109,15 +109,15 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
 def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
-        base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-        tokenizer = load_tokenizer(base)
+        begin = find_start(recipe.model)
+        tokenizer = load_tokenizer(begin.tokenizer_folder)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
         states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     for note in (*template.notes, *splits.report.notes):
         logger.info("%s", note)
-    return _Start(recipe, precision, base, tokenizer, template, splits, states)
+    return _Start(recipe, precision, begin, tokenizer, template, splits, states)
 
 
 def _check_rows(trainer: Trainer, start: _Start) -> None:
@@ -131,8 +131,7 @@ def _check_rows(trainer: Trainer, start: _Start) -> None:
         stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
         check_first_batch(trainer, start.tokenizer, stop_tokens)
     if start.splits.evaluation is not None:
-        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, PackedRows) else start.splits.evaluation
-        trainer.add_callback(EvaluationCheck(trainer, choose_longest_rows(rows, trainer.args)))
+        trainer.add_callback(EvaluationCheck(trainer))
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -143,7 +142,7 @@ def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
 
 def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
     """Return what the rows of a recipe are read and rendered with, before any row is read."""
-    tokenizer = load_tokenizer(find_base_folder(recipe.model.checkpoint, recipe.model.architecture))
+    tokenizer = load_tokenizer(find_start(recipe.model).tokenizer_folder)
     return _read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
 
 
@@ -152,6 +151,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     train, notes = read_training_sources(data)
     return DataSettings(
         train=train,
+        shape=METHODS[recipe.method].shape,
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
@@ -164,13 +164,14 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
         substitute=data.substitute,
         deduplicate=data.deduplicate,
         notes=notes,
+        workers=data.workers,
         cache=find_cache() / "rows",
     )
 
 
 def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
     recipe = start.recipe
-    base = load_base(start.base, recipe.model, start.precision, device)
+    base = load_base(start.begin.base, recipe.model, start.precision, device)
     control_tokens = list_template_tokens(start.tokenizer, start.template)
     untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
     if untrained and recipe.adapter.kind != "none":
@@ -180,8 +181,10 @@ def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftM
             names,
             sorted(untrained),
         )
+    if start.begin.adapter is not None:
+        return continue_adapter(base, recipe.adapter, start.begin.adapter)
     set_seed(recipe.seed)
-    return attach_adapter(base, recipe.adapter, start.base)
+    return attach_adapter(base, recipe.adapter, start.begin.base)
 
 
 @contextlib.contextmanager
@@ -231,8 +234,8 @@ def _write_run_files(
             "status": status,
             "resumed": resumed,
             "recipe": to_plain(start.recipe),
-            "base": str(start.base),
-            "base_fingerprint": fingerprint_checkpoint(start.base),
+            "base": str(start.begin.base),
+            "base_fingerprint": fingerprint_checkpoint(start.begin.base),
             "data": start.splits.report.to_json(),
             **describe_environment(),
             "result": asdict(summary) if summary else None,
@@ -253,7 +256,8 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         run=str(run),
         steps=steps,
         tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        train_loss=last("loss") or float("nan"),
+        # A run of fewer steps than trainer.logging_steps has only its mean.
+        train_loss=last("loss") or last("train_loss") or float("nan"),
         eval_loss=last("eval_loss"),
         seconds=round(seconds, 1),
     )
@@ -283,16 +287,23 @@ def _write_result(
 
 
 def _describe_origin(start: _Start) -> Origin:
+    checkpoint, earlier, stages = start.recipe.model.checkpoint, start.begin.earlier, tuple[Stage, ...]()
+    if earlier is not None and earlier.origin is not None:
+        before = earlier.origin
+        stages = (*before.earlier, Stage(before.checkpoint, before.method, checkpoint))
+        if earlier.kind == "adapter":  # its base goes on too, and is found by the name that it was first started by
+            checkpoint = before.checkpoint
     return Origin(
-        checkpoint=start.recipe.model.checkpoint,
-        base=str(start.base),
-        base_fingerprint=fingerprint_checkpoint(start.base),
+        checkpoint=checkpoint,
+        base=str(start.begin.base),
+        base_fingerprint=fingerprint_checkpoint(start.begin.base),
         quantize=start.recipe.model.quantize,
         dtype=str(start.precision.weights).removeprefix("torch."),
         template=start.template.name,
         template_fingerprint=start.template.fingerprint,
         method=start.recipe.method,
         architecture=start.recipe.model.architecture,
+        earlier=stages,
     )
 
 

@@ -19,11 +19,15 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
+from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, shard_on_cpu
-from finetune.train.methods import METHODS
+from finetune.train.methods import METHODS, Method
 from finetune.train.model import Precision
+from finetune.train.origin import find_earlier
+from finetune.train.prepared import accept_prepared_rows
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.train.reference import settle_reference
 from finetune.yulan.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
@@ -31,7 +35,6 @@ from finetune.yulan.optimizer_states import OptimizerStates
 LOGIT_COLUMNS = 8192
 trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
-_MODEL_COLUMNS = ("input_ids", "labels")
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -53,6 +56,8 @@ def build_trainer(
     """
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
+    if method.shape != "sequence":
+        trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
     start = _copy_adapter(model)
     try:
@@ -60,11 +65,13 @@ def build_trainer(
             model=model,
             args=config,
             processing_class=tokenizer,
-            **(_choose_rows(splits) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
+            **(_choose_rows(splits, method) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
+    if isinstance(model, PeftModel):
+        settle_reference(model, starts_from_base=_starts_from_base(recipe))
     if method.pretraining is not None:
         set_up_pretraining(trainer, recipe, states)
     trainer.remove_callback(ProgressCallback)
@@ -81,7 +88,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         RecipeError: a combination of options that transformers refuses.
     """
     method = METHODS[recipe.method]
-    options = dict(recipe.trainer)
+    options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
@@ -118,19 +125,26 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
+def _starts_from_base(recipe: Recipe) -> bool:
+    """Tell whether the adapter of a recipe changes nothing at the start, so that the base alone is the start."""
+    earlier = find_earlier(recipe.model.checkpoint)
+    return recipe.adapter.init == "default" and (earlier is None or earlier.kind == "model")
+
+
 def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
     packs = bool(recipe.trainer.get("packing"))
-    return {
-        "max_length": recipe.data.max_tokens if packs else None,
-        "dataset_kwargs": None if packs else {"skip_prepare_dataset": True},
-    }
+    length = {"max_length": recipe.data.max_tokens if packs else None}
+    if METHODS[recipe.method].shape != "sequence":
+        return {**length, "remove_unused_columns": False}
+    return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 
-def _choose_rows(splits: Splits) -> dict[str, Any]:
+def _choose_rows(splits: Splits, method: Method) -> dict[str, Any]:
+    columns = list(method.columns)
     return {
-        "train_dataset": splits.train.select_columns(list(_MODEL_COLUMNS)),
-        "eval_dataset": splits.evaluation and splits.evaluation.select_columns(list(_MODEL_COLUMNS)),
+        "train_dataset": splits.train.select_columns(columns),
+        "eval_dataset": splits.evaluation and splits.evaluation.select_columns(columns),
     }
 
 

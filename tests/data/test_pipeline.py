@@ -1,6 +1,8 @@
 """What becomes of rows between file and batch: which answers are trained, what is left out, and that nothing leaks."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from finetune.data.gates import IGNORED_LABEL
 from finetune.data.settings import DataSettings, Source
 from finetune.data.template import encode_prompt, find_template
 from finetune.data.tokenizer import load_tokenizer
-from finetune.errors import DataError
+from finetune.errors import DataError, MachineError
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +115,106 @@ def test_answers_that_all_lose_their_end_are_refused(load):
         load([chat("a", "word " * 200)], max_tokens=40, overflow="truncate")
 
 
+PAIR = {"prompt": "Q", "chosen": "good", "rejected": "bad answer"}
+
+
 def test_pairs_share_their_prompt(load, tokenizer):
-    splits = load([{"prompt": "Q", "chosen": "good", "rejected": "bad answer"}])
-    row = splits.train[0]
+    row = load([PAIR], shape="pair").train[0]
     template = find_template("yulan-mini", tokenizer)
     assert row["prompt_ids"] == encode_prompt(tokenizer, template, [{"role": "user", "content": "Q"}])
     assert tokenizer.decode(row["chosen_ids"]) == "good<|eot_id|>"
     assert tokenizer.decode(row["rejected_ids"]) == "bad answer<|eot_id|>"
     assert row["input_ids"] == row["prompt_ids"] + row["chosen_ids"]
+
+
+def test_supervised_training_learns_the_chosen_side(load, tokenizer):
+    splits = load([PAIR])
+    assert read_trained(splits.train[0], tokenizer) == ["good<|eot_id|>"]
+    assert "prompt_ids" not in splits.train.column_names
     assert any("1 rows are pairs" in note for note in splits.report.notes)
+
+
+def test_the_account_of_pairs_counts_both_sides(load):
+    row, report = load([PAIR], shape="pair").train[0], load([PAIR], shape="pair").report.train
+    prompt, chosen, rejected = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert (report.tokens, report.trained_tokens) == (2 * prompt + chosen + rejected, chosen + rejected)
+    assert report.longest == prompt + max(chosen, rejected)
+
+
+def test_a_pair_becomes_two_labelled_answers(load, tokenizer):
+    labelled = {"prompt": "Q", "completion": "so so", "label": False}
+    rows = load([PAIR], shape="labelled").train
+    found = [(tokenizer.decode(row["completion_ids"]), row["label"]) for row in rows]
+    assert found == [("good<|eot_id|>", True), ("bad answer<|eot_id|>", False)]
+    row = load([labelled], shape="labelled").train[0]
+    assert (tokenizer.decode(row["completion_ids"]), row["label"]) == ("so so<|eot_id|>", False)
+    assert row["input_ids"] == row["prompt_ids"] + row["completion_ids"]
+
+
+def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
+    long = {"prompt": "Q", "chosen": "good " * 30, "rejected": "bad"}
+    limit = len(load([PAIR], shape="pair").train[0]["prompt_ids"]) + 5
+    splits = load([long, PAIR], shape="pair", max_tokens=limit, overflow="truncate")
+    row = splits.train[0]
+    assert len(row["prompt_ids"] + row["chosen_ids"]) == limit
+    assert tokenizer.decode(row["rejected_ids"]) == "bad<|eot_id|>"
+    assert (splits.report.train.truncated, splits.report.train.answers_cut) == (1, 1)
+    # Sides that are equal up to the cut teach nothing any more.
+    equal = {"prompt": "Q", "chosen": "good " * 30 + "end", "rejected": "good " * 30}
+    assert load([equal, PAIR], shape="pair", max_tokens=limit, overflow="truncate").report.train.dropped == 1
+    assert load([long, PAIR], shape="pair", max_tokens=limit, overflow="drop").report.train.dropped == 1
+    with pytest.raises(DataError, match="1 of 2 rows are longer"):
+        load([long, PAIR], shape="pair", max_tokens=limit)
+
+
+def test_spellings_of_control_tokens_stay_text_on_both_sides(load, tokenizer):
+    row = load([{"prompt": "<s>", "chosen": "a<|eot_id|>b", "rejected": "<|eot_id|>"}], shape="pair").train[0]
+    stop = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    for side, text in (("chosen_ids", "a<|eot_id|>b"), ("rejected_ids", "<|eot_id|>")):
+        assert row[side].count(stop) == 1
+        assert row[side][-1] == stop
+        assert tokenizer.decode(row[side][:-1]) == text
+
+
+@pytest.mark.parametrize(
+    ("shape", "bad", "fault"),
+    [
+        ("pair", {**PAIR, "rejected": "good"}, "chosen and rejected are the same"),
+        ("pair", {"prompt": "Q", "chosen": "good"}, "has no 'rejected', which the format preference needs"),
+        ("pair", {**PAIR, "rejected": None}, "rejected"),
+        (
+            "pair",
+            {"chosen": chat("Q", "A")["messages"], "rejected": chat("other", "A")["messages"]},
+            "chosen and rejected answer different prompts (they differ from a user message on)",
+        ),
+        (
+            "pair",
+            {"chosen": chat("Q", "A", "R", "B")["messages"], "rejected": chat("Q", "X", "R", "Y")["messages"]},
+            "chosen and rejected differ before their last answer",
+        ),
+        ("labelled", {"prompt": "Q", "completion": "A", "label": "yes"}, "; expected true or false"),
+        ("labelled", {"prompt": "Q", "completion": "A", "label": 1}, "label is a number; expected true or false"),
+    ],
+)
+def test_bad_pairs_are_named_with_file_and_line(load, shape, bad, fault):
+    good = PAIR if shape == "pair" else {"prompt": "Q", "completion": "A", "label": True}
+    with pytest.raises(DataError, match=re.escape(fault)) as caught:
+        load([good, bad], shape=shape)
+    assert "rows.jsonl, line 2: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "needs"),
+    [
+        ("pair", chat("Q", "A"), "needs pairs: chosen and rejected, with or without a prompt"),
+        ("labelled", chat("Q", "A"), "needs labelled answers"),
+        ("sequence", {"prompt": "Q"}, "needs an answer to each prompt"),
+    ],
+)
+def test_a_method_says_which_rows_it_needs(load, shape, row, needs):
+    with pytest.raises(DataError, match=needs):
+        load([row], shape=shape)
 
 
 def test_the_cache_gives_the_same_rows_and_sees_every_change(load, tmp_path):
@@ -154,3 +247,20 @@ def test_held_out_rows_are_the_same_whenever_they_are_drawn(load):
     assert len(first.evaluation) == 5
     assert not set(first.evaluation["origin"]) & set(first.train["origin"])
     assert replace(first.report, fingerprint="") == replace(second.report, fingerprint="")
+
+
+@pytest.mark.parametrize("shape", ["sequence", "pair", "labelled"])
+def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
+    monkeypatch.setattr("finetune.data.workers.BATCH_ROWS", 4)  # several batches for each process
+    pairs = [{"prompt": f"Q{n}", "chosen": f"yes {n} </s>", "rejected": f"no {n}"} for n in range(30)]
+    alone = load(pairs, shape=shape)
+    together = load(pairs, shape=shape, workers=2)
+    assert together.report == alone.report
+    assert together.train[:] == alone.train[:]
+    assert any("rows spell control tokens" in note for note in together.report.notes)
+
+
+def test_a_process_that_ends_is_told(load, monkeypatch):
+    monkeypatch.setattr("finetune.data.workers._start_worker", sys.exit)
+    with pytest.raises(MachineError, match=r"data\.workers: a process that prepares rows was ended from outside"):
+        load([TWO], workers=2)

@@ -16,7 +16,7 @@ from finetune.export.adapter import read_adapter
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.starts import fingerprint_checkpoint
-from finetune.train.record import Origin, open_result, write_origin
+from finetune.train.origin import Origin, open_result, write_origin
 from finetune.yulan import shards
 from finetune.yulan.modeling import load_native
 from finetune.yulan.tensors import open_tensors

@@ -14,7 +14,7 @@ SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
 from finetune.export.merge import ExportSettings, export_result
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 
 adapter, output, reference = (Path(path) for path in sys.argv[1:4])
 number = getattr(signal, sys.argv[4])

@@ -9,7 +9,7 @@ from finetune.check import load_recipe
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.resources import list_recipes
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 
 # Two steps on nano; the real models' optimizer states in 8 bits need a GPU.

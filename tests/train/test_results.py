@@ -11,7 +11,7 @@ from finetune.evaluate.chat import open_model
 from finetune.evaluate.loss import evaluate_rows
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 
 

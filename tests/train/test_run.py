@@ -15,7 +15,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
 from finetune.recipe_file import read_recipe
 from finetune.resources import find_demo_data, find_resource_folder
-from finetune.train.record import open_result
+from finetune.train.origin import open_result
 from finetune.train.run import run_training
 
 UNLOGGED = ["trainer.logging_strategy=no"]
@@ -227,3 +227,13 @@ def test_the_adapter_of_a_quantized_base_stays_in_float32(make_recipe, tmp_path)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     starts = [tensor for name, tensor in weights.items() if "lora_A" in name]
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in starts)
+
+
+def test_a_run_shorter_than_one_logged_step_reports_its_mean_loss(train):
+    """It used to report `nan`, as if it had failed."""
+    often, seldom = (
+        train(f"every{steps}", "trainer.max_steps=1", f"trainer.logging_steps={steps}") for steps in (1, 50)
+    )
+    line = json.loads((often / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    record = json.loads((seldom / "run.json").read_text(encoding="utf-8"))
+    assert record["result"]["train_loss"] == pytest.approx(line["loss"], rel=1e-6)

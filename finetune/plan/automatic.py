@@ -1,0 +1,131 @@
+"""Find how a recipe fits: `trainer.auto` keeps the rows of a step, and the rest follows from the device's memory.
+
+In this order, and as little as is needed: keep all activations, compute layers twice, move what they keep to the host's memory,
+hold the optimizer in 8 bits and pages. Then as many rows at once as fit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.errors import MachineError, RecipeError, TrainingError
+from finetune.plan.changes import list_changes
+from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
+from finetune.recipe import Recipe
+from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_global_batch
+
+_KEEP = {"gradient_checkpointing": False, "activation_offloading": False}
+_AGAIN = {"gradient_checkpointing": True, "activation_offloading": False}
+_OFFLOAD = {"gradient_checkpointing": True, "activation_offloading": True}
+_PAGED = {**_OFFLOAD, "optim": "paged_adamw_8bit"}
+_LEVELS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    (_KEEP, "nothing is computed twice"),
+    (_AGAIN, "layers are computed again in the backward pass"),
+    (_OFFLOAD, "what layers keep waits in the host's memory"),
+    (_PAGED, "optimizer states in 8 bits and pages, which rounds them"),
+)
+DECIDED = (BATCH, ACCUMULATION, *_PAGED)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that were chosen, why, the peak with them, and how much lower it is than with the choice before."""
+
+    settings: Mapping[str, Any]
+    reason: str
+    peak_bytes: int
+    saves_bytes: int
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in self.settings.items())
+        saved = f", saves {self.saves_bytes / 1e9:.2f} GB" if self.saves_bytes > 0 else ""
+        return f"{settings}: {self.reason}; peak {self.peak_bytes / 1e9:.2f} GB{saved}"
+
+
+def choose_settings(recipe: Recipe, target: Target) -> tuple[Recipe, tuple[Choice, ...]]:
+    """Return a recipe with what `trainer.auto` leaves open filled in, and why; any other recipe as it is.
+
+    Keys that the recipe sets are kept.
+
+    Raises:
+        RecipeError: the rows of a step cannot be split between the processes.
+        MachineError: the target has no memory to fit.
+        TrainingError: nothing that keeps the training fits.
+    """
+    if not recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION} <= set(recipe.trainer):
+        return recipe, ()
+    if target.memory_bytes is None:
+        raise MachineError("trainer.auto: say what has to be fitted: --memory 8GB, or --gpu NAME")
+    rows, left = divmod(read_global_batch(recipe), target.processes)
+    if left or rows % recipe.trainer.get(BATCH, 1):
+        raise RecipeError(
+            "trainer",
+            [
+                f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
+                f"in batches of {recipe.trainer.get(BATCH, 1)}"
+            ],
+        )
+    recipe = _split_rows(recipe, rows, recipe.trainer.get(BATCH, 1))
+    recipe, plan, choices = _choose_level(recipe, target)
+    recipe, plan = _grow_batch(recipe, target, plan, rows)
+    settings = {key: recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
+    return recipe, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
+
+
+def _split_rows(recipe: Recipe, rows: int, batch: int) -> Recipe:
+    return replace(recipe, trainer={**recipe.trainer, BATCH: batch, ACCUMULATION: rows // batch})
+
+
+def _choose_level(recipe: Recipe, target: Target) -> tuple[Recipe, Plan, list[Choice]]:
+    choices: list[Choice] = []
+    before = 0
+    for settings, reason in _list_levels(recipe, target):
+        changed = replace(recipe, trainer={**recipe.trainer, **settings})
+        plan = make_plan(changed, target)
+        choices.append(Choice(settings, reason, plan.peak_bytes, before - plan.peak_bytes))
+        if plan.fits:
+            return changed, plan, choices
+        before = plan.peak_bytes
+    raise TrainingError(
+        f"trainer.auto: {describe_verdict(plan)}, a row at a time, with\n  {choices[-1].describe()}\nit would take less with\n  "
+        + "\n  ".join(change.describe() for change in list_changes(changed) if not change.keeps_training)
+    )
+
+
+def _list_levels(recipe: Recipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the levels that the recipe's own keys and the device leave; the last is there in any case."""
+    said = recipe.trainer
+    usable = [
+        (settings, reason)
+        for settings, reason in _LEVELS
+        if all(said.get(key, value) == value for key, value in settings.items())
+        and (target.is_gpu or not settings["activation_offloading"])
+        and (target.engine != "fsdp2" or "optim" not in settings)
+    ]
+    yield from usable or [({}, "as the recipe says")]
+
+
+def _grow_batch(recipe: Recipe, target: Target, plan: Plan, rows: int) -> tuple[Recipe, Plan]:
+    """Compute as many rows at once as fit: what a row adds is measured once, and the result is planned to be sure."""
+    start = recipe.trainer[BATCH]
+    larger = [batch for batch in range(start + 1, rows + 1) if rows % batch == 0]
+    if not larger or plan.memory_bytes is None:
+        return recipe, plan
+    second = _split_rows(recipe, rows, larger[0])
+    planned = make_plan(second, target)
+    if not planned.fits:
+        return recipe, plan
+    a_row = max((planned.peak_bytes - plan.peak_bytes) // (larger[0] - start), 1)
+    room = start + (plan.memory_bytes - plan.peak_bytes) // a_row
+    for batch in sorted((batch for batch in larger[1:] if batch <= room), reverse=True):
+        grown = _split_rows(recipe, rows, batch)
+        attempt = make_plan(grown, target)
+        if attempt.fits:
+            return grown, attempt
+    return second, planned
+
+
+def describe_choices(choices: tuple[Choice, ...]) -> str:
+    """Return what was chosen, a line each."""
+    return "\n".join(["trainer.auto chose", *(f"  {choice.describe()}" for choice in choices)])
