@@ -20,7 +20,7 @@ def main(folder: Path, file: Path) -> None:
     )
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    start, joint = 0.0, []
+    start, joint, ends = 0.0, [], []
     for run in runs:
         lines = read_metrics(run)
         colour = ANNEALED if run.name == "nano" else STABLE
@@ -29,8 +29,8 @@ def main(folder: Path, file: Path) -> None:
             (start + line["num_input_tokens_seen"] / 1000, line["eval_loss"]) for line in lines if "eval_loss" in line
         ]
         losses.plot(*zip(*joint, *held, strict=True), color=colour, linewidth=2)
-        losses.plot(*held[-1], "o", color=colour, markersize=6)
-        losses.annotate(f"{held[-1][1]:.3f}", held[-1], (-2, 9), textcoords="offset points", ha="right", color=colour)
+        losses.plot(*held[-1], "o", color=colour, markersize=6, clip_on=False)
+        losses.annotate(f"{held[-1][1]:.3f}", held[-1], (-4, 14), textcoords="offset points", ha="right", color=colour)
         losses.text(
             start + length / 2, 1.02, run.name, transform=losses.get_xaxis_transform(), ha="center", color=colour
         )
@@ -39,12 +39,13 @@ def main(folder: Path, file: Path) -> None:
         ]
         rates.plot(*zip(*steps, strict=True), color=colour, linewidth=2)
         joint, start = [held[-1]], start + length
+        ends.append(held[-1][1])
         for axes in (losses, rates):
             axes.axvline(start, color=FAINT, linewidth=0.8, linestyle=":")
             axes.spines[["top", "right"]].set_visible(False)
     # The first steps fall from far above and would press all the rest flat.
-    losses.set(ylabel="held-out loss, nats per token", yscale="log")
-    rates.set(xlabel="thousands of tokens", ylabel="learning rate", ylim=(0, None), xlim=(0, start))
+    losses.set(ylabel="held-out loss, nats per token", ylim=(0, 2 * ends[0]))
+    rates.set(xlabel="thousands of tokens; below, the learning rate", ylabel="rate", ylim=(0, None), xlim=(0, start))
     losses.set_title("A whole YuLan-Mini in miniature", pad=24)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
