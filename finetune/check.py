@@ -18,6 +18,7 @@ from finetune.train.adoption import adopt_earlier_run
 from finetune.train.batches import KIT_OPTIONS, list_batch_problems
 from finetune.train.methods import METHODS, Method
 from finetune.train.options import read_trainer_options
+from finetune.train.reward_checks import check_rewards
 
 _SHORTEST_ROW = 8
 
@@ -30,20 +31,25 @@ def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem that was found, not only the first.
     """
-    draft = adopt_earlier_run(read_recipe(_find_recipe(source), overrides))
-    problems = [*draft.problems, *_list_problems(draft)]
-    if problems:
+    draft = adopt_earlier_run(read_recipe(find_recipe(source), overrides))
+    if problems := list_problems(draft):
         raise RecipeError(str(source), problems)
-    return _resolve_paths(draft)
+    return resolve_recipe(draft)
 
 
-def _find_recipe(source: Path) -> Path:
+def list_problems(draft: Draft) -> list[str]:
+    """Return everything that is wrong with a recipe."""
+    return [*draft.problems, *_check_recipe(draft)]
+
+
+def find_recipe(source: Path) -> Path:
+    """Return the file of a recipe: itself, or a shipped one of that name."""
     shipped = list_recipes()
     is_name = source.as_posix() in (source.stem, f"recipes/{source.stem}.yaml")
     return shipped[source.stem] if not source.is_file() and is_name and source.stem in shipped else source
 
 
-def _list_problems(draft: Draft) -> Iterator[str]:
+def _check_recipe(draft: Draft) -> Iterator[str]:
     recipe = draft.recipe
     # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
     yield from _check_method(recipe)
@@ -51,6 +57,10 @@ def _list_problems(draft: Draft) -> Iterator[str]:
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
     yield from check_pretraining(recipe)
+    if recipe.method in METHODS:
+        yield from check_rewards(recipe, METHODS[recipe.method])
+    if recipe.answers < 0:
+        yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -112,7 +122,7 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         for number, source in enumerate(sources, 1):
             if isinstance(source, SourceSection):
                 yield from _check_source(source, f"data.{key}[{number}]", folder)
-            elif _find_file(source, folder) is None:
+            elif find_file(source, folder) is None:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
@@ -150,7 +160,7 @@ def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
             yield from _check_source(source, key, folder)
             if source.weight is not None or source.rows is not None:
                 yield f"{key}: takes no weight and no number of rows; data.mixture decides how much of it is taken"
-        elif _find_file(source, folder) is None:
+        elif find_file(source, folder) is None:
             yield f"{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.mixture is None:
         yield "data.mixture: is missing; data.sources needs a published mixture, such as phase25 (`finetune mixtures` lists them)"
@@ -167,7 +177,7 @@ def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
 def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
     if bool(source.path) == bool(source.hub):
         yield f"{name}: needs one of path (files) and hub (a data set's owner/name)"
-    elif source.path and _find_file(source.path, folder) is None:
+    elif source.path and find_file(source.path, folder) is None:
         yield f"{name}.path: {source.path} does not exist{_suggest_file(source.path, folder)}"
     elif source.hub and not is_hub_id(source.hub):
         yield f"{name}.hub: must read owner/name; found {source.hub!r}"
@@ -186,7 +196,7 @@ def _check_template(template: str, folder: Path) -> Iterator[str]:
     if template == "auto" or template in list_templates():
         return
     if template.endswith((".jinja", ".j2")) or "/" in template:
-        if _find_file(template, folder) is None:
+        if find_file(template, folder) is None:
             yield f"data.template: {template} does not exist{_suggest_file(template, folder)}"
         return
     yield f"data.template: {template!r} is {describe_unknown_name(template, ['auto', *list_templates()])}"
@@ -229,7 +239,7 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
         yield "adapter.dora: cannot be combined with init: pissa; choose one"
 
 
-def _find_file(name: str, folder: Path) -> Path | None:
+def find_file(name: str, folder: Path) -> Path | None:
     """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
     path = Path(name).expanduser()
     candidates = [path] if path.is_absolute() else [folder / path, path]
@@ -257,11 +267,12 @@ def _suggest_file(name: str, folder: Path) -> str:
 
 def _resolve_source(source: str | SourceSection, folder: Path) -> str | SourceSection:
     if isinstance(source, str):
-        return str(_find_file(source, folder))
-    return replace(source, path=str(_find_file(source.path, folder))) if source.path else source
+        return str(find_file(source, folder))
+    return replace(source, path=str(find_file(source.path, folder))) if source.path else source
 
 
-def _resolve_paths(draft: Draft) -> Recipe:
+def resolve_recipe(draft: Draft) -> Recipe:
+    """Return a recipe without problems, with absolute paths and the method's defaults."""
     recipe, folder = draft.recipe, draft.source.parent
     data = replace(
         recipe.data,
@@ -270,7 +281,7 @@ def _resolve_paths(draft: Draft) -> Recipe:
         sources={name: _resolve_source(source, folder) for name, source in recipe.data.sources.items()},
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
-        data = replace(data, template=str(_find_file(recipe.data.template, folder)))
+        data = replace(data, template=str(find_file(recipe.data.template, folder)))
     model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))

@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 from finetune.command_line import Verb, make_parser
 from finetune.errors import FinetuneError, RecipeError
+from finetune.recipe import Recipe
 
 _SUCCESS, _BUG, _USER_ERROR, _INTERRUPTED = 0, 1, 2, 130
 
@@ -79,7 +80,7 @@ def _run_mixtures(arguments: argparse.Namespace) -> int:
 def _run_fold(arguments: argparse.Namespace) -> int:
     from finetune.starts import find_checkpoint
     from finetune.yulan.folding import fold_checkpoint
-    from finetune.yulan.shards import parse_size
+    from finetune.yulan.sizes import parse_size
 
     limit = parse_size(arguments.max_shard_size)
     report = fold_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, arguments.dtype, limit)
@@ -88,58 +89,75 @@ def _run_fold(arguments: argparse.Namespace) -> int:
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
+    from finetune.chain_file import dump_chain, is_chain, load_chain, to_plain_chain
     from finetune.check import load_recipe
-    from finetune.mixtures.matched import match_sources
-    from finetune.mixtures.published import find_mixture
     from finetune.recipe import dump_recipe, to_plain
 
     try:
-        recipe = load_recipe(arguments.recipe, arguments.set)
+        if is_chain(arguments.recipe):
+            chain = load_chain(arguments.recipe, arguments.set)
+            recipes = [stage.recipe for stage in chain.trainings]
+            plain, text = to_plain_chain(chain), dump_chain(chain)
+        else:
+            recipes = [load_recipe(arguments.recipe, arguments.set)]
+            plain, text = to_plain(recipes[0]), dump_recipe(recipes[0])
     except RecipeError as error:
         if not arguments.json:
             raise
         print(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False))
         return _USER_ERROR
-    result = {"ok": True, "problems": [], "recipe": to_plain(recipe)}
+    notes = "".join(map(_describe_mixture, recipes))
+    return _print_result(
+        arguments, {"ok": True, "problems": [], "recipe": plain}, f"{text}\n{notes}{arguments.recipe}: fine"
+    )
+
+
+def _describe_mixture(recipe: Recipe) -> str:
+    from finetune.mixtures.matched import match_sources
+    from finetune.mixtures.published import find_mixture
+
     mixture = find_mixture(recipe.data.mixture) if recipe.data.mixture else None
-    note = f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
-    return _print_result(arguments, result, f"{dump_recipe(recipe)}\n{note}{arguments.recipe}: fine")
+    return f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
 
 
 def _run_preview(arguments: argparse.Namespace) -> int:
-    from finetune.check import load_recipe
     from finetune.data.preview import describe_preview, preview_rows
     from finetune.train.run import prepare_rows
 
-    tokenizer, splits = prepare_rows(load_recipe(arguments.recipe, arguments.set))
-    preview = preview_rows(splits, tokenizer, arguments.rows)
-    if arguments.html is not None:
-        from finetune.data.page import collect_page, render_page, write_page
+    def preview_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
+        tokenizer, splits = prepare_rows(recipe)
+        preview = preview_rows(splits, tokenizer, arguments.rows)
+        if arguments.html is not None:
+            from finetune.data.page import collect_page, render_page, write_page
 
-        page = collect_page(splits, tokenizer, arguments.rows, arguments.recipe.name)
-        write_page(arguments.html, render_page(page))
-        print(f"wrote {arguments.html}", file=sys.stderr)
-    return _print_result(arguments, _to_json(preview), describe_preview(preview, in_colour=sys.stdout.isatty()))
+            file = arguments.html.with_stem(f"{arguments.html.stem}-{stage}") if stage else arguments.html
+            write_page(file, render_page(collect_page(splits, tokenizer, arguments.rows, arguments.recipe.name)))
+            print(f"wrote {file}", file=sys.stderr)
+        return _to_json(preview), describe_preview(preview, in_colour=sys.stdout.isatty())
+
+    return _print_each(arguments, preview_recipe)
 
 
 def _run_lint(arguments: argparse.Namespace) -> int:
-    from finetune.check import load_recipe
     from finetune.data.lint import describe_fix, describe_lint
     from finetune.data.lint_reading import lint_data
     from finetune.train.run import open_data
 
-    report = lint_data(*open_data(load_recipe(arguments.recipe, arguments.set)), arguments.fix)
-    text = describe_lint(report)
-    if arguments.fix is not None:
-        text += f"\n\n{describe_fix(report)}: {arguments.fix}"
-    return _print_result(arguments, report.to_json(), text)
+    def lint_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
+        folder = arguments.fix / stage if arguments.fix is not None else None
+        report = lint_data(*open_data(recipe), folder)
+        text = describe_lint(report)
+        if folder is not None:
+            text += f"\n\n{describe_fix(report)}: {folder}"
+        return report.to_json(), text
+
+    return _print_each(arguments, lint_recipe)
 
 
 def _run_plan(arguments: argparse.Namespace) -> int:
-    from finetune.check import load_recipe
     from finetune.plan.hardware import parse_memory
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipes = _load_recipes(arguments)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     from finetune.plan.automatic import choose_settings, describe_choices
     from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
@@ -150,16 +168,43 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
         found, count = read_sharing(arguments.accelerate)
         engine, processes = engine or found, processes or count
-    target = choose_target(recipe, memory, arguments.gpu, engine, processes)
-    recipe, choices = choose_settings(recipe, target)
-    notes = f"\n\n{describe_choices(choices)}" if choices else ""
-    if not arguments.fit:
-        plan = make_plan(recipe, target)
-        result = {**plan.to_json(), "choices": [asdict(choice) for choice in choices]}
-        return _print_result(arguments, result, f"{describe_plan(plan)}{notes}")
-    plan, steps = find_fitting_plan(recipe, target)
-    result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
-    return _print_result(arguments, result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}")
+
+    def plan_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
+        target = choose_target(recipe, memory, arguments.gpu, engine, processes)
+        recipe, choices = choose_settings(recipe, target)
+        notes = f"\n\n{describe_choices(choices)}" if choices else ""
+        if not arguments.fit:
+            plan = make_plan(recipe, target)
+            result = {**plan.to_json(), "choices": [asdict(choice) for choice in choices]}
+            return result, f"{describe_plan(plan)}{notes}"
+        plan, steps = find_fitting_plan(recipe, target)
+        result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
+        return result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}"
+
+    return _print_each(arguments, plan_recipe, recipes)
+
+
+def _load_recipes(arguments: argparse.Namespace) -> Mapping[str, Recipe]:
+    """Return the recipe under an empty name, or those of a chain under the names of their stages."""
+    from finetune.chain_file import is_chain, load_chain
+    from finetune.check import load_recipe
+
+    if is_chain(arguments.recipe):
+        return {stage.name: stage.recipe for stage in load_chain(arguments.recipe, arguments.set).trainings}
+    return {"": load_recipe(arguments.recipe, arguments.set)}
+
+
+def _print_each(
+    arguments: argparse.Namespace,
+    look: Callable[[Recipe, str], tuple[Any, str]],
+    recipes: Mapping[str, Recipe] | None = None,
+) -> int:
+    """Look at a recipe, or at every stage of a chain, and print what each gives."""
+    found = {name: look(recipe, name) for name, recipe in (recipes or _load_recipes(arguments)).items()}
+    if "" in found:
+        return _print_result(arguments, *found[""])
+    result = {"stages": {name: result for name, (result, _) in found.items()}}
+    return _print_result(arguments, result, "\n\n".join(f"stage {name}\n\n{text}" for name, (_, text) in found.items()))
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
@@ -170,30 +215,29 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
+    from finetune.chain_file import is_chain, load_chain
     from finetune.check import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.set)  # before the seconds that importing torch takes
-    from finetune.train.model import choose_device
-    from finetune.train.run import run_training
+    # Before the seconds that importing torch takes.
+    if is_chain(arguments.recipe):
+        chain = load_chain(arguments.recipe, arguments.set)
+        from finetune.chain import describe_chain, run_chain
 
-    device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    if device.type == "cuda" or recipe.trainer.get("auto"):
-        from finetune.plan.ladder import train_as_planned
+        done = run_chain(chain, arguments.resume, arguments.force)
+        return _print_result(arguments, asdict(done), describe_chain(done))
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.plan.ladder import train_on_device
+    from finetune.train.run import describe_run
 
-        summary = train_as_planned(recipe, device, arguments.resume, arguments.force)
-    else:
-        summary = run_training(recipe, arguments.resume)
-    losses = f"training loss {summary.train_loss:.3f}"
-    if summary.eval_loss is not None:
-        losses += f", held-out loss {summary.eval_loss:.3f}"
-    text = f"{summary.run}: {summary.steps} steps, {losses}, {summary.seconds:.0f} s\nexport it: finetune export {summary.run} -o DIR"
+    summary = train_on_device(recipe, arguments.resume, arguments.force)
+    text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
     return _print_result(arguments, asdict(summary), text)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
     from finetune.export.merge import ExportSettings, describe_export, export_result
     from finetune.train.origin import open_result
-    from finetune.yulan.shards import parse_size
+    from finetune.yulan.sizes import parse_size
 
     settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
     verifier = None

@@ -15,7 +15,7 @@ from finetune.folders import check_output_free
 from finetune.resources import find_demo_data, list_recipes
 from finetune.train.origin import open_result
 from finetune.train.run import run_training
-from finetune.yulan.shards import parse_size
+from finetune.yulan.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 

@@ -78,6 +78,14 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class RewardsSection:
+    """What the answers of an online method are judged by: rules with their weights; `length_tokens` belongs to `length`."""
+
+    rules: Mapping[str, float] = field(default_factory=dict)
+    length_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class OptimizerSection:
     """AdamW of the methods `pretrain` and `anneal`; `auto` and null stand for what the method or the states say.
 
@@ -110,15 +118,20 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run; `trainer` goes by name to the configuration class of the method's trainer."""
+    """One run; `trainer` goes by name to the configuration class of the method's trainer.
+
+    `answers` is the most tokens of each answer that is kept from before and after; 0 keeps none.
+    """
 
     method: str = "sft"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
+    rewards: RewardsSection = field(default_factory=RewardsSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    answers: int = 64
     output: str = ""
     seed: int = 42
 

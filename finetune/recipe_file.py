@@ -75,24 +75,35 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     Raises:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
-    content = _load_yaml_file(source)
-    if content.get("trainer") == "auto":
-        content["trainer"] = {"auto": True}
+    content = load_recipe_file(source)
+    expand_shorthand(content)
     problems: list[str] = []
     for override in overrides:
-        _apply_override(content, override, problems)
-    recipe = _read_section(Recipe, content, "", problems)
-    return Draft(source, recipe, tuple(problems), frozenset(_list_keys(content)))
+        apply_override(content, override, problems)
+    recipe = read_section(Recipe, content, "", problems)
+    return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
 
 
-def _list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def expand_shorthand(content: dict[str, Any]) -> None:
+    """Write out `trainer: auto`."""
+    if content.get("trainer") == "auto":
+        content["trainer"] = {"auto": True}
+
+
+def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield every key of what a recipe says, the inner ones as `section.key`."""
     for key, value in content.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _list_keys(value, f"{prefix}{key}.")
+            yield from list_keys(value, f"{prefix}{key}.")
 
 
-def _load_yaml_file(source: Path) -> dict[str, Any]:
+def load_recipe_file(source: Path) -> dict[str, Any]:
+    """Return what a recipe file says, with nothing but its YAML checked.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML.
+    """
     try:
         text = source.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -126,7 +137,8 @@ def _suggest_neighbour(source: Path) -> str:
     return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
 
 
-def _apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one `section.key=value` in what a recipe says; what is wrong with it goes to the problems."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
@@ -145,7 +157,8 @@ def _apply_override(content: dict[str, Any], override: str, problems: list[str])
     target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
 
 
-def _read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Return a frozen section of what a recipe says; unknown and mistyped keys go to the problems."""
     hints = get_type_hints(section)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -174,7 +187,7 @@ def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise _MismatchError("a section of keys and values")
-        return _read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
+        return read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
     if origin is Literal:
         if value not in get_args(hint):
             raise _MismatchError(f"one of {', '.join(map(str, get_args(hint)))}")
@@ -228,7 +241,7 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     members = get_args(member) or (member,)
     section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     if section is not None and isinstance(value, dict):
-        return _read_section(section, value, prefix, problems)  # type: ignore[arg-type]
+        return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
     return _convert_scalar(value, members[0])
 
 

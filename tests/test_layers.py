@@ -17,9 +17,9 @@ LAYERS = [
     {"starts"},
     {"data"},
     {"train"},
-    {"check", "check_pretraining"},
+    {"check", "check_pretraining", "chain_file"},
     {"export", "evaluate", "plan"},
-    {"demo"},
+    {"demo", "chain"},
     {"cli", "command_line"},
     {"__main__"},
 ]

@@ -49,9 +49,10 @@ class DataReport:
 
     def describe(self) -> str:
         """Return one line for a person."""
-        parts = [
-            f"{self.train.rows:,} for training ({self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained)"
-        ]
+        account = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        if not self.train.trained_tokens:
+            account = f"prompts of {self.train.tokens:,} tokens"
+        parts = [f"{self.train.rows:,} for training ({account})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -90,7 +91,7 @@ class Account:
             self._worst = max(self._worst, (row.full_length, row.source.origin))
             if overflow == "split" and row.source.kind == "text":
                 kept += split_text_row(row, limit)
-            elif overflow == "truncate" and (cut := cut_row(row, limit)).spans:
+            elif overflow == "truncate" and row.spans and (cut := cut_row(row, limit)).spans:
                 # A row whose answer starts beyond the limit would train nothing.
                 kept.append(cut)
         for row in kept:
@@ -107,7 +108,7 @@ class Account:
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
         self.trained.append(row.trained_tokens)
-        loses_end = row.rejected is not None or row.spans[-1][1] == len(row.token_ids)
+        loses_end = row.rejected is not None or (bool(row.spans) and row.spans[-1][1] == len(row.token_ids))
         self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
     def check(self) -> None:

@@ -33,6 +33,7 @@ class Splits:
     """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`.
 
     Pairs also have `prompt_ids`, `chosen_ids`, `rejected_ids`, labelled answers `prompt_ids`, `completion_ids`, `label`.
+    Prompts also have `prompt` (messages) and `answer` (the reference, or None).
     """
 
     train: Dataset
@@ -120,7 +121,7 @@ def _prepare(
         raise DataError(f"no row is left for training: all {reader.count - len(held):,} {limit}")
     if held and not len(chosen["evaluation"]):
         raise DataError(f"no held-out row is left: all {len(held):,} {limit}")
-    if reports["train"].answers_cut == reports["train"].rows:
+    if 0 < reports["train"].rows == reports["train"].answers_cut:
         raise DataError(
             f"every answer loses its end and its stop token: all {reports['train'].rows:,} rows are cut at data.max_tokens: "
             f"{settings.max_tokens}, so the model would never learn to stop; raise data.max_tokens"

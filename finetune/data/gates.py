@@ -34,10 +34,8 @@ def describe_row_fault(
 
     The last answer of a row that was cut by `data.overflow: truncate` has lost its stop token, which is counted elsewhere.
     """
-    bos = tokenizer.bos_token_id
-    if token_ids[0] != bos or token_ids.count(bos) != 1:
-        count = token_ids.count(bos)
-        return f"holds {tokenizer.bos_token} {count} times, expected once at the start; remove it from the text or the template"
+    if fault := describe_bos_fault(token_ids, tokenizer):
+        return fault
     if all(label == IGNORED_LABEL for label in labels):
         return "has no trained token"
     for end in range(1, len(labels) + 1):
@@ -47,6 +45,15 @@ def describe_row_fault(
             expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
             return f"an answer ends in {ending!r}, not in a stop token ({expected})"
     return None
+
+
+def describe_bos_fault(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with the start of a row, or None."""
+    bos = tokenizer.bos_token_id
+    count = token_ids.count(bos)
+    if token_ids[0] == bos and count == 1:
+        return None
+    return f"holds {tokenizer.bos_token} {count} times, expected once at the start; remove it from the text or the template"
 
 
 def check_rows(faults: Sequence[tuple[str, str]]) -> None:

@@ -76,12 +76,17 @@ def name_language(text: str) -> str:
     return name if count >= _MAIN_SHARE * total else "mixed"
 
 
+def is_about_languages(question: str) -> bool:
+    """Say whether a question speaks of languages or asks for a translation, so that its answer may be in another."""
+    return _ABOUT_LANGUAGES.search(question) is not None
+
+
 def describe_language_change(question: str, answer: str) -> str | None:
     """Say that an answer is in another language than its question, or None.
 
     A question that speaks of languages or asks for a translation may well be answered in another.
     """
-    if (question.isascii() and answer.isascii()) or _ABOUT_LANGUAGES.search(question):
+    if (question.isascii() and answer.isascii()) or is_about_languages(question):
         return None
     asked, answered = cut_prose(question), cut_prose(answer)
     if sum(count_units(asked).values()) < _FEWEST_QUESTION_UNITS:
@@ -96,7 +101,7 @@ def describe_language_change(question: str, answer: str) -> str | None:
 
 def describe_mixture(question: str, answer: str) -> str | None:
     """Say that an answer changes scripts within itself, or None: a second script has at least three tenths of its prose."""
-    if answer.isascii() or _ABOUT_LANGUAGES.search(question):
+    if answer.isascii() or is_about_languages(question):
         return None
     counts = sorted(count_units(cut_prose(answer)).items(), key=lambda item: -item[1])
     if len(counts) < 2 or counts[1][1] < max(_FEWEST_SECOND_UNITS, _SECOND_SHARE * sum(count for _, count in counts)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.gates import check_rows
 from finetune.data.messages import RowError, add_system
-from finetune.data.rows import Format, Row, check_pair, choose_format, describe_wrong_kind, read_row
+from finetune.data.rows import Format, Row, as_prompt, check_pair, choose_format, describe_wrong_kind, read_row
 from finetune.data.settings import DataSettings, Source
 from finetune.data.sources import draw_rows, read_source
 from finetune.data.tokens import SourceRow
@@ -47,8 +47,7 @@ class RowReader:
         faults: list[tuple[str, str]] = []
         for entry, where, raw in self._read_raw(sources):
             try:
-                row = read_row(entry, self._settings.columns, self._substitute(raw), where)
-                self._check_pair(entry, row, where)
+                row = self._read_row(entry, raw, where)
             except DataError as error:
                 origin, _, fault = str(error).partition(": ")
                 faults.append((origin, fault))
@@ -58,8 +57,22 @@ class RowReader:
             if not self._is_left_out(row):
                 self.count += 1
                 self.kinds[entry.row_kind] += 1
-                yield SourceRow(self.count - 1, where, entry.row_kind, self._add_system(row))
+                kind = "prompt" if self._settings.shape == "prompt" else entry.row_kind
+                yield SourceRow(self.count - 1, where, kind, self._add_system(row))
         check_rows(faults)
+
+    def _read_row(self, entry: Format, raw: dict[str, Any], where: str) -> Row:
+        row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+        if self._settings.shape != "prompt":
+            self._check_pair(entry, row, where)
+            return row
+        row = as_prompt(row, where)
+        if self._settings.needs_answer and row.answer is None:
+            raise DataError(
+                f"{where}: has no answer, which {self._settings.needs_answer} compares with; "
+                "name its key, such as data.columns: {answer: ANSWER_KEY}"
+            )
+        return row
 
     def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, str, dict[str, Any]]]:
         """Yield the rows that are drawn of each source, with their place and format."""

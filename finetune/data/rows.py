@@ -27,13 +27,14 @@ RowKind = Literal["conversation", "preference", "labelled", "text", "prompt"]
 
 @dataclass(frozen=True)
 class Row:
-    """A row as read. `messages` is the whole conversation, or the prompt that `chosen` and `rejected` share."""
+    """A row as read. `messages` is the whole conversation, or the prompt of `chosen` and `rejected` or of a reference `answer`."""
 
     messages: list[Message] = field(default_factory=list)
     chosen: list[Message] = field(default_factory=list)
     rejected: list[Message] = field(default_factory=list)
     label: bool | None = None
     text: str = ""
+    answer: str | None = None
     tools: list[dict[str, Any]] | None = None
 
 
@@ -97,7 +98,12 @@ def _read_plain_text(row: Mapping[str, Any]) -> Row:
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Row:
-    return Row(_read_turns(row["prompt"], "user", "prompt"))
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    return Row(
+        _read_turns(row["prompt"], "user", "prompt"), answer=None if answer is None else read_text(answer, "answer")
+    )
 
 
 def _read_preference(row: Mapping[str, Any]) -> Row:
@@ -146,7 +152,7 @@ FORMATS: Mapping[str, Format] = {
         Format("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history"), _read_alpaca),
         Format("prompt_completion", "conversation", ("prompt", "completion"), ("tools",), _read_prompt_completion),
         Format("text", "text", ("text",), (), _read_plain_text),
-        Format("prompt", "prompt", ("prompt",), (), _read_prompt),
+        Format("prompt", "prompt", ("prompt",), ("answer",), _read_prompt),
     )
 }
 
@@ -156,13 +162,13 @@ SHAPES: Mapping[RowShape, tuple[RowKind, ...]] = {
     "sequence": ("conversation", "preference", "labelled", "text"),
     "pair": ("preference",),
     "labelled": ("labelled", "preference"),
-    "prompt": ("prompt",),
+    "prompt": ("prompt", "conversation", "preference", "labelled"),
 }
 _SHAPE_NEEDS: Mapping[RowShape, str] = {
     "sequence": "an answer to each prompt",
     "pair": "pairs: chosen and rejected, with or without a prompt",
     "labelled": "labelled answers (prompt, completion, label: true or false), or pairs (chosen and rejected)",
-    "prompt": "prompts",
+    "prompt": "prompts, or rows that hold one",
 }
 
 
@@ -211,6 +217,26 @@ def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], 
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
     return read
+
+
+def as_prompt(row: Row, where: str) -> Row:
+    """Return a row as a prompt: of a conversation its last answer becomes the reference, of a pair the chosen one.
+
+    Raises:
+        DataError: the row holds no question, or tool calls, which a prompt cannot carry.
+    """
+    messages, answers = row.messages, row.chosen
+    if not answers and messages and messages[-1]["role"] == "assistant":
+        messages, answers = messages[:-1], messages[-1:]
+    try:
+        check_order(messages, ends_with="user")
+        if row.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            raise RowError("holds tools; a prompt is plain turns")
+    except RowError as error:
+        raise DataError(f"{where}: cannot be asked: {error}") from error
+    answer = str(answers[-1]["content"]) if answers else row.answer
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return Row(turns, answer=answer or None)
 
 
 def check_pair(row: Row) -> None:

@@ -37,6 +37,7 @@ class Source:
 class DataSettings:
     """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
 
+    `needs_answer` names what compares answers with the reference that each prompt must then carry.
     `notes` are what a person should know of the sources; `workers` processes encode the rows.
     """
 
@@ -52,6 +53,7 @@ class DataSettings:
     train_on: TrainOn = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    needs_answer: str | None = None
     notes: tuple[str, ...] = ()
     workers: int = 1
     cache: Path | None = None

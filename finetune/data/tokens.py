@@ -12,13 +12,14 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding import Span, TokenSpans, encode_plain_texts
-from finetune.data.gates import IGNORED_LABEL, describe_row_fault
+from finetune.data.gates import IGNORED_LABEL, describe_bos_fault, describe_row_fault
 from finetune.data.messages import Message
 from finetune.data.rows import Row, RowKind
 from finetune.data.settings import RowShape, TrainOn
 from finetune.data.template import (
     ChatTemplate,
     Rendered,
+    encode_prompt,
     list_stop_tokens,
     read_tokens,
     render_conversations,
@@ -27,6 +28,7 @@ from finetune.data.template import (
 from finetune.errors import TemplateError
 
 BATCH_ROWS = 1000
+_MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 _Tokenized = tuple[list[Any], list[TokenSpans]]
 
 
@@ -105,7 +107,10 @@ class RowEncoder:
 
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
         sides = [
-            (side, source.row.tools) for source in batch if source.kind != "text" for side in self._list_sides(source)
+            (side, source.row.tools)
+            for source in batch
+            if source.kind not in ("text", "prompt")
+            for side in self._list_sides(source)
         ]
         if not sides:
             return Rendered([], [], [])
@@ -148,6 +153,10 @@ class RowEncoder:
         chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
         rows: list[TokenRow] = []
         for source in batch:
+            if self._shape == "prompt":
+                ids = encode_prompt(self._tokenizer, self._template, source.row.messages)
+                rows.append(TokenRow(source, ids, [], len(ids)))
+                continue
             if self._shape == "sequence":
                 side = next(texts if source.kind == "text" else chats)
                 rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
@@ -175,6 +184,8 @@ class RowEncoder:
 
     def find_fault(self, row: TokenRow) -> str | None:
         """Return what forbids to train a row, or None."""
+        if self._shape == "prompt":
+            return describe_bos_fault(row.token_ids, self._tokenizer)
         last = len(row.token_ids)
         free = row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
         is_sound = (
@@ -240,13 +251,16 @@ def make_labels(row: TokenRow) -> Any:
 
 
 def make_record_batch(rows: Sequence[TokenRow]) -> pyarrow.RecordBatch:
-    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`; what is apart in pairs and labelled answers."""
+    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`; what is apart in pairs, labelled answers and prompts."""
     columns = {
         "input_ids": _make_lists([row.token_ids for row in rows]),
         "labels": _make_lists([make_labels(row) for row in rows]),
         "origin": pyarrow.array([row.source.origin for row in rows], pyarrow.string()),
         "is_cut": pyarrow.array([row.is_cut for row in rows], pyarrow.bool_()),
     }
+    if rows[0].source.kind == "prompt":
+        columns["prompt"] = pyarrow.array([row.source.row.messages for row in rows], _MESSAGES)
+        columns["answer"] = pyarrow.array([row.source.row.answer for row in rows], pyarrow.string())
     if rows[0].rejected is None and rows[0].label is None:
         return pyarrow.RecordBatch.from_pydict(columns)
     starts = [row.spans[0][0] for row in rows]

@@ -6,8 +6,10 @@ from typing import Any
 
 from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
+from finetune.train.methods import METHODS
 
 _SHORTEST_ROW = 256
+_LONGEST_ANSWER = 512  # TRL's default
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ def list_changes(recipe: Recipe) -> Iterator[Change]:
         yield Change({f"trainer.{key}": value for key, value in rows.items()}, "the same steps, a row at a time")
     if not trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
-    if not trainer.get("activation_offloading"):
+    if METHODS[recipe.method].is_online:
+        half = max(int(trainer.get("max_completion_length", _LONGEST_ANSWER)) // 2, _SHORTEST_ROW)
+        yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
+    elif not trainer.get("activation_offloading"):
         yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
     if "8bit" not in str(trainer.get("optim", "")):
         yield Change({"trainer.optim": "paged_adamw_8bit"}, "optimizer states in 8 bits, paged", keeps_training=False)

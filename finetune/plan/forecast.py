@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
+from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes
 from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
@@ -104,18 +105,21 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     """
     check_engine(recipe, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
-    step = measure_step(recipe, target.is_gpu, has_bf16, target.engine, target.processes)
-    parts = {**step.peak.parts, **(_list_overheads(step, target.processes) if target.is_gpu else {})}
+    trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
+    step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
+    stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
+    tensor_bytes = sum(parts.values())
+    parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    work = count_work(recipe, read_sizes(recipe.model.checkpoint), read_batch(recipe), read_accumulation(recipe))
+    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe))
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
-        tensor_bytes=step.peak.bytes,
+        tensor_bytes=tensor_bytes,
         parts=parts,
-        peak_stage=step.peak.stage,
+        peak_stage=stage,
         fits=fits,
         memory_bytes=target.memory_bytes,
         device="gpu" if target.is_gpu else "cpu",

@@ -18,10 +18,23 @@ from finetune.plan.forecast import Plan, Target, check_fits, find_target, make_p
 from finetune.recipe import Recipe, dump_recipe
 from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation, read_batch
 from finetune.train.engine import find_engine
+from finetune.train.model import choose_device
 from finetune.train.record import find_complete_checkpoint
 from finetune.train.run import RunSummary, run_training
 
 logger = logging.getLogger(__name__)
+
+
+def train_on_device(recipe: Recipe, resume: bool = False, force: bool = False) -> RunSummary:
+    """Train on this process's device: as planned where its memory decides, else as the recipe says.
+
+    Raises:
+        FinetuneError: see `train_as_planned` and `run_training`.
+    """
+    device = choose_device(bool(recipe.trainer.get("use_cpu")))
+    if device.type == "cuda" or recipe.trainer.get(AUTO):
+        return train_as_planned(recipe, device, resume, force)
+    return run_training(recipe, resume)
 
 
 def train_as_planned(recipe: Recipe, device: torch.device, resume: bool = False, force: bool = False) -> RunSummary:

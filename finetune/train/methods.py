@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.data.settings import RowShape
+from finetune.train.online_options import GRPO_OWNED, ONLINE_OWNED
 
 # What the base is loaded as: a language model, or one number for a whole text.
 Head = Literal["language", "score"]
@@ -40,6 +41,11 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
     pretraining: Pretraining | None = None
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the model writes the answers that it is trained on, so that a row is only a prompt."""
+        return self.shape == "prompt"
 
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
@@ -147,6 +153,23 @@ _PRETRAINING_OWNED: Mapping[str, str] = {
 }
 
 
+def _make_online(name: str, owned: Mapping[str, str]) -> Method:
+    """Return a row for a method whose answers the model writes itself, to prompts."""
+    return Method(
+        name=name,
+        shape="prompt",
+        columns=("input_ids", "prompt", "answer", "origin"),
+        trainer_module=f"trl.trainer.{name}_trainer",
+        trainer_class=f"{name.upper()}Trainer",
+        config_module=f"trl.trainer.{name}_config",
+        config_class=f"{name.upper()}Config",
+        has_reference=True,
+        # One answer to each held-out prompt tells the mean reward; TRL would write as many as in training.
+        defaults={**SHARED_DEFAULTS, "num_generations_eval": 1},
+        owned={**own(*_REFERENCE), **owned},
+    )
+
+
 def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
     """Return a row for transformers' own Trainer, whose loss is the model's."""
     return Method(
@@ -201,6 +224,8 @@ METHODS: Mapping[str, Method] = {
             words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
             owned=own("max_length", "truncation_mode", "pad_token", "padding_free", "dataset_num_proc", *_REFERENCE),
         ),
+        _make_online("grpo", {**ONLINE_OWNED, **GRPO_OWNED}),
+        _make_online("rloo", ONLINE_OWNED),
         _make_pretraining("pretrain", Pretraining(states="fresh", decay="none")),
         _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),
     )

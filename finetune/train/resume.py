@@ -1,5 +1,6 @@
 """Going on with a stopped run: only with the same recipe, rows and base, and from a checkpoint that is whole."""
 
+import difflib
 import json
 import logging
 from pathlib import Path
@@ -31,12 +32,7 @@ def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
         raise TrainingError(f"{run}: there is no run to resume (no recipe.yaml); start it without --resume")
     if (run / "adapter").is_dir() or (run / "model").is_dir():
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
-    if changes := _list_changes(saved.read_text(encoding="utf-8"), dump_recipe(recipe)):
-        raise TrainingError(
-            f"{run}: the recipe has changed since this run started, so it cannot be resumed:\n"
-            + "\n".join(f"  {change}" for change in changes)
-            + f"\nrestore these lines, or resume with the run's own recipe: finetune train {saved} --resume"
-        )
+    check_same_recipe(saved, dump_recipe(recipe), "run")
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None:
         raise TrainingError(
@@ -46,11 +42,23 @@ def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
     return str(checkpoint)
 
 
+def check_same_recipe(saved: Path, current: str, what: str) -> None:
+    """Compare a recipe with the one that a run or a chain began with.
+
+    Raises:
+        TrainingError: naming the lines that differ.
+    """
+    if changes := _list_changes(saved.read_text(encoding="utf-8"), current):
+        raise TrainingError(
+            f"{saved.parent}: the recipe has changed since this {what} started, so it cannot be resumed:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + f"\nrestore these lines, or resume with the {what}'s own recipe: finetune train {saved} --resume"
+        )
+
+
 def _list_changes(saved: str, current: str) -> list[str]:
-    before, now = saved.splitlines(), current.splitlines()
-    return [f"- {line.strip()}" for line in before if line not in now] + [
-        f"+ {line.strip()}" for line in now if line not in before
-    ]
+    lines = difflib.ndiff(saved.splitlines(), current.splitlines())
+    return [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "-+"]
 
 
 def check_same_inputs(run: Path, rows_fingerprint: str, base: Path) -> None:

@@ -21,16 +21,19 @@ from finetune.folders import translate_os_errors, write_folder
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_cache, fingerprint_checkpoint
 from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
+from finetune.train.answers import AnswerSheet, answer_rows, is_sharded
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
+from finetune.train.online import bind_template, set_stop_tokens
 from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
 from finetune.train.record import Start, find_start
-from finetune.train.resume import check_same_inputs, find_resume_point
+from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
+from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
@@ -41,12 +44,16 @@ logger = logging.getLogger(__name__)
 _ANY_LENGTH = 2**31 - 1
 _PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
+_ANSWERED_ROWS = 8
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen."""
+    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen.
+
+    The rewards are those of methods whose answers are judged: the weighted sum, on the newest batch and on held-out prompts.
+    """
 
     run: str
     steps: int
@@ -54,6 +61,8 @@ class RunSummary:
     train_loss: float
     eval_loss: float | None
     seconds: float
+    train_reward: float | None = None
+    eval_reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,17 +97,27 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
     with _leave_nothing_before_step_one(run, checkpoint):
         model = _build_model(start, device)
-        trainer = build_trainer(recipe, model, start.tokenizer, start.splits, precision, start.states)
+        sheet = _open_answers(start)
+        tokenizer = start.tokenizer
+        if METHODS[recipe.method].is_online:
+            tokenizer = bind_template(tokenizer, start.template)
+            set_stop_tokens(model, list_stop_tokens(tokenizer, start.template))
+        trainer = build_trainer(recipe, model, tokenizer, start.splits, precision, start.states)
         _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
             _write_run_files(run, start, model, status="running", resumed=checkpoint is not None)
-        set_seed(recipe.seed)
+            if sheet is not None and checkpoint is None:
+                sheet.write_before(model)
+        # Processes that write answers must not all write the same ones.
+        set_seed(recipe.seed + (config.process_index if METHODS[recipe.method].is_online else 0))
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
     summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
+        if sheet is not None and not is_sharded(trainer):
+            sheet.write_after(model)
         _write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
@@ -120,18 +139,38 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
     return _Start(recipe, precision, begin, tokenizer, template, splits, states)
 
 
+def _open_answers(start: _Start) -> AnswerSheet | None:
+    if not start.recipe.answers:
+        return None
+    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
+    return AnswerSheet(Path(start.recipe.output), start.tokenizer, start.template, rows, start.recipe.answers)
+
+
 def _check_rows(trainer: Trainer, start: _Start) -> None:
     """Look at the first batch, and have the longest held-out rows tried before step 1."""
     report = start.splits.report
-    if METHODS[start.recipe.method].pretraining is not None:
+    method = METHODS[start.recipe.method]
+    if method.pretraining is not None:
         check_packed_batch(trainer)
-    else:
+    elif not method.is_online:  # which trains on answers that are not there yet
         # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any end.
         may_lack_ends = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_ends else list_stop_tokens(start.tokenizer, start.template)
         check_first_batch(trainer, start.tokenizer, stop_tokens)
     if start.splits.evaluation is not None:
         trainer.add_callback(EvaluationCheck(trainer))
+
+
+def check_finished_run(recipe: Recipe) -> None:
+    """Make sure that the run in a recipe's output is of this recipe, these rows and this base.
+
+    Raises:
+        TrainingError: something of it has changed since.
+    """
+    run = Path(recipe.output)
+    check_same_recipe(run / "recipe.yaml", dump_recipe(recipe), "run")
+    _, splits = prepare_rows(recipe)
+    check_same_inputs(run, splits.report.fingerprint, find_start(recipe.model).base)
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -152,6 +191,7 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     return DataSettings(
         train=train,
         shape=METHODS[recipe.method].shape,
+        needs_answer=find_reference_rule(recipe.rewards.rules),
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
@@ -243,6 +283,17 @@ def _write_run_files(
         write_json(run / "run.json", record)
 
 
+def describe_run(summary: RunSummary) -> str:
+    """Return the summary as one line for a person."""
+    facts = [f"{summary.steps} steps", f"training loss {summary.train_loss:.3f}"]
+    if summary.eval_loss is not None:
+        facts.append(f"held-out loss {summary.eval_loss:.3f}")
+    for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):
+        if reward is not None:
+            facts.append(f"{name} {reward:.3f}")
+    return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
+
+
 def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
     # The trainer's own history is the same in every process; the file belongs to the first one.
     lines = trainer.state.log_history
@@ -259,6 +310,8 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         # A run of fewer steps than trainer.logging_steps has only its mean.
         train_loss=last("loss") or last("train_loss") or float("nan"),
         eval_loss=last("eval_loss"),
+        train_reward=last("reward"),
+        eval_reward=last("eval_reward"),
         seconds=round(seconds, 1),
     )
 
@@ -282,7 +335,10 @@ def _write_result(
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
         start.tokenizer.save_pretrained(folder)
-        write_origin(folder, _describe_origin(start), _choose_sample_rows(start.splits))
+        rows = _choose_sample_rows(start.splits)
+        if METHODS[recipe.method].is_online:
+            rows = _answer_sample_rows(start, model, trainer)
+        write_origin(folder, _describe_origin(start), rows)
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 
@@ -305,6 +361,15 @@ def _describe_origin(start: _Start) -> Origin:
         architecture=start.recipe.model.architecture,
         earlier=stages,
     )
+
+
+def _answer_sample_rows(start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
+    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
+    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
+    rows = rows.select(range(min(_ANSWERED_ROWS, len(rows))))
+    if is_sharded(trainer):
+        return [SampleRow(ids, ids) for ids in rows["input_ids"]]
+    return answer_rows(model, start.tokenizer, list_stop_tokens(start.tokenizer, start.template), rows)
 
 
 def _choose_sample_rows(splits: Splits) -> list[SampleRow]:

@@ -21,8 +21,10 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, shard_on_cpu
+from finetune.train.judging import CompletionWriter, Judge, list_weights
 from finetune.train.methods import METHODS, Method
 from finetune.train.model import Precision
+from finetune.train.online import PromptOrder
 from finetune.train.origin import find_earlier
 from finetune.train.prepared import accept_prepared_rows
 from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
@@ -56,9 +58,10 @@ def build_trainer(
     """
     method = METHODS[recipe.method]
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
-    if method.shape != "sequence":
+    if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
+    judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start = _copy_adapter(model)
     try:
         trainer: Trainer = trainer_class(
@@ -66,6 +69,7 @@ def build_trainer(
             args=config,
             processing_class=tokenizer,
             **(_choose_rows(splits, method) if method.pretraining is None else pack_splits(recipe, splits, tokenizer)),
+            **({} if judge is None else {"reward_funcs": judge.make_functions()}),
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
@@ -78,6 +82,10 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(Path(recipe.output)))
+    if judge is not None:
+        trainer.add_callback(CompletionWriter(Path(recipe.output), judge))
+        if config.shuffle_dataset:
+            trainer.add_callback(PromptOrder())
     return trainer
 
 
@@ -133,6 +141,8 @@ def _starts_from_base(recipe: Recipe) -> bool:
 
 def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    if METHODS[recipe.method].is_online:
+        return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
     length = {"max_length": recipe.data.max_tokens if packs else None}
     if METHODS[recipe.method].shape != "sequence":

@@ -9,7 +9,6 @@ Source of the format: github.com/huggingface/safetensors, README, "Format"; of t
 import json
 import math
 import os
-import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import Protocol, Self, TypeVar
 
 import torch
 
-from finetune.errors import OutputError
 from finetune.yulan.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,7 +27,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE_ELEMENTS = 1 << 19
 _KEPT_BYTES = 31 << 20  # glibc adapts to blocks below 32 MiB
 _FLUSHED_BYTES = 1 << 27
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Result = TypeVar("Result")
 
@@ -46,19 +43,6 @@ class TensorSpec:
     def bytes(self) -> int:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `2GB` or `500MB`.
-
-    Raises:
-        OutputError: the text is not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
-        raise OutputError(f"--max-shard-size: {text!r} is not a size; write one such as 2GB or 500MB")
-    return int(float(match.group(1)) * unit)
 
 
 @dataclass(frozen=True)

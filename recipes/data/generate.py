@@ -1,4 +1,4 @@
-"""Make the bundled rows, `demo.jsonl` and `demo_eval.jsonl`: python recipes/data/generate.py
+"""Make the bundled rows, `demo.jsonl`, `demo_eval.jsonl` and `pairs.jsonl`: python recipes/data/generate.py
 
 The hand-written lines stand in this file; sums and conversions are computed. The same seed gives the same bytes, and a
 test compares them with what is shipped. Held-out rows ask for the same kinds of things, never the same thing.
@@ -6,7 +6,7 @@ test compares them with what is shipped. Held-out rows ask for the same kinds of
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -263,12 +263,24 @@ def make_rows() -> tuple[list[list[Message]], list[list[Message]]]:
     return train, held_out
 
 
-def write_rows(path: Path, rows: list[list[Message]]) -> None:
+def make_pairs(rows: list[list[Message]], count: int = 120) -> list[dict[str, str]]:
+    """Return preference pairs: the right answer against the answer to another question in the same language."""
+    plain = [(row[0]["content"], row[1]["content"]) for row in rows if len(row) == 2]
+    pairs = []
+    for number, (question, answer) in enumerate(plain[:count]):
+        others = plain[number + 1 :] + plain[:number]
+        wrong = next(text for other, text in others if text != answer and other.isascii() == question.isascii())
+        pairs.append({"prompt": question, "chosen": answer, "rejected": wrong})
+    return pairs
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write one JSON object a line."""
-    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
     training, evaluation = make_rows()
-    write_rows(FOLDER / "demo.jsonl", training)
-    write_rows(FOLDER / "demo_eval.jsonl", evaluation)
+    write_rows(FOLDER / "demo.jsonl", [{"messages": row} for row in training])
+    write_rows(FOLDER / "demo_eval.jsonl", [{"messages": row} for row in evaluation])
+    write_rows(FOLDER / "pairs.jsonl", make_pairs(training))

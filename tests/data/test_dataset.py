@@ -326,6 +326,8 @@ def test_the_bundled_rows_are_what_the_generator_makes():
     train, held_out = load_generator().make_rows()
     assert read_bundled("demo.jsonl") == train
     assert read_bundled("demo_eval.jsonl") == held_out
+    pairs = (find_resource_folder("recipes") / "data" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in pairs] == load_generator().make_pairs(train)
     asked = {row[-2]["content"] for row in train}
     assert not asked & {row[-2]["content"] for row in held_out}
 

@@ -12,7 +12,8 @@ from finetune.errors import CheckpointError, OutputError
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, list_native_tensors, parse_native_config, read_config
 from finetune.yulan.nano import CONFIG, build_nano
-from finetune.yulan.shards import StoredTensors, TensorSpec, parse_size, write_shards
+from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
+from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import open_tensors, read_header
 
 

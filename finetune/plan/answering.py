@@ -1,0 +1,53 @@
+"""What a plan makes of a method whose answers the model writes itself: its training step, and the room of writing them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from finetune.plan.tracker import Peak
+from finetune.recipe import Recipe
+from finetune.train.batches import read_accumulation, read_batch
+from finetune.train.methods import METHODS
+from finetune.train.options import read_trainer_options
+
+# TRL's own defaults, from trl/trainer/grpo_config.py of 1.16.
+_COMPLETION_TOKENS = 512
+_HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
+_CACHE_BYTES = 2  # of a key or value, in 16 bits
+
+
+def read_answer_tokens(recipe: Recipe) -> int:
+    """Return the most tokens of an answer."""
+    return int(recipe.trainer.get("max_completion_length", _COMPLETION_TOKENS))
+
+
+def as_training_step(recipe: Recipe) -> Recipe:
+    """Return a recipe whose supervised step is that of the method: rows of a prompt and its answer, both full."""
+    method = METHODS[recipe.method]
+    if not method.is_online:
+        return recipe
+    supervised = METHODS["sft"]
+    known = set(read_trainer_options(supervised.config_module, supervised.config_class)) - set(supervised.owned)
+    trainer = {key: value for key, value in recipe.trainer.items() if key in known}
+    length = recipe.data.max_tokens + read_answer_tokens(recipe)
+    return replace(recipe, method="sft", data=replace(recipe.data, max_tokens=length), trainer=trainer)
+
+
+def count_cache_bytes(recipe: Recipe, sizes: Mapping[str, Any]) -> int:
+    """Return the keys and values of all answers that are written together: those of a whole step."""
+    if not METHODS[recipe.method].is_online:
+        return 0
+    steps = int(recipe.trainer.get("steps_per_generation") or read_accumulation(recipe))
+    answers = int(recipe.trainer.get("generation_batch_size") or read_batch(recipe) * steps)
+    heads = int(sizes["num_key_value_heads"])
+    head = int(sizes.get("head_dim") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
+    tokens = recipe.data.max_tokens + read_answer_tokens(recipe)
+    return answers * tokens * int(sizes["num_hidden_layers"]) * 2 * heads * head * _CACHE_BYTES
+
+
+def add_answers(peak: Peak, cache_bytes: int) -> tuple[str, dict[str, int]]:
+    """Return the stage and the parts of a step's peak, or those of the time when answers are written, if that takes more."""
+    held = {part: size for part, size in peak.parts.items() if part.startswith(_HELD_ALWAYS)}
+    if sum(held.values()) + cache_bytes <= sum(peak.parts.values()):
+        return peak.stage, dict(peak.parts)
+    return "writing answers", {**held, "answers: keys and values": cache_bytes}

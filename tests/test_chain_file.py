@@ -1,0 +1,193 @@
+"""Chains as they are read: what a stage inherits, what it may say, and that every problem is told with its stage."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.chain_file import ExportStage, TrainStage, dump_chain, is_chain, load_chain
+from finetune.check import load_recipe
+from finetune.errors import RecipeError
+
+CHAIN = """
+model: {checkpoint: nano, quantize: nf4}
+data: {train: rows.jsonl, max_tokens: 128}
+trainer: {learning_rate: 2e-3, max_steps: 4}
+seed: 7
+output: runs/chain
+stages:
+  - name: first
+    adapter: {rank: 4}
+  - name: second
+    data: {train: other.jsonl}
+    trainer: {learning_rate: 1e-4}
+  - name: early
+    export: {dtype: bfloat16}
+  - {name: third, seed: 8}
+  - {name: final, export: {}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Return a function that writes a chain beside two data files, from where the command then runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "q", "completion": "a"}\n', encoding="utf-8")
+
+    def make(text=CHAIN):
+        path = tmp_path / "chain.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return make
+
+
+def list_problems(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_chain(path, overrides)
+    return caught.value.problems
+
+
+def test_stages_inherit_and_follow_each_other(write, tmp_path):
+    chain = load_chain(write())
+    first, second, early, _, final = chain.stages
+    assert [type(stage) for stage in chain.stages] == [TrainStage, TrainStage, ExportStage, TrainStage, ExportStage]
+    output = tmp_path / "runs" / "chain"
+    assert chain.output == output
+    assert [stage.recipe.output for stage in chain.trainings] == [str(output / n) for n in ("first", "second", "third")]
+    assert [stage.run_recipe.model.checkpoint for stage in chain.trainings] == [
+        "nano",
+        str(output / "first"),
+        str(output / "second"),
+    ]
+    assert {stage.recipe.model.quantize for stage in chain.trainings} == {"nf4"}
+    # The adapter goes on, so its form is that of the first stage.
+    assert [stage.recipe.adapter.rank for stage in chain.trainings] == [4, 4, 4]
+    assert first.recipe.adapter.rank == 4
+    # A section is laid over the shared one key by key.
+    assert second.recipe.trainer["learning_rate"] == 1e-4
+    assert second.recipe.trainer["max_steps"] == 4
+    assert first.recipe.data.train == (str(tmp_path / "rows.jsonl"),)
+    assert second.recipe.data.train == (str(tmp_path / "other.jsonl"),)
+    assert second.recipe.data.max_tokens == 128
+    assert [stage.recipe.seed for stage in chain.trainings] == [7, 7, 8]
+    assert (early.run, early.output, early.settings.dtype) == (output / "second", output / "early", "bfloat16")
+    assert (final.run, final.settings.dtype) == (output / "third", "auto")
+
+
+def test_overrides_reach_every_stage_or_one(write, tmp_path):
+    chain = load_chain(
+        write(),
+        [
+            "trainer.learning_rate=1e-5",
+            "stages.third.trainer.max_steps=9",
+            "stages.final.export.dtype=float32",
+            "model.checkpoint=base",
+            f"output={tmp_path / 'there'}",
+        ],
+    )
+    assert [stage.recipe.trainer["learning_rate"] for stage in chain.trainings] == [1e-5] * 3
+    assert [stage.recipe.trainer["max_steps"] for stage in chain.trainings] == [4, 4, 9]
+    assert chain.stages[-1].settings.dtype == "float32"
+    assert chain.trainings[0].run_recipe.model.checkpoint == "base"
+    assert chain.trainings[1].run_recipe.model.checkpoint == str(tmp_path / "there" / "first")
+
+
+def test_the_resolved_chain_reads_as_the_same_chain(write, tmp_path):
+    chain = load_chain(write())
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_chain(chain), encoding="utf-8")
+    again = load_chain(saved)
+    assert again.stages == chain.stages
+    assert dump_chain(again) == dump_chain(chain)
+
+
+def test_a_stage_may_name_a_recipe(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.jsonl").write_text('{"prompt": "q", "completion": "a"}\n', encoding="utf-8")
+    (tmp_path / "sub" / "mine.yaml").write_text(
+        "data: {train: mine.jsonl, max_tokens: 64}\ntrainer: {learning_rate: 3e-4, warmup_steps: 5}\noutput: elsewhere\n",
+        encoding="utf-8",
+    )
+    path = write(
+        "model: {checkpoint: nano}\nstages:\n"
+        "  - {name: one, recipe: sub/mine.yaml, trainer: {learning_rate: 1e-3}}\n"
+        "  - {name: two, recipe: sft_lora, data: {train: rows.jsonl}}\n"
+    )
+    one, two = load_chain(path).stages
+    assert one.recipe.data.train == (str(tmp_path / "sub" / "mine.jsonl"),)
+    assert one.recipe.trainer["learning_rate"] == 1e-3
+    assert one.recipe.trainer["warmup_steps"] == 5
+    assert one.recipe.output == str(tmp_path / "runs" / "chain" / "one")
+    assert two.recipe.trainer["learning_rate"] == load_recipe(Path("sft_lora")).trainer["learning_rate"]
+    assert two.recipe.model.checkpoint == "nano"  # the top of the chain stands above a named recipe
+
+
+def test_every_problem_is_told_with_its_stage(write):
+    path = write(
+        """
+model: {checkpoint: nano}
+data: {train: rows.jsonl}
+stages:
+  - {name: one, trainer: {lerning_rate: 1e-3}, output: here}
+  - {name: two, data: {train: missing.jsonl}, model: {checkpoint: base}}
+  - {name: out, export: {dtyp: float32}, seed: 3}
+  - {name: one, seed: 5}
+  - {name: "../up"}
+  - just text
+"""
+    )
+    problems = list_problems(path, "stages.tow.seed=1")
+    assert problems[0] == "stages[4]: the name one stands twice"
+    assert problems[1].startswith(
+        "stages[5]: needs a name of letters, digits, - and _, which becomes its folder; found '../up'"
+    )
+    assert problems[2].startswith("stages[6]: needs a name")
+    assert problems[3] == "one: output: is the folder one in the chain's own output; remove it"
+    assert problems[4] == "one: trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"
+    assert problems[5] == "two: model.checkpoint: goes on from the stage before; remove it"
+    assert problems[6].startswith("two: data.train: missing.jsonl does not exist")
+    assert problems[7] == "out: seed: does not belong to a stage that exports"
+    assert problems[8] == "out: export.dtyp: unknown key; did you mean 'dtype'?"
+    assert problems[9] == "--set stages.tow.seed=1: the stage 'tow' is unknown; did you mean 'two'?"
+    assert len(problems) == 10
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ("[]", "stages: must be a list of stages, each with a name"),
+        ("sft", "stages: must be a list of stages, each with a name"),
+        ("[{name: out, export: {}}]", "out: export: no stage before it trains, so there is nothing to export"),
+        ("[{name: a, recipe: nothing.yaml}]", "a: recipe: nothing.yaml: there is no such file"),
+        ("[{name: a}, {name: out, export: [1]}]", "out: export: must be a section of keys and values"),
+        ("[{name: a}, {name: b, export: {max_shard_size: large}}]", "b: export.max_shard_size: "),
+    ],
+)
+def test_each_mistake_has_its_own_sentence(write, stages, problem):
+    path = write(f"model: {{checkpoint: nano}}\ndata: {{train: rows.jsonl}}\nstages: {stages}\n")
+    found = list_problems(path)
+    assert any(entry.startswith(problem) for entry in found), found
+
+
+def test_a_plain_recipe_is_no_chain(write, tmp_path):
+    assert is_chain(write())
+    assert not is_chain(write("data: {train: rows.jsonl}"))
+    assert not is_chain(tmp_path / "missing.yaml")
+    assert not is_chain(write("]["))
+
+
+def test_check_reads_a_chain_without_torch(write):
+    code = (
+        "import sys; from finetune.cli import main\n"
+        "try: main(['check', sys.argv[1], '--json'])\n"
+        "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(write())], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(done.stdout)
+    assert found["ok"]
+    assert [stage["name"] for stage in found["recipe"]["stages"]] == ["first", "second", "early", "third", "final"]
