@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check_preference import check_preference, settle_trainer
 from finetune.check_pretraining import check_pretraining, resolve_pretraining
 from finetune.checkpoints import find_alias, is_hub_id, list_aliases
-from finetune.data.rows import FORMATS, describe_wrong_kind
+from finetune.data.rows import FORMATS
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
@@ -71,6 +72,7 @@ def _check_method(recipe: Recipe) -> Iterator[str]:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
         return
     yield from _check_trainer(recipe.trainer, method)
+    yield from check_preference(recipe, method)
 
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
@@ -126,8 +128,6 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
-    if recipe.method in METHODS:
-        yield from _check_shape(recipe, METHODS[recipe.method])
     yield from _check_template(data.template, folder)
     if data.eval and data.held_out:
         yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
@@ -137,18 +137,6 @@ def _check_data(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
-
-
-def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:
-    data = recipe.data
-    if data.format in FORMATS and (fault := describe_wrong_kind(FORMATS[data.format], method.shape)):
-        yield f"data.format: {fault}"
-    if method.shape == "sequence":
-        return
-    if data.train_on != "assistant":
-        yield f"data.train_on: {method.name} learns from whole answers, so there is nothing to choose; remove this key"
-    if data.overflow == "split":
-        yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
 
 
 def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
@@ -286,7 +274,6 @@ def resolve_recipe(draft: Draft) -> Recipe:
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
-    method = METHODS[recipe.method]
-    trainer = {**method.defaults, **recipe.trainer}
-    resolved = replace(recipe, model=model, data=data, trainer=trainer, output=str(output.resolve()))
+    settled = settle_trainer(recipe, METHODS[recipe.method])
+    resolved = replace(settled, model=model, data=data, output=str(output.resolve()))
     return resolve_pretraining(resolved, folder)

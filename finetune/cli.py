@@ -55,6 +55,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _run_checkpoints(arguments: argparse.Namespace) -> int:
+    if arguments.states is not None:
+        from finetune.yulan.state_report import describe_states, report_states
+
+        report = report_states(arguments.states)
+        return _print_result(arguments, report.to_json(), describe_states(report))
     from finetune.checkpoints import CHECKPOINTS, describe_checkpoints
 
     rows = [asdict(checkpoint) for checkpoint in CHECKPOINTS]
@@ -80,11 +85,11 @@ def _run_mixtures(arguments: argparse.Namespace) -> int:
 def _run_fold(arguments: argparse.Namespace) -> int:
     from finetune.starts import find_checkpoint
     from finetune.yulan.folding import fold_checkpoint
-    from finetune.yulan.sizes import parse_size
+    from finetune.yulan.sizes import describe_size, parse_size
 
     limit = parse_size(arguments.max_shard_size)
     report = fold_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, arguments.dtype, limit)
-    text = f"{report.output}: {report.tensors} tensors, {_describe_bytes(report.bytes)} of {report.dtype} in {report.seconds:.1f} s"
+    text = f"{report.output}: {report.tensors} tensors, {describe_size(report.bytes)} of {report.dtype} in {report.seconds:.1f} s"
     return _print_result(arguments, _to_json(report), text)
 
 
@@ -251,7 +256,12 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     from finetune.evaluate.loss import evaluate_path
+    from finetune.evaluate.pairs import evaluate_pairs, hold_pairs
 
+    if hold_pairs(arguments.data):
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
+        return _print_result(arguments, asdict(found), text)
     scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
     text = (
         f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
@@ -323,15 +333,6 @@ def _print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:
 
 def _to_json(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value), default=str))
-
-
-def _describe_bytes(count: int) -> str:
-    size, unit = float(count), "B"
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
 
 
 def _is_main_process() -> bool:

@@ -35,6 +35,10 @@ def _add_nothing(verb: argparse.ArgumentParser) -> None:
     """Take no arguments."""
 
 
+def _add_checkpoints(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--states", type=Path, metavar="FOLDER", help="show the optimizer states that a folder holds")
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
     verb.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
@@ -142,7 +146,7 @@ def _read_count(text: str) -> int:
 
 
 _VERBS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "checkpoints": ("list what one can start from", _add_nothing),
+    "checkpoints": ("list what one can start from", _add_checkpoints),
     "mixtures": ("show what the authors trained on, phase by phase", _add_mixtures),
     "fold": ("write the exact Llama form of a checkpoint", _add_fold),
     "check": ("check a recipe without loading anything", _add_recipe),

@@ -21,12 +21,13 @@ from finetune.resources import find_demo_data
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, read_config
 from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
+from finetune.yulan.optimizer_states import POINTER, RESULT
 from finetune.yulan.tensors import list_weight_files
 
 # Weights as safetensors, and text; never code, never pickles.
 _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
 # Optimizer states are pickles, which are read as tensors and plain values only; fetched only where a recipe asks for them.
-_STATE_FILES = ("latest_universal", "*_universal/*.pt")
+_STATE_FILES = (POINTER, "*_universal/*.pt")
 _FOLD_VERSION = 1
 _HASH_CHUNK = 1 << 22
 
@@ -68,9 +69,9 @@ def find_states_folder(name: str) -> Path:
     elif start is None and not folder.is_dir():
         repository, _, revision = name.partition("@")
         folder = _download(repository, revision or None, name, (*_WANTED_FILES, *_STATE_FILES))
-    if not (folder / "latest_universal").is_file():
+    if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
         raise CheckpointError(
-            f"{name}: holds no optimizer states (no latest_universal in {folder}); `finetune checkpoints` shows which starts do; "
+            f"{name}: holds no optimizer states (no {POINTER} in {folder}); `finetune checkpoints` shows which starts do; "
             "set optimizer.states: fresh to begin with empty ones, or a folder that has them"
         )
     return folder

@@ -17,7 +17,7 @@ LAYERS = [
     {"starts"},
     {"data"},
     {"train"},
-    {"check", "check_pretraining", "chain_file"},
+    {"check", "check_preference", "check_pretraining", "chain_file"},
     {"export", "evaluate", "plan"},
     {"demo", "chain"},
     {"cli", "command_line"},

@@ -77,6 +77,7 @@ class Account:
         self.tokens: list[int] = []
         self.trained: list[int] = []
         self.cut: list[int] = []
+        self.liked: list[bool] = []
 
     def keep(self, encoded: Sequence[TokenRow]) -> list[TokenRow]:
         """Return what is kept of a batch, cut or split where the policy says so."""
@@ -108,6 +109,8 @@ class Account:
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
         self.trained.append(row.trained_tokens)
+        if row.label is not None:
+            self.liked.append(row.label)
         loses_end = row.rejected is not None or (bool(row.spans) and row.spans[-1][1] == len(row.token_ids))
         self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
@@ -124,6 +127,26 @@ class Account:
                 f"longest has {self._worst[0]:,} tokens: {self._worst[1]}); raise data.max_tokens, or say what to do with "
                 "them: data.overflow: drop or truncate"
             )
+
+        if self.liked and len(set(self.liked)) == 1:
+            word, other = ("true", "false") if self.liked[0] else ("false", "true")
+            raise DataError(
+                f"all {len(self.liked):,} answers are labelled {word}; this method learns from answers that are liked and from "
+                f"others that are not, so add rows with label: {other}"
+            )
+
+    def describe_labels(self) -> tuple[str, ...]:
+        """Return how many answers are liked, and what evens them out.
+
+        Source: KTO (arXiv 2402.01306), equation 8: the weighted sides should be 1:1 to 4:3.
+        """
+        liked, others = sum(self.liked), len(self.liked) - sum(self.liked)
+        if not self.liked or 1 <= liked / others <= 4 / 3:
+            return ()
+        return (
+            f"{liked:,} answers are liked and {others:,} are not; trainer.undesirable_weight: {liked / others:.3g} gives both "
+            "sides the same weight",
+        )
 
     def split(self, held: set[int], read: int) -> tuple[dict[str, Any], dict[str, SplitReport]]:
         """Return the places of the rows of each split among those kept, and their reports; `read` counts all rows."""

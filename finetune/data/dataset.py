@@ -140,6 +140,7 @@ def _prepare(
             *describe_losses(reports["train"], reports["evaluation"], settings),
             *reader.describe(),
             *encoder.describe(),
+            *account.describe_labels(),
         ),
         left_out=dict(reader.left_out),
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.account import DataReport
 from finetune.data.dataset import Splits
-from finetune.data.gates import IGNORED_LABEL
+from finetune.data.preview import list_sides
 from finetune.errors import OutputError
 from finetune.folders import translate_os_errors
 
@@ -111,23 +111,10 @@ def collect_page(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int,
 
 def _read_columns(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[PageColumn, ...]:
     """Return the text of a row, or of both sides of a preference row."""
-    if row.get("prompt_ids") is not None:
-        prompt = row["prompt_ids"]
-        return tuple(
-            PageColumn(
-                title,
-                tuple(
-                    split_tokens(
-                        tokenizer,
-                        [*prompt, *answer],
-                        [number >= len(prompt) for number in range(len(prompt) + len(answer))],
-                    )
-                ),
-            )
-            for title, answer in (("chosen", row["chosen_ids"]), ("rejected", row["rejected_ids"]))
-        )
-    trained = [label != IGNORED_LABEL for label in row["labels"]]
-    return (PageColumn("", tuple(split_tokens(tokenizer, row["input_ids"], trained))),)
+    return tuple(
+        PageColumn(side, tuple(split_tokens(tokenizer, token_ids, [bool(mark) for mark in trained])))
+        for side, token_ids, trained in list_sides(row)
+    )
 
 
 def _shorten_names(names: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What the model will really see: rows as text with what is trained marked, counts, lengths."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row; `trained` holds 1 for every token that is learnt."""
+    """One row, or one side of a pair; `trained` holds 1 for every token that is learnt, `side` says which answer it is."""
 
     origin: str
     text: str
     token_ids: list[int]
     trained: list[int]
     pieces: list[tuple[str, bool]]
+    side: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,21 @@ def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int)
     """Return the first rows of the training split as the model will see them."""
     rows = []
     for row in splits.train.select(range(min(count, len(splits.train)))):
-        token_ids, trained = row["input_ids"], [int(label != IGNORED_LABEL) for label in row["labels"]]
-        pieces = _join_pieces(tokenizer, token_ids, trained)
-        rows.append(PreviewRow(row["origin"], tokenizer.decode(token_ids), token_ids, trained, pieces))
+        for side, token_ids, trained in list_sides(row):
+            pieces = _join_pieces(tokenizer, token_ids, trained)
+            rows.append(PreviewRow(row["origin"], tokenizer.decode(token_ids), token_ids, trained, pieces, side))
     return Preview(rows, splits.report.to_json())
+
+
+def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield the texts of a row with their marks: both answers of a pair, or the one of a labelled row with its label."""
+    if "chosen_ids" in row:
+        for side in ("chosen", "rejected"):
+            prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
+            yield side, [*prompt, *answer], [0] * len(prompt) + [1] * len(answer)
+        return
+    side = "" if "label" not in row else "liked" if row["label"] else "not liked"
+    yield side, row["input_ids"], [int(label != IGNORED_LABEL) for label in row["labels"]]
 
 
 def _join_pieces(
@@ -61,7 +74,8 @@ def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
     for row in preview.rows:
         text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in row.pieces)
-        lines += ["", f"── {row.origin}: {len(row.token_ids)} tokens, {sum(row.trained)} trained", text]
+        side = f" ({row.side})" if row.side else ""
+        lines += ["", f"── {row.origin}{side}: {len(row.token_ids)} tokens, {sum(row.trained)} trained", text]
     for name in ("train", "evaluation"):
         if preview.counts[name] is not None:
             lines += ["", *_describe_split(name, SplitReport(**preview.counts[name]))]

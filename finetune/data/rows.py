@@ -22,7 +22,7 @@ from finetune.data.messages import (
 from finetune.data.settings import RowShape
 from finetune.errors import DataError
 
-RowKind = Literal["conversation", "preference", "labelled", "text", "prompt"]
+RowKind = Literal["conversation", "preference", "labelled", "text", "tokens", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Row:
     rejected: list[Message] = field(default_factory=list)
     label: bool | None = None
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     answer: str | None = None
     tools: list[dict[str, Any]] | None = None
 
@@ -97,6 +98,16 @@ def _read_plain_text(row: Mapping[str, Any]) -> Row:
     return Row(text=read_text(row["text"], "text"))
 
 
+def _read_tokens(row: Mapping[str, Any]) -> Row:
+    ids = read_list(row["input_ids"], "input_ids")
+    wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
+    if wrong is not None or len(ids) < 2:
+        raise RowError(
+            f"input_ids must be two or more whole numbers from 0 on; found {describe(wrong if ids else ids)}"
+        )
+    return Row(token_ids=ids)
+
+
 def _read_prompt(row: Mapping[str, Any]) -> Row:
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -152,6 +163,7 @@ FORMATS: Mapping[str, Format] = {
         Format("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history"), _read_alpaca),
         Format("prompt_completion", "conversation", ("prompt", "completion"), ("tools",), _read_prompt_completion),
         Format("text", "text", ("text",), (), _read_plain_text),
+        Format("tokens", "tokens", ("input_ids",), (), _read_tokens),
         Format("prompt", "prompt", ("prompt",), ("answer",), _read_prompt),
     )
 }
@@ -159,7 +171,7 @@ FORMATS: Mapping[str, Format] = {
 
 # The kinds of rows that each shape can be made of: a pair serves supervised training by its chosen answer, and KTO by both.
 SHAPES: Mapping[RowShape, tuple[RowKind, ...]] = {
-    "sequence": ("conversation", "preference", "labelled", "text"),
+    "sequence": ("conversation", "preference", "labelled", "text", "tokens"),
     "pair": ("preference",),
     "labelled": ("labelled", "preference"),
     "prompt": ("prompt", "conversation", "preference", "labelled"),
@@ -266,7 +278,7 @@ def _check_row(kind: RowKind, row: Row) -> None:
                 raise RowError(f"{name}: {error}") from error
     elif kind == "prompt":
         check_order(row.messages, ends_with="user")
-    elif kind != "text":
+    elif kind not in ("text", "tokens"):
         check_order(row.messages)
 
 

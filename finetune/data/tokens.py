@@ -109,7 +109,7 @@ class RowEncoder:
         sides = [
             (side, source.row.tools)
             for source in batch
-            if source.kind not in ("text", "prompt")
+            if source.kind not in ("text", "tokens", "prompt")
             for side in self._list_sides(source)
         ]
         if not sides:
@@ -151,6 +151,8 @@ class RowEncoder:
     def _finish(self, batch: list[SourceRow], rendered: Rendered, future: Future[_Tokenized]) -> list[TokenRow]:
         tokenized, documents = future.result()
         chats, texts = iter(read_tokens(rendered, tokenized)), iter(documents)
+        given = (TokenSpans(s.row.token_ids, [(0, len(s.row.token_ids))]) for s in batch if s.kind == "tokens")
+        whole = {"text": texts, "tokens": given}
         rows: list[TokenRow] = []
         for source in batch:
             if self._shape == "prompt":
@@ -158,7 +160,7 @@ class RowEncoder:
                 rows.append(TokenRow(source, ids, [], len(ids)))
                 continue
             if self._shape == "sequence":
-                side = next(texts if source.kind == "text" else chats)
+                side = next(whole.get(source.kind, chats))
                 rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
                 continue
             # White space behind the token that ends the answer belongs to what would follow.
@@ -184,6 +186,9 @@ class RowEncoder:
 
     def find_fault(self, row: TokenRow) -> str | None:
         """Return what forbids to train a row, or None."""
+        if row.source.kind == "tokens":
+            highest, size = max(row.token_ids), len(self._tokenizer)
+            return None if highest < size else f"holds token {highest}; the tokenizer has {size:,}, from 0 on"
         if self._shape == "prompt":
             return describe_bos_fault(row.token_ids, self._tokenizer)
         last = len(row.token_ids)

@@ -13,6 +13,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
+from finetune.train.judge import is_judge
 from finetune.train.model import choose_device, choose_precision, load_base
 from finetune.train.origin import Result, is_result, open_result
 from finetune.train.record import check_template, find_base, find_tokenizer_folder
@@ -59,6 +60,11 @@ def open_trained(result: Result) -> LoadedModel:
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.
     """
+    if is_judge(result):
+        raise FinetuneError(
+            f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
+            "`finetune evaluate` tells how often it is right on pairs"
+        )
     device = choose_device()
     origin = result.origin
     precision = choose_precision("auto" if origin is None else origin.dtype, device, False)

@@ -30,8 +30,9 @@ def _describe_origin(subject: Subject, report: ExportReport) -> str:
     if origin is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"
         rows = [
-            ("start", origin.checkpoint),
+            ("start", origin.earlier[0].checkpoint if origin.earlier else origin.checkpoint),
             ("method", origin.method),
+            *([("chain", origin.describe_chain())] if origin.earlier else []),
             ("trained", "all weights" if subject.adapter is None else merged),
             *([("architecture while training", "native, folded here")] if origin.architecture == "native" else []),
             ("base while training", "unquantized" if origin.quantize == "none" else origin.quantize),

@@ -11,6 +11,7 @@ from finetune.data.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter import Adapter, read_adapter
 from finetune.export.quantized import is_quantized, requantize
+from finetune.train.methods import METHODS
 from finetune.train.origin import Result
 from finetune.train.record import check_template, find_base, find_tokenizer_folder
 from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
@@ -93,8 +94,13 @@ def open_subject(result: Result) -> Subject:
     """Find the base of a result.
 
     Raises:
-        ExportError: the base is not the one that was trained with.
+        ExportError: the base is not the one that was trained with, or the result is a reward model.
     """
+    if result.origin is not None and METHODS[result.origin.method].head == "score":
+        raise ExportError(
+            f"{result.folder}: is a reward model; an export is a Llama that speaks, and this one gives a text a score. Use the "
+            "run as it is: `finetune evaluate` tells how often it is right on pairs"
+        )
     base = find_base(result) if result.kind == "adapter" else result.folder
     return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -34,7 +34,8 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
         raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the table of {rows:,} tokens")
     tokens = list(section.train_tokens)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # With the second, PEFT trains and keeps the new head for scores as a whole.
+        task_type="CAUSAL_LM" if _speaks(model) else "SEQ_CLS",
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
@@ -52,10 +53,26 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
 
 
 def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Path) -> PeftModel:
-    """Return the model with the adapter of an earlier run, to be trained further; dropout alone is the recipe's."""
+    """Return the model with the adapter of an earlier run, to be trained further; dropout alone is the recipe's.
+
+    A reward model takes over what its adapter shares with that of a language model: all but the rows of a language head.
+    """
     config = LoraConfig.from_pretrained(folder)
     config.lora_dropout = section.dropout
+    if not _speaks(model) and config.task_type != "SEQ_CLS":
+        return _continue_without_head(model, config, folder)
     return _complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
+
+
+def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
+    config.task_type, config.inference_mode = "SEQ_CLS", False
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, dict):
+        config.trainable_token_indices = {name: rows for name, rows in tokens.items() if name != "lm_head"}
+    tuned: PeftModel = get_peft_model(model, config)
+    weights = {name: tensor for name, tensor in load_file(folder / _WEIGHTS).items() if "lm_head" not in name}
+    set_peft_model_state_dict(tuned, weights)
+    return tuned
 
 
 def _complete_head(tuned: PeftModel) -> PeftModel:
@@ -68,13 +85,20 @@ def _complete_head(tuned: PeftModel) -> PeftModel:
 
 def _list_tables(model: PreTrainedModel) -> list[str]:
     """Name the tables that carry rows of their own: where the head is tied, PEFT gives it the embedding's."""
-    return ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    has_own_head = _speaks(model) and not model.config.tie_word_embeddings
+    return ["embed_tokens", "lm_head"] if has_own_head else ["embed_tokens"]
+
+
+def _speaks(model: PreTrainedModel) -> bool:
+    """Tell a language model from one that gives a text a score."""
+    return model.get_output_embeddings() is not None
 
 
 def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
     """Return those tokens whose rows look as if training never reached them: far smaller than the usual row."""
     found = set()
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    for table in (table for table in tables if table is not None):
         sizes = torch.linalg.vector_norm(table.weight.detach(), dim=1, dtype=torch.float32)
         usual = sizes.median()
         found |= {token for token in token_ids if sizes[token] < _UNTRAINED_RATIO * usual}

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
@@ -47,10 +48,6 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
         RecipeError: with the keys to change.
     """
     problems = []
-    if engine in ("fsdp2", "zero2", "zero3") and METHODS[recipe.method].pretraining is not None:
-        problems.append(
-            f"method: {recipe.method} keeps its own optimizer states whole; launch with recipes/accelerate/ddp.yaml"
-        )
     if engine in ("fsdp2", "zero3") and recipe.adapter.train_tokens:
         problems.append(
             f"adapter.train_tokens: PEFT replaces rows of whole tables, and {ENGINE_NAMES[engine]} keeps shares of them; "
@@ -61,6 +58,15 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
     if engine == "fsdp2" and "bit" in str(recipe.trainer.get("optim", "")):
         problems.append(
             f"trainer.optim: {recipe.trainer['optim']} cannot step shares of tensors; set adamw_torch, whose states are shared"
+        )
+    if METHODS[recipe.method].pretraining is not None and engine.startswith("zero"):
+        problems.append(
+            f"method: {recipe.method} steps an optimizer of its own, which DeepSpeed would replace; launch with "
+            "recipes/accelerate/fsdp2.yaml"
+        )
+    if engine == "fsdp2" and recipe.optimizer.moments != "float32":
+        problems.append(
+            f"optimizer.moments: {recipe.optimizer.moments} ones cannot be shared out; set float32, whose states are shared"
         )
     if problems:
         raise RecipeError(f"under {ENGINE_NAMES[engine]}", problems)
@@ -85,6 +91,18 @@ def shard_on_cpu(config: TrainingArguments) -> None:
         plugin.set_mixed_precision(precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
+    """Let FSDP2 round no loss to the type that it computes in; with a type of its own, a run sums gradients in float32."""
+    if find_engine() != "fsdp2":
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    elif policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype)
 
 
 def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:

@@ -24,7 +24,7 @@ class Method:
     """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
 
     `columns` are those of the prepared rows that the trainer is given. `has_reference` says whether its loss compares with
-    the start. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
+    the start, `smallest_batch` how many rows of one device it compares at least. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
     `owned` maps the options that a recipe may not set to the place where that is decided.
     """
 
@@ -37,6 +37,7 @@ class Method:
     config_class: str
     head: Head = "language"
     has_reference: bool = False
+    smallest_batch: int = 1
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +92,10 @@ _OWNED_IN_SOME: Mapping[str, str] = {
     "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
     "assistant_only_loss": "the chat template marks what is trained; remove this key",
     "completion_only_loss": "the chat template marks what is trained; remove this key",
+    "padding_value": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "generate_during_eval": "use `finetune chat` or `finetune evaluate`; remove this key",
+    "is_encoder_decoder": "YuLan-Mini is a decoder; remove this key",
+    "max_completion_length": f"set data.max_tokens instead; {_OURS}",
     "padding_free": "TRL 1.16 does without it here; remove this key",
     "sync_ref_model": "the reference stays the start, without a second copy of the weights; remove this key",
     "ref_model_mixup_alpha": "the reference stays the start, without a second copy of the weights; remove this key",
@@ -186,6 +191,31 @@ def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
     )
 
 
+def _make_experimental(
+    name: str,
+    module: str,
+    class_prefix: str,
+    owned: tuple[str, ...],
+    *,
+    words: Mapping[str, tuple[str, ...]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Method:
+    """Return a row for a trainer of TRL's experimental namespace; a test fails first when one moves."""
+    generates = ("generate_during_eval", "is_encoder_decoder", "max_completion_length")
+    return Method(
+        name=name,
+        shape="pair",
+        columns=_PAIR_COLUMNS,
+        trainer_module=f"trl.experimental.{module}.{module}_trainer",
+        trainer_class=f"{class_prefix}Trainer",
+        config_module=f"trl.experimental.{module}.{module}_config",
+        config_class=f"{class_prefix}Config",
+        words=words or {},
+        defaults={**SHARED_DEFAULTS, **(defaults or {})},
+        owned=own("max_length", "dataset_num_proc", *generates, *owned),
+    )
+
+
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -223,6 +253,46 @@ METHODS: Mapping[str, Method] = {
             defaults=SHARED_DEFAULTS,
             words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
             owned=own("max_length", "truncation_mode", "pad_token", "padding_free", "dataset_num_proc", *_REFERENCE),
+        ),
+        Method(
+            name="kto",
+            shape="labelled",
+            columns=("prompt_ids", "completion_ids", "label"),
+            trainer_module="trl.trainer.kto_trainer",
+            trainer_class="KTOTrainer",
+            config_module="trl.trainer.kto_config",
+            config_class="KTOConfig",
+            has_reference=True,
+            smallest_batch=2,
+            defaults=SHARED_DEFAULTS,
+            owned={
+                **own("max_length", "dataset_num_proc", *_REFERENCE),
+                "train_sampling_strategy": "rows are shuffled once, by the seed, and then read in order; remove this key",
+                "precompute_ref_batch_size": "answers are compared within the batches of the training; remove this key",
+            },
+        ),
+        _make_experimental("orpo", "orpo", "ORPO", ("padding_value",)),
+        _make_experimental("cpo", "cpo", "CPO", (), words={"loss_type": ("sigmoid", "hinge", "ipo")}),
+        # SimPO is TRL's CPO with another loss and without its second term. Source: SimPO (arXiv 2405.14734), equation 6.
+        _make_experimental(
+            "simpo",
+            "cpo",
+            "CPO",
+            (),
+            words={"loss_type": ("simpo",)},
+            defaults={"loss_type": "simpo", "cpo_alpha": 0.0},
+        ),
+        Method(
+            name="reward",
+            shape="pair",
+            columns=_PAIR_COLUMNS,
+            trainer_module="trl.trainer.reward_trainer",
+            trainer_class="RewardTrainer",
+            config_module="trl.trainer.reward_config",
+            config_class="RewardConfig",
+            head="score",
+            defaults=SHARED_DEFAULTS,
+            owned=own("max_length", "pad_token", "eos_token", "chat_template_path", "dataset_num_proc"),
         ),
         _make_online("grpo", {**ONLINE_OWNED, **GRPO_OWNED}),
         _make_online("rloo", ONLINE_OWNED),

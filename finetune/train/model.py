@@ -3,28 +3,38 @@
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from finetune.errors import MachineError
 from finetune.recipe import ModelSection
 from finetune.train.engine import find_engine
+from finetune.train.methods import Head
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
-from finetune.yulan.modeling import load_native
+from finetune.yulan.modeling import flatten_alphas, load_native
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
+# Heads stay as they are where the layers are quantized.
+_HEADS = ("lm_head", "score")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The type that weights are held in, and the one that matrix products run in where that differs."""
+    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
 
     weights: torch.dtype
     autocast: AutocastDtype
+    shared: torch.dtype | None = None
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:
@@ -48,10 +58,13 @@ def choose_precision(
     leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
     """
     if keeps_masters and trains_all_weights:
-        held = choose_precision(dtype, device, trains_all_weights=False)
+        held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
         if held.weights == torch.bfloat16:
-            # FSDP holds float32 shares, and casts them to bfloat16 itself.
-            return Precision(torch.float32, "bf16") if is_sharded() else Precision(torch.bfloat16, "no")
+            if find_engine() == "one":
+                return held
+            # Processes that exchange gradients hold float32 weights.
+            is_shared = find_engine() == "fsdp2"
+            return Precision(torch.float32, "no", torch.bfloat16) if is_shared else Precision(torch.float32, "bf16")
     if dtype == "auto":
         if device.type == "cpu":
             dtype = "float32"
@@ -67,31 +80,31 @@ def choose_precision(
     return Precision(weights, _name_autocast(dtype))
 
 
-def is_sharded() -> bool:
-    """Tell whether `accelerate launch` has set this process up to hold shares of every tensor (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-
-
 def _name_autocast(dtype: str) -> AutocastDtype:
     names: dict[str, AutocastDtype] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     return names[dtype]
 
 
-def load_base(folder: Path, section: ModelSection, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """Load a base in the recipe's architecture and quantization, whole, on one device.
+def load_base(
+    folder: Path, section: ModelSection, precision: Precision, device: torch.device, head: Head = "language"
+) -> PreTrainedModel:
+    """Load a base in the recipe's architecture and quantization, whole, on one device; a head for scores is a new one.
 
     Raises:
         MachineError: the quantization or the attention kernel cannot run here.
     """
     if section.quantize != "none":
         check_quantization(section.quantize, device)
-    load: Callable[..., PreTrainedModel] = (
-        load_native if section.architecture == "native" else LlamaForCausalLM.from_pretrained
-    )
+    load: Callable[..., PreTrainedModel] = LlamaForCausalLM.from_pretrained
+    config = load_config(folder, section)
+    if section.architecture == "native":
+        load = load_native
+    elif head == "score":
+        load, config.num_labels = LlamaForSequenceClassification.from_pretrained, 1
     try:
         model = load(
             folder,
-            config=load_config(folder, section),
+            config=config,
             dtype=precision.weights,
             quantization_config=make_quantization(
                 section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
@@ -105,6 +118,8 @@ def load_base(folder: Path, section: ModelSection, precision: Precision, device:
         raise MachineError(
             f"model.attention: {section.attention} cannot run here: {str(error).splitlines()[0]}"
         ) from error
+    if section.architecture == "native" and find_engine() == "fsdp2":
+        flatten_alphas(model)
     if section.quantize == "nf4":
         _keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)
@@ -147,9 +162,10 @@ def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: boo
     if quantize == "none":
         return None
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_HEADS))
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(_HEADS),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,

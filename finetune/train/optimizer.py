@@ -17,6 +17,8 @@ from finetune.yulan.optimizer_states import StateGroup
 # Source: technical report (arXiv 2412.17743), section 3; the DeepSpeed configuration of RUC-GSAI/YuLan-Mini, pretrain/.
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 _BETAS, _EPS = (0.9, 0.95), 1e-15
+# A second moment that 8 bits round to 0 would divide by eps alone.
+_EPS_8BIT = 1e-8
 _MUP_WIDTH = 256  # where a configuration has no dim_model_base_lr of its own
 _MASTERS = "masters"
 
@@ -70,7 +72,7 @@ class OptimizerFactory:
                     "params": [(name, masters.get(parameters[name], parameters[name])) for name in group.names],
                     "lr": group.lr,
                     "betas": group.betas,
-                    "eps": group.eps,
+                    "eps": max(group.eps, _EPS_8BIT) if self.moments == "8bit" else group.eps,
                     "weight_decay": group.weight_decay,
                 }
                 for group in self.groups
@@ -91,15 +93,22 @@ class OptimizerFactory:
 def _make_masters(parameters: Iterable[nn.Parameter], device: torch.device | None) -> dict[nn.Parameter, nn.Parameter]:
     """Return float32 copies of the parameters that are held in less, or that are stepped elsewhere.
 
-    Their gradients are summed in float32 too, so that clipping and accumulating round nothing.
+    The gradient of one backward pass is of the parameter's own type, as in the published runs; from then on it is
+    float32, so that accumulating and clipping round nothing.
     """
     masters: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in parameters:
         if parameter.dtype != torch.float32 or (device is not None and parameter.device != device):
             copy = parameter.detach().to(device=device or parameter.device, dtype=torch.float32, copy=True)
             masters[parameter] = nn.Parameter(copy)
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = None  # any
+            parameter.register_post_accumulate_grad_hook(_widen_gradient)
     return masters
+
+
+def _widen_gradient(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.float()
 
 
 def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]) -> None:
@@ -118,12 +127,16 @@ def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Paramete
     def save_masters(_: torch.optim.Optimizer, content: dict[str, Any]) -> None:
         content[_MASTERS] = [master.detach() for master in masters.values()]
 
+    load_rest = optimizer.load_state_dict
+
     @torch.no_grad()
-    def load_masters(_: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-        for master, saved in zip(masters.values(), content.pop(_MASTERS), strict=True):
+    def load_all(content: dict[str, Any], **options: Any) -> None:
+        for master, saved in zip(masters.values(), content[_MASTERS], strict=True):
             master.copy_(saved)
+        load_rest({name: value for name, value in content.items() if name != _MASTERS}, **options)
 
     optimizer.register_step_pre_hook(take_gradients)
     optimizer.register_step_post_hook(hand_over)
     optimizer.register_state_dict_post_hook(save_masters)
-    optimizer.register_load_state_dict_pre_hook(load_masters)
+    # Not by a hook: bitsandbytes loads by a method of its own, which calls none.
+    optimizer.load_state_dict = load_all  # type: ignore[method-assign, assignment]

@@ -63,7 +63,7 @@ def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
     with torch.random.fork_rng(devices=[]):
         batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
-    if not (_find_labels(batch) != IGNORED_LABEL).any():
+    if not any((labels != IGNORED_LABEL).any() for _, _, labels in _list_texts(batch)):
         raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     return batch
 
@@ -86,22 +86,34 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
 
 def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
     """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
-    ids, labels = batch["input_ids"].cpu(), _find_labels(batch).cpu()
-    if "position_ids" in batch:
-        starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
-        for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
-            yield ids[0, start:end].tolist(), labels[0, start:end].tolist()
+    for ids, mask, labels in _list_texts(batch):
+        if "position_ids" in batch:
+            starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+                yield ids[0, start:end].tolist(), labels[0, start:end].tolist()
+            continue
+        for row, row_mask, row_labels in zip(ids, mask, labels, strict=True):
+            length = int(row_mask.sum())
+            yield row[:length].tolist(), row_labels[:length].tolist()
+
+
+def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield ids, mask and labels of a batch as supervised training would have them, whatever trainer it is for."""
+    if "chosen_labels" in batch:
+        for side in ("chosen", "rejected"):
+            ids, mask, labels = (batch[f"{side}_{name}"].cpu() for name in ("input_ids", "attention_mask", "labels"))
+            yield ids, mask, labels
         return
-    for row, row_labels, mask in zip(ids, labels, batch["attention_mask"].cpu(), strict=True):
-        length = int(mask.sum())
-        yield row[:length].tolist(), row_labels[:length].tolist()
-
-
-def _find_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return what of a batch is learnt, in the words of supervised training."""
+    ids = batch["input_ids"].cpu()
+    mask = batch["attention_mask"].cpu() if "attention_mask" in batch else torch.ones_like(ids)
     if "labels" in batch:
-        return batch["labels"]
-    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
+        labels = batch["labels"].cpu()
+    elif "completion_mask" in batch:
+        labels = ids.masked_fill(batch["completion_mask"].cpu() == 0, IGNORED_LABEL)
+    else:  # a reward model reads its score where a text ends
+        ends = torch.arange(ids.shape[1]) == mask.sum(1, keepdim=True) - 1
+        labels = ids.masked_fill(~ends, IGNORED_LABEL)
+    yield ids, mask, labels
 
 
 def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:

@@ -17,35 +17,32 @@ from finetune.data.dataset import Splits, load_splits
 from finetune.data.settings import DataSettings
 from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
 from finetune.data.tokenizer import load_tokenizer
-from finetune.folders import translate_os_errors, write_folder
+from finetune.folders import translate_os_errors
 from finetune.recipe import Recipe, dump_recipe, to_plain
 from finetune.starts import find_cache, fingerprint_checkpoint
-from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter, subtract_start
-from finetune.train.answers import AnswerSheet, answer_rows, is_sharded
+from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter
+from finetune.train.answers import AnswerSheet, is_sharded
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.online import bind_template, set_stop_tokens
-from finetune.train.origin import Origin, SampleRow, Stage, write_json, write_origin
+from finetune.train.origin import write_json
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
 from finetune.train.progress import draw_losses, read_metrics
-from finetune.train.record import Start, find_start
+from finetune.train.record import find_start
+from finetune.train.reference import describe_reference
+from finetune.train.result import PISSA_START, Setup, write_result
 from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
 from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.states import save_states
 from finetune.train.trainer import build_trainer, make_config
-from finetune.yulan.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
 
 _ANY_LENGTH = 2**31 - 1
-_PISSA_START = "pissa-start"
-# What an export is compared on. The real model needs minutes for so many on a processor.
-_ANSWERED_ROWS = 8
-_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
 
 @dataclass(frozen=True)
@@ -63,19 +60,6 @@ class RunSummary:
     seconds: float
     train_reward: float | None = None
     eval_reward: float | None = None
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Everything that is fixed before the trainer is built."""
-
-    recipe: Recipe
-    precision: Precision
-    begin: Start
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    splits: Splits
-    states: OptimizerStates | None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -118,14 +102,16 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     if trainer.is_world_process_zero():
         if sheet is not None and not is_sharded(trainer):
             sheet.write_after(model)
-        _write_result(run, start, model, trainer, weights)
+        write_result(run, start, model, trainer, weights)
         draw_losses(run, f"{recipe.method} from {Path(recipe.model.checkpoint).name}")
         _write_run_files(run, start, model, status="finished", resumed=checkpoint is not None, summary=summary)
+    elif recipe.optimizer.save_states:
+        save_states(run, trainer.optimizer, is_writer=False)
     trainer.accelerator.wait_for_everyone()
     return summary
 
 
-def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> _Start:
+def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> Setup:
     # Downloads, folds and caches are made by one process; the others then find them.
     with config.main_process_first(desc="preparing the start"):
         begin = find_start(recipe.model)
@@ -134,19 +120,20 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer.chat_template = template.source
         states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
-    for note in (*template.notes, *splits.report.notes):
+    reference = describe_reference(recipe, splits.report.train.rows)
+    for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
-    return _Start(recipe, precision, begin, tokenizer, template, splits, states)
+    return Setup(recipe, precision, begin, tokenizer, template, splits, states)
 
 
-def _open_answers(start: _Start) -> AnswerSheet | None:
-    if not start.recipe.answers:
+def _open_answers(start: Setup) -> AnswerSheet | None:
+    if not start.recipe.answers or METHODS[start.recipe.method].head == "score":
         return None
     rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
     return AnswerSheet(Path(start.recipe.output), start.tokenizer, start.template, rows, start.recipe.answers)
 
 
-def _check_rows(trainer: Trainer, start: _Start) -> None:
+def _check_rows(trainer: Trainer, start: Setup) -> None:
     """Look at the first batch, and have the longest held-out rows tried before step 1."""
     report = start.splits.report
     method = METHODS[start.recipe.method]
@@ -209,9 +196,10 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     )
 
 
-def _build_model(start: _Start, device: torch.device) -> PreTrainedModel | PeftModel:
+def _build_model(start: Setup, device: torch.device) -> PreTrainedModel | PeftModel:
     recipe = start.recipe
-    base = load_base(start.begin.base, recipe.model, start.precision, device)
+    set_seed(recipe.seed)  # a head for scores begins at random
+    base = load_base(start.begin.base, recipe.model, start.precision, device, METHODS[recipe.method].head)
     control_tokens = list_template_tokens(start.tokenizer, start.template)
     untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
     if untrained and recipe.adapter.kind != "none":
@@ -239,7 +227,7 @@ def _leave_nothing_before_step_one(run: Path, checkpoint: str | None) -> Iterato
         raise
 
 
-def _describe_work(trainer: Trainer, start: _Start) -> None:
+def _describe_work(trainer: Trainer, start: Setup) -> None:
     config, report = trainer.args, start.splits.report
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -257,7 +245,7 @@ def _describe_work(trainer: Trainer, start: _Start) -> None:
 
 def _write_run_files(
     run: Path,
-    start: _Start,
+    start: Setup,
     model: PreTrainedModel | PeftModel,
     *,
     status: str,
@@ -269,7 +257,7 @@ def _write_run_files(
         if summary is None and not resumed:
             (run / "recipe.yaml").write_text(dump_recipe(start.recipe), encoding="utf-8")
             if start.recipe.adapter.init == "pissa" and isinstance(model, PeftModel):
-                save_adapter(model, run / _PISSA_START)
+                save_adapter(model, run / PISSA_START)
         record: dict[str, Any] = {
             "status": status,
             "resumed": resumed,
@@ -314,73 +302,3 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
         eval_reward=last("eval_reward"),
         seconds=round(seconds, 1),
     )
-
-
-def _write_result(
-    run: Path,
-    start: _Start,
-    model: PreTrainedModel | PeftModel,
-    trainer: Trainer,
-    weights: dict[str, torch.Tensor] | None,
-) -> None:
-    recipe = start.recipe
-    trained = "adapter" if isinstance(model, PeftModel) else "model"
-    with write_folder(run / trained) as folder:
-        if isinstance(model, PeftModel):
-            save_adapter(model, folder, weights)
-            if recipe.adapter.init == "pissa":
-                subtract_start(folder, run / _PISSA_START)
-        else:
-            model.save_pretrained(folder, state_dict=weights)
-        if recipe.optimizer.save_states:
-            save_states(folder, trainer.optimizer)
-        start.tokenizer.save_pretrained(folder)
-        rows = _choose_sample_rows(start.splits)
-        if METHODS[recipe.method].is_online:
-            rows = _answer_sample_rows(start, model, trainer)
-        write_origin(folder, _describe_origin(start), rows)
-    (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
-
-
-def _describe_origin(start: _Start) -> Origin:
-    checkpoint, earlier, stages = start.recipe.model.checkpoint, start.begin.earlier, tuple[Stage, ...]()
-    if earlier is not None and earlier.origin is not None:
-        before = earlier.origin
-        stages = (*before.earlier, Stage(before.checkpoint, before.method, checkpoint))
-        if earlier.kind == "adapter":  # its base goes on too, and is found by the name that it was first started by
-            checkpoint = before.checkpoint
-    return Origin(
-        checkpoint=checkpoint,
-        base=str(start.begin.base),
-        base_fingerprint=fingerprint_checkpoint(start.begin.base),
-        quantize=start.recipe.model.quantize,
-        dtype=str(start.precision.weights).removeprefix("torch."),
-        template=start.template.name,
-        template_fingerprint=start.template.fingerprint,
-        method=start.recipe.method,
-        architecture=start.recipe.model.architecture,
-        earlier=stages,
-    )
-
-
-def _answer_sample_rows(start: _Start, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
-    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
-    rows = start.splits.train if start.splits.evaluation is None else start.splits.evaluation
-    rows = rows.select(range(min(_ANSWERED_ROWS, len(rows))))
-    if is_sharded(trainer):
-        return [SampleRow(ids, ids) for ids in rows["input_ids"]]
-    return answer_rows(model, start.tokenizer, list_stop_tokens(start.tokenizer, start.template), rows)
-
-
-def _choose_sample_rows(splits: Splits) -> list[SampleRow]:
-    """Return held-out rows, or rows of the training where there are none."""
-    rows = splits.train if splits.evaluation is None else splits.evaluation
-    chosen: list[SampleRow] = []
-    tokens = 0
-    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
-        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
-        tokens += len(sample.input_ids)
-        if chosen and tokens > _SAMPLE_TOKENS:
-            break
-        chosen.append(sample)
-    return chosen

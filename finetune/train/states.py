@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.train.moments import get_moments, put_moments
 from finetune.yulan.optimizer_states import OptimizerStates, ParameterState, StateGroup, read_state
 from finetune.yulan.state_files import write_states
 
@@ -57,11 +58,8 @@ def list_named_parameters(optimizer: Any) -> Iterator[tuple[str, nn.Parameter]]:
 def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterState) -> None:
     """Set a parameter and its moments to what a file held."""
     parameter.data.copy_(take_share(state.weight, parameter))
-    optimizer.state[parameter] = {
-        "step": torch.tensor(float(state.step)),
-        "exp_avg": take_share(state.exp_avg, parameter),
-        "exp_avg_sq": take_share(state.exp_avg_sq, parameter),
-    }
+    first, second = (take_share(moment, parameter) for moment in (state.exp_avg, state.exp_avg_sq))
+    put_moments(optimizer, parameter, first, second, state.step)
 
 
 def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -86,13 +84,11 @@ def save_states(folder: Path, optimizer: Any, *, is_writer: bool = True) -> None
 
     def read(name: str) -> ParameterState:
         parameter = parameters[name]
-        state = optimizer.state[parameter]
-        weight, first, second = (_gather(tensor) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
-        return ParameterState(weight, first, second, int(state["step"]))
+        first, second, step = get_moments(optimizer, parameter)
+        return ParameterState(_gather(parameter), _gather(first), _gather(second), step)
 
     if is_writer:
-        step = max(int(state["step"]) for state in optimizer.state.values())
-        write_states(folder, step, groups, read)
+        write_states(folder, int(next(iter(optimizer.state.values()))["step"]), groups, read)
     else:
         for name in parameters:
             read(name)

@@ -34,7 +34,7 @@ def multiply(value: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
 
 
 class YuLanMiniRMSNorm(nn.Module):
-    """RMSNorm times `ln_scale` and a factor, rounded once; `rms_type: gemma` stores the weight less 1."""
+    """RMSNorm times `ln_scale` and a factor; `rms_type: gemma` stores the weight less 1."""
 
     def __init__(self, native: NativeConfig) -> None:
         super().__init__()
@@ -42,11 +42,21 @@ class YuLanMiniRMSNorm(nn.Module):
         self.eps, self.ln_scale = native.rms_norm_eps, native.ln_scale
         self.weight = nn.Parameter(torch.full((native.hidden_size,), 1.0 - self.offset))
 
-    def forward(self, states: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise the last dimension, in float32 or wider."""
+    def forward(
+        self, states: torch.Tensor, alpha: torch.Tensor | None = None, *, rounds_once: bool = False
+    ) -> torch.Tensor:
+        """Normalise the last dimension in float32 or wider; between the factors it is rounded as in the published runs.
+
+        They round once, at the end, only after the last layer.
+        """
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        weight = multiply((self.weight.to(wide.dtype) + self.offset) * self.ln_scale, alpha)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(states.dtype)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        dtype = wide.dtype if rounds_once else states.dtype
+        if self.offset:
+            normed = normed.to(dtype) * (self.weight + self.offset)
+        else:
+            normed = (normed * self.weight.to(wide.dtype)).to(dtype)
+        return multiply(normed if self.ln_scale == 1 else normed * self.ln_scale, alpha).to(states.dtype)
 
 
 class YuLanMiniHeadNorm(nn.Module):
@@ -117,7 +127,12 @@ class YuLanMiniAttention(LlamaAttention):
         value = multiply(self.v_proj(hidden_states), self.v_proj_alpha).view(heads).transpose(1, 2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # In float32 or wider, and rounded once, as in the published runs.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key = (
+            rotated.to(value.dtype)
+            for rotated in apply_rotary_pos_emb(query.to(wide), key.to(wide), *position_embeddings)
+        )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -144,7 +144,7 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        states = self.norm(states, self.norm_alpha)
+        states = self.norm(states, self.norm_alpha, rounds_once=True)
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
@@ -287,3 +287,12 @@ def load_native(folder: Path, *, config: YuLanMiniConfig | None = None, **option
         options.setdefault("generation_config", GenerationConfig.from_model_config(config))
     model: YuLanMiniForCausalLM = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     return model
+
+
+def flatten_alphas(model: nn.Module) -> None:
+    """Give every alpha of no dimensions one, because FSDP2 shares out rows; it computes the same and can be read back."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                flat = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+                module.register_parameter(name, flat)

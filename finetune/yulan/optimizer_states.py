@@ -17,6 +17,9 @@ from torch import nn
 
 from finetune.errors import CheckpointError
 
+POINTER = "latest_universal"
+RESULT = "model"  # where a run directory keeps what it trained
+_HEAD = "lm_head.weight"
 _PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 # optimizer_state.pt pickles these two beside its groups. The readers get empty classes of those names instead.
 _STUBBED = ("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum")
@@ -60,15 +63,14 @@ class OptimizerStates:
 
 
 def open_states(folder: Path) -> OptimizerStates:
-    """Read what a folder with `latest_universal` holds, except the tensors themselves.
+    """Read what a folder with `latest_universal` holds, or a run directory with such a result, except the tensors.
 
     Raises:
         CheckpointError: a file is absent, unreadable, or says something that does not fit the others.
     """
     root = _find_root(folder)
     path = root / "mp_rank_00_model_states.pt"
-    model = _load(path)
-    groups = _load(root / "zero" / "optimizer_state.pt")
+    model, groups = load_file(path), load_file(root / "zero" / "optimizer_state.pt")
     try:
         shapes = [{name: tuple(shape) for name, shape in part.items()} for part in model["param_shapes"]]
         lrs = [float(lr) for lr in model["lr_scheduler"]["base_lrs"]]
@@ -77,22 +79,27 @@ def open_states(folder: Path) -> OptimizerStates:
             raise CheckpointError(
                 f"{path}: {len(shapes)} groups of names, {len(lrs)} learning rates, {len(options)} groups of options; these must be as many"
             )
-        made = tuple(
-            StateGroup(
-                tuple(names),
-                lr,
-                (float(o["betas"][0]), float(o["betas"][1])),
-                float(o["eps"]),
-                float(o["weight_decay"]),
-            )
-            for names, lr, o in zip(shapes, lrs, options, strict=True)
-        )
-        step = int(model["global_steps"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        for part in shapes:
+            # A tied head, for which newer versions write a rounded weight alone.
+            if _HEAD in part and not find_state_file(root, _HEAD, "exp_avg").is_file():
+                del part[_HEAD]
+        made = tuple(_read_group(tuple(names), lr, o) for names, lr, o in zip(shapes, lrs, options, strict=True))
+        first = next(name for part in shapes for name in part)
+        step = _read_step(root, first) if find_state_file(root, first, "step").is_file() else int(model["global_steps"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
         raise CheckpointError(
             f"{path}: not the states of a universal checkpoint: {error!r}; download it again"
         ) from error
     return OptimizerStates(root, step, made, {name: shape for part in shapes for name, shape in part.items()})
+
+
+def _read_group(names: tuple[str, ...], lr: float, options: Any) -> StateGroup:
+    betas = (float(options["betas"][0]), float(options["betas"][1]))
+    group = StateGroup(names, lr, betas, float(options["eps"]), float(options["weight_decay"]))
+    numbers = (group.lr, *group.betas, group.eps, group.weight_decay)
+    if not all(math.isfinite(number) and number >= 0 for number in numbers) or max(betas) >= 1:
+        raise ValueError(f"AdamW cannot have {group.lr=}, {group.betas=}, {group.eps=}, {group.weight_decay=}")
+    return group
 
 
 def read_state(states: OptimizerStates, name: str, shape: torch.Size) -> ParameterState:
@@ -101,21 +108,36 @@ def read_state(states: OptimizerStates, name: str, shape: torch.Size) -> Paramet
     Raises:
         CheckpointError: a file is absent or unreadable, or its tensor is misshapen or not finite.
     """
-    folder = states.folder / "zero" / name
-    if name in ("", ".", "..") or "/" in name or "\\" in name or not folder.resolve().is_relative_to(states.folder):
-        raise CheckpointError(f"{states.folder}: {name!r} leads out of the folder; such states are not read")
-    weight, first, second = (_read_tensor(folder / f"{part}.pt", name, shape) for part in _PARTS)
-    path = folder / "step.pt"
-    if not path.is_file():
-        return ParameterState(weight, first, second, states.step)
+    weight, first, second = (_read_tensor(find_state_file(states.folder, name, part), name, shape) for part in _PARTS)
+    has_step = find_state_file(states.folder, name, "step").is_file()
+    return ParameterState(weight, first, second, _read_step(states.folder, name) if has_step else states.step)
+
+
+def find_state_file(root: Path, name: str, part: str) -> Path:
+    """Return where a part of one parameter's state lies: `fp32`, `exp_avg`, `exp_avg_sq` or `step`.
+
+    Raises:
+        CheckpointError: the name leads out of the folder.
+    """
+    folder = root / "zero" / name
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not folder.resolve().is_relative_to(root):
+        raise CheckpointError(f"{root}: {name!r} leads out of the folder; such states are not read")
+    return folder / f"{part}.pt"
+
+
+def _read_step(root: Path, name: str) -> int:
+    path = find_state_file(root, name, "step")
     try:
-        return ParameterState(weight, first, second, int(_load(path)))
+        step = int(load_file(path))
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {name} must have a whole number as its step: {error}") from error
+    if step < 0:
+        raise CheckpointError(f"{path}: {name} has step {step}; download the states again")
+    return step
 
 
 def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
-    content = _load(path)
+    content = load_file(path, mmap=True)  # of a share of a tensor, only that is read
     tensor = content.get("param") if isinstance(content, dict) else None
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
         raise CheckpointError(f"{path}: {name} must be a float32 tensor under 'param'; download the states again")
@@ -153,52 +175,28 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return found == expected or math.prod(found) == math.prod(expected) == 1
 
 
-def make_adamw(model: nn.Module, states: OptimizerStates) -> torch.optim.AdamW:
-    """Load weights and moments into an fp32 model and return AdamW in the published groups.
-
-    Raises:
-        CheckpointError: the model and the states do not have the same parameters.
-    """
-    check_parameters(states, model)
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[n] for n in g.names],
-                "lr": g.lr,
-                "betas": g.betas,
-                "eps": g.eps,
-                "weight_decay": g.weight_decay,
-            }
-            for g in states.groups
-        ]
-    )
-    for name, parameter in parameters.items():
-        state = read_state(states, name, parameter.shape)
-        with torch.no_grad():
-            parameter.copy_(state.weight)
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": state.exp_avg.to(parameter.device),
-            "exp_avg_sq": state.exp_avg_sq.to(parameter.device),
-        }
-    return optimizer
-
-
 def _find_root(folder: Path) -> Path:
-    pointer = folder / "latest_universal"
+    if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
+        raise CheckpointError(f"{folder}: holds no optimizer states (there is no {POINTER} in it)")
+    folder = folder if (folder / POINTER).is_file() else folder / RESULT
+    pointer = folder / POINTER
     try:
         root = (folder / pointer.read_text(encoding="utf-8").strip()).resolve()
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{pointer}: cannot be read: {error}; the folder holds no optimizer states") from error
+        raise CheckpointError(f"{pointer}: cannot be read: {error}; download it again") from error
     if not root.is_relative_to(folder.resolve()) or root == folder.resolve():
         raise CheckpointError(f"{pointer}: must name a folder inside {folder}")
     return root
 
 
-def _load(path: Path) -> Any:
+def load_file(path: Path, *, mmap: bool = False) -> Any:
+    """Return the tensors and plain values of a state file; nothing that it brings along is run.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds anything else.
+    """
     with _refuse_unreadable(path), torch.serialization.safe_globals([(_Stub, name) for name in _STUBBED]):
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
 
 
 @contextlib.contextmanager

@@ -18,3 +18,13 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or float(match.group(1)) * unit < 1:
         raise OutputError(f"--max-shard-size: {text!r} is not a size; write one such as 2GB or 500MB")
     return int(float(match.group(1)) * unit)
+
+
+def describe_size(count: int) -> str:
+    """Return a number of bytes for a person, such as `4.9 GB`."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"

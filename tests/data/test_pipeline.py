@@ -146,9 +146,17 @@ def test_a_pair_becomes_two_labelled_answers(load, tokenizer):
     rows = load([PAIR], shape="labelled").train
     found = [(tokenizer.decode(row["completion_ids"]), row["label"]) for row in rows]
     assert found == [("good<|eot_id|>", True), ("bad answer<|eot_id|>", False)]
-    row = load([labelled], shape="labelled").train[0]
+    row = load([labelled, {**labelled, "label": True}], shape="labelled").train[0]
     assert (tokenizer.decode(row["completion_ids"]), row["label"]) == ("so so<|eot_id|>", False)
     assert row["input_ids"] == row["prompt_ids"] + row["completion_ids"]
+
+
+def test_answers_of_one_label_teach_nothing(load):
+    rows = [{"prompt": "Q", "completion": "A", "label": True}] * 3
+    with pytest.raises(DataError, match=r"all 3 answers are labelled true; .* add rows with label: false"):
+        load(rows, shape="labelled")
+    notes = load([*rows, {**rows[0], "label": False}], shape="labelled").report.notes
+    assert "3 answers are liked and 1 are not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
 
 
 def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):

@@ -8,9 +8,12 @@ import torch
 from finetune.chain import run_chain
 from finetune.chain_file import is_chain, load_chain
 from finetune.check import load_recipe
+from finetune.errors import ExportError
+from finetune.evaluate.pairs import evaluate_pairs
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import list_recipes
+from finetune.recipe_file import read_recipe
+from finetune.resources import find_demo_data, list_recipes
 from finetune.train.methods import METHODS
 from finetune.train.origin import open_result
 from finetune.train.run import run_training
@@ -23,13 +26,26 @@ SMALL = [
     "trainer.disable_tqdm=true",
     "answers=2",
 ]
+# A packed method counts its steps in its schedule; nano has no published states.
+SMALL_PRETRAINING = [
+    "model.checkpoint=nano",
+    "data.max_tokens=128",
+    "optimizer.states=fresh",
+    "schedule.unit=steps",
+    "schedule.length=2",
+    "schedule.warmup=0",
+    "trainer.per_device_train_batch_size=2",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.disable_tqdm=true",
+]
 CHAINS = [name for name, path in list_recipes().items() if is_chain(path)]
 EXPORT = ExportSettings("auto", 2 * 10**9)
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name not in CHAINS])
 def test_shipped_recipes_train(tmp_path, name):
-    overrides = [*SMALL, f"output={tmp_path / 'run'}"]
+    pretrains = METHODS[read_recipe(list_recipes()[name]).recipe.method].pretraining is not None
+    overrides = [*(SMALL_PRETRAINING if pretrains else SMALL), f"output={tmp_path / 'run'}"]
     recipe = load_recipe(list_recipes()[name], overrides)
     if not torch.cuda.is_available() and str(recipe.trainer.get("optim", "")).startswith("paged"):
         recipe = load_recipe(list_recipes()[name], [*overrides, "trainer.optim=adamw_torch"])
@@ -37,7 +53,16 @@ def test_shipped_recipes_train(tmp_path, name):
         # nano never ends an answer by itself.
         short = ["trainer.max_completion_length=4", "trainer.gradient_accumulation_steps=1", "data.held_out=4"]
         recipe = load_recipe(list_recipes()[name], [*overrides, *short])
+    if METHODS[recipe.method].shape in ("pair", "labelled"):
+        recipe = load_recipe(list_recipes()[name], [*overrides, "trainer.gradient_accumulation_steps=1"])
     run = Path(run_training(recipe).run)
+    if METHODS[recipe.method].head == "score":
+        scores = evaluate_pairs(str(run), [find_demo_data("pairs.jsonl")], 256)
+        assert 0 <= scores.accuracy <= 1
+        assert scores.pairs == 120
+        with pytest.raises(ExportError, match="is a reward model; an export is a Llama that speaks"):
+            export_result(open_result(run), tmp_path / "export", EXPORT)
+        return
     report = export_result(open_result(run), tmp_path / "export", EXPORT, LogitVerifier())
     assert report.verify.top1_agreement > 0.9
 

@@ -1,54 +1,141 @@
+"""Universal checkpoints of every kind are read to the same tensors, and damaged ones refused without running anything."""
+
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from finetune.cli import main
 from finetune.errors import CheckpointError
 from finetune.yulan.modeling import load_native
-from finetune.yulan.optimizer_states import OptimizerStates, make_adamw, open_states, read_state
-from finetune.yulan.schedules import compute_decay
+from finetune.yulan.optimizer_states import (
+    OptimizerStates,
+    ParameterState,
+    StateGroup,
+    check_parameters,
+    open_states,
+    read_state,
+)
+from finetune.yulan.state_files import write_states
+from finetune.yulan.state_report import report_states
+
+NAME = "model.norm.weight"
+PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
-@pytest.mark.parametrize("schedule", ["stable", "1sqrt"])
-def test_fp32_training_goes_on_as_deepspeed_did(shared, schedule):
-    root = shared / "reference" / "universal"
-    expected = json.loads((root / "expected.json").read_text())
-    model = load_native(root / "case_fp32", dtype=torch.float32)
-    states = open_states(root / "case_fp32")
-    optimizer = make_adamw(model, states)
-    batches = load_file(root / "batches.safetensors")["input_ids"]
-    for row in expected["cases"]["case_fp32"]["after_resume"][schedule]:
-        factor = 1.0 if schedule == "stable" else compute_decay("1-sqrt", row["step"] - 1, 10, 30)
-        for group, published in zip(optimizer.param_groups, states.groups, strict=True):
-            group["lr"] = published.lr * factor
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(row["lr"])
-        ids = batches[row["step"] - 1].long()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert loss.item() == pytest.approx(row["loss"], abs=expected["tolerance"]["case_fp32"])
-    if schedule == "stable":  # the uninterrupted run, whose end was kept, had no decay
-        final = load_file(root / "expected_final_case_fp32.safetensors")
-        for name, parameter in model.named_parameters():
-            found = {"fp32": parameter, **optimizer.state[parameter]}
-            for part in ("fp32", "exp_avg", "exp_avg_sq"):
-                wanted = final[f"{part}/{name}"].reshape(parameter.shape)
-                assert torch.allclose(found[part], wanted, rtol=0, atol=1e-5), (part, name)
+@pytest.fixture
+def universal(shared):
+    return shared / "reference" / "universal"
 
 
-def test_variants_are_read_to_the_same_tensors(shared):
-    root = shared / "reference" / "universal"
-    plain, variant = open_states(root / "case"), open_states(root / "variants" / "alphas_0dim_no_cat_dim")
-    assert (plain.step, plain.groups) == (variant.step, variant.groups) and plain.step == 10
-    for name, shape in plain.shapes.items():
-        one, other = (read_state(states, name, torch.Size(shape)) for states in (plain, variant))
-        assert one.step == other.step == 10
+@pytest.fixture
+def folder(tmp_path):
+    """Small states of three parameters at step 7, in two groups; one parameter is tied and another a scalar."""
+    tensors = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(SHAPES.items(), 1)}
+    write_states(
+        tmp_path, 7, GROUPS, lambda name: ParameterState(tensors[name], tensors[name] * 0.1, tensors[name] * 0.01, 7)
+    )
+    return tmp_path
+
+
+SHAPES = {NAME: (4,), "model.embed_tokens.weight": (5, 4), "lm_head_alpha": ()}
+GROUPS = (
+    StateGroup(("model.embed_tokens.weight",), 1e-2, (0.9, 0.95), 1e-15, 0.1),
+    StateGroup((NAME, "lm_head_alpha"), 5e-3, (0.9, 0.95), 1e-15, 0.0),
+)
+
+
+def find_part(folder, name=NAME, part="exp_avg"):
+    return folder / "global_step7_universal" / "zero" / name / f"{part}.pt"
+
+
+def assert_equal_states(one, other):
+    assert (one.step, one.groups) == (other.step, other.groups)
+    for name, shape in one.shapes.items():
+        first, second = (read_state(states, name, torch.Size(shape)) for states in (one, other))
+        assert first.step == second.step == one.step
         for part in ("weight", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(vars(one)[part], vars(other)[part]), (name, part)
+            assert torch.equal(vars(first)[part], vars(second)[part]), (name, part)
+
+
+def copy_case(universal, tmp_path):
+    copied = shutil.copytree(universal / "case", tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (copied, *copied.rglob("*")):
+        path.chmod(0o755)
+    return copied
+
+
+def test_what_is_written_is_read_back(folder):
+    states = open_states(folder)
+    assert (states.step, states.groups) == (7, GROUPS)
+    assert states.shapes == SHAPES
+    state = read_state(states, NAME, torch.Size([4]))
+    assert (state.weight.tolist(), state.step) == ([1.0] * 4, 7)
+    assert torch.equal(state.exp_avg_sq, torch.full((4,), 0.01))
+
+
+def test_the_groups_are_those_of_the_file(universal):
+    expected = json.loads((universal / "expected.json").read_text())
+    for case in ("case", "case_fp32"):
+        states = open_states(universal / case)
+        assert states.step == 10
+        found = [(group.lr, group.weight_decay, list(group.names)) for group in states.groups]
+        assert found == [(g["lr"], g["weight_decay"], g["params"]) for g in expected["cases"][case]["groups"]]
+        assert {(group.betas, group.eps) for group in states.groups} == {((0.9, 0.95), 1e-15)}
+
+
+def test_alphas_without_dimensions_are_the_same_tensors(universal):
+    assert_equal_states(open_states(universal / "case"), open_states(universal / "variants" / "alphas_0dim_no_cat_dim"))
+    assert report_states(universal / "variants" / "alphas_0dim_no_cat_dim").variant_notes == (
+        "18 alphas are stored without cat_dim",
+    )
+
+
+def test_storages_of_a_gpu_and_a_wrong_step_elsewhere_change_nothing(universal, tmp_path):
+    copied = copy_case(universal, tmp_path)
+    variants = universal / "variants"
+    shutil.copyfile(
+        variants / "mp_rank_00_model_states.cuda0_tags.pt",
+        copied / "global_step10_universal" / "mp_rank_00_model_states.pt",
+    )
+    shutil.copyfile(variants / "trainer_state.readme_style.json", copied / "trainer_state.json")
+    assert_equal_states(open_states(universal / "case"), open_states(copied))
+    assert report_states(copied).variant_notes == ("trainer_state.json says step 0; the states' own step 10 is taken",)
+
+
+def test_a_tied_head_without_moments_and_absent_steps_are_left_aside(folder):
+    root = folder / "global_step7_universal"
+    model = torch.load(root / "mp_rank_00_model_states.pt")
+    model["param_shapes"][0]["lm_head.weight"] = torch.Size([5, 4])
+    torch.save(model, root / "mp_rank_00_model_states.pt")
+    (root / "zero" / "lm_head.weight").mkdir()
+    torch.save({"cat_dim": 0, "param": torch.zeros(5, 4)}, root / "zero" / "lm_head.weight" / "fp32.pt")
+    for name in SHAPES:
+        find_part(folder, name, "step").unlink()
+    states = open_states(folder)
+    assert (states.step, set(states.shapes)) == (7, set(SHAPES))
+    assert read_state(states, NAME, torch.Size([4])).step == 7
+    assert report_states(folder).variant_notes == (
+        "lm_head.weight is tied and has no moments of its own; it is left aside",
+        "3 parameters have no step of their own; 7 is taken",
+    )
+
+
+def test_states_are_those_of_their_model_or_refused(universal):
+    model = load_native(universal / "case", dtype=torch.float32)
+    states = open_states(universal / "case")
+    check_parameters(states, model)
+    shapes = dict(states.shapes)
+    shapes["model.extra"] = (3,)
+    for changed, message in (
+        (shapes, r"model\.extra is not the model's \(1 such\)"),
+        ({k: v for k, v in states.shapes.items() if k != NAME}, r"model\.norm\.weight is missing \(1 such\)"),
+        ({**states.shapes, NAME: (5,)}, r"model\.norm\.weight is misshapen: \[5\], the model's is \[96\]"),
+    ):
+        other = type(states)(states.folder, states.step, states.groups, changed)
+        with pytest.raises(CheckpointError, match=message):
+            check_parameters(other, model)
 
 
 class Hostile:
@@ -56,28 +143,95 @@ class Hostile:
         return (print, ("executed",))
 
 
-@pytest.mark.parametrize("damage", ["hostile", "truncated", "shape", "nan", "absent"])
-def test_a_bad_state_file_is_refused(shared, tmp_path, capsys, damage):
-    folder = shutil.copytree(
-        shared / "reference" / "universal" / "case", tmp_path / "case", copy_function=shutil.copyfile
-    )
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755)
-    name = "model.norm.weight"
-    path = folder / "global_step10_universal" / "zero" / name / "exp_avg.pt"
+def damage_file(path, damage):
     if damage == "hostile":
         torch.save({"param": Hostile()}, path)
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:500])
+    elif damage == "garbage":
+        path.write_bytes(b"not a pickle" * 100)
     elif damage == "shape":
         torch.save({"param": torch.zeros(3)}, path)
+    elif damage == "type":
+        torch.save({"param": torch.zeros(4, dtype=torch.bfloat16)}, path)
     elif damage == "nan":
-        torch.save({"param": torch.full((96,), torch.nan)}, path)
+        torch.save({"param": torch.full((4,), torch.nan)}, path)
     else:
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
-        read_state(open_states(folder), name, torch.Size([96]))
-    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("damage", ["hostile", "truncated", "garbage", "shape", "type", "nan", "absent"])
+@pytest.mark.parametrize("part", ["fp32", "exp_avg_sq"])
+def test_a_bad_state_file_is_refused(folder, capsys, part, damage):
+    damage_file(find_part(folder, part=part), damage)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight") as caught:
+        read_state(open_states(folder), NAME, torch.Size([4]))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["hostile", "truncated", "garbage", "shape", "absent"])
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero/optimizer_state.pt"])
+def test_the_command_line_refuses_a_bad_folder(folder, capsys, file, damage):
+    damage_file(folder / "global_step7_universal" / file, damage)
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoints", "--states", str(folder)])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert "global_step7_universal" in printed.err
+
+
+@pytest.mark.parametrize("pointer", ["../elsewhere", "/etc", "", "\x00", "nowhere"])
+def test_a_pointer_that_leads_elsewhere_is_refused(folder, pointer):
+    (folder / "latest_universal").write_text(pointer)
+    with pytest.raises(CheckpointError):
+        open_states(folder)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "a/b", "..", ""])
+def test_a_name_that_leads_out_of_the_folder_is_refused(folder, name):
+    path = folder / "global_step7_universal" / "mp_rank_00_model_states.pt"
+    model = torch.load(path)
+    model["param_shapes"][0] = {name: torch.Size([1]), **model["param_shapes"][0]}
+    torch.save(model, path)
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        open_states(folder)
+
+
+@pytest.mark.parametrize("change", [{"lr": float("nan")}, {"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": float("inf")}])
+def test_impossible_groups_are_refused(folder, change):
+    root = folder / "global_step7_universal"
+    model, groups = torch.load(root / "mp_rank_00_model_states.pt"), torch.load(root / "zero" / "optimizer_state.pt")
+    if "lr" in change:
+        model["lr_scheduler"]["base_lrs"][0] = change["lr"]
+    groups["param_groups"][0].update(change)
+    torch.save(model, root / "mp_rank_00_model_states.pt")
+    torch.save(groups, root / "zero" / "optimizer_state.pt")
+    with pytest.raises(CheckpointError, match="AdamW cannot have"):
+        open_states(folder)
+
+
+def test_a_folder_without_states_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no optimizer states"):
+        open_states(tmp_path)
+
+
+def test_the_command_line_shows_what_a_folder_holds(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoints", "--states", str(folder), "--json"])
+    assert not ended.value.code
+    report = json.loads(capsys.readouterr().out)
+    assert (report["step"], report["parameters"], report["optimizer"]) == (7, 25, "AdamW")
+    assert report["groups"][1] == {
+        "lr": 5e-3,
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.95],
+        "eps": 1e-15,
+        "parameters": 5,
+        "tensors": 2,
+    }
 
 
 @pytest.mark.parametrize(

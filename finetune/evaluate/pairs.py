@@ -1,0 +1,84 @@
+"""How often a model prefers the chosen answer of held-out pairs: by its score, or by how likely it finds both."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from finetune.data.dataset import load_splits
+from finetune.data.rows import choose_format
+from finetune.data.settings import DataSettings, Source
+from finetune.data.sources import read_source
+from finetune.data.template import ChatTemplate
+from finetune.evaluate.chat import LoadedModel, open_model
+from finetune.train.judge import Judge, is_judge, open_judge
+from finetune.train.origin import is_result, open_result
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Means over pairs: the share in the right order, by how much the chosen answer is ahead, and the logistic loss of that.
+
+    A reward model gives each whole text a score. Of a language model it is the mean log-probability of an answer's tokens,
+    so that long answers have no disadvantage.
+    """
+
+    accuracy: float
+    margin: float
+    loss: float
+    pairs: int
+    measure: str
+
+
+def hold_pairs(files: Sequence[Path]) -> bool:
+    """Tell whether data files hold preference pairs, by their first row.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for _, rows in read_source(Source(files[0])):
+        for where, row in rows:
+            return choose_format("auto", {}, row, where).row_kind == "preference"
+    return False
+
+
+def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairScores:
+    """Evaluate a reward run, or a language model, on pairs.
+
+    Raises:
+        FinetuneError: the model or the rows cannot be used.
+    """
+    path = Path(name).expanduser()
+    result = open_result(path) if path.is_dir() and is_result(path) else None
+    model = open_judge(result) if result is not None and is_judge(result) else open_model(name)
+    rows = _load_pairs(model, model.template, files, max_tokens)
+    if isinstance(model, Judge):
+        scores = [
+            model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in rows
+        ]
+        return _summarise([chosen - rejected for chosen, rejected in scores], "score")
+    margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in rows]
+    return _summarise(margins, "mean log-probability of the answer")
+
+
+def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Sequence[Path], max_tokens: int) -> Dataset:
+    settings = DataSettings(train=tuple(map(Source, files)), shape="pair", max_tokens=max_tokens, overflow="drop")
+    return load_splits(settings, model.tokenizer, template, seed=0).train
+
+
+def _measure(loaded: LoadedModel, row: dict[str, list[int]], side: str) -> float:
+    prompt, answer = row["prompt_ids"], row[side]
+    ids = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
+    with torch.inference_mode():
+        logits = loaded.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
+    return float(chosen.mean())
+
+
+def _summarise(margins: Sequence[float], measure: str) -> PairScores:
+    count = len(margins)
+    loss = sum(max(0.0, -margin) + math.log1p(math.exp(-abs(margin))) for margin in margins) / count
+    return PairScores(sum(margin > 0 for margin in margins) / count, sum(margins) / count, loss, count, measure)
