@@ -30,7 +30,9 @@ from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import Engine
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_precision
+from finetune.train.options import read_trainer_options
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
@@ -112,7 +114,10 @@ def _build_dry_trainer(
     """Return the recipe's own trainer over full rows."""
     # States that a run goes on from have the sizes of fresh ones.
     optimizer = replace(recipe.optimizer, states="fresh")
-    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
+    method = METHODS[recipe.method]
+    known = read_trainer_options(method.config_module, method.config_class)
+    options = {name: value for name, value in _DRY_OPTIONS.items() if name in known}
+    dry = replace(recipe, trainer={**recipe.trainer, **options}, optimizer=optimizer, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
