@@ -15,8 +15,8 @@ _COMPLETION_TOKENS = 512
 _HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
-# Of the methods whose own loss cannot run dry, and needs no more room than that of supervised texts. The others' own one runs.
-_TEXTS_PER_ROW = {"kto": 1, "reward": 2}
+# Of the methods whose loss needs no more room than that of supervised texts; ORPO and CPO hold all logits.
+_TEXTS_PER_ROW = {"dpo": 2, "kto": 1, "reward": 2}
 
 
 def read_answer_tokens(recipe: Recipe) -> int:

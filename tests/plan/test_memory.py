@@ -29,7 +29,6 @@ CASES = {
     "full-bf16": ("sft_full", SHORT, ADAMW, "trainer.gradient_accumulation_steps=2"),
     "int8": (*LORA, "model.quantize=int8", "trainer.gradient_accumulation_steps=1"),
     "packed": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.packing=true"),
-    "dpo": (*LORA, "method=dpo", "trainer.gradient_accumulation_steps=1"),
 }
 
 
@@ -55,15 +54,6 @@ def test_parts_tell_kept_from_recomputed(make_recipe):
     again = measure_step(make_recipe(*CASES["lora"]), is_gpu=False)
     assert kept.peak.parts[KEPT] > 5 * again.peak.parts[KEPT]
     assert RECOMPUTED not in kept.peak.parts
-
-
-def test_dpo_computes_both_sides_at_once(make_recipe):
-    """A pair is two rows of a batch, and the reference is the base itself: twice the kept tensors, no second model."""
-    pair = measure_step(make_recipe(*CASES["dpo"]), is_gpu=True).peak.parts
-    row = measure_step(make_recipe(*CASES["lora"]), is_gpu=True).peak.parts
-    assert pair[KEPT] == pytest.approx(2 * row[KEPT], rel=0.3)
-    for part in ("weights: linear layers, bf16", TABLES, ADAPTER, OPTIMIZER):
-        assert pair[part] == row[part]
 
 
 @pytest.mark.parametrize("size", ["nano", "larger"])
