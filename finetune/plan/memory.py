@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, Trainer
 
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
-    GPU_SUBSTITUTES,
     GPU_WORKSPACES,
+    MASKED_SELECTION,
     OffloadedActivations,
     allocate_as_gpu,
     answer_truths,
     build_masks_as_in_run,
+    leave_adapters_in_place,
 )
 from finetune.plan.sharing import Sharing
 from finetune.plan.stages import LOSS, WORKSPACE, follow_training, list_weights, make_optimizer_states
@@ -30,7 +31,9 @@ from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import Engine
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_precision
+from finetune.train.options import read_trainer_options
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
@@ -78,6 +81,7 @@ def measure_step(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(build_masks_as_in_run())
+        stack.enter_context(leave_adapters_in_place())
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
         model = build_dry_model(recipe, config, precision, fake)
@@ -112,7 +116,10 @@ def _build_dry_trainer(
     """Return the recipe's own trainer over full rows."""
     # States that a run goes on from have the sizes of fresh ones.
     optimizer = replace(recipe.optimizer, states="fresh")
-    dry = replace(recipe, trainer={**recipe.trainer, **_DRY_OPTIONS}, optimizer=optimizer, output=folder)
+    method = METHODS[recipe.method]
+    known = read_trainer_options(method.config_module, method.config_class)
+    options = {name: value for name, value in _DRY_OPTIONS.items() if name in known}
+    dry = replace(recipe, trainer={**recipe.trainer, **options}, optimizer=optimizer, output=folder)
     with no_dispatch():
         rows = make_full_rows(recipe)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
@@ -133,11 +140,9 @@ def _build_dry_trainer(
 def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
     is_one_row = read_batch(recipe) == 1 and not recipe.trainer.get("packing")
-    truths = answer_truths(is_one_row)
+    substitutes = {**MASKED_SELECTION, **answer_truths(is_one_row)}
     share = sharing.count_share if sharing.processes > 1 else None
-    if is_gpu:
-        return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}, share)
-    return MemoryTracker({}, truths, share)
+    return MemoryTracker(GPU_WORKSPACES if is_gpu else {}, substitutes, share)
 
 
 def _collate_without_content(collate: Any) -> Any:

@@ -150,9 +150,10 @@ def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     if METHODS[recipe.method].is_online:
         return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
-    length = {"max_length": recipe.data.max_tokens if packs else None}
     if METHODS[recipe.method].shape != "sequence":
-        return {**length, "remove_unused_columns": False}
+        # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.
+        return {"max_length": recipe.data.max_tokens, "remove_unused_columns": False}
+    length = {"max_length": recipe.data.max_tokens if packs else None}
     return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 
