@@ -9,6 +9,10 @@ import pytest
 
 from finetune.evaluate.chat import answer, open_model
 from finetune.resources import find_demo_data, list_templates
+from finetune.starts import find_checkpoint
+from finetune.train.progress import read_metrics
+from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.optimizer_states import open_states
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -30,6 +34,27 @@ def test_compare_checkpoints(tmp_path, nano):
     table = run_example("compare_checkpoints", tmp_path / "rows.jsonl", "nano", nano).splitlines()
     assert [line.split()[0] for line in table] == ["start", "nano", str(nano)]
     assert table[1].split()[1:] == table[2].split()[1:]
+
+
+def test_nano_phases_leave_a_published_checkpoint_each(tmp_path):
+    names = ["nano-phase1", "nano-phase2", "nano-phase3", "nano"]
+    lines = run_example("nano_phases", tmp_path / "phases", "1").splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, "1"] for name in names]
+    losses = []
+    for number, name in enumerate(names, 1):
+        folder = tmp_path / "phases" / name / "model"
+        assert find_checkpoint(str(folder)) == folder
+        assert parse_native_config(read_config(folder), folder).num_layers == 4
+        if name != "nano":  # the states go on counting, and keep their rates while the schedule changes them
+            states = open_states(folder)
+            assert states.step == number
+            assert {group.lr for group in states.groups} == {1e-2}
+        losses.append(next(line["eval_loss"] for line in read_metrics(folder.parent) if "eval_loss" in line))
+    assert not (folder / "latest_universal").exists()
+    assert [f"{loss:.4f}" for loss in losses] == [line.split()[5] for line in lines]
+    assert len(set(losses)) == 4
+    run_example("plot_phases", tmp_path / "phases", tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_open_export_answers_as_chat_does(nano_llama, tmp_path):

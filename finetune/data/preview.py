@@ -46,11 +46,15 @@ def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int)
 
 
 def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield the texts of a row with their marks: both answers of a pair, or the one of a labelled row with its label."""
+    """Yield the texts of a row with their marks: both answers of a pair, that of a labelled row, a prompt with its reference."""
     if "chosen_ids" in row:
         for side in ("chosen", "rejected"):
             prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
             yield side, [*prompt, *answer], [0] * len(prompt) + [1] * len(answer)
+        return
+    if "prompt" in row:
+        side = "prompt" if row["answer"] is None else f"prompt; reference answer: {row['answer']!r}"
+        yield side, row["input_ids"], [0] * len(row["input_ids"])
         return
     side = "" if "label" not in row else "liked" if row["label"] else "not liked"
     yield side, row["input_ids"], [int(label != IGNORED_LABEL) for label in row["labels"]]
@@ -72,6 +76,8 @@ def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     """Return the preview for a terminal: trained text is green, or stands in ⟦ ⟧ where there is no colour."""
     opening, closing = (_COLOUR, _PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
     lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
+    if not any(sum(row.trained) for row in preview.rows):
+        lines = ["These are prompts: the model writes the answers, and is trained on those."]
     for row in preview.rows:
         text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in row.pieces)
         side = f" ({row.side})" if row.side else ""

@@ -1,4 +1,4 @@
-"""What a plan makes of a method whose answers the model writes itself: its training step, and the room of writing them."""
+"""What a plan makes of preference and online methods: a step that can be run dry, and the room of writing answers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +15,9 @@ _COMPLETION_TOKENS = 512
 _HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
+# Of the methods whose loss needs no more room than that of supervised texts; ORPO and CPO hold all logits.
+_TEXTS_PER_ROW = {"dpo": 2, "kto": 1, "reward": 2}
+
 
 def read_answer_tokens(recipe: Recipe) -> int:
     """Return the most tokens of an answer."""
@@ -22,14 +25,20 @@ def read_answer_tokens(recipe: Recipe) -> int:
 
 
 def as_training_step(recipe: Recipe) -> Recipe:
-    """Return a recipe whose supervised step is that of the method: rows of a prompt and its answer, both full."""
+    """Return a recipe whose step can be run without content, and takes the memory of the method's.
+
+    That is a supervised step over as many full texts: prompts with their answers of online methods, both sides of pairs. The
+    trainers themselves choose tokens and rows by their content. What the reference adds is a pass that keeps nothing.
+    """
     method = METHODS[recipe.method]
-    if not method.is_online:
+    texts = 1 if method.is_online else _TEXTS_PER_ROW.get(method.name)
+    if texts is None:
         return recipe
     supervised = METHODS["sft"]
     known = set(read_trainer_options(supervised.config_module, supervised.config_class)) - set(supervised.owned)
-    trainer = {key: value for key, value in recipe.trainer.items() if key in known}
-    length = recipe.data.max_tokens + read_answer_tokens(recipe)
+    trainer = {key: value for key, value in recipe.trainer.items() if key in known and key != "loss_type"}
+    trainer["per_device_train_batch_size"] = read_batch(recipe) * texts
+    length = recipe.data.max_tokens + (read_answer_tokens(recipe) if method.is_online else 0)
     return replace(recipe, method="sft", data=replace(recipe.data, max_tokens=length), trainer=trainer)
 
 

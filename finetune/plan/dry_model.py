@@ -21,13 +21,17 @@ from transformers.quantizers import AutoHfQuantizer
 from finetune.checkpoints import PUBLISHED_SIZES, find_alias
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
+from finetune.data.settings import RowShape
 from finetune.errors import CheckpointError
 from finetune.plan.changes import is_packed
 from finetune.recipe import ModelSection, Recipe
 from finetune.starts import find_checkpoint
 from finetune.train.adapter import attach_adapter
 from finetune.train.batches import read_batch
+from finetune.train.methods import METHODS
 from finetune.train.model import Precision, extend_context, make_quantization
+from finetune.train.origin import Result, find_earlier
+from finetune.train.record import find_base
 from finetune.yulan.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
@@ -44,10 +48,13 @@ def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
     """
     if section.architecture == "native":
         start = find_alias(section.checkpoint)
-        is_published = start is not None and start.alias != "nano"
-        # The class's own defaults are the published sizes, so that a plan needs no network.
-        config = YuLanMiniConfig() if is_published else load_native_config(find_checkpoint(section.checkpoint))
-        return extend_context(config, section)
+        if (
+            start is not None and start.alias != "nano"
+        ):  # the class's own defaults are the published sizes: no network is needed
+            return extend_context(YuLanMiniConfig(), section)
+        earlier = find_earlier(section.checkpoint)
+        folder = find_checkpoint(section.checkpoint if earlier is None else _find_weights(earlier))
+        return extend_context(load_native_config(folder), section)
     return extend_context(LlamaConfig(**read_sizes(section.checkpoint)), section)
 
 
@@ -120,12 +127,24 @@ def read_sizes(name: str) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it cannot be found or read.
     """
+    earlier = find_earlier(name)
+    if earlier is not None:
+        return read_sizes(_find_weights(earlier))
     start = find_alias(name)
     if start is not None and start.alias != "nano":
         return PUBLISHED_SIZES
     if start is None and not Path(name).expanduser().is_dir():
         return _to_llama(_download_config(name))
     return _to_llama(find_checkpoint(name))
+
+
+def _find_weights(earlier: Result) -> str:
+    """Return the folder of the weights that an earlier run was trained on, or its start's name where that is gone."""
+    if earlier.kind == "model":
+        return str(earlier.folder)
+    if earlier.origin is None:
+        return str(find_base(earlier))
+    return earlier.origin.base if Path(earlier.origin.base).is_dir() else earlier.origin.checkpoint
 
 
 def _to_llama(folder: Path) -> Mapping[str, Any]:
@@ -152,10 +171,21 @@ def make_full_rows(recipe: Recipe) -> Splits:
     length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
     batch = read_batch(recipe)
     count = _STEPS * batch * (2 if packs else 1)
-    row = list(range(1, length + 1))
-    rows = Dataset.from_dict({"input_ids": [row] * count, "labels": [row] * count})
+    columns = _fill_columns(METHODS[recipe.method].shape, length)
+    rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
     report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
     return Splits(rows, None, DataReport(report, None, {}, "", "", ""))
+
+
+def _fill_columns(shape: RowShape, length: int) -> Mapping[str, Any]:
+    """Return a row of which every text is full: for pairs both, with the prompt in their first half."""
+    row = list(range(1, length + 1))
+    prompt, answer = row[: length // 2], row[length // 2 :]
+    if shape == "pair":
+        return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}
+    if shape == "labelled":
+        return {"prompt_ids": prompt, "completion_ids": answer, "label": True}
+    return {"input_ids": row, "labels": row}
 
 
 def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:

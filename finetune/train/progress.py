@@ -133,9 +133,21 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
             "eval_accuracy": "held-out rows",
         },
     ),
+    (
+        "reward of the model's own answers",
+        {"reward": "training prompts", "eval_reward": "held-out prompts"},
+    ),
+    (
+        "how far it has moved from the start (KL, nats per token)",
+        {"kl": "training prompts", "eval_kl": "held-out prompts"},
+    ),
+    (
+        "tokens of an answer",
+        {"completions/mean_length": "training prompts", "eval_completions/mean_length": "held-out prompts"},
+    ),
     ("how far from the start (KL, nats)", {"kl": "training rows", "eval_kl": "held-out rows"}),
 )
-_PREFERENCE_MARKS = ("rewards/margins", "margin")
+_PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
 
 
 def draw_losses(run: Path, title: str) -> None:

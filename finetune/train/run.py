@@ -288,15 +288,16 @@ def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSu
     if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
         trainer.evaluate()
 
-    def last(name: str) -> float | None:
-        return next((line[name] for line in reversed(lines) if name in line), None)
+    def last(*names: str) -> float | None:
+        return next((line[name] for name in names for line in reversed(lines) if name in line), None)
+
+    loss = last("loss", "train_loss")  # a run of fewer steps than trainer.logging_steps has only its mean
 
     return RunSummary(
         run=str(run),
         steps=steps,
         tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        # A run of fewer steps than trainer.logging_steps has only its mean.
-        train_loss=last("loss") or last("train_loss") or float("nan"),
+        train_loss=float("nan") if loss is None else loss,
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
         eval_reward=last("eval_reward"),

@@ -57,7 +57,8 @@ def list_named_parameters(optimizer: Any) -> Iterator[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterState) -> None:
     """Set a parameter and its moments to what a file held."""
-    parameter.data.copy_(take_share(state.weight, parameter))
+    is_share = isinstance(parameter, DTensor)
+    parameter.data.copy_(take_share(state.weight, parameter) if is_share else state.weight)
     first, second = (take_share(moment, parameter) for moment in (state.exp_avg, state.exp_avg_sq))
     put_moments(optimizer, parameter, first, second, state.step)
 

@@ -22,7 +22,7 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
-from finetune.train.judging import CompletionWriter, Judge, list_weights
+from finetune.train.judging import CompletionWriter, RuleJudge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.online import PromptOrder
@@ -64,7 +64,7 @@ def build_trainer(
     if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
+    judge = RuleJudge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
     try:
         trainer: Trainer = trainer_class(
@@ -150,9 +150,10 @@ def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     if METHODS[recipe.method].is_online:
         return {"reward_weights": list_weights(recipe.rewards)}
     packs = bool(recipe.trainer.get("packing"))
-    length = {"max_length": recipe.data.max_tokens if packs else None}
     if METHODS[recipe.method].shape != "sequence":
-        return {**length, "remove_unused_columns": False}
+        # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.
+        return {"max_length": recipe.data.max_tokens, "remove_unused_columns": False}
+    length = {"max_length": recipe.data.max_tokens if packs else None}
     return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 

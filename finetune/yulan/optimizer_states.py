@@ -70,7 +70,8 @@ def open_states(folder: Path) -> OptimizerStates:
     """
     root = _find_root(folder)
     path = root / "mp_rank_00_model_states.pt"
-    model, groups = load_file(path), load_file(root / "zero" / "optimizer_state.pt")
+    # Mapped: of this file's own copy of the weights nothing is read.
+    model, groups = load_file(path, mmap=True), load_file(root / "zero" / "optimizer_state.pt")
     try:
         shapes = [{name: tuple(shape) for name, shape in part.items()} for part in model["param_shapes"]]
         lrs = [float(lr) for lr in model["lr_scheduler"]["base_lrs"]]

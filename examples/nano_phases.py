@@ -1,0 +1,47 @@
+"""Pre-train `nano` as YuLan-Mini was: stable phases in the published proportions, then annealing; each ends as a checkpoint.
+
+python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 500 are the default
+
+Every phase reads new texts (made by recipes/data/corpus.py), goes on from the weights and the optimizer states of the one
+before, and leaves a run directory whose `model/` is a folder in the published layout: train, fold or export any of them.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from finetune.check import load_recipe
+from finetune.resources import find_demo_data
+from finetune.train.run import run_training
+
+# Our phases, each in the proportions of one of YuLan-Mini's 27.
+STABLE = {"nano-phase1": "phase1", "nano-phase2": "phase13", "nano-phase3": "phase25"}
+ANNEALED = {"nano": "phase27"}
+RECIPE = Path(__file__).with_name("nano_phase.yaml")
+
+
+def main(output: Path, steps: int) -> None:
+    """Train every phase; print the loss on the same held-out texts after each."""
+    corpus = runpy.run_path(str(find_demo_data("corpus.py")))
+    before = None
+    for seed, (name, mixture) in enumerate({**STABLE, **ANNEALED}.items(), 1):
+        folder = output.resolve() / "corpus" / name
+        corpus["write_corpus"](folder, seed)
+        settings = [f"output={output / name}", f"data.mixture={mixture}", f"schedule.length={steps}", f"seed={seed}"]
+        settings += [f"data.sources.{category}={folder / category}.jsonl" for category in corpus["WRITERS"]]
+        settings += [f"data.eval={folder / 'held_out.jsonl'}"]
+        if before is None:
+            settings += ["schedule.warmup=20"]
+        else:
+            settings += [f"model.checkpoint={before}", "optimizer.states=published"]
+        if name in ANNEALED:
+            settings += ["method=anneal", "schedule.decay=1-sqrt", "optimizer.save_states=false"]
+        summary = run_training(load_recipe(RECIPE, settings))
+        print(f"{name:<12} {summary.steps:>5} steps  held-out loss {summary.eval_loss:.4f}  {summary.seconds:.0f} s")
+        before = output.resolve() / name / "model"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 500)
