@@ -1,9 +1,11 @@
 """Run a chain: one stage after the other into one folder, going on where it was cut off."""
 
+import contextlib
 import gc
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from finetune.train.model import choose_device, choose_precision
 from finetune.train.origin import open_result, write_json
 from finetune.train.record import find_complete_checkpoint
 from finetune.train.resume import check_same_recipe
-from finetune.train.run import RunSummary, check_finished_run, describe_run
+from finetune.train.run import RunSummary, check_finished_run, describe_run, prepare_rows
 from finetune.train.trainer import make_config
 from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import list_weight_files
@@ -65,6 +67,19 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
     if processes.process_index == 0:
         _open_output(chain, resume)
     processes.distributed_state.wait_for_everyone()
+    with _leave_nothing_before_stage_one(chain, processes):
+        if processes.process_index == 0:
+            for stage in chain.trainings:
+                prepare_rows(
+                    stage.recipe
+                )  # kept for its stage; a bad row of the last one is told before the first trains
+        processes.distributed_state.wait_for_everyone()
+        summaries = _run_stages(chain, processes, force)
+    exports = [str(stage.output) for stage in chain.stages if isinstance(stage, ExportStage)]
+    return ChainSummary(str(chain.output), summaries, exports[-1] if exports else None)
+
+
+def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list[StageSummary]:
     summaries = []
     for number, stage in enumerate(chain.stages, 1):
         logger.info("stage %d of %d: %s", number, len(chain.stages), stage.name)
@@ -75,8 +90,18 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
         gc.collect()  # a trainer and its callbacks hold each other, and with them the model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    exports = [str(stage.output) for stage in chain.stages if isinstance(stage, ExportStage)]
-    return ChainSummary(str(chain.output), summaries, exports[-1] if exports else None)
+    return summaries
+
+
+@contextlib.contextmanager
+def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) -> Iterator[None]:
+    """Remove the output of a chain that stops before its first stage has left anything."""
+    try:
+        yield
+    except BaseException:
+        if processes.process_index == 0 and [path.name for path in chain.output.iterdir()] == [_CHAIN_FILE]:
+            shutil.rmtree(chain.output, ignore_errors=True)
+        raise
 
 
 def _open_processes(chain: Chain) -> TrainingArguments:

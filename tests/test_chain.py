@@ -12,7 +12,7 @@ import pytest
 
 from finetune.chain import run_chain
 from finetune.chain_file import load_chain
-from finetune.errors import TrainingError
+from finetune.errors import DataError, TrainingError
 from finetune.resources import find_demo_data
 
 CHAIN = """
@@ -179,3 +179,11 @@ def test_two_processes_run_a_chain(straight, chain_file, tmp_path):
     assert found["export"] == str(tmp_path / "two" / "merged")
     for stage, same in zip(found["stages"][:2], straight.stages[:2], strict=True):
         assert stage["result"]["train_loss"] == pytest.approx(same.result["train_loss"], abs=1e-4)
+
+
+def test_a_bad_row_of_the_last_stage_is_told_before_the_first_trains(chain_file, tmp_path):
+    (chain_file.parent / "bad.jsonl").write_text('{"prompt": "q", "completion": ""}\n', encoding="utf-8")
+    overrides = [f"output={tmp_path / 'bad'}", "stages.second.data.train=bad.jsonl"]
+    with pytest.raises(DataError, match=r"bad.jsonl, line 1: completion is empty"):
+        run_chain(load_chain(chain_file, overrides))
+    assert not (tmp_path / "bad").exists()

@@ -13,10 +13,12 @@ from finetune.plan.changes import list_changes
 from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe import Recipe
 from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_global_batch
+from finetune.train.methods import METHODS
+from finetune.train.options import read_trainer_options
 
-_KEEP = {"gradient_checkpointing": False, "activation_offloading": False}
-_AGAIN = {"gradient_checkpointing": True, "activation_offloading": False}
-_OFFLOAD = {"gradient_checkpointing": True, "activation_offloading": True}
+_KEEP = {"gradient_checkpointing": False}
+_AGAIN = {"gradient_checkpointing": True}
+_OFFLOAD = {**_AGAIN, "activation_offloading": True}
 _PAGED = {**_OFFLOAD, "optim": "paged_adamw_8bit"}
 _LEVELS: tuple[tuple[Mapping[str, Any], str], ...] = (
     (_KEEP, "nothing is computed twice"),
@@ -95,12 +97,13 @@ def _choose_level(recipe: Recipe, target: Target) -> tuple[Recipe, Plan, list[Ch
 
 def _list_levels(recipe: Recipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the levels that the recipe's own keys and the device leave; the last is there in any case."""
-    said = recipe.trainer
+    said, method = recipe.trainer, METHODS[recipe.method]
+    known = read_trainer_options(method.config_module, method.config_class)
     usable = [
         (settings, reason)
         for settings, reason in _LEVELS
         if all(said.get(key, value) == value for key, value in settings.items())
-        and (target.is_gpu or not settings["activation_offloading"])
+        and ("activation_offloading" not in settings or (target.is_gpu and "activation_offloading" in known))
         and (target.engine != "fsdp2" or "optim" not in settings)
     ]
     yield from usable or [({}, "as the recipe says")]

@@ -120,10 +120,19 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
         advice.append("this card has no bfloat16: runs use float16, which skips steps when gradients overflow")
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         advice.append(
-            "several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m finetune train RECIPE"
+            "several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m finetune train RECIPE; "
+            "fsdp2.yaml there shares out what one of them cannot hold"
+        )
+        if not find_spec("deepspeed"):
+            advice.append("recipes/accelerate/zero2.yaml and zero3.yaml need DeepSpeed: pip install deepspeed")
+    if device.type == "cuda" and not find_spec("flash_attn"):
+        advice.append(
+            "torch's own flash kernel is used; model.attention: flash_attention_2 needs pip install flash-attn"
         )
     if "nf4" not in quantization:
-        advice.append("model.quantize: nf4 does not run here; install bitsandbytes for this device, or use sft_lora")
+        advice.append(
+            "model.quantize: nf4 does not run here; pip install bitsandbytes helps on NVIDIA GPUs and CPUs, else use sft_lora"
+        )
     if device.type == "cuda" and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
         advice.append("export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves fewer gaps in the card's memory")
     if disk < _DISK_BYTES:

@@ -8,6 +8,7 @@ from unittest import mock
 
 import bitsandbytes  # noqa: F401 - registers the operations below
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import masking_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trainer_utils
@@ -73,7 +74,7 @@ def _take_all(arguments: Sequence[Any]) -> Any:
     return tensor.new_empty(indices[0].numel(), *tensor.shape[indices[0].ndim :])
 
 
-GPU_SUBSTITUTES: Mapping[Any, Substitute] = {torch.ops.aten.index.Tensor: _take_all}
+MASKED_SELECTION: Mapping[Any, Substitute] = {torch.ops.aten.index.Tensor: _take_all}
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -118,6 +119,17 @@ def build_masks_as_in_run() -> Iterator[None]:
     """Let transformers decide about masks as in a run; for tensors without content it would always build them."""
     with mock.patch.object(masking_utils, "is_tracing", _answer_no):
         yield
+
+
+@contextlib.contextmanager
+def leave_adapters_in_place() -> Iterator[None]:
+    """Let PEFT add an adapter without moving it: it is where it has to be, and tensors without content cannot be moved."""
+    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _move_nothing):
+        yield
+
+
+def _move_nothing(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
+    """Stand in for the move of an adapter."""
 
 
 def _answer_yes(device: object) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from finetune.errors import TrainingError
 from finetune.plan.automatic import DECIDED, choose_settings, describe_choices
 from finetune.plan.changes import Change, apply_change
-from finetune.plan.forecast import Plan, Target, check_fits, find_target, make_plan
+from finetune.plan.forecast import Plan, check_fits, find_target, make_plan
 from finetune.recipe import Recipe, dump_recipe
 from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation, read_batch
 from finetune.train.engine import find_engine
@@ -112,14 +112,12 @@ def restore_choices(recipe: Recipe) -> Recipe:
         return recipe
     content = yaml.safe_load(saved.read_text(encoding="utf-8"))
     chosen = {key: value for key, value in content.get("trainer", {}).items() if key in DECIDED}
-    # The order of the file is kept, since resuming compares the two by line.
-    ordered = {key: {**recipe.trainer, **chosen}[key] for key in [*content.get("trainer", {}), *recipe.trainer]}
-    return replace(recipe, trainer=ordered)
+    return replace(recipe, trainer={**chosen, **recipe.trainer})
 
 
 def describe_shortage(recipe: Recipe, reason: str) -> str:
     """Say what by the plan takes the room, what of it grew with the rows, and what would take less."""
-    target = Target(is_gpu=torch.cuda.is_available())
+    target = replace(find_target(choose_device(bool(recipe.trainer.get("use_cpu")))), memory_bytes=None)
     plan = make_plan(recipe, target)
     shorter = make_plan(
         replace(recipe, data=replace(recipe.data, max_tokens=max(recipe.data.max_tokens // 2, 8))), target

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, Trainer
 
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
-    GPU_SUBSTITUTES,
     GPU_WORKSPACES,
+    MASKED_SELECTION,
     OffloadedActivations,
     allocate_as_gpu,
     answer_truths,
     build_masks_as_in_run,
+    leave_adapters_in_place,
 )
 from finetune.plan.sharing import Sharing
 from finetune.plan.stages import LOSS, WORKSPACE, follow_training, list_weights, make_optimizer_states
@@ -80,6 +81,7 @@ def measure_step(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(build_masks_as_in_run())
+        stack.enter_context(leave_adapters_in_place())
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
         model = build_dry_model(recipe, config, precision, fake)
@@ -138,11 +140,9 @@ def _build_dry_trainer(
 def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
     is_one_row = read_batch(recipe) == 1 and not recipe.trainer.get("packing")
-    truths = answer_truths(is_one_row)
+    substitutes = {**MASKED_SELECTION, **answer_truths(is_one_row)}
     share = sharing.count_share if sharing.processes > 1 else None
-    if is_gpu:
-        return MemoryTracker(GPU_WORKSPACES, {**GPU_SUBSTITUTES, **truths}, share)
-    return MemoryTracker({}, truths, share)
+    return MemoryTracker(GPU_WORKSPACES if is_gpu else {}, substitutes, share)
 
 
 def _collate_without_content(collate: Any) -> Any:

@@ -15,7 +15,7 @@ import yaml
 from finetune.errors import MachineError
 from finetune.plan import tracker as stage
 from finetune.plan.stages import ADAPTER, GRADIENTS, OPTIMIZER, SCALES
-from finetune.train.engine import ENGINE_NAMES, Engine
+from finetune.train.engine import Engine
 
 BUCKETS, GATHERED, COPIES = "buckets of gradients", "gathered from other processes", "float32 copies of weights"
 # DeepSpeed's defaults: elements of a bucket, elements that ZeRO-3 keeps gathered, and tensors too small to be shared out.
@@ -85,12 +85,6 @@ class Sharing:
             stage.BACKWARD: {GATHERED: backward},
             stage.AGAIN: {GATHERED: layer + gradients},
         }
-
-    def describe(self) -> str:
-        """Return the number of processes and what shares their work."""
-        return (
-            f"each of {self.processes} processes, {ENGINE_NAMES[self.engine]}" if self.processes > 1 else "one process"
-        )
 
 
 @dataclass(frozen=True)

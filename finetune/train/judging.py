@@ -1,4 +1,4 @@
-"""Judge the model's own answers by a recipe's rules, in the form that TRL's online trainers call."""
+"""RuleJudge the model's own answers by a recipe's rules, in the form that TRL's online trainers call."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class JudgedAnswer:
     rewards: dict[str, float] = field(default_factory=dict)
 
 
-class Judge:
+class RuleJudge:
     """Turns a recipe's rules into TRL's reward functions, and remembers the last answers that were judged."""
 
     def __init__(self, section: RewardsSection, stop_tokens: Sequence[int]) -> None:
@@ -107,7 +107,7 @@ def judge_answer(name: str, answer: Answer, where: str) -> float:
 class CompletionWriter(TrainerCallback):
     """Append a few of the newest answers to `completions.jsonl` at every logged step, with what each was given."""
 
-    def __init__(self, run: Path, judge: Judge) -> None:
+    def __init__(self, run: Path, judge: RuleJudge) -> None:
         self._file = run / COMPLETIONS_FILE
         self._judge = judge
 

@@ -22,7 +22,7 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
-from finetune.train.judging import CompletionWriter, Judge, list_weights
+from finetune.train.judging import CompletionWriter, RuleJudge, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.online import PromptOrder
@@ -64,7 +64,7 @@ def build_trainer(
     if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    judge = Judge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
+    judge = RuleJudge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
     try:
         trainer: Trainer = trainer_class(

@@ -58,7 +58,7 @@ def plan_by_formula(monkeypatch):
         ),
         (430, {"gradient_checkpointing": False, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
         (180, {"gradient_checkpointing": False, "per_device_train_batch_size": 1}),
-        (179, {"gradient_checkpointing": True, "activation_offloading": False, "per_device_train_batch_size": 3}),
+        (179, {"gradient_checkpointing": True, "per_device_train_batch_size": 3}),
         (119, {"activation_offloading": True, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}),
         (104, {"activation_offloading": True, "optim": "paged_adamw_8bit", "per_device_train_batch_size": 6}),
     ],
