@@ -1,5 +1,7 @@
 """What each verb does: call one function and print. The only place that prints or exits; `command_line.py` parses."""
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import gc
@@ -13,11 +15,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.command_line import Verb, make_parser
 from finetune.errors import FinetuneError, RecipeError
-from finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
 
 _SUCCESS, _BUG, _USER_ERROR, _INTERRUPTED = 0, 1, 2, 130
 

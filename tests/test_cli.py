@@ -134,7 +134,8 @@ def test_the_straight_line(call, folder):
 
     status, out, err = call("train", "recipe.yaml", "--json")
     assert status == 0
-    assert {"run", "steps", "tokens", "train_loss", "eval_loss", "seconds"} == set(json.loads(out))
+    losses, rewards = {"train_loss", "eval_loss"}, {"train_reward", "eval_reward"}
+    assert {"run", "steps", "tokens", "seconds"} | losses | rewards == set(json.loads(out))
     assert "each step: 2 rows (2 a device x 1 accumulated x 1 process)" in err
 
     status, out, _ = call("export", "run", "-o", "exported", "--json")

@@ -8,6 +8,7 @@ import torch
 from finetune.checkpoints import PUBLISHED_SIZES
 from finetune.cli import main
 from finetune.errors import MachineError
+from finetune.plan import ladder
 from finetune.plan.doctor import describe_machine, examine_machine
 from finetune.plan.duration import count_matrix_weights, count_work, estimate_time
 from finetune.plan.hardware import (
@@ -20,8 +21,6 @@ from finetune.plan.hardware import (
     find_card,
     parse_memory,
 )
-from finetune.train import model
-from finetune.train import run as training
 
 
 def run(capsys, *arguments):
@@ -142,8 +141,7 @@ def test_fit_needs_something_to_fit(capsys):
 
 
 def test_training_refuses_what_cannot_fit_before_loading(capsys, monkeypatch, tmp_path):
-    assert training.choose_device is model.choose_device  # bound before it is replaced, or it would stay replaced
-    monkeypatch.setattr(model, "choose_device", lambda use_cpu: torch.device("cuda", 0))
+    monkeypatch.setattr(ladder, "choose_device", lambda use_cpu: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 2**20, GIB))
     arguments = ["train", *NANO[1:], "-s", f"output={tmp_path / 'run'}"]
     code, _, err = run(capsys, *arguments)
