@@ -87,7 +87,7 @@ def test_faults_of_the_reader_become_findings(lint, tmp_path, row, kind, positio
         ("rows.json", b'{"a": 1}'),
         ("rows.csv", b'prompt,completion\n"a'),
         ("rows.parquet", b"PAR1"),
-        ("rows.jsonl.gz", gzip.compress(b"{}\n")[:-4]),
+        ("rows.jsonl.gz", gzip.compress(b"{}\n", mtime=0)[:-4]),
         ("rows.pdf", b"text"),
     ],
 )
