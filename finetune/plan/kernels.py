@@ -18,6 +18,7 @@ from trl.trainer import utils as trainer_utils
 
 from finetune.plan.stages import list_weights
 from finetune.plan.tracker import KernelWorkspace, Substitute
+from finetune.yulan import loss as native_loss
 
 _FLOAT_BYTES = 4
 # FlashAttention's backward pass pads rows to this many tokens.
@@ -116,12 +117,13 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
 
 @contextlib.contextmanager
 def allocate_as_gpu() -> Iterator[None]:
-    """Run TRL's loss as on a GPU: its Triton kernels read and overwrite a tile of logits where torch would make copies."""
+    """Run the losses as on a GPU, where Triton kernels and products with float32 sums work in place and torch would copy."""
     with (
         mock.patch.object(chunked_logprob, "_forward_tile", _fold_nothing),
         mock.patch.object(chunked_logprob, "_backward_tile", _fold_nothing),
         mock.patch.object(chunked_logprob, "_addmm_fp32", _fold_nothing),
         mock.patch.object(trainer_utils, "_use_triton", _answer_yes),
+        mock.patch.object(native_loss, "add_product", _fold_nothing),
     ):
         yield
 

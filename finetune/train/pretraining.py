@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
@@ -17,6 +18,7 @@ from finetune.train.methods import METHODS
 from finetune.train.optimizer import OptimizerFactory, make_groups
 from finetune.train.schedule import plan_schedule
 from finetune.train.states import StatesLoader
+from finetune.yulan.modeling import YuLanMiniForCausalLM
 from finetune.yulan.optimizer_states import OptimizerStates, check_parameters, open_states
 
 PRETRAINING_OPTIONS: Mapping[str, Any] = {
@@ -61,6 +63,9 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
         raise RecipeError(
             "recipe", [f"{problem}; lower it, or extend the context by model.max_positions and rope_theta"]
         )
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    if isinstance(model, YuLanMiniForCausalLM):
+        model.skips_logits = True  # nobody asks for them here: evaluation keeps losses only
     config = trainer.args
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     tokens_per_step = rows_per_step * recipe.data.max_tokens

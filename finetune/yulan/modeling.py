@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -43,6 +42,7 @@ from finetune.yulan.layers import (
     multiply,
 )
 from finetune.yulan.layout import check_tensors, list_native_tensors
+from finetune.yulan.loss import compute_fused_loss, compute_loss
 from finetune.yulan.tensors import open_tensors
 
 
@@ -148,32 +148,6 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
-def compute_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    z_loss: float,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    shift_labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    **_: Any,
-) -> torch.Tensor:
-    """Return the mean over the trained tokens of `lse - logit + z_loss * lse**2`, lse = logsumexp of the token's logits.
-
-    With `num_items_in_batch` the sum is divided by it instead, as the Trainer asks for under gradient accumulation.
-    Logits are (rows, tokens, vocabulary); `labels` are shifted here, `shift_labels` are already.
-    Source: `lse_square_scale` of Liger's fused cross entropy, which pretrain/modeling_yulanmini.py trains with.
-    """
-    if shift_labels is None:
-        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
-    wide = logits.reshape(len(targets), -1).to(torch.promote_types(logits.dtype, torch.float32))
-    total = functional.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="sum")
-    trained = targets != ignore_index
-    if z_loss:
-        total = total + z_loss * (torch.logsumexp(wide, dim=-1).square() * trained).sum()
-    return total / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
-
-
 class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
     """The language model: logits, the loss with its z term, and generation."""
 
@@ -188,6 +162,8 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         self.register_parameter("lm_head_alpha", make_alpha(config, "lm_head_alpha") if native.wesar else None)
         self.logit_scale = native.dim_model_base_logits / native.hidden_size
         self.loss_function = functools.partial(compute_loss, z_loss=config.z_loss)
+        # What `skip_logits` means where a caller does not say.
+        self.skips_logits = False
         # A hook, because trainers with a fused head multiply the inner model's last state by lm_head.weight themselves.
         self.model.register_forward_hook(self._scale_last_state)
         self.post_init()
@@ -210,9 +186,13 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits of (rows, tokens, vocabulary) and, with labels, the loss; the parameters are transformers' own."""
+        """Return logits of (rows, tokens, vocabulary) and, with labels, the loss; the parameters are transformers' own.
+
+        With labels, `skip_logits` leaves the logits out, and the loss holds only a few of them at a time; the name is Liger's.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -222,10 +202,14 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = loss = None
+        if labels is not None and (self.skips_logits if skip_logits is None else skip_logits):
+            loss = compute_fused_loss(states, self.lm_head.weight, labels, self.config.z_loss, **kwargs)
+        else:
+            logits = self.lm_head(states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

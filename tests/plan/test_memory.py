@@ -175,3 +175,10 @@ def test_planning_the_full_model_stays_small():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     highest = next(line for line in done.stderr.splitlines() if line.startswith("VmHWM"))
     assert int(highest.split()[1]) * 1024 < 10**9
+
+
+def test_annealing_at_the_longest_context_fits_one_card(make_recipe):
+    """The native loss, with the float32 sums of the head's gradient, takes a tenth of the naive logits at most."""
+    step = measure_step(make_recipe("anneal", "model.checkpoint=before-annealing"), is_gpu=True)
+    assert step.loss_bytes <= 0.1 * 28672 * PUBLISHED_SIZES["vocab_size"] * 4
+    assert step.peak.bytes < 60 * 2**30

@@ -16,12 +16,12 @@ from finetune.errors import CheckpointError
 from finetune.yulan.configuration import MiniYuLanConfig, YuLanMiniConfig
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import list_native_tensors, parse_native_config
+from finetune.yulan.loss import compute_loss
 from finetune.yulan.modeling import (
     MiniYuLanModel,
     MiniYuLanModelForCausalLM,
     YuLanMiniForCausalLM,
     YuLanMiniModel,
-    compute_loss,
     load_native,
 )
 
