@@ -13,9 +13,8 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
-from finetune.train.judge import is_judge
 from finetune.train.model import choose_device, choose_precision, load_base
-from finetune.train.origin import Result, is_result, open_result
+from finetune.train.origin import Result, is_judge, is_result, open_result
 from finetune.train.record import check_template, find_base, find_tokenizer_folder
 from finetune.yulan.layout import find_architecture
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finetune.errors import FinetuneError
 from finetune.recipe import TrainedArchitecture
+from finetune.train.methods import METHODS
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
@@ -88,6 +89,12 @@ def find_earlier(checkpoint: str) -> Result | None:
     """
     path = Path(checkpoint).expanduser()
     return open_result(path) if path.is_dir() and is_result(path) else None
+
+
+def is_judge(result: Result) -> bool:
+    """Tell whether a result is a reward model, which scores texts and cannot speak."""
+    origin = result.origin
+    return origin is not None and origin.method in METHODS and METHODS[origin.method].head == "score"
 
 
 def open_result(path: Path) -> Result:
