@@ -86,7 +86,9 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("tokens", "quantize"), [("[]", "none"), ("[105]", "nf4"), ("[104]", "int8")])
+@pytest.mark.parametrize(
+    ("tokens", "quantize"), [("[]", "none"), ("[105]", "nf4"), ("[104]", "none"), ("[104]", "nf4"), ("[]", "int8")]
+)
 def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     copy_judge, make_recipe, nano_llama, tokens, quantize
 ):
@@ -107,8 +109,10 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     texts = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     found = judge.score(texts)
     alone = open_judge(open_result(judge_run))
-    assert found == pytest.approx(alone.score(texts), abs=1e-5)
-    assert found == pytest.approx([alone.score([text])[0] for text in texts], abs=1e-5)
+    # On CPUs bitsandbytes multiplies int8 weights by rounded inputs, but not in a model that is trained.
+    within = {"rel": 5e-3} if quantize == "int8" else {"abs": 1e-5}
+    assert found == pytest.approx(alone.score(texts), **within)
+    assert found == pytest.approx([alone.score([text])[0] for text in texts], **within)
     assert abs(found[0] - found[1]) > 1e-3
     assert torch.equal(model(input_ids=ids).logits, before)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
