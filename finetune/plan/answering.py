@@ -1,4 +1,4 @@
-"""What a plan makes of preference and online methods: a step that can be run dry, and the room of writing answers."""
+"""What a plan makes of online methods: a step that can be run dry, and the room of writing answers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,9 +18,6 @@ _COMPLETION_TOKENS = 512
 _HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
-# Of the methods whose loss needs no more room than that of supervised texts; ORPO and CPO hold all logits.
-_TEXTS_PER_ROW = {"dpo": 2, "kto": 1, "reward": 2}
-
 
 def read_answer_tokens(recipe: Recipe) -> int:
     """Return the most tokens of an answer."""
@@ -30,18 +27,16 @@ def read_answer_tokens(recipe: Recipe) -> int:
 def as_training_step(recipe: Recipe) -> Recipe:
     """Return a recipe whose step can be run without content, and takes the memory of the method's.
 
-    That is a supervised step over as many full texts: prompts with their answers of online methods, both sides of pairs. The
-    trainers themselves choose tokens and rows by their content. What the reference adds is a pass that keeps nothing.
+    That of a method whose model writes its answers is a supervised step over as many full prompts with their answers: its own
+    trainer would have to write them first. What the reference adds is a pass that keeps nothing. All others run as they are.
     """
-    method = METHODS[recipe.method]
-    texts = 1 if method.is_online else _TEXTS_PER_ROW.get(method.name)
-    if texts is None:
+    if not METHODS[recipe.method].is_online:
         return recipe
     supervised = METHODS["sft"]
     known = set(read_trainer_options(supervised.config_module, supervised.config_class)) - set(supervised.owned)
     trainer = {key: value for key, value in recipe.trainer.items() if key in known and key != "loss_type"}
-    trainer["per_device_train_batch_size"] = read_batch(recipe) * texts
-    length = recipe.data.max_tokens + (read_answer_tokens(recipe) if method.is_online else 0)
+    trainer["per_device_train_batch_size"] = read_batch(recipe)
+    length = recipe.data.max_tokens + read_answer_tokens(recipe)
     return replace(recipe, method="sft", data=replace(recipe.data, max_tokens=length), trainer=trainer)
 
 

@@ -14,7 +14,13 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
 
@@ -63,7 +69,9 @@ def build_dry_model(
 ) -> PreTrainedModel | PeftModel:
     """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
     section = recipe.model
-    model_class = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
+    model_class: Any = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
+    if METHODS[recipe.method].head == "score":
+        model_class, config.num_labels = LlamaForSequenceClassification, 1
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
         base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)

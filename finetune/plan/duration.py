@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.plan.hardware import UTILISATION, Card
 from finetune.recipe import Recipe
+from finetune.train.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulatio
     A matrix of n weights costs 2n operations a token forward and as many for the gradient of its input; the gradient of
     the weights as many again where they are trained; a checkpointed layer runs forward twice. Attention over rows of s
     tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The loss computes
-    its logits a second time for their gradient.
+    its logits a second time for their gradient. A pair is two texts; a reference scores every text once more, forward only.
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """
     trains_all = recipe.adapter.kind == "none"
@@ -43,8 +44,18 @@ def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulatio
     for_linear = 2 * linear * (2 + again + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + again + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))
-    tokens = batch * accumulation * length
-    return StepWork(tokens, int(tokens * (for_linear + for_attention + for_logits)))
+    for_scoring = _count_scorings(recipe) * 2 * (linear + length * width * layers + table)
+    tokens = batch * accumulation * length * (2 if METHODS[recipe.method].shape == "pair" else 1)
+    return StepWork(tokens, int(tokens * (for_linear + for_attention + for_logits + for_scoring)))
+
+
+def _count_scorings(recipe: Recipe) -> int:
+    """Return how often a text is read to be scored rather than learnt from, once for every text that is.
+
+    KTO has the model and its reference score an answer that belongs to another prompt, too.
+    """
+    has_reference = METHODS[recipe.method].has_reference and not recipe.trainer.get("precompute_ref_log_probs")
+    return int(has_reference) * (2 if recipe.method == "kto" else 1) + int(recipe.method == "kto")
 
 
 def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """What GPU kernels allocate, where the CPU's, which a plan runs through, allocate more or less."""
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,9 +9,11 @@ from unittest import mock
 
 import bitsandbytes  # noqa: F401 - registers the operations below
 import torch
+from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import masking_utils
 from trl.kernels import chunked_logprob
+from trl.trainer import dpo_trainer, kto_trainer
 from trl.trainer import utils as trainer_utils
 
 from finetune.plan.stages import list_weights
@@ -74,7 +77,16 @@ def _take_all(arguments: Sequence[Any]) -> Any:
     return tensor.new_empty(indices[0].numel(), *tensor.shape[indices[0].ndim :])
 
 
-MASKED_SELECTION: Mapping[Any, Substitute] = {torch.ops.aten.index.Tensor: _take_all}
+def _find_all(arguments: Sequence[Any]) -> Any:
+    """Return the places of a mask as if it held everywhere."""
+    mask = arguments[0]
+    return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
+
+
+MASKED_SELECTION: Mapping[Any, Substitute] = {
+    torch.ops.aten.index.Tensor: _take_all,
+    torch.ops.aten.nonzero.default: _find_all,
+}
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -126,6 +138,34 @@ def leave_adapters_in_place() -> Iterator[None]:
     """Let PEFT add an adapter without moving it: it is where it has to be, and tensors without content cannot be moved."""
     with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _move_nothing):
         yield
+
+
+# What DPO and KTO add to every row where the log-probabilities of the start are computed once, before step 1.
+_REFERENCE_COLUMNS = {
+    dpo_trainer: (dpo_trainer.DPOTrainer, ("ref_chosen_logps", "ref_rejected_logps")),
+    kto_trainer: (kto_trainer.KTOTrainer, ("ref_logps", "ref_KL_logps")),
+}
+
+
+@contextlib.contextmanager
+def take_reference_as_known() -> Iterator[None]:
+    """Let preference trainers find the reference's log-probabilities in their rows; a run computes them before its steps."""
+    with contextlib.ExitStack() as stack:
+        for module, (trainer_class, columns) in _REFERENCE_COLUMNS.items():
+            stack.enter_context(mock.patch.object(module, "hash_module", _hash_nothing))
+            add_columns = functools.partialmethod(_add_columns, columns)
+            stack.enter_context(mock.patch.object(trainer_class, "_precompute_ref_logps", add_columns))
+        yield
+
+
+def _hash_nothing(model: torch.nn.Module) -> str:
+    return ""
+
+
+def _add_columns(trainer: Any, columns: Sequence[str], rows: Dataset, name: str, batch_size: int) -> Dataset:
+    for column in columns:
+        rows = rows.add_column(column, [0.0] * len(rows))
+    return rows
 
 
 def _move_nothing(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:

@@ -25,6 +25,7 @@ from finetune.plan.kernels import (
     answer_truths,
     build_masks_as_in_run,
     leave_adapters_in_place,
+    take_reference_as_known,
 )
 from finetune.plan.sharing import Sharing
 from finetune.plan.stages import LOSS, OPTIMIZER, WORKSPACE, follow_training, list_weights, make_optimizer_states
@@ -83,6 +84,7 @@ def measure_step(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(build_masks_as_in_run())
         stack.enter_context(leave_adapters_in_place())
+        stack.enter_context(take_reference_as_known())
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
         model = build_dry_model(recipe, config, precision, fake)

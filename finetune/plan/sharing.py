@@ -42,7 +42,7 @@ class Sharing:
     def count_share(self, tensor: torch.Tensor, part: str) -> int:
         """Return the bytes that one process, the first, keeps of a tensor."""
         size = tensor.untyped_storage().nbytes()
-        is_weight = part == ADAPTER or (part.startswith("weights") and part != SCALES)
+        is_weight = part.startswith(("weights", ADAPTER)) and part != SCALES
         if self.engine.startswith("zero") and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
             size = tensor.numel() * self.compute_bytes  # DeepSpeed holds them in the type that it computes in
         is_shared = part in (GRADIENTS, OPTIMIZER) or (is_weight and self.shares_weights)

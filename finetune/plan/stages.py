@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from finetune.plan import tracker as stage
 from finetune.plan.tracker import MemoryTracker
+from finetune.train.reference import REFERENCE
 
-ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
+ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "adapter: frozen copy", "gradients", "optimizer"
 KEPT, RECOMPUTED, LOSS, WORKSPACE = "activations kept", "activations recomputed", "logits and loss", "workspace"
 TABLES, SMALL, SCALES = "weights: tables", "weights: norms and biases", "weights: 4-bit scales"
 # Smaller states stay on the device. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
@@ -84,6 +85,8 @@ def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torc
     for name, parameter in model.named_parameters():
         if adapts and parameter.requires_grad:
             yield ADAPTER, parameter
+        elif adapts and REFERENCE in name.split("."):
+            yield FROZEN_ADAPTER, parameter
         elif "embed_tokens" in name or "lm_head" in name:
             yield TABLES, parameter
         elif parameter.ndim < 2:

@@ -14,6 +14,7 @@ from finetune.plan.tracker import MemoryTracker, Peak
 from finetune.resources import list_recipes
 from finetune.starts import find_base_folder
 from finetune.train.adapter import attach_adapter
+from finetune.train.methods import METHODS
 from finetune.train.model import choose_precision, load_base
 from finetune.train.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
@@ -58,12 +59,16 @@ def build_real_trainer(recipe):
     """Build a run's trainer over rows that fill every batch: where a batch has several, every second is a token shorter."""
     precision = choose_precision(recipe.model.dtype, torch.device("cpu"), recipe.adapter.kind == "none")
     base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-    model = attach_adapter(load_base(base, recipe.model, precision, torch.device("cpu")), recipe.adapter, base)
+    model = attach_adapter(
+        load_base(base, recipe.model, precision, torch.device("cpu"), METHODS[recipe.method].head), recipe.adapter, base
+    )
     rows = make_full_rows(recipe)
     train = concatenate_datasets([rows.train] * recipe.trainer.get("gradient_accumulation_steps", 1))
     if recipe.trainer.get("per_device_train_batch_size", 8) > 1:
         columns = {
-            name: [row[: len(row) - number % 2] for number, row in enumerate(train[name])]
+            name: [
+                row[: len(row) - number % 2] if isinstance(row, list) else row for number, row in enumerate(train[name])
+            ]
             for name in train.column_names
         }
         train = train.from_dict(columns)

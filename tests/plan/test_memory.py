@@ -28,6 +28,7 @@ CASES = {
     "full": ("sft_full", SHORT, ADAMW, "model.dtype=auto", "trainer.gradient_accumulation_steps=1"),
     "full-bf16": ("sft_full", SHORT, ADAMW, "trainer.gradient_accumulation_steps=2"),
     "int8": (*LORA, "model.quantize=int8", "trainer.gradient_accumulation_steps=1"),
+    "dpo": ("dpo_lora", SHORT, "trainer.gradient_accumulation_steps=1"),
     "packed": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.packing=true"),
 }
 

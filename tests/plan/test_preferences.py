@@ -1,35 +1,78 @@
-"""Plans of preference recipes: a pair is two texts, all logits are counted where TRL holds them, a run goes on from a run."""
+"""Plans of preference recipes run TRL's own trainers: against real runs, and with what a reference takes."""
 
 import pytest
+import torch
 
 from finetune.check import load_recipe
-from finetune.plan.answering import as_training_step
+from finetune.checkpoints import PUBLISHED_SIZES
 from finetune.plan.dry_model import read_sizes
+from finetune.plan.duration import count_work
 from finetune.plan.memory import measure_step
+from finetune.plan.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.resources import list_recipes
-from finetune.train.batches import read_batch
+from finetune.train.adapter import attach_adapter, save_adapter
+from finetune.train.model import Precision, load_base
+from tests.plan.conftest import measure_run
 
-SMALL = ["model.checkpoint=nano", "data.max_tokens=128", "trainer.gradient_accumulation_steps=1"]
+SMALL = ("data.max_tokens=128", "trainer.gradient_accumulation_steps=1")
+ALL_WEIGHTS = ("adapter.kind=none", "model.quantize=none")
+CASES = {
+    "dpo-all-weights": ("dpo_lora", *ALL_WEIGHTS),  # what its reference gave is computed before
+    "dpo-several-pairs": ("dpo_qlora", "trainer.per_device_train_batch_size=2"),
+    "kto": ("kto_qlora", "trainer.gradient_checkpointing=false"),
+    "kto-all-weights": ("kto_qlora", *ALL_WEIGHTS),
+    "orpo": ("orpo_qlora",),
+    "simpo": ("simpo_qlora", "model.quantize=none"),
+    "reward": ("reward_qlora",),
+    "reward-all-weights": ("reward_qlora", *ALL_WEIGHTS),
+}
 
 
-@pytest.mark.parametrize(("name", "texts"), [("dpo_qlora", 2), ("kto_qlora", 1), ("reward_qlora", 2)])
-def test_a_preference_step_is_planned_as_its_texts(nano_llama, name, texts):
-    recipe = load_recipe(list_recipes()[name], SMALL)
-    step = as_training_step(recipe)
-    assert step.method == "sft"
-    assert read_batch(step) == texts * read_batch(recipe)
-    assert (step.data.max_tokens, step.adapter, step.model) == (128, recipe.adapter, recipe.model)
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_matches_a_real_run(make_recipe, case):
+    name, *overrides = CASES[case]
+    recipe = make_recipe(name, *SMALL, *overrides)
+    predicted, measured = measure_step(recipe, is_gpu=False), measure_run(recipe)
+    assert predicted.peak.bytes == pytest.approx(measured.peak.bytes, rel=0.002)
+    assert predicted.loss_bytes == pytest.approx(measured.loss_bytes, rel=0.001)
+    assert sum(predicted.peak.parts.values()) == predicted.peak.bytes
 
 
-def test_orpo_is_planned_with_all_logits(nano_llama):
-    recipe = load_recipe(list_recipes()["orpo_qlora"], SMALL)
-    assert as_training_step(recipe) is recipe
+def test_orpo_is_planned_with_all_logits(make_recipe):
     vocabulary = int(read_sizes("nano")["vocab_size"])
     logits = 2 * 128 * vocabulary * 4  # of both sides of one pair, in float32
-    assert measure_step(recipe, is_gpu=False).loss_bytes > 2 * logits
+    assert measure_step(make_recipe("orpo_qlora", *SMALL), is_gpu=False).loss_bytes > 2 * logits
+
+
+def test_dpo_holds_no_logits_whole(make_recipe):
+    """Of the real vocabulary, at 4,096 tokens a side: at most a tenth of the naive logits in float32."""
+    recipe = make_recipe("dpo_qlora", "model.checkpoint=base", "data.max_tokens=4096")
+    assert measure_step(recipe, is_gpu=True).loss_bytes <= 0.1 * 2 * 4096 * PUBLISHED_SIZES["vocab_size"] * 4
 
 
 def test_a_run_has_the_sizes_of_its_base(tmp_path, nano_llama):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{nano_llama}"}}')
     assert read_sizes(str(tmp_path)) == read_sizes(str(nano_llama))
+
+
+def test_going_on_with_an_adapter_holds_a_frozen_copy_of_it(make_recipe, tmp_path, nano_llama):
+    recipe = make_recipe("sft_lora")
+    base = load_base(nano_llama, recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
+    save_adapter(attach_adapter(base, recipe.adapter, nano_llama), tmp_path / "adapter")
+    overrides = [f"model.checkpoint={tmp_path}", *SMALL]
+    parts = measure_step(load_recipe(list_recipes()["dpo_lora"], overrides), is_gpu=False).peak.parts
+    assert parts[FROZEN_ADAPTER] == parts[ADAPTER]
+
+
+def test_work_counts_both_sides_and_the_reference(make_recipe):
+    def count(name, *overrides):
+        return count_work(make_recipe(name, *SMALL, "adapter.train_tokens=[]", *overrides), PUBLISHED_SIZES, 2, 3)
+
+    sft, orpo, dpo = count("sft_lora"), count("orpo_qlora"), count("dpo_lora")
+    assert (sft.tokens, orpo.tokens, dpo.tokens) == (768, 1536, 1536)
+    assert orpo.flops == 2 * sft.flops
+    linear, table, width = 56 * (1920 * 1920 * 2 + 1920 * 384 * 2 + 3 * 1920 * 4800), 99_000 * 1920, 1920
+    scoring = 2 * (linear + 128 * width * 56 + table)
+    assert dpo.flops == orpo.flops + 1536 * scoring
+    assert count("kto_qlora").flops == sft.flops + 768 * 3 * scoring
