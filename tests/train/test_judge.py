@@ -109,8 +109,8 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     texts = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     found = judge.score(texts)
     alone = open_judge(open_result(judge_run))
-    # On CPUs bitsandbytes multiplies int8 weights by rounded inputs, but not in a model that is trained.
-    within = {"rel": 5e-3} if quantize == "int8" else {"abs": 1e-5}
+    # On CPUs bitsandbytes rounds what int8 weights are multiplied with, but not in a model that is trained.
+    within = {"rel": 1e-2} if quantize == "int8" else {"abs": 1e-5}
     assert found == pytest.approx(alone.score(texts), **within)
     assert found == pytest.approx([alone.score([text])[0] for text in texts], **within)
     assert abs(found[0] - found[1]) > 1e-3

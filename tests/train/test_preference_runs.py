@@ -62,7 +62,9 @@ def test_resuming_with_a_frozen_adapter_is_bit_for_bit_the_same_run(go_on, recip
 
 
 @pytest.mark.parametrize(("method", "trainer_class"), [("dpo", DPOTrainer), ("kto", KTOTrainer)])
-def test_what_is_computed_of_the_start_is_kept(make_pairs_recipe, tmp_path, monkeypatch, method, trainer_class):
+def test_what_is_computed_of_the_start_is_kept(
+    make_pairs_recipe, tmp_path, monkeypatch, read_losses, method, trainer_class
+):
     """A second run and a resumed one read the reference's log-probabilities from the cache, and are the same run."""
     passes, compute = [], trainer_class.compute_ref_log_probs
     monkeypatch.setattr(trainer_class, "compute_ref_log_probs", lambda *given: passes.append(1) or compute(*given))
@@ -77,11 +79,7 @@ def test_what_is_computed_of_the_start_is_kept(make_pairs_recipe, tmp_path, monk
     assert not passes
     check_same_adapter(tmp_path / "first", tmp_path / "second")
     run_training(make_pairs_recipe("live", method, *overrides, "trainer.precompute_ref_log_probs=false"))
-    losses = [
-        [line["loss"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line]
-        for name in ("first", "live")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert read_losses(tmp_path / "first") == pytest.approx(read_losses(tmp_path / "live"), abs=1e-5)
 
 
 PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
