@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.data.template import ChatTemplate, find_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, TrainingError
-from finetune.recipe import JudgeSection, ModelSection
+from finetune.recipe import JudgeSection
 from finetune.starts import fingerprint_checkpoint, hash_file
 from finetune.train.adapter import WEIGHTS_FILE
 from finetune.train.model import choose_device, choose_precision, load_base
 from finetune.train.origin import Result, is_judge, open_result
-from finetune.train.record import check_template, find_base, find_tokenizer_folder
+from finetune.train.record import check_template, find_base, find_tokenizer_folder, recall_model
 
 _HEAD = "base_model.model.score.weight"
 
@@ -84,9 +84,7 @@ def open_judge(result: Result) -> Judge:
     device = choose_device()
     precision = choose_precision(origin.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
-    model: PreTrainedModel | PeftModel = load_base(
-        base, ModelSection(quantize=origin.quantize), precision, device, head="score"
-    )
+    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head="score")
     if result.kind == "adapter":
         model = PeftModel.from_pretrained(model, result.folder)
     tokenizer = load_tokenizer(find_tokenizer_folder(result, base))

@@ -59,6 +59,12 @@ def _check_same_form(recipe: Recipe, judge: Origin) -> Iterator[str]:
             f"model.quantize: the judge {name} was trained on a base held as {judge.quantize}, and reads with the one of "
             f"this run; set {judge.quantize}; found {recipe.model.quantize}"
         )
+    if judge.rope_theta != recipe.model.rope_theta:
+        theirs = "that of its base" if judge.rope_theta is None else str(judge.rope_theta)
+        yield (
+            f"model.rope_theta: the judge {name} was trained with {theirs}, and reads with the base of this run; set the same, "
+            f"or leave both out; found {recipe.model.rope_theta}"
+        )
     earlier = find_earlier(checkpoint)
     start = earlier.origin if earlier is not None and earlier.kind == "adapter" else None
     if start is None:

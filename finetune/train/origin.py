@@ -32,7 +32,8 @@ class Stage:
 class Origin:
     """Where a result comes from: the start as the recipe named it, the folder of weights it was trained on, its template.
 
-    `checkpoint` is what the base is found by; `earlier` holds the runs before this one, the oldest first.
+    `checkpoint` is what the base is found by; `earlier` holds the runs before this one, the oldest first. An adapter's folder
+    has no configuration of its own, so `max_positions` and `rope_theta` tell where it was trained with others than its base's.
     """
 
     checkpoint: str
@@ -45,6 +46,8 @@ class Origin:
     method: str
     architecture: TrainedArchitecture = "llama"
     earlier: tuple[Stage, ...] = ()
+    max_positions: int | None = None
+    rope_theta: float | None = None
 
     def describe_chain(self) -> str:
         """Return the start and every method that followed, such as `base → sft → dpo`."""

@@ -203,6 +203,7 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
         (["rewards.judge.wieght=1"], "rewards.judge.wieght: unknown key; did you mean 'weight'?"),
         (["model.checkpoint=base"], "rewards.judge.run: {run} was trained on nano, and this run on base"),
         (["model.quantize=nf4"], "model.quantize: the judge {run} was trained on a base held as none"),
+        (["model.rope_theta=490000"], "model.rope_theta: the judge {run} was trained with that of its base"),
         (["model.architecture=native"], "model.architecture: the judge reads with the Llama form"),
         (["adapter={kind: none}"], "adapter.kind: the judge reads with the base, which must stay as it is; set lora"),
         (["adapter.init=pissa"], "adapter.init: pissa changes the base, which the judge reads with"),
