@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peft", nargs=3, type=Path, metavar=("BASE", "ADAPTER", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.peft:
         merge_by_peft(*arguments.peft)
         return

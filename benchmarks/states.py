@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.way:
         run_way(arguments.way, arguments.folder, arguments.layers)
         return

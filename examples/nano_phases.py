@@ -1,9 +1,10 @@
 """Pre-train `nano` as YuLan-Mini was: stable phases in the published proportions, then annealing; each ends as a checkpoint.
 
-python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 500 are the default
+python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 350 are the default
 
-Every phase reads new texts (made by recipes/data/corpus.py), goes on from the weights and the optimizer states of the one
-before, and leaves a run directory whose `model/` is a folder in the published layout: train, fold or export any of them.
+The first phase is twice as long, since it begins with random weights. Every phase reads new texts (made by
+recipes/data/corpus.py), goes on from the weights and the optimizer states of the one before, and leaves a run directory whose
+`model/` is a folder in the published layout: train, fold or export any of them.
 """
 
 import runpy
@@ -27,13 +28,13 @@ def main(output: Path, steps: int) -> None:
     for seed, (name, mixture) in enumerate({**STABLE, **ANNEALED}.items(), 1):
         folder = output.resolve() / "corpus" / name
         corpus["write_corpus"](folder, seed)
-        settings = [f"output={output / name}", f"data.mixture={mixture}", f"schedule.length={steps}", f"seed={seed}"]
+        settings = [f"output={output / name}", f"data.mixture={mixture}", f"seed={seed}"]
         settings += [f"data.sources.{category}={folder / category}.jsonl" for category in corpus["WRITERS"]]
         settings += [f"data.eval={folder / 'held_out.jsonl'}"]
         if before is None:
-            settings += ["schedule.warmup=20"]
+            settings += [f"schedule.length={2 * steps}", "schedule.warmup=20"]
         else:
-            settings += [f"model.checkpoint={before}", "optimizer.states=published"]
+            settings += [f"schedule.length={steps}", f"model.checkpoint={before}", "optimizer.states=published"]
         if name in ANNEALED:
             settings += ["method=anneal", "schedule.decay=1-sqrt", "optimizer.save_states=false"]
         summary = run_training(load_recipe(RECIPE, settings))
@@ -44,4 +45,4 @@ def main(output: Path, steps: int) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 500)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 350)

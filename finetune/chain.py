@@ -27,7 +27,8 @@ from finetune.train.model import choose_device, choose_precision
 from finetune.train.origin import open_result, write_json
 from finetune.train.record import find_complete_checkpoint
 from finetune.train.resume import check_same_recipe
-from finetune.train.run import RunSummary, check_finished_run, describe_run, prepare_rows
+from finetune.train.run import check_finished_run, prepare_rows
+from finetune.train.summary import RunSummary, describe_run
 from finetune.train.trainer import make_config
 from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import list_weight_files

@@ -273,7 +273,11 @@ def resolve_recipe(draft: Draft) -> Recipe:
     model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
+    judge = recipe.rewards.judge
+    if judge.run:
+        judge = replace(judge, run=str(Path(judge.run).expanduser().resolve()))
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
     settled = settle_trainer(recipe, METHODS[recipe.method])
-    resolved = replace(settled, model=model, data=data, output=str(output.resolve()))
+    rewards = replace(recipe.rewards, judge=judge)
+    resolved = replace(settled, model=model, data=data, rewards=rewards, output=str(output.resolve()))
     return resolve_pretraining(resolved, folder)

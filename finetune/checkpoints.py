@@ -113,6 +113,12 @@ def find_alias(name: str) -> Checkpoint | None:
     return Checkpoint(name, f"yulan-team/YuLan-Mini-Phase{phase}", "stable", phase, 4096, False, "yulanmini")
 
 
+def is_another_start(one: str, other: str) -> bool:
+    """Tell whether two aliases stand for different weights; of hub ids and folders only their content tells."""
+    first, second = find_alias(one), find_alias(other)
+    return first is not None and second is not None and (first.stage, first.phase) != (second.stage, second.phase)
+
+
 def is_hub_id(name: str) -> bool:
     """Tell whether `name` reads as `owner/repository`, with or without an `@revision`."""
     return _HUB_ID.fullmatch(name.partition("@")[0]) is not None

@@ -236,7 +236,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         return _print_result(arguments, asdict(done), describe_chain(done))
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.plan.ladder import train_on_device
-    from finetune.train.run import describe_run
+    from finetune.train.summary import describe_run
 
     summary = train_on_device(recipe, arguments.resume, arguments.force)
     text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"

@@ -78,11 +78,27 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
+class JudgeSection:
+    """A finished reward run whose score of an answer is a reward: clipped to a range, then weighted.
+
+    Source of the range: YuLan-Mini (arXiv 2412.17743), post-training.
+    """
+
+    run: str = ""
+    weight: float = 1.0
+    clip: tuple[float, ...] = (-20.0, 10.0)
+
+
+@dataclass(frozen=True)
 class RewardsSection:
-    """What the answers of an online method are judged by: rules with their weights; `length_tokens` belongs to `length`."""
+    """What the answers of an online method are judged by: rules with their weights, a reward run, or both.
+
+    `length_tokens` belongs to the rule `length`.
+    """
 
     rules: Mapping[str, float] = field(default_factory=dict)
     length_tokens: int | None = None
+    judge: JudgeSection = field(default_factory=JudgeSection)
 
 
 @dataclass(frozen=True)

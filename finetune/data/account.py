@@ -1,6 +1,5 @@
 """The account of all rows: how many were read, kept, dropped, cut, and how long they are."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -71,7 +70,6 @@ class Account:
         self._faults: list[tuple[str, str]] = []
         self._read = self._long = 0
         self._worst: tuple[int, str] = (0, "")
-        self.digest = hashlib.sha256()
         self.numbers: list[int] = []
         self.lengths: list[int] = []
         self.tokens: list[int] = []
@@ -102,9 +100,6 @@ class Account:
     def _note(self, row: TokenRow) -> None:
         if fault := self._encoder.find_fault(row):
             self._faults.append((row.source.origin, fault))
-        for side in row.sides:
-            self.digest.update(numpy.array(side, numpy.int32).tobytes())
-        self.digest.update(f"{row.spans}{'' if row.label is None else row.label}".encode())
         self.numbers.append(row.source.number)
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))

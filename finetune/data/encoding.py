@@ -27,8 +27,14 @@ class TokenSpans:
 
 def list_control_spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the texts that the tokenizer reads as control tokens, the longest first."""
+    return _list_spellings(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
+
+
+# Its table of added tokens takes 15 ms to fetch, which is more than a row may cost.
+@lru_cache(maxsize=4)
+def _list_spellings(tokenizer: PreTrainedTokenizerBase, _size: int, special: tuple[str, ...]) -> tuple[str, ...]:
     added = tokenizer.added_tokens_decoder.values()
-    spellings = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    spellings = {*special, *(token.content for token in added if token.special)}
     return tuple(sorted(spellings, key=lambda text: (-len(text), text)))
 
 

@@ -116,9 +116,9 @@ class RowReader:
         return False
 
     def _add_system(self, row: Row) -> Row:
-        return (
-            row if row.text or row.token_ids else replace(row, messages=add_system(row.messages, self._settings.system))
-        )
+        if self._settings.system is None or row.text or row.token_ids:
+            return row
+        return replace(row, messages=add_system(row.messages, self._settings.system))
 
     def _substitute(self, raw: dict[str, Any]) -> dict[str, Any]:
         values = self._settings.substitute

@@ -1,14 +1,13 @@
-"""Rows to tokens in batches: one thread renders while another tokenizes, and columns are built without a list per token."""
+"""Rows to tokens in batches: one thread renders while another tokenizes."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy
-import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding import Span, TokenSpans, encode_plain_texts
@@ -28,7 +27,6 @@ from finetune.data.template import (
 from finetune.errors import TemplateError
 
 BATCH_ROWS = 1000
-_MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 _Tokenized = tuple[list[Any], list[TokenSpans]]
 
 
@@ -253,38 +251,3 @@ def make_labels(row: TokenRow) -> Any:
     for start, end in row.spans:
         labels[start:end] = row.token_ids[start:end]
     return labels
-
-
-def make_record_batch(rows: Sequence[TokenRow]) -> pyarrow.RecordBatch:
-    """Return rows as Arrow columns: `input_ids`, `labels`, `origin`, `is_cut`; what is apart in pairs, labelled answers and prompts."""
-    columns = {
-        "input_ids": _make_lists([row.token_ids for row in rows]),
-        "labels": _make_lists([make_labels(row) for row in rows]),
-        "origin": pyarrow.array([row.source.origin for row in rows], pyarrow.string()),
-        "is_cut": pyarrow.array([row.is_cut for row in rows], pyarrow.bool_()),
-    }
-    if rows[0].source.kind == "prompt":
-        columns["prompt"] = pyarrow.array([row.source.row.messages for row in rows], _MESSAGES)
-        columns["answer"] = pyarrow.array([row.source.row.answer for row in rows], pyarrow.string())
-    if rows[0].rejected is None and rows[0].label is None:
-        return pyarrow.RecordBatch.from_pydict(columns)
-    starts = [row.spans[0][0] for row in rows]
-    first = "completion_ids" if rows[0].rejected is None else "chosen_ids"
-    columns["prompt_ids"] = _make_lists([row.token_ids[:start] for row, start in zip(rows, starts, strict=True)])
-    columns[first] = _make_lists([row.token_ids[start:] for row, start in zip(rows, starts, strict=True)])
-    if rows[0].rejected is None:
-        columns["label"] = pyarrow.array([row.label for row in rows], pyarrow.bool_())
-    else:
-        sides = [(row.rejected or [])[start:] for row, start in zip(rows, starts, strict=True)]
-        columns["rejected_ids"] = _make_lists(sides)
-    return pyarrow.RecordBatch.from_pydict(columns)
-
-
-def _make_lists(values: Sequence[Any]) -> Any:
-    lengths = numpy.fromiter(map(len, values), dtype=numpy.int32, count=len(values))
-    offsets = numpy.concatenate([numpy.zeros(1, numpy.int32), numpy.cumsum(lengths, dtype=numpy.int32)])
-    if values and isinstance(values[0], numpy.ndarray):
-        flat = numpy.concatenate(values)
-    else:
-        flat = numpy.fromiter(chain.from_iterable(values), dtype=numpy.int32, count=int(offsets[-1]))
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))

@@ -13,11 +13,9 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.recipe import ModelSection
 from finetune.starts import as_llama, find_checkpoint
-from finetune.train.judge import is_judge
 from finetune.train.model import choose_device, choose_precision, load_base
-from finetune.train.origin import Result, is_result, open_result
-from finetune.train.record import check_template, find_base, find_tokenizer_folder
-from finetune.yulan.layout import find_architecture
+from finetune.train.origin import Result, is_judge, is_result, open_result
+from finetune.train.record import check_template, find_base, find_tokenizer_folder, recall_model
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,7 @@ def open_trained(result: Result) -> LoadedModel:
     origin = result.origin
     precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
-    section = ModelSection(
-        quantize="none" if origin is None else origin.quantize,
-        architecture="native" if find_architecture(base) == "yulanmini" else "llama",
-    )
-    model: PreTrainedModel | PeftModel = load_base(base, section, precision, device)
+    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device)
     if result.kind == "adapter":
         model = PeftModel.from_pretrained(model, result.folder)
     loaded = _complete(model, load_tokenizer(find_tokenizer_folder(result, base)))

@@ -14,8 +14,8 @@ from finetune.data.settings import DataSettings, Source
 from finetune.data.sources import read_source
 from finetune.data.template import ChatTemplate
 from finetune.evaluate.chat import LoadedModel, open_model
-from finetune.train.judge import Judge, is_judge, open_judge
-from finetune.train.origin import is_result, open_result
+from finetune.train.judge import Judge, open_judge
+from finetune.train.origin import is_judge, is_result, open_result
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from finetune.export.card import write_card
 from finetune.export.merged import Subject, open_merged, open_subject
 from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
 from finetune.folders import check_output_free, write_folder
-from finetune.train.origin import Result
+from finetune.train.origin import Origin, Result
 from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards
@@ -97,6 +97,9 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
             "dtype": _name_dtype(dtype),
             "torch_dtype": _name_dtype(dtype),
         }
+    origin = subject.result.origin
+    if origin is not None:
+        _extend_positions(config, origin)
     _write_json(folder / "config.json", config)
     copy_tokenizer(subject.tokenizer_folder, folder)
     (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
@@ -109,6 +112,16 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
         "pad_token_id": tokenizer.pad_token_id,
     }
     _write_json(folder / "generation_config.json", generation)
+
+
+def _extend_positions(config: dict[str, Any], origin: Origin) -> None:
+    """Write the positions that an adapter was trained with, where they are others than its base's."""
+    if origin.max_positions is not None:
+        config["max_position_embeddings"] = origin.max_positions
+    if origin.rope_theta is not None:
+        config["rope_theta"] = origin.rope_theta
+        if "rope_parameters" in config:
+            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": origin.rope_theta}
 
 
 def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:

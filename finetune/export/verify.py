@@ -6,7 +6,7 @@ with the adapter applied live by PEFT, and the exported folder in stock transfor
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +24,10 @@ from finetune.export.merged import Merged, Subject
 from finetune.export.proof import BaseKind, BaseScore, BaseScores, Comparison
 from finetune.export.quantized import is_quantized, requantize
 from finetune.resources import find_demo_data
-from finetune.train.model import choose_device
+from finetune.train.model import Precision, choose_device, load_base
 from finetune.train.origin import SampleRow
+from finetune.train.record import recall_model
 from finetune.yulan.folding import DTYPES
-from finetune.yulan.modeling import load_native
 from finetune.yulan.shards import Piece, list_pieces, run_pieces
 from finetune.yulan.tensors import open_tensors
 
@@ -190,11 +190,11 @@ def _list_rows(subject: Subject) -> Sequence[SampleRow]:
 
 def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
     """Load the base in float32; `dequantized` gives its matrices the values that they had while training."""
-    model = (
-        load_native(subject.base, dtype=torch.float32) if subject.architecture == "yulanmini" else _load(subject.base)
-    )
-    if kind == "dequantized" and subject.result.origin is not None:
-        dtype = DTYPES[subject.result.origin.dtype]
+    origin = subject.result.origin
+    section = replace(recall_model(subject.result, subject.base), quantize="none")
+    model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
+    if kind == "dequantized" and origin is not None:
+        dtype = DTYPES[origin.dtype]
         for name, parameter in model.named_parameters():
             if is_quantized(name):
                 parameter.data = requantize(parameter.data, subject.quantize, dtype)

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from finetune.plan.tracker import Peak
 from finetune.recipe import Recipe
+from finetune.train.adapter import WEIGHTS_FILE
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
+from finetune.train.origin import open_result
 
 # TRL's own defaults, from trl/trainer/grpo_config.py of 1.16.
 _COMPLETION_TOKENS = 512
@@ -47,6 +50,12 @@ def count_cache_bytes(recipe: Recipe, sizes: Mapping[str, Any]) -> int:
     head = int(sizes.get("head_dim") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
     tokens = recipe.data.max_tokens + read_answer_tokens(recipe)
     return answers * tokens * int(sizes["num_hidden_layers"]) * 2 * heads * head * _CACHE_BYTES
+
+
+def count_judge_bytes(recipe: Recipe) -> int:
+    """Return the bytes of the adapter that a judge adds to the base of the run; it lies in memory as in its file, in float32."""
+    judge = recipe.rewards.judge
+    return (open_result(Path(judge.run)).folder / WEIGHTS_FILE).stat().st_size if judge.run else 0
 
 
 def add_answers(peak: Peak, cache_bytes: int) -> tuple[str, dict[str, int]]:

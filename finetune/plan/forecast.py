@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
-from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes
+from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes, count_judge_bytes
 from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
@@ -108,6 +108,8 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
     step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
     stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
+    if judge := count_judge_bytes(recipe):
+        parts["judge: its adapter"] = judge
     tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))

@@ -20,7 +20,8 @@ from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation,
 from finetune.train.engine import find_engine
 from finetune.train.model import choose_device
 from finetune.train.record import find_complete_checkpoint
-from finetune.train.run import RunSummary, run_training
+from finetune.train.run import run_training
+from finetune.train.summary import RunSummary
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from finetune.recipe import AdapterSection
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
 _PISSA = "pissa_niter_16"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # A trained row differs from the others by its size. Rows that never occurred keep their initial size, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
@@ -70,7 +70,7 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
     if isinstance(tokens, dict):
         config.trainable_token_indices = {name: rows for name, rows in tokens.items() if name != "lm_head"}
     tuned: PeftModel = get_peft_model(model, config)
-    weights = {name: tensor for name, tensor in load_file(folder / _WEIGHTS).items() if "lm_head" not in name}
+    weights = {name: tensor for name, tensor in load_file(folder / WEIGHTS_FILE).items() if "lm_head" not in name}
     set_peft_model_state_dict(tuned, weights)
     return tuned
 
@@ -119,7 +119,7 @@ def subtract_start(folder: Path, start: Path) -> None:
 
     Source: PiSSA (arXiv 2404.02948), appendix C.
     """
-    trained, initial = load_file(folder / _WEIGHTS), load_file(start / _WEIGHTS)
+    trained, initial = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
     for name, tensor in trained.items():
         if "lora_A" in name:
             trained[name] = torch.cat([tensor, initial[name]], dim=0)
@@ -129,5 +129,5 @@ def subtract_start(folder: Path, start: Path) -> None:
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
     config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
-    save_file(trained, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(trained, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,9 @@ from finetune.recipe_file import Draft
 from finetune.train.methods import METHODS
 from finetune.train.origin import Result, find_earlier, read_json
 
+# A later stage may reach further than the one before.
+_MAY_CHANGE = ("model.max_positions", "model.rope_theta")
+
 
 def adopt_earlier_run(draft: Draft) -> Draft:
     """Return a draft with the settings of the run that its `model.checkpoint` names, and its problems with them."""
@@ -25,7 +28,9 @@ def adopt_earlier_run(draft: Draft) -> Draft:
     problems = list(_list_misfits(draft.recipe, earlier))
     if problems or earlier.kind == "model":
         return replace(draft, problems=(*draft.problems, *problems))
-    settled = _read_settings(earlier)
+    settled = {
+        key: value for key, value in _read_settings(earlier).items() if key not in _MAY_CHANGE or key not in draft.given
+    }
     for key, value in settled.items():
         found = _look_up(draft.recipe, key)
         if key in draft.given and found != value:
@@ -71,6 +76,8 @@ def _read_settings(earlier: Result) -> Mapping[str, Any]:
     if earlier.origin is not None:
         settings["model.quantize"] = earlier.origin.quantize
         settings["model.architecture"] = earlier.origin.architecture
+        settings["model.max_positions"] = earlier.origin.max_positions
+        settings["model.rope_theta"] = earlier.origin.rope_theta
     return settings
 
 

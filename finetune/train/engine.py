@@ -55,6 +55,11 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
         )
     if engine in ("fsdp2", "zero3") and recipe.model.quantize == "int8":
         problems.append("model.quantize: int8 weights cannot be shared out; set nf4 or none")
+    if engine in ("fsdp2", "zero3") and recipe.rewards.judge.run:
+        problems.append(
+            f"rewards.judge.run: the judge reads with the whole base, and {ENGINE_NAMES[engine]} keeps shares of it; "
+            "launch with recipes/accelerate/ddp.yaml"
+        )
     if engine == "fsdp2" and "bit" in str(recipe.trainer.get("optim", "")):
         problems.append(
             f"trainer.optim: {recipe.trainer['optim']} cannot step shares of tensors; set adamw_torch, whose states are shared"

@@ -1,4 +1,4 @@
-"""RuleJudge the model's own answers by a recipe's rules, in the form that TRL's online trainers call."""
+"""Judge the model's own answers by a recipe's rules and by a reward run, in the form that TRL's online trainers call."""
 
 import json
 import math
@@ -16,7 +16,11 @@ from finetune.train.rewards import RULES, Answer
 COMPLETIONS_FILE = "completions.jsonl"
 _SHOWN_ANSWERS = 4
 
+# What a reward run's score is called beside the rules' names.
+JUDGE = "judge"
+
 RewardFunction = Callable[..., list[float]]
+Score = Callable[[Sequence[Sequence[int]]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,19 @@ class JudgedAnswer:
     rewards: dict[str, float] = field(default_factory=dict)
 
 
-class RuleJudge:
-    """Turns a recipe's rules into TRL's reward functions, and remembers the last answers that were judged."""
+class AnswerRewards:
+    """Turns a recipe's rules and judge into TRL's reward functions, and remembers the last answers that were judged."""
 
-    def __init__(self, section: RewardsSection, stop_tokens: Sequence[int]) -> None:
+    def __init__(self, section: RewardsSection, stop_tokens: Sequence[int], score: Score | None) -> None:
         self._section = section
         self._stop_tokens = frozenset(stop_tokens)
+        self._first = next(iter(list_weights(section)))
+        self._score = score
         self.answers: list[JudgedAnswer] = []
 
     def make_functions(self) -> list[RewardFunction]:
-        """Return one function for each rule, under its name; TRL logs each as `rewards/<name>/mean`."""
-        return [self._make_function(name) for name in self._section.rules]
+        """Return one function for each reward, under its name; TRL logs each as `rewards/<name>/mean`."""
+        return [self._make_function(name) for name in list_weights(self._section)]
 
     def _make_function(self, name: str) -> RewardFunction:
         def function(**columns: Any) -> list[float]:
@@ -55,9 +61,7 @@ class RuleJudge:
         prompts: Sequence[Sequence[Mapping[str, str]]],
         completions: Sequence[Sequence[Mapping[str, str]]],
         completion_ids: Sequence[Sequence[int]],
-        answer: Sequence[str | None],
-        origin: Sequence[str],
-        **_: object,
+        **columns: Any,
     ) -> list[float]:
         answers = [
             Answer(
@@ -68,20 +72,39 @@ class RuleJudge:
                 is_truncated=not ids or ids[-1] not in self._stop_tokens,
                 wanted_tokens=self._section.length_tokens,
             )
-            for prompt, completion, ids, reference in zip(prompts, completions, completion_ids, answer, strict=True)
+            for prompt, completion, ids, reference in zip(
+                prompts, completions, completion_ids, columns["answer"], strict=True
+            )
         ]
-        if name == next(iter(self._section.rules)):
-            pairs = zip(origin, answers, strict=True)
+        origins: Sequence[str] = columns["origin"]
+        if name == self._first:
+            pairs = zip(origins, answers, strict=True)
             self.answers = [JudgedAnswer(where, own.question, own.text, own.tokens) for where, own in pairs]
-        rewards = [judge_answer(name, own, where) for own, where in zip(answers, origin, strict=True)]
+        if name == JUDGE:
+            texts = [[*prompt, *ids] for prompt, ids in zip(columns["input_ids"], completion_ids, strict=True)]
+            rewards = self._score_texts(texts, origins)
+        else:
+            rewards = [judge_answer(name, own, where) for own, where in zip(answers, origins, strict=True)]
         for judged, reward in zip(self.answers, rewards, strict=True):
             judged.rewards[name] = reward
         return rewards
 
+    def _score_texts(self, texts: Sequence[Sequence[int]], origins: Sequence[str]) -> list[float]:
+        judge, scores = self._section.judge, self._score(texts) if self._score else []
+        for score, where in zip(scores, origins, strict=True):
+            if not math.isfinite(score):
+                raise TrainingError(
+                    f"{where}: the judge gave {score!r} for an answer to this row; expected a finite number; "
+                    f"see whether {judge.run} is right on pairs with `finetune evaluate`"
+                )
+        lowest, highest = judge.clip
+        return [min(max(score, lowest), highest) for score in scores]
 
-def list_weights(section: RewardsSection) -> list[float]:
-    """Return the weights of a judge's functions, in their order."""
-    return [float(weight) for weight in section.rules.values()]
+
+def list_weights(section: RewardsSection) -> dict[str, float]:
+    """Return the weight of each reward by its name, in the order of their functions; the judge's comes last."""
+    weights = {name: float(weight) for name, weight in section.rules.items()}
+    return {**weights, JUDGE: section.judge.weight} if section.judge.run else weights
 
 
 def judge_answer(name: str, answer: Answer, where: str) -> float:
@@ -107,9 +130,9 @@ def judge_answer(name: str, answer: Answer, where: str) -> float:
 class CompletionWriter(TrainerCallback):
     """Append a few of the newest answers to `completions.jsonl` at every logged step, with what each was given."""
 
-    def __init__(self, run: Path, judge: RuleJudge) -> None:
+    def __init__(self, run: Path, rewards: AnswerRewards) -> None:
         self._file = run / COMPLETIONS_FILE
-        self._judge = judge
+        self._rewards = rewards
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -132,5 +155,5 @@ class CompletionWriter(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         with self._file.open("a", encoding="utf-8") as file:
-            for answer in self._judge.answers[:_SHOWN_ANSWERS]:
+            for answer in self._rewards.answers[:_SHOWN_ANSWERS]:
                 file.write(json.dumps({"step": state.global_step, **vars(answer)}, ensure_ascii=False) + "\n")

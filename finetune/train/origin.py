@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finetune.errors import FinetuneError
 from finetune.recipe import TrainedArchitecture
+from finetune.train.methods import METHODS
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
@@ -31,7 +32,8 @@ class Stage:
 class Origin:
     """Where a result comes from: the start as the recipe named it, the folder of weights it was trained on, its template.
 
-    `checkpoint` is what the base is found by; `earlier` holds the runs before this one, the oldest first.
+    `checkpoint` is what the base is found by; `earlier` holds the runs before this one, the oldest first. An adapter's folder
+    has no configuration of its own, so `max_positions` and `rope_theta` tell where it was trained with others than its base's.
     """
 
     checkpoint: str
@@ -44,6 +46,8 @@ class Origin:
     method: str
     architecture: TrainedArchitecture = "llama"
     earlier: tuple[Stage, ...] = ()
+    max_positions: int | None = None
+    rope_theta: float | None = None
 
     def describe_chain(self) -> str:
         """Return the start and every method that followed, such as `base → sft → dpo`."""
@@ -88,6 +92,12 @@ def find_earlier(checkpoint: str) -> Result | None:
     """
     path = Path(checkpoint).expanduser()
     return open_result(path) if path.is_dir() and is_result(path) else None
+
+
+def is_judge(result: Result) -> bool:
+    """Tell whether a result is a reward model, which scores texts and cannot speak."""
+    origin = result.origin
+    return origin is not None and origin.method in METHODS and METHODS[origin.method].head == "score"
 
 
 def open_result(path: Path) -> Result:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from finetune.data.template import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
-from finetune.recipe import ModelSection
+from finetune.recipe import ModelSection, TrainedArchitecture
 from finetune.starts import find_base_folder, find_checkpoint, fingerprint_checkpoint
 from finetune.train.origin import Result, find_earlier, read_json
+from finetune.yulan.layout import find_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,20 @@ def find_base(result: Result) -> Path:
             f"(content {origin.base_fingerprint[:12]}, found {found[:12]}); restore the checkpoint {origin.checkpoint!r} that it was trained on"
         )
     return base
+
+
+def recall_model(result: Result, base: Path) -> ModelSection:
+    """Return how the weights of a result were opened for its training."""
+    architecture: TrainedArchitecture = "native" if find_architecture(base) == "yulanmini" else "llama"
+    origin = result.origin
+    if origin is None:
+        return ModelSection(architecture=architecture)
+    return ModelSection(
+        architecture=architecture,
+        quantize=origin.quantize,
+        max_positions=origin.max_positions,
+        rope_theta=origin.rope_theta,
+    )
 
 
 def find_tokenizer_folder(result: Result, base: Path) -> Path:

@@ -85,6 +85,8 @@ def _describe_origin(setup: Setup) -> Origin:
         method=setup.recipe.method,
         architecture=setup.recipe.model.architecture,
         earlier=stages,
+        max_positions=setup.recipe.model.max_positions,
+        rope_theta=setup.recipe.model.rope_theta,
     )
 
 

@@ -61,20 +61,21 @@ def _list_changes(saved: str, current: str) -> list[str]:
     return [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "-+"]
 
 
-def check_same_inputs(run: Path, rows_fingerprint: str, base: Path) -> None:
-    """Compare rows and base with those that the run began with, by content.
+def check_same_inputs(run: Path, rows_fingerprint: str, base: Path, judge: str | None) -> None:
+    """Compare rows, base and judge with those that the run began with, by content.
 
     Raises:
-        TrainingError: a data file or the checkpoint has changed meanwhile.
+        TrainingError: a data file, the checkpoint or the judge has changed meanwhile.
     """
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     now = {
         "the rows": (record["data"]["fingerprint"], rows_fingerprint),
         "the base": (record["base_fingerprint"], fingerprint_checkpoint(base)),
+        "the judge": (record["judge_fingerprint"], judge),
     }
     changed = " and ".join(name for name, (before, after) in now.items() if before != after)
     if changed:
         raise TrainingError(
-            f"{run}: {changed} are no longer what this run started with, so going on would be another run; "
-            "restore them, or start again with another output"
+            f"{run}: {changed} changed since this run started, so going on would be another run; "
+            "restore what changed, or start again with another output"
         )

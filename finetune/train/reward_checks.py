@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from finetune.recipe import Recipe, RewardsSection
+from finetune.recipe import JudgeSection, Recipe, RewardsSection
 from finetune.recipe_file import describe_unknown_key
+from finetune.train.judge_checks import check_judge_settings
 from finetune.train.methods import Method
 from finetune.train.rewards import RULES
 
@@ -15,8 +16,11 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
         if rewards != RewardsSection():
             yield f"rewards: has no effect on {method.name}; remove it, or set method: grpo or rloo"
         return
-    if not rewards.rules:
-        yield f"rewards.rules: is missing; {method.name} needs rules with their weights, such as {{final_answer: 1.0}}"
+    if not rewards.rules and rewards.judge == JudgeSection():
+        yield (
+            f"rewards.rules: is missing; {method.name} needs rules with their weights, such as {{final_answer: 1.0}}, "
+            "or rewards.judge.run: a reward run"
+        )
     for name, weight in rewards.rules.items():
         if name not in RULES:
             yield f"rewards.rules.{name}: {describe_unknown_key(name, RULES)}"
@@ -30,6 +34,8 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
         yield f"rewards.length_tokens: {reason}; found {rewards.length_tokens}"
     if recipe.trainer.get("auto"):
         yield f"trainer.auto: does not know the room that writing answers takes; set the sizes for {method.name} by hand"
+    if rewards.judge != JudgeSection():
+        yield from check_judge_settings(recipe)
     yield from _check_prompts(recipe)
 
 

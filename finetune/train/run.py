@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune.train.adapter import attach_adapter, continue_adapter, find_untrai
 from finetune.train.answers import AnswerSheet, is_sharded
 from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
 from finetune.train.environment import describe_environment
+from finetune.train.judge import BorrowingJudge, borrow_base, check_judge, fingerprint_judge
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.online import bind_template, set_stop_tokens
@@ -38,28 +39,12 @@ from finetune.train.resume import check_same_inputs, check_same_recipe, find_res
 from finetune.train.rewards import find_reference_rule
 from finetune.train.sources import read_source_section, read_training_sources
 from finetune.train.states import save_states
-from finetune.train.trainer import build_trainer, make_config
+from finetune.train.summary import RunSummary, summarise_run
+from finetune.train.trainer import Aids, build_trainer, make_config
 
 logger = logging.getLogger(__name__)
 
 _ANY_LENGTH = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen.
-
-    The rewards are those of methods whose answers are judged: the weighted sum, on the newest batch and on held-out prompts.
-    """
-
-    run: str
-    steps: int
-    tokens: int
-    train_loss: float
-    eval_loss: float | None
-    seconds: float
-    train_reward: float | None = None
-    eval_reward: float | None = None
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -78,15 +63,17 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     start = _prepare(recipe, config, precision)
     if checkpoint is not None:
-        check_same_inputs(run, start.splits.report.fingerprint, start.begin.base)
+        check_same_inputs(
+            run, start.splits.report.fingerprint, start.begin.base, fingerprint_judge(recipe.rewards.judge)
+        )
     with _leave_nothing_before_step_one(run, checkpoint):
-        model = _build_model(start, device)
+        model, judge = _build_model(start, config, device)
         sheet = _open_answers(start)
         tokenizer = start.tokenizer
         if METHODS[recipe.method].is_online:
             tokenizer = bind_template(tokenizer, start.template)
             set_stop_tokens(model, list_stop_tokens(tokenizer, start.template))
-        trainer = build_trainer(recipe, model, tokenizer, start.splits, precision, start.states)
+        trainer = build_trainer(recipe, model, tokenizer, start.splits, precision, Aids(start.states, judge))
         _check_rows(trainer, start)
         _describe_work(trainer, start)
         if trainer.is_world_process_zero():
@@ -97,7 +84,7 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         set_seed(recipe.seed + (config.process_index if METHODS[recipe.method].is_online else 0))
         with translate_os_errors(run):
             output = trainer.train(resume_from_checkpoint=checkpoint)
-    summary = _summarise(trainer, run, output.global_step, time.monotonic() - started)
+    summary = summarise_run(trainer, run, output.global_step, time.monotonic() - started)
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
         if sheet is not None and not is_sharded(trainer):
@@ -118,6 +105,8 @@ def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) ->
         tokenizer = load_tokenizer(begin.tokenizer_folder)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
+        if recipe.rewards.judge.run:
+            check_judge(recipe.rewards.judge.run, begin.base, template)
         states = find_states(recipe)
         splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
     reference = describe_reference(recipe, splits.report.train.rows)
@@ -157,7 +146,9 @@ def check_finished_run(recipe: Recipe) -> None:
     run = Path(recipe.output)
     check_same_recipe(run / "recipe.yaml", dump_recipe(recipe), "run")
     _, splits = prepare_rows(recipe)
-    check_same_inputs(run, splits.report.fingerprint, find_start(recipe.model).base)
+    check_same_inputs(
+        run, splits.report.fingerprint, find_start(recipe.model).base, fingerprint_judge(recipe.rewards.judge)
+    )
 
 
 def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
@@ -196,23 +187,34 @@ def _read_data_settings(recipe: Recipe) -> DataSettings:
     )
 
 
-def _build_model(start: Setup, device: torch.device) -> PreTrainedModel | PeftModel:
-    recipe = start.recipe
+def _build_model(
+    start: Setup, config: TrainingArguments, device: torch.device
+) -> tuple[PreTrainedModel | PeftModel, BorrowingJudge | None]:
+    """Return the model to train, and the judge that reads with the same base where the recipe names one."""
+    recipe, judge = start.recipe, None
     set_seed(recipe.seed)  # a head for scores begins at random
     base = load_base(start.begin.base, recipe.model, start.precision, device, METHODS[recipe.method].head)
+    _warn_of_untrained_tokens(start, base)
+    if recipe.rewards.judge.run:
+        pad_token, rows = int(start.tokenizer.pad_token_id), config.per_device_train_batch_size
+        judge = borrow_base(base, recipe.rewards.judge.run, pad_token, rows)
+    if start.begin.adapter is not None:
+        return continue_adapter(base, recipe.adapter, start.begin.adapter), judge
+    set_seed(recipe.seed)
+    return attach_adapter(base, recipe.adapter, start.begin.base), judge
+
+
+def _warn_of_untrained_tokens(start: Setup, base: PreTrainedModel) -> None:
+    adapter = start.recipe.adapter
     control_tokens = list_template_tokens(start.tokenizer, start.template)
-    untrained = set(find_untrained_tokens(base, control_tokens)) - set(recipe.adapter.train_tokens)
-    if untrained and recipe.adapter.kind != "none":
+    untrained = set(find_untrained_tokens(base, control_tokens)) - set(adapter.train_tokens)
+    if untrained and adapter.kind != "none":
         names = ", ".join(f"{start.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
         logger.warning(
             "these tokens of the template look untrained in this start: %s; to train their rows set adapter.train_tokens: %s",
             names,
             sorted(untrained),
         )
-    if start.begin.adapter is not None:
-        return continue_adapter(base, recipe.adapter, start.begin.adapter)
-    set_seed(recipe.seed)
-    return attach_adapter(base, recipe.adapter, start.begin.base)
 
 
 @contextlib.contextmanager
@@ -264,42 +266,9 @@ def _write_run_files(
             "recipe": to_plain(start.recipe),
             "base": str(start.begin.base),
             "base_fingerprint": fingerprint_checkpoint(start.begin.base),
+            "judge_fingerprint": fingerprint_judge(start.recipe.rewards.judge),
             "data": start.splits.report.to_json(),
             **describe_environment(),
             "result": asdict(summary) if summary else None,
         }
         write_json(run / "run.json", record)
-
-
-def describe_run(summary: RunSummary) -> str:
-    """Return the summary as one line for a person."""
-    facts = [f"{summary.steps} steps", f"training loss {summary.train_loss:.3f}"]
-    if summary.eval_loss is not None:
-        facts.append(f"held-out loss {summary.eval_loss:.3f}")
-    for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):
-        if reward is not None:
-            facts.append(f"{name} {reward:.3f}")
-    return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
-
-
-def _summarise(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
-    # The trainer's own history is the same in every process; the file belongs to the first one.
-    lines = trainer.state.log_history
-    if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
-        trainer.evaluate()
-
-    def last(*names: str) -> float | None:
-        return next((line[name] for name in names for line in reversed(lines) if name in line), None)
-
-    loss = last("loss", "train_loss")  # a run of fewer steps than trainer.logging_steps has only its mean
-
-    return RunSummary(
-        run=str(run),
-        steps=steps,
-        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
-        train_loss=float("nan") if loss is None else loss,
-        eval_loss=last("eval_loss"),
-        train_reward=last("reward"),
-        eval_reward=last("eval_reward"),
-        seconds=round(seconds, 1),
-    )

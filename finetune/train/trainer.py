@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.train.batches import KIT_OPTIONS
 from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
-from finetune.train.judging import CompletionWriter, RuleJudge, list_weights
+from finetune.train.judge import BorrowingJudge
+from finetune.train.judging import AnswerRewards, CompletionWriter, list_weights
 from finetune.train.methods import METHODS
 from finetune.train.model import Precision
 from finetune.train.online import PromptOrder
@@ -46,15 +48,26 @@ _RENAMED_OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Aids:
+    """What some methods need beside model and rows: the states that a pre-training goes on from, the judge of answers."""
+
+    states: OptimizerStates | None = None
+    judge: BorrowingJudge | None = None
+
+
+NO_AIDS = Aids()
+
+
 def build_trainer(
     recipe: Recipe,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
-    states: OptimizerStates | None = None,
+    aids: Aids = NO_AIDS,
 ) -> Trainer:
-    """Return the method's trainer over rows that are tokens already; `states` are those that a pre-training goes on from.
+    """Return the method's trainer over rows that are tokens already.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
@@ -64,7 +77,8 @@ def build_trainer(
     if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
     config = make_config(recipe, splits.evaluation is not None, precision)
-    judge = RuleJudge(recipe.rewards, model.generation_config.eos_token_id) if method.is_online else None
+    score = None if aids.judge is None else aids.judge.score
+    rewards = AnswerRewards(recipe.rewards, model.generation_config.eos_token_id, score) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
     try:
         trainer: Trainer = trainer_class(
@@ -76,7 +90,7 @@ def build_trainer(
                 if method.pretraining is None
                 else pack_splits(recipe, splits, tokenizer)
             ),
-            **({} if judge is None else {"reward_funcs": judge.make_functions()}),
+            **({} if rewards is None else {"reward_funcs": rewards.make_functions()}),
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
@@ -87,15 +101,15 @@ def build_trainer(
     if isinstance(model, PeftModel):
         settle_reference(model, drop=starts_from_base(recipe))
     if method.pretraining is not None:
-        set_up_pretraining(trainer, recipe, states)
+        set_up_pretraining(trainer, recipe, aids.states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(Path(recipe.output)))
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
-    if judge is not None:
-        trainer.add_callback(CompletionWriter(Path(recipe.output), judge))
+    if rewards is not None:
+        trainer.add_callback(CompletionWriter(Path(recipe.output), rewards))
         if config.shuffle_dataset:
             trainer.add_callback(PromptOrder())
     return trainer
@@ -148,7 +162,7 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
 def _list_row_options(recipe: Recipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
     if METHODS[recipe.method].is_online:
-        return {"reward_weights": list_weights(recipe.rewards)}
+        return {"reward_weights": list(list_weights(recipe.rewards).values())}
     packs = bool(recipe.trainer.get("packing"))
     if METHODS[recipe.method].shape != "sequence":
         # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.

@@ -60,3 +60,39 @@ def read_losses():
         return [line["loss"] for line in lines if "loss" in line]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, nano_llama):
+    """Three runs, each going on from the one before: sft (with trained token rows), dpo, kto."""
+    folder = tmp_path_factory.mktemp("chain")
+    common = (
+        "{max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: 4, logging_steps: 1, save_strategy: 'no', \
+gradient_checkpointing: false, disable_tqdm: true, eval_strategy: 'no'}"
+    )
+    (folder / "sft.yaml").write_text(
+        f"data: {{train: {find_demo_data('demo.jsonl')}, max_tokens: 256}}\nmodel: {{checkpoint: nano}}\n"
+        f"adapter: {{rank: 4, targets: [q_proj, v_proj], train_tokens: [104, 106]}}\ntrainer: {common}\noutput: {folder / 'sft'}\n"
+    )
+    for method, start in (("dpo", "sft"), ("kto", "dpo")):
+        (folder / f"{method}.yaml").write_text(
+            f"method: {method}\ndata: {{train: {find_demo_data('pairs.jsonl')}, held_out: 8, max_tokens: 256}}\n"
+            f"model: {{checkpoint: {folder / start}}}\ntrainer: {common}\noutput: {folder / method}\n"
+        )
+    for method in ("sft", "dpo", "kto"):
+        run_training(load_recipe(folder / f"{method}.yaml"))
+    return folder
+
+
+@pytest.fixture
+def make_pairs_recipe(make_recipe, tmp_path):
+    """Return a function that makes the small recipe for a method, on pairs."""
+    lines = find_demo_data("pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
+    (tmp_path / "held_pairs.jsonl").write_text("".join(lines[32:40]), encoding="utf-8")
+
+    def make(name, method, *overrides):
+        data = ["data.train=pairs.jsonl", "data.eval=held_pairs.jsonl"]
+        return make_recipe(name, f"method={method}", *data, *overrides)
+
+    return make

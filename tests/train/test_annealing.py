@@ -1,6 +1,7 @@
 """`finetune train` with `method: anneal` goes on from states that DeepSpeed wrote as DeepSpeed itself did."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+from transformers import TrainerCallback
 
 from finetune.check import load_recipe
 from finetune.resources import find_resource_folder
 from finetune.train.run import run_training
+from finetune.train.trainer import build_trainer
 from finetune.yulan.optimizer_states import open_states, read_state
 
 RECIPE = """
@@ -109,13 +112,33 @@ def test_annealing_goes_on_as_deepspeed_did(anneal, expected, shared, case, sche
                 assert difference <= limit, (part, name)
 
 
+class Stop(TrainerCallback):
+    """Ends a run, as a person would, one step after the last that was saved."""
+
+    def __init__(self, saved):
+        self.saved = saved
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.saved + 1:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("case", ["case", "case_fp32"])
-def test_a_killed_run_goes_on_bit_for_bit(anneal, case):
-    overrides = [*DECAY, "optimizer.save_states=true", "trainer.save_strategy=steps", "trainer.save_steps=3"]
-    straight, resumed = anneal(case, "straight", *overrides), anneal(case, "resumed", *overrides)
-    shutil.rmtree(resumed / "model")
-    shutil.rmtree(resumed / "checkpoint-5")
-    anneal(case, "resumed", *overrides, resume=True)
+def test_a_stopped_run_goes_on_bit_for_bit(anneal, monkeypatch, case):
+    overrides = [*DECAY, "optimizer.save_states=true", "trainer.save_strategy=steps", "trainer.save_steps=1"]
+    straight = anneal(case, "straight", *overrides)
+    saved = random.randint(1, 3)
+    print(f"stopped after step {saved}")  # pytest shows it where the test fails
+
+    def build_and_stop(*arguments):
+        trainer = build_trainer(*arguments)
+        trainer.add_callback(Stop(saved))
+        return trainer
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("finetune.train.run.build_trainer", build_and_stop)
+        anneal(case, "resumed", *overrides)
+    resumed = anneal(case, "resumed", *overrides, resume=True)
     first, second = load_file(straight / "model/model.safetensors"), load_file(resumed / "model/model.safetensors")
     assert first.keys() == second.keys()
     states, again = open_states(straight / "model"), open_states(resumed / "model")

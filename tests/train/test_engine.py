@@ -14,12 +14,19 @@ from safetensors.torch import load_file
 from finetune.errors import MachineError, RecipeError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import find_resource_folder
+from finetune.resources import find_demo_data, find_resource_folder
 from finetune.train.engine import check_engine, find_engine
 from finetune.train.origin import open_result
 
 CONFIGS = find_resource_folder("recipes") / "accelerate"
 FULL = ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-3"]
+PAIRS = [
+    f"data.train={find_demo_data('pairs.jsonl')}",
+    "data.eval=[]",
+    "data.held_out=8",
+    "data.max_tokens=256",
+    "method=dpo",
+]
 SAVING = ["trainer.save_strategy=steps", "trainer.save_steps=2"]
 
 
@@ -55,8 +62,8 @@ def export(run, folder):
 
 @pytest.mark.parametrize(
     ("config", "overrides"),
-    [("cpu", []), ("fsdp2", SAVING), ("fsdp2", FULL), ("fsdp2", ["model.quantize=nf4"])],
-    ids=["ddp", "fsdp2", "fsdp2-full", "fsdp2-nf4"],
+    [("cpu", []), ("cpu", PAIRS), ("fsdp2", SAVING), ("fsdp2", FULL), ("fsdp2", ["model.quantize=nf4"])],
+    ids=["ddp", "ddp-dpo", "fsdp2", "fsdp2-full", "fsdp2-nf4"],
 )
 def test_two_processes_train_and_export_what_one_does(launch, train, read_losses, tmp_path, config, overrides):
     alone = train("alone", *overrides)

@@ -34,25 +34,11 @@ def sigmoid(x):
 
 
 @pytest.fixture
-def pairs_recipe(make_recipe, tmp_path):
-    """Return a function that makes the small recipe for a method, on pairs."""
-    lines = find_demo_data("pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "pairs.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
-    (tmp_path / "held_pairs.jsonl").write_text("".join(lines[32:40]), encoding="utf-8")
-
-    def make(name, method, *overrides):
-        data = ["data.train=pairs.jsonl", "data.eval=held_pairs.jsonl"]
-        return make_recipe(name, f"method={method}", *data, *overrides)
-
-    return make
-
-
-@pytest.fixture
-def make_trainer(pairs_recipe):
+def make_trainer(make_pairs_recipe):
     """Return a function that builds a method's trainer on a model that is too small to matter."""
 
     def make(method, **options):
-        recipe = pairs_recipe("unused", method, *(f"trainer.{key}={value}" for key, value in options.items()))
+        recipe = make_pairs_recipe("unused", method, *(f"trainer.{key}={value}" for key, value in options.items()))
         tokenizer, splits = prepare_rows(recipe)
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -188,34 +174,10 @@ def read_lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory, nano_llama):
-    """Three runs, each going on from the one before: sft (with trained token rows), dpo, kto."""
+def test_dpo_starts_at_ln_2_from_a_fresh_adapter(make_pairs_recipe, tmp_path):
     from finetune.train.run import run_training
 
-    folder = tmp_path_factory.mktemp("chain")
-    common = (
-        "{max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: 4, logging_steps: 1, save_strategy: 'no', \
-gradient_checkpointing: false, disable_tqdm: true, eval_strategy: 'no'}"
-    )
-    (folder / "sft.yaml").write_text(
-        f"data: {{train: {find_demo_data('demo.jsonl')}, max_tokens: 256}}\nmodel: {{checkpoint: nano}}\n"
-        f"adapter: {{rank: 4, targets: [q_proj, v_proj], train_tokens: [104, 106]}}\ntrainer: {common}\noutput: {folder / 'sft'}\n"
-    )
-    for method, start in (("dpo", "sft"), ("kto", "dpo")):
-        (folder / f"{method}.yaml").write_text(
-            f"method: {method}\ndata: {{train: {find_demo_data('pairs.jsonl')}, held_out: 8, max_tokens: 256}}\n"
-            f"model: {{checkpoint: {folder / start}}}\ntrainer: {common}\noutput: {folder / method}\n"
-        )
-    for method in ("sft", "dpo", "kto"):
-        run_training(load_recipe(folder / f"{method}.yaml"))
-    return folder
-
-
-def test_dpo_starts_at_ln_2_from_a_fresh_adapter(pairs_recipe, tmp_path):
-    from finetune.train.run import run_training
-
-    run_training(pairs_recipe("fresh", "dpo", "trainer.max_steps=1", "trainer.num_train_epochs=1"))
+    run_training(make_pairs_recipe("fresh", "dpo", "trainer.max_steps=1", "trainer.num_train_epochs=1"))
     first = read_lines(tmp_path / "fresh")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0
@@ -305,22 +267,22 @@ def test_an_earlier_run_settles_the_adapter(chain):
     assert load_recipe(chain / "dpo" / "recipe.yaml") == recipe
 
 
-def test_without_an_adapter_the_reference_is_computed_once(pairs_recipe):
+def test_without_an_adapter_the_reference_is_computed_once(make_pairs_recipe):
     full = ("adapter={kind: none}",)
-    assert pairs_recipe("full", "dpo", *full).trainer["precompute_ref_log_probs"] is True
+    assert make_pairs_recipe("full", "dpo", *full).trainer["precompute_ref_log_probs"] is True
     with pytest.raises(RecipeError, match="a second copy of all weights would be held"):
-        pairs_recipe("full", "dpo", *full, "trainer.precompute_ref_log_probs=false")
+        make_pairs_recipe("full", "dpo", *full, "trainer.precompute_ref_log_probs=false")
     with pytest.raises(RecipeError, match="kto compares the answers of one batch; set at least 2; found 1"):
-        pairs_recipe("kto", "kto", "trainer.per_device_train_batch_size=1")
+        make_pairs_recipe("kto", "kto", "trainer.per_device_train_batch_size=1")
 
 
-def test_accumulated_steps_have_the_same_losses(pairs_recipe, tmp_path):
+def test_accumulated_steps_have_the_same_losses(make_pairs_recipe, tmp_path):
     from finetune.train.run import run_training
 
     losses = []
     for name, size in (("whole", 8), ("single", 1)):
         sizes = (f"trainer.per_device_train_batch_size={size}", f"trainer.gradient_accumulation_steps={8 // size}")
-        run_training(pairs_recipe(name, "dpo", *sizes, "trainer.max_steps=3"))
+        run_training(make_pairs_recipe(name, "dpo", *sizes, "trainer.max_steps=3"))
         losses.append([line["loss"] for line in read_lines(tmp_path / name) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][0] != losses[0][2]

@@ -8,6 +8,7 @@ import torch
 
 from finetune.check import load_recipe
 from finetune.errors import FinetuneError, RecipeError
+from finetune.evaluate.chat import open_model
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.resources import find_demo_data
@@ -28,6 +29,13 @@ trainer:
   save_strategy: "no"
   gradient_checkpointing: false
   disable_tqdm: true
+"""
+
+TUNING = """
+method: sft
+data: {train: chats.jsonl, max_tokens: 128}
+adapter: {rank: 4}
+trainer: {max_steps: 2, per_device_train_batch_size: 2, save_strategy: "no", disable_tqdm: true}
 """
 
 
@@ -104,6 +112,38 @@ def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tm
     report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rope_theta"] == 490000.0
+    rows = "\n".join(find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines()[:4])
+    (tmp_path / "chats.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "sft.yaml").write_text(TUNING, encoding="utf-8")
+    tuned = load_recipe(tmp_path / "sft.yaml", [f"model.checkpoint={run}", f"output={tmp_path / 'tuned'}"])
+    summary = run_training(tuned)
+    origin = open_result(Path(summary.run)).origin
+    assert origin.describe_chain() == "nano → pretrain → sft"
+    assert (summary.steps, origin.architecture) == (2, "llama")
+
+
+def test_an_adapter_keeps_the_positions_that_it_was_trained_with(train, make_recipe, tmp_path):
+    """It was exported with those of its base: an adapter's folder has no configuration that could tell others."""
+    adapter = [
+        "adapter.kind=lora",
+        "optimizer.learning_rate=1e-2",
+        "model.max_positions=4096",
+        "model.rope_theta=490000",
+    ]
+    run = train("run", *adapter)
+    assert read_metrics(run, "loss")[-1] < read_metrics(run, "loss")[0]
+    result, output = open_result(run), tmp_path / "export"
+    export_result(result, output, ExportSettings("float32", 2 * 10**9), LogitVerifier())
+    config = json.loads((output / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_theta"]) == (4096, 490000.0)
+    ids = torch.tensor([result.rows[0].input_ids])
+    with torch.inference_mode():
+        trained, exported = (open_model(str(name)).model(ids).logits for name in (run, output))
+    torch.testing.assert_close(trained, exported, atol=1e-4, rtol=0)
+    goes_on = make_recipe("next", *adapter[:2], f"model.checkpoint={run}").model
+    assert (goes_on.max_positions, goes_on.rope_theta) == (4096, 490000.0)
+    further = make_recipe("next", *adapter[:2], f"model.checkpoint={run}", "model.max_positions=8192").model
+    assert (further.max_positions, further.rope_theta) == (8192, 490000.0)
 
 
 def test_what_does_not_go_together_is_told_at_once(make_recipe, tmp_path):

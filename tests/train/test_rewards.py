@@ -6,7 +6,7 @@ import pytest
 
 from finetune.errors import TrainingError
 from finetune.recipe import RewardsSection
-from finetune.train.judging import RuleJudge, judge_answer
+from finetune.train.judging import AnswerRewards, judge_answer
 from finetune.train.rewards import RULES, Answer, Rule, find_final_answer
 
 
@@ -125,7 +125,7 @@ def test_a_rule_that_fails_names_the_row(monkeypatch):
 
 
 def test_the_judge_sees_the_question_the_answer_and_its_end():
-    judge = RuleJudge(RewardsSection(rules={"truncated": 0.5, "final_answer": 2}), stop_tokens=[2, 106])
+    judge = AnswerRewards(RewardsSection(rules={"truncated": 0.5, "final_answer": 2}), [2, 106], None)
     truncated, final = judge.make_functions()
     batch = {
         "prompts": [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]] * 2,

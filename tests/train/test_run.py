@@ -105,7 +105,7 @@ def test_rows_that_changed_meanwhile_are_noticed(train, make_recipe, tmp_path):
     recipe = make_recipe("run", *overrides)
     rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join([*rows[1:], rows[0]]), encoding="utf-8")
-    with pytest.raises(TrainingError, match="the rows are no longer what this run started with"):
+    with pytest.raises(TrainingError, match="the rows changed since this run started"):
         run_training(recipe, resume=True)
 
 
