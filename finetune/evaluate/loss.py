@@ -2,13 +2,13 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
+from tqdm import tqdm
 
 from finetune.data.dataset import load_splits
 from finetune.data.gates import IGNORED_LABEL
@@ -42,10 +42,12 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
     splits = load_splits(settings, loaded.tokenizer, loaded.template, seed=0)
     for note in splits.report.notes:
         logger.info("%s", note)
-    return evaluate_rows(loaded, splits.train)
+    logger.info("reading %s rows", f"{len(splits.train):,}")
+    shown = tqdm(splits.train, unit="row", disable=None, leave=False)  # only where a person looks on
+    return evaluate_rows(loaded, shown)
 
 
-def evaluate_rows(loaded: LoadedModel, rows: Dataset) -> Scores:
+def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Scores:
     """Evaluate on rows that are tokens already (`input_ids`, `labels`), one at a time."""
     backbone, head = _split_model(loaded)
     loss, correct, tokens = 0.0, 0, 0

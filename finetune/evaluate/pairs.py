@@ -1,5 +1,6 @@
 """How often a model prefers the chosen answer of held-out pairs: by its score, or by how likely it finds both."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from tqdm import tqdm
 
 from finetune.data.dataset import load_splits
 from finetune.data.rows import choose_format
@@ -16,6 +18,8 @@ from finetune.data.template import ChatTemplate
 from finetune.evaluate.chat import LoadedModel, open_model
 from finetune.train.judge import Judge, open_judge
 from finetune.train.origin import is_judge, is_result, open_result
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,31 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
     result = open_result(path) if path.is_dir() and is_result(path) else None
     model = open_judge(result) if result is not None and is_judge(result) else open_model(name)
     rows = _load_pairs(model, model.template, files, max_tokens)
+    logger.info("reading %s pairs", f"{len(rows):,}")
+    shown = tqdm(rows, unit="pair", disable=None, leave=False)  # only where a person looks on
     if isinstance(model, Judge):
         scores = [
-            model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in rows
+            model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in shown
         ]
         return _summarise([chosen - rejected for chosen, rejected in scores], "score")
-    margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in rows]
+    margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in shown]
     return _summarise(margins, "mean log-probability of the answer")
 
 
 def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Sequence[Path], max_tokens: int) -> Dataset:
     settings = DataSettings(train=tuple(map(Source, files)), shape="pair", max_tokens=max_tokens, overflow="drop")
-    return load_splits(settings, model.tokenizer, template, seed=0).train
+    splits = load_splits(settings, model.tokenizer, template, seed=0)
+    for note in splits.report.notes:
+        logger.info("%s", note)
+    return splits.train
 
 
 def _measure(loaded: LoadedModel, row: dict[str, list[int]], side: str) -> float:
     prompt, answer = row["prompt_ids"], row[side]
     ids = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
     with torch.inference_mode():
-        logits = loaded.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        kept = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
+        logits = kept[0, :-1].float()
         chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
     return float(chosen.mean())
 

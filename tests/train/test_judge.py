@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.check import load_recipe
+from finetune.cli import main
 from finetune.data.template import find_template
 from finetune.errors import RecipeError, TrainingError
 from finetune.plan.answering import count_judge_bytes
@@ -249,3 +250,31 @@ def test_a_judge_needs_the_whole_base_and_is_planned(make_recipe, judge_run):
         check_engine(recipe, "fsdp2")
     assert count_judge_bytes(recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
     assert recipe.rewards.judge.run == str(Path(judge_run).resolve())
+
+
+def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys):
+    run = copy_judge("quantized", quantize="nf4")
+    pairs = [
+        {"prompt": "Q?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Q?", "chosen": "A", "rejected": "B" * 99},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return ended.value.code, capsys.readouterr()
+
+    status, printed = call("evaluate", run, "--data", tmp_path / "pairs.jsonl", "--max-tokens", 40, "--json")
+    assert status == 0
+    found = json.loads(printed.out)
+    assert (found["pairs"], found["measure"]) == (1, "score")
+    assert found["accuracy"] == float(found["margin"] > 0)
+    assert "1 rows exceed data.max_tokens: 40" in printed.err
+    assert "reading 1 pairs" in printed.err
+    status, printed = call("chat", run, "--prompt", "Q?")
+    assert (status, printed.out) == (2, "")
+    told = printed.err.strip().splitlines()[-1]
+    assert told.startswith(
+        f"finetune chat: {run}/adapter: is a reward model, which gives texts a score and cannot speak;"
+    )
