@@ -75,6 +75,7 @@ def build_dry_model(
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
         base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        base.tie_weights()  # which is left out with the initialization, and would count the native form's table twice
         if section.quantize != "none":
             settings = make_quantization(section.quantize, precision.weights)
             base.hf_quantizer = AutoHfQuantizer.from_config(settings)

@@ -57,14 +57,17 @@ def make_recipe(tmp_path):
 
 def build_real_trainer(recipe):
     """Build a run's trainer over rows that fill every batch: where a batch has several, every second is a token shorter."""
-    precision = choose_precision(recipe.model.dtype, torch.device("cpu"), recipe.adapter.kind == "none")
+    pretrains = METHODS[recipe.method].pretraining is not None
+    precision = choose_precision(
+        recipe.model.dtype, torch.device("cpu"), recipe.adapter.kind == "none", keeps_masters=pretrains
+    )
     base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
     model = attach_adapter(
         load_base(base, recipe.model, precision, torch.device("cpu"), METHODS[recipe.method].head), recipe.adapter, base
     )
     rows = make_full_rows(recipe)
     train = concatenate_datasets([rows.train] * recipe.trainer.get("gradient_accumulation_steps", 1))
-    if recipe.trainer.get("per_device_train_batch_size", 8) > 1:
+    if recipe.trainer.get("per_device_train_batch_size", 8) > 1 and not pretrains:  # whose rows are packed full
         columns = {
             name: [
                 row[: len(row) - number % 2] if isinstance(row, list) else row for number, row in enumerate(train[name])

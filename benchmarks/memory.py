@@ -1,0 +1,121 @@
+"""What a plan says that a training step takes, against the resident memory of a real run on the CPU. Linux only.
+
+    python benchmarks/memory.py [--repeats 1]
+
+A random Llama, 512 wide with 8 layers, rows of 2,048 tokens, two steps, each recipe in a process of its own. What is compared is the
+growth of the process while it trains: weights and adapter are there before, and a small run has loaded what Python loads
+late. Writes memory.md beside this file.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from finetune.check import load_recipe
+from finetune.plan.memory import measure_step
+from finetune.plan.stages import ADAPTER
+from finetune.resources import list_recipes
+
+# Small steps would drown in what Python and the C library take for themselves.
+TOKENS = 2048
+LORA = ("sft_lora", "adapter.train_tokens=[]", "trainer.gradient_accumulation_steps=1")
+FULL = ("sft_full", "trainer.optim=adamw_torch", "model.dtype=auto")
+KEEPS = "trainer.gradient_checkpointing=false"
+CASES = {
+    "LoRA": LORA,
+    "LoRA, keeps activations": (*LORA, KEEPS),
+    "nf4": (*LORA, "model.quantize=nf4"),
+    "nf4, keeps activations": (*LORA, "model.quantize=nf4", KEEPS),
+    "all weights": (*FULL, "trainer.gradient_accumulation_steps=1"),
+    "all weights, accumulated": (*FULL, "trainer.gradient_accumulation_steps=2"),
+    "packed": (*LORA, "trainer.packing=true", KEEPS),
+    "DPO": ("dpo_lora", "adapter.train_tokens=[]", "trainer.gradient_accumulation_steps=1"),
+}
+# Weights are mapped from their file, and their pages count only once they were read. `clear_refs` makes the peak begin anew.
+CHILD = """
+import ctypes, gc, sys
+from pathlib import Path
+from finetune.check import load_recipe
+from tests.plan.conftest import build_real_trainer
+
+def read(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+
+recipe, *overrides = sys.argv[1:]
+build_real_trainer(load_recipe(Path(recipe), [*overrides, "model.checkpoint=nano", "data.max_tokens=64"])).train()
+trainer = build_real_trainer(load_recipe(Path(recipe), overrides))
+for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+    tensor.detach().float().sum()
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = read("VmRSS")
+trainer.train()
+print(read("VmHWM") - before)
+"""
+
+
+def save_start(folder: Path) -> None:
+    """Write the random Llama that is trained."""
+    config = LlamaConfig(
+        vocab_size=6000,
+        hidden_size=512,
+        intermediate_size=1280,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def measure_growth(recipe: Path, overrides: list[str]) -> int:
+    """Train in a process of its own; return the bytes that it grows by."""
+    # Otherwise the C library keeps what was freed, and tensors of many sizes leave gaps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(recipe), *overrides]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Plan and measure every case, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the table goes")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{platform.machine()}, Python {platform.python_version()}; median of {arguments.repeats}.",
+        "",
+        "| | planned growth, MB | resident growth, MB | difference |",
+        "|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        save_start(Path(folder) / "start")
+        for case, (name, *overrides) in CASES.items():
+            overrides += [f"model.checkpoint={folder}/start", f"output={folder}/run", f"data.max_tokens={TOKENS}"]
+            recipe = list_recipes()[name]
+            peak = measure_step(load_recipe(recipe, overrides), is_gpu=False).peak
+            there = sum(size for part, size in peak.parts.items() if part.startswith(("weights", ADAPTER)))
+            planned = peak.bytes - there
+            grown = statistics.median(measure_growth(recipe, overrides) for _ in range(arguments.repeats))
+            lines.append(f"| {case} | {planned / 1e6:.1f} | {grown / 1e6:.1f} | {grown / planned - 1:+.1%} |")
+            print(lines[-1], file=sys.stderr)
+    table = "\n".join(lines) + "\n"
+    print(table)
+    (arguments.output / "memory.md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
