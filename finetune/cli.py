@@ -231,14 +231,18 @@ def _run_train(arguments: argparse.Namespace) -> int:
     if is_chain(arguments.recipe):
         chain = load_chain(arguments.recipe, arguments.set)
         from finetune.chain import describe_chain, run_chain
+        from finetune.train.engine import leave_processes
 
         done = run_chain(chain, arguments.resume, arguments.force)
+        leave_processes()
         return _print_result(arguments, asdict(done), describe_chain(done))
     recipe = load_recipe(arguments.recipe, arguments.set)
     from finetune.plan.ladder import train_on_device
+    from finetune.train.engine import leave_processes
     from finetune.train.summary import describe_run
 
     summary = train_on_device(recipe, arguments.resume, arguments.force)
+    leave_processes()
     text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
     return _print_result(arguments, asdict(summary), text)
 
@@ -348,7 +352,7 @@ def _quiet_libraries() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("finetune")
-    ours.addHandler(handler)
+    ours.handlers = [handler]  # not one more for every call from another program
     ours.setLevel(logging.INFO if _is_main_process() else logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

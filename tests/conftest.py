@@ -1,5 +1,6 @@
 """What every test starts from: a cache of its own, and the nano checkpoint in it."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FINETUNE_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def keep_logging_as_it_was():
+    """The command line sends our notes to the standard error of the test that calls it."""
+    logger = logging.getLogger("finetune")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The command line as a person uses it: exit codes, one clear message, clean standard output, nothing half-written."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -21,15 +20,6 @@ adapter: {rank: 2}
 trainer: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false, disable_tqdm: true}
 output: run
 """
-
-
-@pytest.fixture(autouse=True)
-def keep_logging_as_it_was():
-    logger = logging.getLogger("finetune")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -110,6 +110,12 @@ def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype)
 
 
+def leave_processes() -> None:
+    """End the talk between processes: one that merely exits may be ended by its own threads, with a failed status."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """Return the trained weights whole on the main process, nothing on the others, or None where every process has them.
 

@@ -1,7 +1,6 @@
 """Preference runs as a whole: resumed they are the same run, what is computed of the start is kept, bad rows are named."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -15,15 +14,6 @@ from finetune.train.rewards import RULES, Rule
 from finetune.train.run import run_training
 
 SAVING = ["trainer.max_steps=4", "trainer.save_strategy=steps", "trainer.save_steps=2"]
-
-
-@pytest.fixture(autouse=True)
-def keep_logging_as_it_was():
-    logger = logging.getLogger("finetune")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 @pytest.fixture
