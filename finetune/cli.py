@@ -7,11 +7,9 @@ import atexit
 import gc
 import io
 import json
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import FrameType
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.command_line import Verb, make_parser
 from finetune.errors import FinetuneError, RecipeError
+from finetune.libraries import is_main_process, load_for_plan, quiet_libraries
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
     arguments = make_parser(_VERBS).parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
     # At the end Python would search everything that torch has loaded for garbage, a third of a second for nothing.
     atexit.register(gc.freeze)
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = arguments.run(arguments)
         sys.stdout.flush()
     except FinetuneError as error:
-        if _is_main_process():
+        if is_main_process():
             print(f"finetune {arguments.verb}: {error}", file=sys.stderr)
         status = _USER_ERROR
     except KeyboardInterrupt:
@@ -168,8 +167,9 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     recipes = _load_recipes(arguments)
     memory = parse_memory(arguments.memory) if arguments.memory else None
-    from finetune.plan.automatic import choose_settings, describe_choices
-    from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
+    with load_for_plan():
+        from finetune.plan.automatic import choose_settings, describe_choices
+        from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
 
     engine, processes = arguments.engine, arguments.processes
     if arguments.accelerate is not None:
@@ -334,31 +334,10 @@ _VERBS: Mapping[str, Verb] = {
 
 
 def _print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:
-    if _is_main_process():
+    if is_main_process():
         print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
     return _SUCCESS
 
 
 def _to_json(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value), default=str))
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _quiet_libraries() -> None:
-    """Send our notes to standard error as plain lines, and keep what libraries say to themselves out of them."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("finetune")
-    ours.handlers = [handler]  # not one more for every call from another program
-    ours.setLevel(logging.INFO if _is_main_process() else logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in ("bitsandbytes", "accelerate", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    # Deprecations inside the libraries are for this kit's authors, whose tests turn them into errors.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)

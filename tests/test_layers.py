@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each layer may import the earlier ones; modules of one layer may import each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "libraries"},
     {"folders", "resources", "checkpoints"},
     {"mixtures"},
     {"recipe", "recipe_file"},

@@ -1,11 +1,13 @@
 """Build a recipe's real model without its weights, and rows that fill every batch to the last token."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes import functional as quantization
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
@@ -83,11 +85,12 @@ def build_dry_model(
             base.hf_quantizer.postprocess_model(base)
         model = attach_adapter(base, recipe.adapter, Path(section.checkpoint))
     moved: dict[int, torch.nn.Parameter] = {}
+    quantized: dict[torch.Size, Any] = {}
     for module in model.modules():
         _move_to_fake_cpu(module, fake, moved)
         if isinstance(module, Linear4bit):
             with fake:
-                _quantize_layer(module, precision.weights)
+                _quantize_layer(module, precision.weights, quantized)
         if isinstance(module, Linear8bitLt):
             with fake:
                 _quantize_layer_to_int8(module)
@@ -110,15 +113,31 @@ def _move_to_fake_cpu(module: torch.nn.Module, fake: FakeTensorMode, moved: dict
             module._buffers[name] = FakeTensor(fake, torch.empty_like(buffer, device="meta"), cpu)
 
 
-def _quantize_layer(layer: Linear4bit, dtype: torch.dtype) -> None:
-    """Give a layer the 4-bit weight, its scales and their scales that bitsandbytes makes at loading."""
+def _quantize_layer(layer: Linear4bit, dtype: torch.dtype, quantized: dict[torch.Size, Any]) -> None:
+    """Give a layer the 4-bit weight, its scales and their scales that bitsandbytes makes at loading.
+
+    `quantized` holds one of each shape: one more like it takes a fifth of the time, and there are 392.
+    """
     dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
-    packed, state = quantization.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
-    weight: Any = torch.nn.Parameter(packed, requires_grad=False)
-    weight.quant_state = state
+    if dense.shape not in quantized:
+        quantized[dense.shape] = quantization.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
+    packed, state = quantized[dense.shape]
+    weight: Any = torch.nn.Parameter(torch.empty_like(packed), requires_grad=False)
+    weight.quant_state = _make_alike(state)
     layer.weight = weight
     if layer.bias is not None:
         layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
+def _make_alike(state: QuantState) -> QuantState:
+    """Return a state of the same sizes that shares no tensor."""
+    alike = copy.copy(state)
+    for name in ("absmax", "code", "offset"):
+        if getattr(state, name) is not None:
+            setattr(alike, name, torch.empty_like(getattr(state, name)))
+    if state.nested:
+        alike.state2 = _make_alike(state.state2)
+    return alike
 
 
 def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from finetune.plan.changes import is_packed
 from finetune.plan.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.kernels import (
+    CHEAPER_VIEW,
     GPU_WORKSPACES,
     MASKED_SELECTION,
     OffloadedActivations,
@@ -143,7 +144,7 @@ def _build_dry_trainer(
 def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
     is_one_row = read_batch(recipe) == 1 and not is_packed(recipe)
-    substitutes = {**MASKED_SELECTION, **answer_truths(is_one_row)}
+    substitutes = {**MASKED_SELECTION, **CHEAPER_VIEW, **answer_truths(is_one_row)}
     share = sharing.count_share if sharing.processes > 1 else None
     if is_gpu and recipe.optimizer.moments == "cpu":
         share = _leave_out_optimizer

@@ -29,9 +29,10 @@ from finetune.train.methods import METHODS
 from finetune.train.model import Precision, choose_device, choose_precision, load_base
 from finetune.train.online import bind_template, set_stop_tokens
 from finetune.train.origin import write_json
+from finetune.train.plot import draw_losses
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.train.pretraining import find_states
-from finetune.train.progress import draw_losses, read_metrics
+from finetune.train.progress import read_metrics
 from finetune.train.record import find_start
 from finetune.train.reference import describe_reference
 from finetune.train.result import PISSA_START, Setup, write_result

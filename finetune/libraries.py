@@ -1,0 +1,54 @@
+"""How a verb has the libraries: quiet, in one process of several, and loaded without what it does not need."""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
+
+
+def is_main_process() -> bool:
+    """Return whether this is the one process of a launch that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_libraries() -> None:
+    """Send our notes to standard error as plain lines, and keep what libraries say to themselves out of them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("finetune")
+    ours.handlers = [handler]  # not one more for every call from another program
+    ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("bitsandbytes", "accelerate", "trl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # Deprecations inside the libraries are for this kit's authors, whose tests turn them into errors.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+
+
+@contextlib.contextmanager
+def load_for_plan() -> Iterator[None]:
+    """Import inside it what a plan needs, without what takes three of a plan's twenty seconds and serves none.
+
+    That is torch's compiler, which bitsandbytes has loaded for kernels that no plan runs, and the search for garbage
+    among all that stays loaded.
+    """
+    asked = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if asked is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = asked

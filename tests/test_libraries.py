@@ -1,0 +1,34 @@
+"""How libraries are loaded for a plan."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune.libraries import load_for_plan
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_loading_leaves_the_process_as_it_was(monkeypatch, asked):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", asked)
+    with pytest.raises(ImportError), load_for_plan():
+        assert not gc.isenabled() and os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        raise ImportError
+    assert gc.isenabled() and os.environ.get("TORCHDYNAMO_DISABLE") == asked
+
+
+def test_a_plan_loads_no_compiler_and_no_plots():
+    """Each took a second or half of one: torch's compiler by way of bitsandbytes, matplotlib by the trainer's callbacks."""
+    code = (
+        "import sys\n"
+        "from finetune.cli import main\n"
+        "try: main(['plan', 'sft_qlora', '-s', 'model.checkpoint=nano', '--json'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([name for name in ('torch._inductor.compile_fx', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
