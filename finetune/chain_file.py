@@ -16,7 +16,14 @@ import yaml
 from finetune.check import find_file, find_recipe, list_problems, resolve_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.recipe import Recipe, to_plain
-from finetune.recipe_file import Draft, apply_override, expand_shorthand, load_recipe_file, read_section
+from finetune.recipe_file import (
+    Draft,
+    apply_override,
+    apply_overrides,
+    expand_shorthand,
+    load_recipe_file,
+    read_section,
+)
 from finetune.yulan.sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -219,8 +226,7 @@ class _ChainReader:
 
     def _override(self, name: str, content: Content, shared: Sequence[str]) -> None:
         own = [text.removeprefix(f"{name}.") for text in self._own if text.startswith(f"{name}.")]
-        for override in (*shared, *own):
-            apply_override(content, override, self._problems)
+        apply_overrides(content, (*shared, *own), self._problems)
 
     def _read_named_recipe(self, item: Content) -> Content:
         """Return what the recipe file of a stage says, its data found beside that file."""

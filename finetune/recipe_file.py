@@ -17,6 +17,9 @@ import yaml
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.recipe import Recipe
 
+# As transformers names them, and its default.
+_BATCH, _ACCUMULATION, _BATCH_BY_DEFAULT = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -78,8 +81,7 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     content = load_recipe_file(source)
     expand_shorthand(content)
     problems: list[str] = []
-    for override in overrides:
-        apply_override(content, override, problems)
+    apply_overrides(content, overrides, problems)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
 
@@ -137,6 +139,12 @@ def _suggest_neighbour(source: Path) -> str:
     return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
 
 
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
+    """Set every `section.key=value` in what a recipe says, first `trainer.auto`, which opens what the recipe says itself."""
+    for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
+        apply_override(content, override, problems)
+
+
 def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
     """Set one `section.key=value` in what a recipe says; what is wrong with it goes to the problems."""
     path, equals, text = override.partition("=")
@@ -155,6 +163,19 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
         target = inner
     # YAML would take the star of a glob for a reference to something named elsewhere.
     target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
+    if path == "trainer.auto" and target[key] is True:
+        _open_split(target)
+
+
+def _open_split(trainer: dict[str, Any]) -> None:
+    """Leave to `auto`, which was asked for after the recipe was written, how the rows of its steps are computed."""
+    batch, accumulation = trainer.get(_BATCH, _BATCH_BY_DEFAULT), trainer.get(_ACCUMULATION, 1)
+    if not isinstance(batch, int) or not isinstance(accumulation, int):
+        return  # which is a problem of its own
+    if {_BATCH, _ACCUMULATION} & set(trainer):
+        trainer.setdefault("global_batch", batch * accumulation)
+    for key in (_BATCH, _ACCUMULATION, "gradient_checkpointing"):
+        trainer.pop(key, None)
 
 
 def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:

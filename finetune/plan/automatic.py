@@ -12,7 +12,7 @@ from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.plan.changes import list_changes
 from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe import Recipe
-from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_global_batch
+from finetune.train.batches import ACCUMULATION, AUTO, BATCH, GLOBAL_BATCH, read_global_batch
 from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
 
@@ -55,24 +55,51 @@ def choose_settings(recipe: Recipe, target: Target) -> tuple[Recipe, tuple[Choic
         MachineError: the target has no memory to fit.
         TrainingError: nothing that keeps the training fits.
     """
-    if not recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION} <= set(recipe.trainer):
+    said = set(recipe.trainer)
+    if not recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_KEEP} <= said:  # which what was chosen once has all
         return recipe, ()
     if target.memory_bytes is None:
         raise MachineError("trainer.auto: say what has to be fitted: --memory 8GB, or --gpu NAME")
+    is_split = {BATCH, ACCUMULATION} <= said
+    rows = _count_rows(recipe, target, is_split)
+    recipe = _split_rows(recipe, rows, _read_start(recipe))
+    recipe, plan, choices = _choose_level(recipe, target)
+    if is_split:
+        return recipe, tuple(choices)
+    recipe, plan = _grow_batch(recipe, target, plan, rows)
+    settings = {key: recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
+    return recipe, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
+
+
+def _read_start(recipe: Recipe) -> int:
+    """Return how many rows at once the choice begins with: the recipe's, or as few as its method compares."""
+    return int(recipe.trainer.get(BATCH, METHODS[recipe.method].smallest_batch))
+
+
+def _count_rows(recipe: Recipe, target: Target, is_split: bool) -> int:
+    """Return the rows of one process's share of a step."""
+    batch = _read_start(recipe)
+    if is_split:
+        rows = batch * int(recipe.trainer[ACCUMULATION])
+        if recipe.trainer.get(GLOBAL_BATCH, rows * target.processes) != rows * target.processes:
+            raise RecipeError(
+                "trainer",
+                [
+                    f"global_batch: {recipe.trainer[GLOBAL_BATCH]} rows, but {BATCH} and {ACCUMULATION} make "
+                    f"{rows * target.processes} with {target.processes} processes; leave one of the two out"
+                ],
+            )
+        return rows
     rows, left = divmod(read_global_batch(recipe), target.processes)
-    if left or rows % recipe.trainer.get(BATCH, 1):
+    if left or rows % batch:
         raise RecipeError(
             "trainer",
             [
                 f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
-                f"in batches of {recipe.trainer.get(BATCH, 1)}"
+                f"in batches of {batch}"
             ],
         )
-    recipe = _split_rows(recipe, rows, recipe.trainer.get(BATCH, 1))
-    recipe, plan, choices = _choose_level(recipe, target)
-    recipe, plan = _grow_batch(recipe, target, plan, rows)
-    settings = {key: recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
-    return recipe, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
+    return rows
 
 
 def _split_rows(recipe: Recipe, rows: int, batch: int) -> Recipe:

@@ -4,9 +4,10 @@ import gc
 import logging
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from finetune.plan.forecast import Plan, check_fits, find_target, make_plan
 from finetune.recipe import Recipe, dump_recipe
 from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation, read_batch
 from finetune.train.engine import find_engine
+from finetune.train.methods import METHODS
 from finetune.train.model import choose_device
 from finetune.train.record import find_complete_checkpoint
 from finetune.train.run import run_training
@@ -84,8 +86,9 @@ def train_within_memory(recipe: Recipe, resume: bool = False) -> RunSummary:
 
 def list_steps_down(recipe: Recipe) -> Iterator[Change]:
     """Yield what takes less memory and computes the same updates, the cheapest first."""
-    batch, rows = read_batch(recipe), read_batch(recipe) * read_accumulation(recipe)
-    smaller = next((size for size in range(batch - 1, 0, -1) if rows % size == 0), None)
+    batch, rows = read_batch(recipe), _count_rows(recipe)
+    smallest = METHODS[recipe.method].smallest_batch
+    smaller = next((size for size in range(batch - 1, smallest - 1, -1) if rows % size == 0), None)
     if smaller is not None:
         settings = {f"trainer.{BATCH}": smaller, f"trainer.{ACCUMULATION}": rows // smaller}
         yield Change(settings, f"the same {rows} rows a step, fewer at once")
@@ -113,7 +116,21 @@ def restore_choices(recipe: Recipe) -> Recipe:
         return recipe
     content = yaml.safe_load(saved.read_text(encoding="utf-8"))
     chosen = {key: value for key, value in content.get("trainer", {}).items() if key in DECIDED}
-    return replace(recipe, trainer={**chosen, **recipe.trainer})
+    restored = replace(recipe, trainer={**chosen, **recipe.trainer})
+    # Where memory ran out the run went on, and goes on, with less of it at once than its recipe says.
+    before = replace(recipe, trainer=chosen)
+    if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
+        restored = replace(restored, trainer={**restored.trainer, **_pick(chosen, BATCH, ACCUMULATION)})
+    steps = {key: True for key in ("gradient_checkpointing", "activation_offloading") if chosen.get(key) is True}
+    return replace(restored, trainer={**restored.trainer, **steps})
+
+
+def _count_rows(recipe: Recipe) -> int:
+    return read_batch(recipe) * read_accumulation(recipe)
+
+
+def _pick(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}
 
 
 def describe_shortage(recipe: Recipe, reason: str) -> str:

@@ -13,22 +13,20 @@ from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.plan import automatic
 from finetune.plan.automatic import choose_settings
 from finetune.plan.forecast import Plan, Target
-from finetune.plan.ladder import list_steps_down, train_within_memory
+from finetune.plan.ladder import list_steps_down, restore_choices, train_within_memory
+from finetune.recipe import dump_recipe
 from finetune.recipe_file import read_recipe
+from finetune.train.batches import ACCUMULATION, BATCH
 
 AUTO = ("sft_lora", "adapter.train_tokens=[]", "trainer.auto=true", "trainer.global_batch=12")
 
 
 @pytest.fixture
 def make_auto(make_recipe):
-    """Return a function that makes an automatic recipe: the shipped one's own split is taken out."""
+    """Return a function that makes an automatic recipe, which leaves everything open but the rows of a step."""
 
-    def make(
-        *overrides, without=("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-    ):
-        recipe = make_recipe(*AUTO, *overrides)
-        trainer = {key: value for key, value in recipe.trainer.items() if key not in without}
-        return automatic.replace(recipe, trainer=trainer)
+    def make(*overrides):
+        return make_recipe(*AUTO, *overrides)
 
     return make
 
@@ -76,7 +74,7 @@ def test_as_little_as_needed_is_changed(make_auto, plan_by_formula, memory, expe
 def test_what_the_recipe_says_is_kept(make_auto, plan_by_formula):
     recipe, _ = choose_settings(make_auto("trainer.optim=adamw_torch"), Target(True, 119))
     assert recipe.trainer["optim"] == "adamw_torch"
-    fixed = make_auto(without=("per_device_train_batch_size", "gradient_accumulation_steps"))  # checkpointing stays on
+    fixed = make_auto("trainer.gradient_checkpointing=true")
     recipe, _ = choose_settings(fixed, Target(True, 10_000))
     assert recipe.trainer["gradient_checkpointing"] is True
     shared, _ = choose_settings(make_auto(), Target(True, 10_000, None, "ddp", 4))
@@ -113,18 +111,47 @@ def test_wrong_keys_are_refused(make_recipe, overrides, message):
 
 
 def test_plan_resolves_auto_with_the_real_plan(capsys):
-    command = ["plan", "sft_auto_test", "--memory", "2GB", "--json"]
-    command[1] = "sft_lora"
+    """A shipped recipe says how its 16 rows are split, and `-s trainer.auto=true` changed nothing without a word."""
+    command = ["plan", "sft_lora", "--memory", "2GB", "--json"]
     settings = ["model.checkpoint=nano", "data.max_tokens=128", "adapter.train_tokens=[]", "trainer.auto=true"]
-    settings += ["trainer.global_batch=4", "trainer.gradient_accumulation_steps=4"]
     for setting in settings:
         command += ["-s", setting]
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["choices"] == []  # the shipped recipe splits its rows itself
+    assert [choice["settings"] for choice in plan["choices"]] == [
+        {"gradient_checkpointing": False},
+        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    ]
     assert plan["fits"]
+
+
+def test_what_the_command_line_asks_for_opens_the_split_of_the_file(make_recipe):
+    opened = make_recipe("sft_lora", "trainer.learning_rate=1e-3", "trainer.auto=true").trainer
+    assert opened["global_batch"] == 16 and not {BATCH, ACCUMULATION, "gradient_checkpointing"} & set(opened)
+    said = make_recipe("sft_lora", f"trainer.{BATCH}=2", "trainer.global_batch=12", "trainer.auto=true").trainer
+    assert (said["global_batch"], said[BATCH]) == (12, 2)
+
+
+def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
+    fixed = make_auto(f"trainer.{BATCH}=2", f"trainer.{ACCUMULATION}=6")
+    recipe, choices = choose_settings(fixed, Target(True, 179))
+    assert (recipe.trainer[BATCH], recipe.trainer[ACCUMULATION]) == (2, 6)
+    assert [choice.settings for choice in choices] == [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+    ]
+    with pytest.raises(RecipeError, match=r"global_batch: 12 rows, but .* make 24 with 2 processes"):
+        choose_settings(fixed, Target(True, 1000, None, "ddp", 2))
+
+
+def test_methods_that_compare_rows_begin_with_as_many(make_recipe, plan_by_formula):
+    """KTO needs two rows at once, and was planned with one."""
+    recipe, _ = choose_settings(make_recipe("kto_qlora", "trainer.auto=true"), Target(True, 179))
+    assert recipe.trainer[BATCH] == 2
+    steps = [change.settings for change in list_steps_down(recipe)]
+    assert not any(f"trainer.{BATCH}" in settings for settings in steps)
 
 
 ROWS = (
@@ -188,6 +215,18 @@ def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, 
         assert read_losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
         resolved = read_recipe(tmp_path / name / "recipe.yaml").recipe.trainer
         assert (resolved["per_device_train_batch_size"], resolved["gradient_accumulation_steps"]) == (2, 4)
+
+
+def test_a_run_that_stepped_down_goes_on_as_it_is(make_recipe, tmp_path):
+    """Its recipe, which said 4 x 2, was taken for a changed one, and a chain with it could not be resumed."""
+    split = [f"trainer.{BATCH}=4", f"trainer.{ACCUMULATION}=2", "trainer.gradient_checkpointing=false"]
+    recipe = make_recipe("sft_lora", "trainer.auto=true", *split, f"output={tmp_path}")
+    smaller = {BATCH: 2, ACCUMULATION: 4, "gradient_checkpointing": True}
+    saved = automatic.replace(recipe, trainer={**recipe.trainer, **smaller})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(saved), encoding="utf-8")
+    assert restore_choices(recipe) == saved
+    other = automatic.replace(recipe, trainer={**recipe.trainer, ACCUMULATION: 3})
+    assert restore_choices(other).trainer[ACCUMULATION] == 3  # another number of rows is another run
 
 
 def test_without_auto_the_message_says_what_grew(small_run, tmp_path, monkeypatch, capsys):
