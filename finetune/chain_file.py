@@ -6,7 +6,7 @@ that. Precedence: the recipe file that a stage names, the top of the chain, the 
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.check import find_file, find_recipe, list_problems, resolve_recipe
+from finetune.check_preference import check_early_reference
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.recipe import Recipe, to_plain
 from finetune.recipe_file import (
@@ -24,6 +25,8 @@ from finetune.recipe_file import (
     load_recipe_file,
     read_section,
 )
+from finetune.resources import list_templates
+from finetune.train.methods import METHODS
 from finetune.yulan.sizes import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -175,9 +178,11 @@ class _ChainReader:
         if not isinstance(options, dict):
             self._problems.append("export: must be a section of keys and values, such as {dtype: bfloat16}")
             options = {}
-        if not before:
-            self._problems.append("export: no stage before it trains, so there is nothing to export")
         settings = read_section(ExportSection, options, "export.", self._problems)
+        if before:
+            self._problems += _list_export_problems(settings, before[-1].recipe)
+        else:
+            self._problems.append("export: no stage before it trains, so there is nothing to export")
         try:
             parse_size(settings.max_shard_size)
         except FinetuneError as error:
@@ -208,7 +213,9 @@ class _ChainReader:
         recipe = resolve_recipe(draft)
         if not before:
             return TrainStage(name, recipe, None)
-        return TrainStage(name, self._adopt(recipe, before[-1].recipe, item), Path(before[-1].recipe.output))
+        recipe = self._adopt(recipe, before[-1].recipe, item)
+        self._problems += _list_following_problems(recipe, before[-1].recipe)
+        return TrainStage(name, recipe, Path(before[-1].recipe.output))
 
     def _adopt(self, recipe: Recipe, earlier: Recipe, item: Content) -> Recipe:
         """Return a later stage's recipe with the form of the adapter that it goes on with; the stage itself may not change it."""
@@ -240,11 +247,43 @@ class _ChainReader:
             return {}
         content.pop("output", None)
         data = content.get("data")
-        for key in ("train", "eval", "template"):
-            if isinstance(data, dict) and isinstance(data.get(key), str):
-                found = find_file(data[key], path.parent)
-                data[key] = str(found) if found and key != "template" else data[key]
+        if isinstance(data, dict):
+            for key in {"train", "eval", "sources"} & set(data):
+                data[key] = _find_sources(data[key], path.parent)
+            if data.get("template") not in list_templates():
+                data |= {key: _find_sources(data[key], path.parent) for key in ("template",) if key in data}
         return content
+
+
+def _list_following_problems(recipe: Recipe, earlier: Recipe) -> Iterator[str]:
+    """Yield why a stage cannot go on from the one before, which would show only when that has been trained."""
+    method = METHODS[recipe.method]
+    if METHODS[earlier.method].head == "score" != method.head:
+        yield f"method: the stage before trains a reward model, which cannot speak; {recipe.method} needs a language model"
+    if earlier.adapter.kind != "none":
+        yield from check_early_reference(recipe, method)
+
+
+def _list_export_problems(settings: ExportSection, earlier: Recipe) -> Iterator[str]:
+    """Yield why the stage before cannot be exported so, which would show only when that has been trained."""
+    if METHODS[earlier.method].head == "score":
+        yield "export: the stage before trains a reward model, and an export is a Llama that speaks; remove this stage"
+    if settings.base == "dequantized" and earlier.model.quantize == "none":
+        yield "export.base: dequantized is for adapters of quantized stages; set full"
+    if settings.base == "auto" and not settings.verify and earlier.model.quantize != "none":
+        yield "export.base: auto chooses by measuring, which verify: false leaves out; remove one of the two"
+
+
+def _find_sources(value: Any, folder: Path) -> Any:
+    """Return what a recipe says of its rows with every path that is there made absolute, the recipe's folder looked in first."""
+    if isinstance(value, str):
+        return str(find_file(value, folder) or value)
+    if isinstance(value, list):
+        return [_find_sources(item, folder) for item in value]
+    if isinstance(value, dict):  # names with their sources, or one source and how much of it
+        paths = {key for key in value if key == "path" or ("path" not in value and "hub" not in value)}
+        return {key: _find_sources(item, folder) if key in paths else item for key, item in value.items()}
+    return value
 
 
 def _merge(content: Content, changes: Content) -> None:

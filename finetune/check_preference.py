@@ -48,7 +48,14 @@ def _check_reference(recipe: Recipe, method: Method) -> Iterator[str]:
             "remove this key"
         )
     earlier = find_earlier(recipe.model.checkpoint)
-    if precomputes and recipe.adapter.train_tokens and earlier is not None and earlier.kind == "adapter":
+    if earlier is not None and earlier.kind == "adapter":
+        yield from check_early_reference(recipe, method)
+
+
+def check_early_reference(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Yield what is wrong with the reference of a recipe that goes on with an adapter."""
+    precomputes = recipe.trainer.get("precompute_ref_log_probs")
+    if method.has_reference and precomputes and recipe.adapter.train_tokens:
         yield (
             "trainer.precompute_ref_log_probs: is computed before TRL knows the trained token rows of the earlier run; "
             "remove this key (the frozen copy of its adapter takes hardly any memory)"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from finetune.chain_file import ExportStage, TrainStage, dump_chain, is_chain, load_chain
 from finetune.check import load_recipe
 from finetune.errors import RecipeError
+from finetune.recipe import SourceSection
 
 CHAIN = """
 model: {checkpoint: nano, quantize: nf4}
@@ -126,6 +128,28 @@ def test_a_stage_may_name_a_recipe(write, tmp_path):
     assert two.recipe.model.checkpoint == "nano"  # the top of the chain stands above a named recipe
 
 
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("[mine.jsonl]", ("{}",)),
+        ("[{path: mine.jsonl, rows: 1}, mine.jsonl]", (SourceSection(path="{}", rows=1), "{}")),
+        ("[{hub: owner/mine, rows: 1}]", (SourceSection(hub="owner/mine", rows=1),)),
+    ],
+)
+def test_rows_of_a_named_recipe_are_found_beside_it(write, tmp_path, train, expected):
+    """Only a single path was; a list or a mapping was looked for beside the chain."""
+    (tmp_path / "sub").mkdir()
+    rows = tmp_path / "sub" / "mine.jsonl"
+    rows.write_text('{"prompt": "q", "completion": "a"}\n', encoding="utf-8")
+    (tmp_path / "sub" / "mine.yaml").write_text(f"data: {{train: {train}, max_tokens: 64}}\n", encoding="utf-8")
+    chain = load_chain(write("model: {checkpoint: nano}\nstages: [{name: one, recipe: sub/mine.yaml}]\n"))
+    found = [
+        source.format(rows) if isinstance(source, str) else replace(source, path=source.path.format(rows))
+        for source in expected
+    ]
+    assert list(chain.trainings[0].recipe.data.train) == found
+
+
 def test_every_problem_is_told_with_its_stage(write):
     path = write(
         """
@@ -165,6 +189,19 @@ stages:
         ("[{name: a, recipe: nothing.yaml}]", "a: recipe: nothing.yaml: there is no such file"),
         ("[{name: a}, {name: out, export: [1]}]", "out: export: must be a section of keys and values"),
         ("[{name: a}, {name: b, export: {max_shard_size: large}}]", "b: export.max_shard_size: "),
+        # These showed only after the stage before had been trained.
+        ("[{name: a, method: reward}, {name: b, method: dpo}]", "b: method: the stage before trains a reward model"),
+        ("[{name: a, method: reward}, {name: b, export: {}}]", "b: export: the stage before trains a reward model"),
+        ("[{name: a}, {name: b, export: {base: dequantized}}]", "b: export.base: dequantized is for adapters"),
+        (
+            "[{name: a, model: {quantize: nf4}}, {name: b, export: {base: auto, verify: false}}]",
+            "b: export.base: auto chooses by measuring",
+        ),
+        # The reference lacked the trained token rows, without a word.
+        (
+            "[{name: a, adapter: {train_tokens: [5]}}, {name: b, method: dpo, trainer: {precompute_ref_log_probs: true}}]",
+            "b: trainer.precompute_ref_log_probs: is computed before TRL knows",
+        ),
     ],
 )
 def test_each_mistake_has_its_own_sentence(write, stages, problem):
