@@ -56,6 +56,7 @@ class TrainStage:
     name: str
     recipe: Recipe
     follows: Path | None
+    goes_on: bool = False  # with the adapter of the run before
 
     @property
     def run_recipe(self) -> Recipe:
@@ -215,7 +216,8 @@ class _ChainReader:
             return TrainStage(name, recipe, None)
         recipe = self._adopt(recipe, before[-1].recipe, item)
         self._problems += _list_following_problems(recipe, before[-1].recipe)
-        return TrainStage(name, recipe, Path(before[-1].recipe.output))
+        goes_on = before[-1].recipe.adapter.kind != "none"
+        return TrainStage(name, recipe, Path(before[-1].recipe.output), goes_on)
 
     def _adopt(self, recipe: Recipe, earlier: Recipe, item: Content) -> Recipe:
         """Return a later stage's recipe with the form of the adapter that it goes on with; the stage itself may not change it."""

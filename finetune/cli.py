@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +166,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     from finetune.plan.hardware import parse_memory
 
     recipes = _load_recipes(arguments)
+    continued = _list_continued(arguments)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     with load_for_plan():
         from finetune.plan.automatic import choose_settings, describe_choices
@@ -180,6 +181,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     def plan_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
         target = choose_target(recipe, memory, arguments.gpu, engine, processes)
+        target = replace(target, goes_on=stage in continued)
         recipe, choices = choose_settings(recipe, target)
         notes = f"\n\n{describe_choices(choices)}" if choices else ""
         if not arguments.fit:
@@ -201,6 +203,15 @@ def _load_recipes(arguments: argparse.Namespace) -> Mapping[str, Recipe]:
     if is_chain(arguments.recipe):
         return {stage.name: stage.recipe for stage in load_chain(arguments.recipe, arguments.set).trainings}
     return {"": load_recipe(arguments.recipe, arguments.set)}
+
+
+def _list_continued(arguments: argparse.Namespace) -> set[str]:
+    """Return the names of a chain's stages that go on with the adapter of the stage before."""
+    from finetune.chain_file import is_chain, load_chain
+
+    if not is_chain(arguments.recipe):
+        return set()
+    return {stage.name for stage in load_chain(arguments.recipe, arguments.set).trainings if stage.goes_on}
 
 
 def _print_each(

@@ -13,8 +13,9 @@ from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
 from finetune.train.origin import open_result
 
-# TRL's own defaults, from trl/trainer/grpo_config.py of 1.16.
+# TRL's own defaults, from trl/trainer/grpo_config.py and rloo_config.py of 1.16.
 _COMPLETION_TOKENS = 512
+_BETA = {"grpo": 0.0, "rloo": 0.05}
 _HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
@@ -38,6 +39,13 @@ def as_training_step(recipe: Recipe) -> Recipe:
     trainer["per_device_train_batch_size"] = read_batch(recipe)
     length = recipe.data.max_tokens + read_answer_tokens(recipe)
     return replace(recipe, method="sft", data=replace(recipe.data, max_tokens=length), trainer=trainer)
+
+
+def count_reference_scorings(recipe: Recipe) -> int:
+    """Return how often the reference reads the answers of an online method: once, where their distance counts."""
+    if not METHODS[recipe.method].is_online:
+        return 0
+    return int(float(recipe.trainer.get("beta", _BETA[recipe.method])) != 0)
 
 
 def count_cache_bytes(recipe: Recipe, sizes: Mapping[str, Any]) -> int:

@@ -26,8 +26,8 @@ class CardTime:
     tokens_per_second: float
 
 
-def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulation: int) -> StepWork:
-    """Return the work of one step.
+def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulation: int, scorings: int = 0) -> StepWork:
+    """Return the work of one step, with so many more scorings of its texts than its method has by itself.
 
     A matrix of n weights costs 2n operations a token forward and as many for the gradient of its input; the gradient of
     the weights as many again where they are trained; a checkpointed layer runs forward twice. Attention over rows of s
@@ -44,7 +44,7 @@ def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulatio
     for_linear = 2 * linear * (2 + again + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + again + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))
-    for_scoring = _count_scorings(recipe) * 2 * (linear + length * width * layers + table)
+    for_scoring = (scorings + _count_scorings(recipe)) * 2 * (linear + length * width * layers + table)
     tokens = batch * accumulation * length * (2 if METHODS[recipe.method].shape == "pair" else 1)
     return StepWork(tokens, int(tokens * (for_linear + for_attention + for_logits + for_scoring)))
 

@@ -9,7 +9,13 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
-from finetune.plan.answering import add_answers, as_training_step, count_cache_bytes, count_judge_bytes
+from finetune.plan.answering import (
+    add_answers,
+    as_training_step,
+    count_cache_bytes,
+    count_judge_bytes,
+    count_reference_scorings,
+)
 from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
@@ -25,9 +31,12 @@ from finetune.plan.hardware import (
     find_card,
 )
 from finetune.plan.memory import StepMemory, measure_step
+from finetune.plan.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.recipe import Recipe
 from finetune.train.batches import read_accumulation, read_batch
 from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
+from finetune.train.methods import METHODS
+from finetune.train.reference import starts_from_base
 
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
@@ -38,7 +47,8 @@ CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allo
 class Target:
     """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for.
 
-    With several processes, each has such a device, and the plan is of one of them.
+    With several processes, each has such a device, and the plan is of one of them. `goes_on` is for a later stage of a chain:
+    the adapter of the stage before, which is not there yet, goes on, and a reference is a frozen copy of it.
     """
 
     is_gpu: bool
@@ -46,6 +56,7 @@ class Target:
     card: Card | None = None
     engine: Engine = "one"
     processes: int = 1
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Plan:
     engine: Engine
     processes: int
     step: StepWork
+    writes_answers: bool
     times: tuple[CardTime, ...]
     suggestions: tuple[str, ...]
 
@@ -110,12 +122,15 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
     stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
     if judge := count_judge_bytes(recipe):
         parts["judge: its adapter"] = judge
+    if target.goes_on and METHODS[recipe.method].has_reference and starts_from_base(recipe):
+        parts |= {FROZEN_ADAPTER: parts[ADAPTER]} if ADAPTER in parts else {}
     tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe))
+    scorings = count_reference_scorings(recipe)
+    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe), scorings)
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
@@ -130,6 +145,7 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
         engine=target.engine,
         processes=target.processes,
         step=replace(work, tokens=work.tokens * target.processes, flops=work.flops * target.processes),
+        writes_answers=METHODS[recipe.method].is_online,
         times=tuple(estimate_time(work, card, target.processes) for card in cards),
         suggestions=() if fits else tuple(change.describe() for change in list_changes(recipe)),
     )
@@ -243,7 +259,8 @@ def describe_plan(plan: Plan) -> str:
         for time in plan.times
     ]
     if plan.times:
-        lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed)")
+        without = "; the time in which answers are written comes on top" if plan.writes_answers else ""
+        lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed{without})")
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 _MOST_NATS_LOST = 20.0
 # Where the loss takes the mean over an answer's tokens, one nat a token is as much.
 _MOST_NATS_LOST_A_TOKEN = 1.0
+# The losses of TRL's CPO that take the sum; its others, and ORPO, take the mean.
+_SUMS = ("sigmoid", "hinge")
 # The gradient of a logistic loss is the sigmoid of minus its margin: at 20 nothing of it is left in float32 sums.
 _LARGEST_MARGIN = 20.0
 _LOGS = 3
@@ -41,7 +43,8 @@ class PreferenceWatch(TrainerCallback):
             self._losses.append(lost)
         if logs and "rewards/margins" in logs:
             self._margins.append(logs["rewards/margins"])
-        limit, unit = (_MOST_NATS_LOST, "an answer") if self._has_reference else (_MOST_NATS_LOST_A_TOKEN, "a token")
+        sums = self._has_reference or getattr(args, "loss_type", None) in _SUMS
+        limit, unit = (_MOST_NATS_LOST, "an answer") if sums else (_MOST_NATS_LOST_A_TOKEN, "a token")
         if len(self._losses) == _LOGS and min(self._losses) > limit:
             self._warn(
                 "collapse",

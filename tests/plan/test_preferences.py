@@ -1,12 +1,18 @@
 """Plans of preference recipes run TRL's own trainers: against real runs, and with what a reference takes."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from finetune.check import load_recipe
 from finetune.checkpoints import PUBLISHED_SIZES
+from finetune.cli import main
+from finetune.plan.answering import as_training_step
 from finetune.plan.dry_model import read_sizes
-from finetune.plan.duration import count_work
+from finetune.plan.duration import count_matrix_weights, count_work
+from finetune.plan.forecast import Target, describe_plan, make_plan
 from finetune.plan.memory import measure_step
 from finetune.plan.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.resources import list_recipes
@@ -76,3 +82,32 @@ def test_work_counts_both_sides_and_the_reference(make_recipe):
     scoring = 2 * (linear + 128 * width * 56 + table)
     assert dpo.flops == orpo.flops + 1536 * scoring
     assert count("kto_qlora").flops == sft.flops + 768 * 3 * scoring
+
+
+def test_a_chain_is_planned_with_the_frozen_copy_of_its_adapter(capsys):
+    """The stage before has left nothing yet, so its adapter was taken for a fresh one, whose reference takes nothing."""
+    settings = ("model.checkpoint=nano", "data.max_tokens=128")
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "instruct", "--json", *(word for setting in settings for word in ("-s", setting))])
+    assert stop.value.code == 0
+    first, second = (plan["parts"] for plan in json.loads(capsys.readouterr().out)["stages"].values())
+    assert FROZEN_ADAPTER not in first
+    assert second[FROZEN_ADAPTER] == second[ADAPTER] > 0
+
+
+@pytest.mark.parametrize(("method", "beta", "scored"), [("grpo", None, 0), ("grpo", 0.01, 1), ("rloo", None, 1)])
+def test_estimates_of_online_methods_count_the_reference_and_name_what_they_leave_out(
+    make_recipe, method, beta, scored
+):
+    overrides = [f"method={method}", *SMALL, "trainer.max_completion_length=64"]
+    recipe = make_recipe("grpo_qlora", *overrides)
+    trainer = {key: value for key, value in recipe.trainer.items() if key != "beta"} | ({"beta": beta} if beta else {})
+    recipe = replace(recipe, trainer=trainer)
+    plan = make_plan(recipe, Target(True))
+    sizes = read_sizes("nano")
+    linear, table, width = count_matrix_weights(sizes)
+    scoring = 2 * (linear + 192 * width * sizes["num_hidden_layers"] + table)
+    bare = count_work(as_training_step(recipe), sizes, 4, 1)
+    assert plan.step.tokens == bare.tokens == 4 * 192
+    assert plan.step.flops - bare.flops == scored * plan.step.tokens * scoring
+    assert describe_plan(plan).endswith("nothing here was timed; the time in which answers are written comes on top)")

@@ -288,9 +288,11 @@ def test_accumulated_steps_have_the_same_losses(make_pairs_recipe, tmp_path):
     assert losses[0][0] != losses[0][2]
 
 
-def log_steps(watch, logs, beta=0.1):
+def log_steps(watch, logs, beta=0.1, loss_type=None):
     for step, line in enumerate(logs):
-        watch.on_log(SimpleNamespace(beta=beta), SimpleNamespace(global_step=step), None, logs=line)
+        watch.on_log(
+            SimpleNamespace(beta=beta, loss_type=loss_type), SimpleNamespace(global_step=step), None, logs=line
+        )
 
 
 def test_a_collapse_is_told_once_and_in_plain_words(caplog):
@@ -307,3 +309,12 @@ def test_without_a_reference_a_collapse_is_seen_against_the_first_log(caplog):
     assert not caplog.records
     log_steps(PreferenceWatch(False), [{"logps/chosen": -2.0}] + [{"logps/chosen": -3.5}] * 3)
     assert "by 1.5 nats a token" in caplog.text
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_cpo_may_lose_more_where_it_sums_over_an_answer(caplog, loss_type):
+    """A whole answer that was a nat less likely was told as a collapse by a nat a token."""
+    log_steps(PreferenceWatch(False), [{"logps/chosen": -40.0}] + [{"logps/chosen": -59.0}] * 3, loss_type=loss_type)
+    assert not caplog.records
+    log_steps(PreferenceWatch(False), [{"logps/chosen": -40.0}] + [{"logps/chosen": -61.0}] * 3, loss_type=loss_type)
+    assert "by 21 nats an answer" in caplog.text
