@@ -57,7 +57,7 @@ def _check_recipe(draft: Draft) -> Iterator[str]:
     yield from _check_checkpoint(recipe)
     yield from _check_data(recipe, draft.source.parent)
     yield from _check_adapter(recipe)
-    yield from check_pretraining(recipe)
+    yield from check_pretraining(recipe, draft.source.parent)
     if recipe.method in METHODS:
         yield from check_rewards(recipe, METHODS[recipe.method])
     if recipe.answers < 0:

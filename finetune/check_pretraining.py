@@ -10,8 +10,11 @@ from finetune.train.methods import METHODS
 _STATES = ("published", "fresh")
 
 
-def check_pretraining(recipe: Recipe) -> Iterator[str]:
-    """Yield the problems of the sections optimizer and schedule, and of what does not go with these methods."""
+def check_pretraining(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """Yield the problems of the sections optimizer and schedule, and of what does not go with these methods.
+
+    A folder of states is looked for in the recipe's own, `folder`, first.
+    """
     method = METHODS.get(recipe.method)
     if method is None:
         return
@@ -19,7 +22,7 @@ def check_pretraining(recipe: Recipe) -> Iterator[str]:
         yield from _check_unused(recipe)
         return
     yield from _check_rows(recipe)
-    resolved = resolve_pretraining(recipe, Path())
+    resolved = resolve_pretraining(recipe, folder)
     yield from _check_optimizer(recipe, resolved.optimizer.states)
     yield from _check_schedule(resolved.schedule, resolved.optimizer.states)
 
@@ -98,8 +101,9 @@ def resolve_pretraining(recipe: Recipe, folder: Path) -> Recipe:
     states, decay = recipe.optimizer.states, recipe.schedule.decay
     if states == "auto":
         states = pretraining.states
-    elif states not in _STATES and (path := Path(states).expanduser()).is_dir():
-        states = str(path.resolve())
+    elif states not in _STATES:
+        candidates = (folder / Path(states).expanduser(), Path(states).expanduser())
+        states = next((str(path.resolve()) for path in candidates if path.is_dir()), states)
     optimizer = replace(recipe.optimizer, states=states)
     return replace(
         recipe,

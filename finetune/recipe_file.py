@@ -5,6 +5,7 @@ What a recipe says about other tables (methods, templates, formats, the trainer'
 """
 
 import dataclasses
+import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -281,6 +282,8 @@ def _convert_scalar(value: Any, member: Any) -> Any:
     # bool is a kind of int in Python, never in a recipe.
     if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
         raise _MismatchError(_TYPE_NAMES[member])
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _MismatchError("a finite number")
     return value
 
 

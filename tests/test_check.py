@@ -212,3 +212,16 @@ def test_checking_never_imports_torch(write):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_states_are_found_beside_the_recipe(tmp_path, monkeypatch):
+    """They were looked for only from where the command runs."""
+    (tmp_path / "sub" / "states").mkdir(parents=True)
+    (tmp_path / "sub" / "rows.txt").write_text("a text\n", encoding="utf-8")
+    text = (
+        "method: anneal\nmodel: {checkpoint: nano, architecture: native}\ndata: {train: rows.txt, max_tokens: 64}\n"
+        "adapter: {kind: none}\noptimizer: {states: states}\n"
+    )
+    (tmp_path / "sub" / "recipe.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("sub/recipe.yaml")).optimizer.states == str(tmp_path / "sub" / "states")

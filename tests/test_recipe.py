@@ -150,3 +150,11 @@ def test_sections_stay_few():
 def test_a_glob_on_the_command_line_is_a_word(tmp_path):
     (tmp_path / "r.yaml").write_text("data: {train: a.jsonl}\n", encoding="utf-8")
     assert read_recipe(tmp_path / "r.yaml", ["data.train=*.jsonl"]).recipe.data.train == ("*.jsonl",)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["schedule.length", "optimizer.learning_rate", "model.rope_theta"])
+def test_numbers_are_finite(write, key, value):
+    """An infinite length was a traceback, and a rate that is no number was fine."""
+    (problem,) = read_recipe(write("seed: 1\n"), [f"{key}={value}"]).problems
+    assert problem.startswith(f"{key}: must be ") and "number" in problem

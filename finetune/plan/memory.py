@@ -181,6 +181,8 @@ def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool, engin
     pretrains = METHODS[recipe.method].pretraining is not None
     if trains_all and pretrains and engine == "one" and has_bf16 and dtype in ("auto", "bfloat16"):
         return Precision(torch.bfloat16, "no")
-    if trains_all and (dtype in ("auto", "float16") or not has_bf16):
+    # Processes that exchange the gradients of pre-training hold float32 weights.
+    widens = pretrains and engine != "one" and dtype == "bfloat16"
+    if trains_all and (dtype in ("auto", "float16") or widens or not has_bf16):
         return Precision(torch.float32, "bf16")
     return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)

@@ -64,7 +64,7 @@ def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterStat
 
 
 def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor whose parameter may be sharded; only that part of a file is read."""
+    """Return what this process holds of a tensor whose parameter may be sharded; only that part of a file is copied."""
     if not isinstance(parameter, DTensor):
         return full.to(parameter.device, copy=True)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -6,8 +6,8 @@ Source: the layout that DeepSpeed 0.16's `ds_to_universal` writes.
 
 import contextlib
 import math
-import pickle
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def open_states(folder: Path) -> OptimizerStates:
     # Mapped: of this file's own copy of the weights nothing is read.
     model, groups = load_file(path, mmap=True), load_file(root / "zero" / "optimizer_state.pt")
     try:
-        shapes = [{name: tuple(shape) for name, shape in part.items()} for part in model["param_shapes"]]
+        shapes = [_read_shapes(root, part) for part in model["param_shapes"]]
         lrs = [float(lr) for lr in model["lr_scheduler"]["base_lrs"]]
         options = groups["param_groups"]
         if not len(shapes) == len(lrs) == len(options):
@@ -84,14 +84,41 @@ def open_states(folder: Path) -> OptimizerStates:
             # A tied head, for which newer versions write a rounded weight alone.
             if _HEAD in part and not find_state_file(root, _HEAD, "exp_avg").is_file():
                 del part[_HEAD]
-        made = tuple(_read_group(tuple(names), lr, o) for names, lr, o in zip(shapes, lrs, options, strict=True))
+        made = tuple(
+            _read_group(tuple(names), lr, o) for names, lr, o in zip(shapes, lrs, options, strict=True) if names
+        )
+        _check_names(root, [name for part in shapes for name in part])
         first = next(name for part in shapes for name in part)
         step = _read_step(root, first) if find_state_file(root, first, "step").is_file() else int(model["global_steps"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
+        if step < 0:
+            raise ValueError(f"{step} steps")
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, StopIteration, OSError) as error:
         raise CheckpointError(
             f"{path}: not the states of a universal checkpoint: {error!r}; download it again"
         ) from error
     return OptimizerStates(root, step, made, {name: shape for part in shapes for name, shape in part.items()})
+
+
+def _read_shapes(root: Path, part: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name, shape in part.items():
+        find_state_file(root, name, "fp32")  # or it leads out of the folder
+        shapes[name] = tuple(shape)
+        if not all(type(size) is int and size >= 0 for size in shapes[name]):
+            raise ValueError(f"{name} cannot have the shape {shape!r}")
+    return shapes
+
+
+def _check_names(root: Path, names: Sequence[str]) -> None:
+    """Make sure that no parameter stands in two groups, and that the files of each are there."""
+    if doubled := [name for name, count in Counter(names).items() if count > 1]:
+        raise CheckpointError(f"{root}: {doubled[0]} stands in two groups ({len(doubled)} such); download it again")
+    files = [(name, part) for name in names for part in _PARTS]
+    if missing := [f"{name}/{part}.pt" for name, part in files if not find_state_file(root, name, part).is_file()]:
+        raise CheckpointError(
+            f"{root / 'zero'}: {missing[0]} is missing ({len(missing)} such files); download the states again, or train "
+            "with optimizer.states: fresh"
+        )
 
 
 def _read_group(names: tuple[str, ...], lr: float, options: Any) -> StateGroup:
@@ -130,7 +157,7 @@ def _read_step(root: Path, name: str) -> int:
     path = find_state_file(root, name, "step")
     try:
         step = int(load_file(path))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {name} must have a whole number as its step: {error}") from error
     if step < 0:
         raise CheckpointError(f"{path}: {name} has step {step}; download the states again")
@@ -138,9 +165,13 @@ def _read_step(root: Path, name: str) -> int:
 
 
 def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
-    content = load_file(path, mmap=True)  # of a share of a tensor, only that is read
+    content = load_file(path, mmap=True)  # of a share of a tensor, only that is copied
     tensor = content.get("param") if isinstance(content, dict) else None
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or (tensor.dtype, tensor.layout) != (torch.float32, torch.strided)
+        or tensor.device.type != "cpu"  # of a meta tensor there is nothing
+    ):
         raise CheckpointError(f"{path}: {name} must be a float32 tensor under 'param'; download the states again")
     if tensor.shape != shape and not tensor.numel() == shape.numel() == 1:
         raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}; the model's is {list(shape)}")
@@ -148,6 +179,8 @@ def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
     # One sum is 30 times faster than asking every value, and is finite only where all are; huge ones may overflow it.
     if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise CheckpointError(f"{path}: {name} holds values that are not finite; download the states again")
+    if path.stem == "exp_avg_sq" and tensor.numel() and tensor.min() < 0:
+        raise CheckpointError(f"{path}: {name} holds means of squares below 0; download the states again")
     return tensor.reshape(shape)
 
 
@@ -204,16 +237,7 @@ def load_file(path: Path, *, mmap: bool = False) -> Any:
 def _refuse_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
         reason = (str(error).splitlines() or [""])[0][:160]
         raise CheckpointError(
             f"{path}: cannot be read as tensors and plain values ({reason}); download it again"

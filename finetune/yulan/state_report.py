@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CheckpointError
 from finetune.yulan.optimizer_states import OptimizerStates, find_state_file, load_file, open_states
 from finetune.yulan.sizes import describe_size
 
@@ -43,17 +42,12 @@ class StatesReport:
 
 
 def report_states(folder: Path) -> StatesReport:
-    """Open a folder's states, make sure that every file is there, and return what they are.
+    """Open a folder's states and return what they are.
 
     Raises:
         CheckpointError: the states cannot be read, or files are missing.
     """
     states = open_states(folder)
-    missing = [f"{name}/{part}.pt" for name in states.shapes for part in _PARTS if not _exists(states, name, part)]
-    if missing:
-        raise CheckpointError(
-            f"{states.folder / 'zero'}: {missing[0]} is missing ({len(missing)} such files); download the states again"
-        )
     sizes = {name: math.prod(shape) for name, shape in states.shapes.items()}
     groups = tuple(
         GroupReport(g.lr, g.weight_decay, g.betas, g.eps, sum(sizes[name] for name in g.names), len(g.names))
@@ -64,16 +58,12 @@ def report_states(folder: Path) -> StatesReport:
     return StatesReport(states.step, sum(sizes.values()), groups, "AdamW", size, notes)
 
 
-def _exists(states: OptimizerStates, name: str, part: str) -> bool:
-    return find_state_file(states.folder, name, part).is_file()
-
-
 def _list_notes(folder: Path, states: OptimizerStates) -> Iterator[str]:
     if len(states.groups) == 1:
         yield "one parameter group: every parameter had the same learning rate and weight decay"
     if (states.folder / "zero" / "lm_head.weight").is_dir() and "lm_head.weight" not in states.shapes:
         yield "lm_head.weight is tied and has no moments of its own; it is left aside"
-    without = [name for name in states.shapes if not _exists(states, name, "step")]
+    without = [name for name in states.shapes if not find_state_file(states.folder, name, "step").is_file()]
     if without:
         yield f"{len(without)} parameters have no step of their own; {states.step} is taken"
     alphas = [name for name in states.shapes if name.endswith("_alpha")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.checkpoints import PUBLISHED_SIZES
-from finetune.plan.memory import measure_step
+from finetune.plan.memory import choose_planned_precision, measure_step
 from finetune.plan.stages import ADAPTER, GRADIENTS, KEPT, OPTIMIZER, RECOMPUTED, SCALES, SMALL, TABLES, list_weights
 from finetune.starts import find_base_folder
 from finetune.train.model import Precision, load_base
@@ -197,3 +197,16 @@ def test_annealing_at_the_longest_context_fits_one_card(make_recipe):
     step = measure_step(make_recipe("anneal", "model.checkpoint=before-annealing"), is_gpu=True)
     assert step.loss_bytes <= 0.1 * 28672 * PUBLISHED_SIZES["vocab_size"] * 4
     assert step.peak.bytes < 60 * 2**30
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("auto", torch.float32), ("bfloat16", torch.float32), ("float32", torch.float32)]
+)
+def test_processes_that_pretrain_are_planned_with_float32_weights(make_recipe, engine, dtype, weights):
+    """Those of bfloat16 were planned with half of what a run holds."""
+    recipe = make_recipe("anneal_nano", f"model.dtype={dtype}")
+    assert choose_planned_precision(recipe, True, True, engine).weights == weights
+    assert choose_planned_precision(recipe, True, True).weights == (
+        torch.float32 if dtype == "float32" else torch.bfloat16
+    )

@@ -1,6 +1,7 @@
 """Universal checkpoints of every kind are read to the same tensors, and damaged ones refused without running anything."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from finetune.yulan.optimizer_states import (
     ParameterState,
     StateGroup,
     check_parameters,
+    load_file,
     open_states,
     read_state,
 )
@@ -156,11 +158,15 @@ def damage_file(path, damage):
         torch.save({"param": torch.zeros(4, dtype=torch.bfloat16)}, path)
     elif damage == "nan":
         torch.save({"param": torch.full((4,), torch.nan)}, path)
+    elif damage == "sparse":
+        torch.save({"param": torch.zeros(4).to_sparse()}, path)
+    elif damage == "meta":
+        torch.save({"param": torch.zeros(4, device="meta")}, path)
     else:
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", ["hostile", "truncated", "garbage", "shape", "type", "nan", "absent"])
+@pytest.mark.parametrize("damage", ["hostile", "truncated", "garbage", "shape", "type", "nan", "sparse", "meta"])
 @pytest.mark.parametrize("part", ["fp32", "exp_avg_sq"])
 def test_a_bad_state_file_is_refused(folder, capsys, part, damage):
     damage_file(find_part(folder, part=part), damage)
@@ -181,6 +187,101 @@ def test_the_command_line_refuses_a_bad_folder(folder, capsys, file, damage):
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
     assert "global_step7_universal" in printed.err
+
+
+def change_model(folder, change):
+    path = folder / "global_step7_universal" / "mp_rank_00_model_states.pt"
+    model = torch.load(path)
+    change(model)
+    torch.save(model, path)
+
+
+ODD_SHAPES = {
+    "number": {3: torch.Size([1])},
+    "nul": {"a\0b": torch.Size([1])},
+    "long": {"a" * 5000: torch.Size([1])},
+    "text": {NAME: ("4",)},
+    "fraction": {NAME: (6.5,)},
+    "below": {NAME: (-4,)},
+    "nested": {NAME: ((4,),)},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_SHAPES)
+def test_odd_names_and_shapes_are_refused(folder, odd):
+    """They ended in tracebacks of json, of the file system or of a sum."""
+    change_model(folder, lambda model: model["param_shapes"][1].update(ODD_SHAPES[odd]))
+    with pytest.raises(CheckpointError, match="global_step7_universal"):
+        open_states(folder)
+
+
+@pytest.mark.parametrize("step", [torch.inf, -torch.inf, torch.nan, "seven", -1])
+@pytest.mark.parametrize("own", [True, False])
+def test_steps_that_are_no_number_are_refused(folder, step, own):
+    """An infinite one was an OverflowError."""
+    for name in SHAPES:
+        torch.save(step, find_part(folder, name, "step")) if own else find_part(folder, name, "step").unlink()
+    change_model(folder, lambda model: model.update(global_steps=step))
+    with pytest.raises(CheckpointError):
+        open_states(folder)
+
+
+def test_huge_learning_rates_are_refused(folder):
+    change_model(folder, lambda model: model["lr_scheduler"].update(base_lrs=[10**400, 1e-2]))
+    with pytest.raises(CheckpointError, match="not the states of a universal checkpoint"):
+        open_states(folder)
+
+
+def test_a_parameter_in_two_groups_is_refused(folder):
+    """AdamW refused it, with a traceback, when everything had been loaded."""
+    change_model(folder, lambda model: model["param_shapes"][0].update({NAME: torch.Size([4])}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight stands in two groups"):
+        open_states(folder)
+
+
+def test_a_group_of_a_tied_head_alone_is_left_out(folder):
+    def add_group(model):
+        model["param_shapes"].append({"lm_head.weight": torch.Size([5, 4])})
+        model["lr_scheduler"]["base_lrs"].append(1e-2)
+
+    change_model(folder, add_group)
+    path = folder / "global_step7_universal" / "zero" / "optimizer_state.pt"
+    groups = torch.load(path)
+    groups["param_groups"].append(groups["param_groups"][0])
+    torch.save(groups, path)
+    assert open_states(folder).groups == GROUPS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_file_is_told_before_anything_is_loaded(folder, part):
+    find_part(folder, part=part).unlink()
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight/{part}\.pt is missing \(1 such.*states: fresh"):
+        open_states(folder)
+
+
+def test_means_of_squares_below_zero_are_refused(folder):
+    torch.save({"param": torch.tensor([1.0, -1e-9, 0.0, 1.0])}, find_part(folder, part="exp_avg_sq"))
+    with pytest.raises(CheckpointError, match="holds means of squares below 0"):
+        read_state(open_states(folder), NAME, torch.Size([4]))
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_whatever_byte_is_damaged_it_is_read_or_refused(folder, modern):
+    """Pickles with a wrong byte failed in ways that were not thought of: IndexError, struct.error, AssertionError."""
+    path = find_part(folder, part="fp32")
+    torch.save({"cat_dim": 0, "param": torch.ones(4)}, path, _use_new_zipfile_serialization=modern)
+    good, generator = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(good)
+        for _ in range(3):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_file(path)
+        except CheckpointError:
+            refused += 1
+    assert 0 < refused < 400
 
 
 @pytest.mark.parametrize("pointer", ["../elsewhere", "/etc", "", "\x00", "nowhere"])
@@ -242,8 +343,9 @@ def test_only_values_that_are_not_finite_are_refused(tmp_path, values, is_fine):
     """Their sum tells it quickly, but the sum of huge ones overflows."""
     folder = tmp_path / "zero" / "w"
     folder.mkdir(parents=True)
-    for part in ("fp32", "exp_avg", "exp_avg_sq"):
+    for part in ("fp32", "exp_avg"):
         torch.save({"param": torch.tensor(values)}, folder / f"{part}.pt")
+    torch.save({"param": torch.tensor(values).abs()}, folder / "exp_avg_sq.pt")
     states = OptimizerStates(tmp_path, 3, (), {"w": (len(values),)})
     if is_fine:
         assert read_state(states, "w", torch.Size([len(values)])).weight.tolist() == pytest.approx(values)
