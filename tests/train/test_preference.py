@@ -144,6 +144,42 @@ def test_orpo_and_simpo_losses_are_the_formulas_of_the_papers(make_trainer):
         assert value == pytest.approx(-math.log(sigmoid(BETA * (chosen - rejected) - 0.5)), abs=1e-6)
 
 
+@pytest.mark.parametrize("method", ["orpo", "simpo", "cpo"])
+def test_losses_of_whole_batches_are_the_formulas_of_the_papers(make_trainer, method):
+    """Log-probabilities of each row alone, by a plain softmax: which tokens count, means and sums, and the likelihood term.
+
+    Sources: ORPO, equations 6 and 7, with the likelihood of prompt and answer; SimPO, equation 6; CPO (arXiv 2401.08417),
+    equation 5, with that of the answer.
+    """
+    trainer = make_trainer(method, beta=BETA, **({"simpo_gamma": 0.5} if method == "simpo" else {}))
+    rows = [trainer.train_dataset[number] for number in range(2)]
+    batch = trainer.data_collator(rows)
+    model = trainer.model.eval()
+    answers, texts = {"chosen_ids": [], "rejected_ids": []}, []
+    with torch.no_grad():
+        found = trainer.get_batch_loss_metrics(model, batch)[0].item()
+        for row in rows:
+            for side, values in answers.items():
+                ids = torch.tensor([[*row["prompt_ids"], *row[side]]])
+                logs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+                tokens = logs.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+                values.append(tokens[len(row["prompt_ids"]) - 1 :])
+                texts += tokens if side == "chosen_ids" else []
+    chosen, rejected = answers.values()
+    likelihood = {"orpo": texts, "simpo": [0.0], "cpo": [token for answer in chosen for token in answer]}[method]
+    expected = -sum(likelihood) / len(likelihood)
+    for one, other in zip(chosen, rejected, strict=True):
+        if method == "cpo":
+            preference = math.log(sigmoid(BETA * (sum(one) - sum(other))))
+        elif method == "simpo":
+            preference = math.log(sigmoid(BETA * (sum(one) / len(one) - sum(other) / len(other)) - 0.5))
+        else:
+            odds = [math.exp(sum(a) / len(a)) / (1 - math.exp(sum(a) / len(a))) for a in (one, other)]
+            preference = BETA * math.log(sigmoid(math.log(odds[0] / odds[1])))
+        expected -= preference / 2
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_batches_hold_our_token_ids(make_trainer):
     """No trainer tokenizes again: what it reads are prompt and answers as they were prepared."""
     rows = {}
