@@ -252,8 +252,8 @@ class _ChainReader:
         if isinstance(data, dict):
             for key in {"train", "eval", "sources"} & set(data):
                 data[key] = _find_sources(data[key], path.parent)
-            if data.get("template") not in list_templates():
-                data |= {key: _find_sources(data[key], path.parent) for key in ("template",) if key in data}
+            if "template" in data and data["template"] not in ("auto", *list_templates()):
+                data["template"] = _find_sources(data["template"], path.parent)
         return content
 
 

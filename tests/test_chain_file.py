@@ -141,13 +141,17 @@ def test_rows_of_a_named_recipe_are_found_beside_it(write, tmp_path, train, expe
     (tmp_path / "sub").mkdir()
     rows = tmp_path / "sub" / "mine.jsonl"
     rows.write_text('{"prompt": "q", "completion": "a"}\n', encoding="utf-8")
-    (tmp_path / "sub" / "mine.yaml").write_text(f"data: {{train: {train}, max_tokens: 64}}\n", encoding="utf-8")
+    (tmp_path / "sub" / "mine.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (tmp_path / "sub" / "mine.yaml").write_text(
+        f"data: {{train: {train}, max_tokens: 64, template: mine.jinja}}\n", encoding="utf-8"
+    )
     chain = load_chain(write("model: {checkpoint: nano}\nstages: [{name: one, recipe: sub/mine.yaml}]\n"))
     found = [
         source.format(rows) if isinstance(source, str) else replace(source, path=source.path.format(rows))
         for source in expected
     ]
     assert list(chain.trainings[0].recipe.data.train) == found
+    assert chain.trainings[0].recipe.data.template == str(tmp_path / "sub" / "mine.jinja")
 
 
 def test_every_problem_is_told_with_its_stage(write):
