@@ -20,6 +20,7 @@ from finetune.errors import FinetuneError, RecipeError
 from finetune.libraries import is_main_process, load_for_plan, quiet_libraries
 
 if TYPE_CHECKING:
+    from finetune.chain_file import Chain
     from finetune.recipe import Recipe
 
 _SUCCESS, _BUG, _USER_ERROR, _INTERRUPTED = 0, 1, 2, 130
@@ -165,8 +166,9 @@ def _run_lint(arguments: argparse.Namespace) -> int:
 def _run_plan(arguments: argparse.Namespace) -> int:
     from finetune.plan.hardware import parse_memory
 
-    recipes = _load_recipes(arguments)
-    continued = _list_continued(arguments)
+    chain = _load_chain(arguments)
+    recipes = _load_recipes(arguments, chain)
+    continued = {stage.name for stage in chain.trainings if stage.goes_on} if chain is not None else set()
     memory = parse_memory(arguments.memory) if arguments.memory else None
     with load_for_plan():
         from finetune.plan.automatic import choose_settings, describe_choices
@@ -195,23 +197,19 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     return _print_each(arguments, plan_recipe, recipes)
 
 
-def _load_recipes(arguments: argparse.Namespace) -> Mapping[str, Recipe]:
-    """Return the recipe under an empty name, or those of a chain under the names of their stages."""
+def _load_chain(arguments: argparse.Namespace) -> Chain | None:
     from finetune.chain_file import is_chain, load_chain
+
+    return load_chain(arguments.recipe, arguments.set) if is_chain(arguments.recipe) else None
+
+
+def _load_recipes(arguments: argparse.Namespace, chain: Chain | None) -> Mapping[str, Recipe]:
+    """Return the recipe under an empty name, or those of a chain under the names of their stages."""
     from finetune.check import load_recipe
 
-    if is_chain(arguments.recipe):
-        return {stage.name: stage.recipe for stage in load_chain(arguments.recipe, arguments.set).trainings}
+    if chain is not None:
+        return {stage.name: stage.recipe for stage in chain.trainings}
     return {"": load_recipe(arguments.recipe, arguments.set)}
-
-
-def _list_continued(arguments: argparse.Namespace) -> set[str]:
-    """Return the names of a chain's stages that go on with the adapter of the stage before."""
-    from finetune.chain_file import is_chain, load_chain
-
-    if not is_chain(arguments.recipe):
-        return set()
-    return {stage.name for stage in load_chain(arguments.recipe, arguments.set).trainings if stage.goes_on}
 
 
 def _print_each(
@@ -220,7 +218,10 @@ def _print_each(
     recipes: Mapping[str, Recipe] | None = None,
 ) -> int:
     """Look at a recipe, or at every stage of a chain, and print what each gives."""
-    found = {name: look(recipe, name) for name, recipe in (recipes or _load_recipes(arguments)).items()}
+    found = {
+        name: look(recipe, name)
+        for name, recipe in (recipes or _load_recipes(arguments, _load_chain(arguments))).items()
+    }
     if "" in found:
         return _print_result(arguments, *found[""])
     result = {"stages": {name: result for name, (result, _) in found.items()}}

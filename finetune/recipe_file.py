@@ -18,8 +18,9 @@ import yaml
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.recipe import Recipe
 
-# As transformers names them, and its default.
-_BATCH, _ACCUMULATION, _BATCH_BY_DEFAULT = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+# How the rows of a step are split up, as transformers names it, and its default; and their number, as this kit does.
+BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+GLOBAL_BATCH = "global_batch"
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,12 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
 
 def _open_split(trainer: dict[str, Any]) -> None:
     """Leave to `auto`, which was asked for after the recipe was written, how the rows of its steps are computed."""
-    batch, accumulation = trainer.get(_BATCH, _BATCH_BY_DEFAULT), trainer.get(_ACCUMULATION, 1)
+    batch, accumulation = trainer.get(BATCH, DEFAULT_BATCH), trainer.get(ACCUMULATION, 1)
     if not isinstance(batch, int) or not isinstance(accumulation, int):
         return  # which is a problem of its own
-    if {_BATCH, _ACCUMULATION} & set(trainer):
-        trainer.setdefault("global_batch", batch * accumulation)
-    for key in (_BATCH, _ACCUMULATION, "gradient_checkpointing"):
+    if {BATCH, ACCUMULATION} & set(trainer):
+        trainer.setdefault(GLOBAL_BATCH, batch * accumulation)
+    for key in (BATCH, ACCUMULATION, "gradient_checkpointing"):
         trainer.pop(key, None)
 
 

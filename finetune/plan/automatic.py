@@ -12,7 +12,8 @@ from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.plan.changes import list_changes
 from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe import Recipe
-from finetune.train.batches import ACCUMULATION, AUTO, BATCH, GLOBAL_BATCH, read_global_batch
+from finetune.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
+from finetune.train.batches import AUTO, read_global_batch
 from finetune.train.methods import METHODS
 from finetune.train.options import read_trainer_options
 

@@ -4,10 +4,9 @@ import gc
 import logging
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -17,7 +16,8 @@ from finetune.plan.automatic import DECIDED, choose_settings, describe_choices
 from finetune.plan.changes import Change, apply_change
 from finetune.plan.forecast import Plan, check_fits, find_target, make_plan
 from finetune.recipe import Recipe, dump_recipe
-from finetune.train.batches import ACCUMULATION, AUTO, BATCH, read_accumulation, read_batch
+from finetune.recipe_file import ACCUMULATION, BATCH
+from finetune.train.batches import AUTO, read_accumulation, read_batch
 from finetune.train.engine import find_engine
 from finetune.train.methods import METHODS
 from finetune.train.model import choose_device
@@ -120,17 +120,14 @@ def restore_choices(recipe: Recipe) -> Recipe:
     # Where memory ran out the run went on, and goes on, with less of it at once than its recipe says.
     before = replace(recipe, trainer=chosen)
     if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
-        restored = replace(restored, trainer={**restored.trainer, **_pick(chosen, BATCH, ACCUMULATION)})
+        split = {BATCH: read_batch(before), ACCUMULATION: read_accumulation(before)}
+        restored = replace(restored, trainer={**restored.trainer, **split})
     steps = {key: True for key in ("gradient_checkpointing", "activation_offloading") if chosen.get(key) is True}
     return replace(restored, trainer={**restored.trainer, **steps})
 
 
 def _count_rows(recipe: Recipe) -> int:
     return read_batch(recipe) * read_accumulation(recipe)
-
-
-def _pick(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: settings[name] for name in names if name in settings}
 
 
 def describe_shortage(recipe: Recipe, reason: str) -> str:

@@ -3,18 +3,18 @@
 from collections.abc import Iterator, Mapping
 
 from finetune.recipe import Recipe
+from finetune.recipe_file import ACCUMULATION, BATCH, DEFAULT_BATCH, GLOBAL_BATCH
 from finetune.train.methods import Method
 
 # Keys of the section trainer that are the kit's own. What they lead to stands beside them in the resolved recipe.
-AUTO, GLOBAL_BATCH = "auto", "global_batch"
+AUTO = "auto"
 KIT_OPTIONS = (AUTO, GLOBAL_BATCH)
 DEFAULT_GLOBAL_BATCH = 32
-BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 def read_batch(recipe: Recipe) -> int:
     """Return the rows that a device computes at once."""
-    return int(recipe.trainer.get(BATCH, 8))
+    return int(recipe.trainer.get(BATCH, DEFAULT_BATCH))
 
 
 def read_accumulation(recipe: Recipe) -> int:

@@ -15,8 +15,7 @@ from finetune.plan.automatic import choose_settings
 from finetune.plan.forecast import Plan, Target
 from finetune.plan.ladder import list_steps_down, restore_choices, train_within_memory
 from finetune.recipe import dump_recipe
-from finetune.recipe_file import read_recipe
-from finetune.train.batches import ACCUMULATION, BATCH
+from finetune.recipe_file import ACCUMULATION, BATCH, read_recipe
 
 AUTO = ("sft_lora", "adapter.train_tokens=[]", "trainer.auto=true", "trainer.global_batch=12")
 

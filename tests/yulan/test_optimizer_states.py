@@ -166,7 +166,9 @@ def damage_file(path, damage):
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", ["hostile", "truncated", "garbage", "shape", "type", "nan", "sparse", "meta"])
+@pytest.mark.parametrize(
+    "damage", ["hostile", "truncated", "garbage", "shape", "type", "nan", "sparse", "meta", "absent"]
+)
 @pytest.mark.parametrize("part", ["fp32", "exp_avg_sq"])
 def test_a_bad_state_file_is_refused(folder, capsys, part, damage):
     damage_file(find_part(folder, part=part), damage)
