@@ -26,10 +26,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from finetune.starts import as_llama, find_checkpoint
-from finetune.yulan.configuration import YuLanMiniConfig
+from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.yulan.folding import copy_tokenizer, list_llama_tensors, write_llama_config
 from finetune.yulan.layout import NativeConfig, list_native_tensors
+from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import open_tensors
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.check import load_recipe
-from finetune.plan.memory import measure_step
-from finetune.plan.stages import ADAPTER
-from finetune.resources import list_recipes
+from finetune.check.recipes import load_recipe
+from finetune.files.resources import list_recipes
+from finetune.plan.step.stages import ADAPTER
+from finetune.plan.step.step_memory import measure_step
 
 # Small steps would drown in what Python and the C library take for themselves.
 TOKENS = 2048
@@ -42,7 +42,7 @@ CASES = {
 CHILD = """
 import ctypes, gc, sys
 from pathlib import Path
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from tests.plan.conftest import build_real_trainer
 
 def read(name):

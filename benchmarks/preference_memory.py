@@ -25,10 +25,10 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.plan.dry_model import make_full_rows, make_stand_in_tokenizer
-from finetune.recipe import AdapterSection, DataSection, Recipe
-from finetune.train.adapter import attach_adapter
-from finetune.train.model import Precision
+from finetune.models.loading import Precision
+from finetune.models.lora import attach_adapter
+from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
+from finetune.recipe.sections import AdapterSection, DataSection, Recipe
 from finetune.train.trainer import build_trainer
 
 SFT, DPO, TWO_MODELS = "SFT of the same tokens", "DPO", "DPO, a reference model of its own"

@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
+from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.data.dataset import load_splits
+from finetune.data.encoding.template import find_template, render_conversations
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template, render_conversations
-from finetune.data.tokenizer import load_tokenizer
-from finetune.starts import as_llama, find_checkpoint
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MAX_TOKENS = 1024

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from transformers import initialization
 
-from finetune.train.optimizer import OptimizerFactory
-from finetune.train.states import list_named_parameters, load_parameter
-from finetune.yulan.configuration import YuLanMiniConfig
+from finetune.train.pretraining.optimizer import OptimizerFactory
+from finetune.train.pretraining.state_loading import list_named_parameters, load_parameter
 from finetune.yulan.layout import list_native_tensors
-from finetune.yulan.modeling import YuLanMiniForCausalLM
-from finetune.yulan.optimizer_states import check_parameters, open_states, read_state
+from finetune.yulan.native.configuration import YuLanMiniConfig
+from finetune.yulan.native.modeling import YuLanMiniForCausalLM
+from finetune.yulan.states.optimizer_states import check_parameters, open_states, read_state
 
 READ, LOAD, KIT = "read the files", "torch.load of each", "into a model and its AdamW"
 STEP, STATE_FOLDER = 243_198, "global_step243198_universal"

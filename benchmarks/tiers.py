@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.plan.forecast import Plan, Target, make_plan
 from finetune.plan.hardware import GIB
 

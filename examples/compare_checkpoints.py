@@ -6,7 +6,7 @@ python examples/compare_checkpoints.py rows.jsonl phase5 phase15 phase25 base
 import sys
 from pathlib import Path
 
-from finetune.evaluate.loss import evaluate_path
+from finetune.evaluate.token_loss import evaluate_path
 
 
 def main(rows: Path, *names: str) -> None:

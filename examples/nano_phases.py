@@ -11,8 +11,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from finetune.check import load_recipe
-from finetune.resources import find_demo_data
+from finetune.check.recipes import load_recipe
+from finetune.files.resources import find_demo_data
 from finetune.train.run import run_training
 
 # Our phases, each in the proportions of one of YuLan-Mini's 27.

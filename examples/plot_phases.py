@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from finetune.train.progress import read_metrics
+from finetune.train.journal.progress import read_metrics
 
 STABLE, ANNEALED, FAINT = "#1f6f8b", "#c8553d", "#8a929c"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.starts import as_llama, find_checkpoint
+from finetune.checkpoints.finding import as_llama, find_checkpoint
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from finetune.chain import run_chain
-from finetune.chain_file import load_chain
+from finetune.check.chains import load_chain
 from finetune.errors import DataError, TrainingError
-from finetune.resources import find_demo_data
+from finetune.files.resources import find_demo_data
+from finetune.pipeline.chain import run_chain
 
 CHAIN = """
 model: {checkpoint: nano}
@@ -36,9 +36,9 @@ stages:
 # Stops the process as a power cut would, when the given stage has reached the given moment.
 KILLED = """
 import os, signal, sys
-from finetune import chain
+from finetune.pipeline import chain
 from finetune.train import run as training
-from finetune.chain_file import load_chain
+from finetune.check.chains import load_chain
 from transformers import TrainerCallback
 
 stage, moment, path, output = sys.argv[1:]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.chain_file import ExportStage, TrainStage, dump_chain, is_chain, load_chain
-from finetune.check import load_recipe
+from finetune.check.chains import ExportStage, TrainStage, dump_chain, is_chain, load_chain
+from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.recipe import SourceSection
+from finetune.recipe.sections import SourceSection
 
 CHAIN = """
 model: {checkpoint: nano, quantize: nf4}
@@ -223,7 +223,7 @@ def test_a_plain_recipe_is_no_chain(write, tmp_path):
 
 def test_check_reads_a_chain_without_torch(write):
     code = (
-        "import sys; from finetune.cli import main\n"
+        "import sys; from finetune.cli.main import main\n"
         "try: main(['check', sys.argv[1], '--json'])\n"
         "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )

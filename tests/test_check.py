@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chain_file import is_chain, load_chain
-from finetune.check import load_recipe
+from finetune.check.chains import is_chain, load_chain
+from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.recipe import SourceSection, dump_recipe
-from finetune.resources import list_recipes
-from finetune.train.methods import METHODS
-from finetune.train.options import read_trainer_options
+from finetune.files.resources import list_recipes
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import SourceSection, dump_recipe
+from finetune.recipe.trl_options import read_trainer_options
 
 DATA = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
@@ -206,7 +206,7 @@ def test_choices_read_from_the_sources_are_those_of_the_enums():
 def test_checking_never_imports_torch(write):
     path = write("data: {train: pairs.jsonl}\n")
     code = (
-        "import sys\nfrom finetune.cli import main\n"
+        "import sys\nfrom finetune.cli.main import main\n"
         f"try:\n    main(['check', {str(path)!r}])\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.cli import main
-from finetune.resources import find_demo_data
+from finetune.cli.main import main
+from finetune.files.resources import find_demo_data
 
 ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 RECIPE = """
@@ -214,7 +214,7 @@ def test_evaluate_is_the_mean_over_all_trained_tokens(call, folder, nano_llama):
     """A reference without chunks, sorting or batches: the loss of transformers, weighted by hand."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from finetune.data.template import encode_conversations, find_template
+    from finetune.data.encoding.template import encode_conversations, find_template
 
     tokenizer, model = AutoTokenizer.from_pretrained(nano_llama), LlamaForCausalLM.from_pretrained(nano_llama)
     rows = [json.loads(line)["messages"] for line in (folder / "rows.jsonl").read_text().splitlines()]
@@ -452,7 +452,7 @@ def test_an_interrupt_exits_with_130(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.checkpoints.describe_checkpoints", interrupt)
+    monkeypatch.setattr("finetune.checkpoints.checkpoint_table.describe_checkpoints", interrupt)
     status, _, err = call("checkpoints")
     assert (status, err) == (130, "finetune checkpoints: interrupted\n")
 
@@ -461,7 +461,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("finetune.checkpoints.describe_checkpoints", fail)
+    monkeypatch.setattr("finetune.checkpoints.checkpoint_table.describe_checkpoints", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["checkpoints"])
 
@@ -473,7 +473,7 @@ def test_the_module_runs_too():
 
 def test_nothing_heavy_is_imported_for_help():
     code = (
-        "import sys, finetune\nfrom finetune.cli import main\n"
+        "import sys, finetune\nfrom finetune.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'transformers', 'yaml', 'numpy'} & set(sys.modules)\n"
     )

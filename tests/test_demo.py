@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.demo import describe_demo, run_demo
+from finetune.pipeline.demo import describe_demo, run_demo
 
 
 def test_the_demo_goes_all_the_way(tmp_path):

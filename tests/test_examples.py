@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from finetune.checkpoints.finding import find_checkpoint
 from finetune.evaluate.chat import answer, open_model
-from finetune.resources import find_demo_data, list_templates
-from finetune.starts import find_checkpoint
-from finetune.train.progress import read_metrics
+from finetune.files.resources import find_demo_data, list_templates
+from finetune.train.journal.progress import read_metrics
 from finetune.yulan.layout import parse_native_config, read_config
-from finetune.yulan.optimizer_states import open_states
+from finetune.yulan.states.optimizer_states import open_states
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

@@ -28,8 +28,8 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TOP_BLOCKS = ("sys.platform != 'win32'", "TYPE_CHECKING")
 # An export loads transformers, half a second of one core, while its weights are on their way.
 LATE = {
-    "finetune.data.template": "from transformers.utils.chat_template_utils import render_jinja_template",
-    "finetune.data.tokenizer": "import transformers",
+    "finetune.data.encoding.template": "from transformers.utils.chat_template_utils import render_jinja_template",
+    "finetune.data.encoding.tokenizer": "import transformers",
 }
 YULAN_MAY_IMPORT = {"errors", "folders", "yulan"}
 

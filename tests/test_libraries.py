@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from finetune.libraries import load_for_plan
+from finetune.cli.libraries import load_for_plan
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
@@ -25,7 +25,7 @@ def test_a_plan_loads_no_compiler_and_no_plots():
     """Each took a second or half of one: torch's compiler by way of bitsandbytes, matplotlib by the trainer's callbacks."""
     code = (
         "import sys\n"
-        "from finetune.cli import main\n"
+        "from finetune.cli.main import main\n"
         "try: main(['plan', 'sft_qlora', '-s', 'model.checkpoint=nano', '--json'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "print([name for name in ('torch._inductor.compile_fx', 'matplotlib') if name in sys.modules])"

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from finetune.errors import RecipeError
-from finetune.recipe import AdapterSection, Recipe, dump_recipe
-from finetune.recipe_file import read_recipe
+from finetune.recipe.recipe_file import read_recipe
+from finetune.recipe.sections import AdapterSection, Recipe, dump_recipe
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from finetune.checkpoints.finding import as_llama, find_checkpoint, fingerprint_checkpoint
 from finetune.errors import CheckpointError, OutputError
-from finetune.folders import check_output_free, write_folder
-from finetune.starts import as_llama, find_checkpoint, fingerprint_checkpoint
+from finetune.files.folders import check_output_free, write_folder
 
 
 @pytest.fixture

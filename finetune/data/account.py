@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy
 
-from finetune.data.gates import check_rows
+from finetune.data.encoding.gates import check_rows
+from finetune.data.encoding.row_encoder import RowEncoder, TokenRow, cut_row, split_text_row
 from finetune.data.settings import DataSettings
-from finetune.data.tokens import RowEncoder, TokenRow, cut_row, split_text_row
 from finetune.errors import DataError
 
 

@@ -15,16 +15,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.account import Account, DataReport, SplitReport, describe_losses
-from finetune.data.columns import ColumnHash, make_record_batch
-from finetune.data.gates import check_padding
-from finetune.data.reading import RowReader, choose_held_out
+from finetune.data.encoding.columns import ColumnHash, make_record_batch
+from finetune.data.encoding.gates import check_padding
+from finetune.data.encoding.row_encoder import RowEncoder, TokenRow
+from finetune.data.encoding.template import ChatTemplate, list_stop_tokens
+from finetune.data.encoding.workers import encode_rows
+from finetune.data.reading.row_reader import RowReader, choose_held_out
+from finetune.data.reading.sources import hash_source
 from finetune.data.settings import DataSettings
-from finetune.data.sources import hash_source
-from finetune.data.template import ChatTemplate, list_stop_tokens
-from finetune.data.tokens import RowEncoder, TokenRow
-from finetune.data.workers import encode_rows
 from finetune.errors import DataError
-from finetune.folders import write_folder
+from finetune.files.folders import write_folder
 
 # Raised whenever the same files and settings would give other tokens than before.
 _CACHE_VERSION = 4

@@ -6,7 +6,7 @@ import numpy
 import torch
 from datasets import Dataset
 
-from finetune.data.gates import IGNORED_LABEL
+from finetune.data.encoding.gates import IGNORED_LABEL
 
 _DOCUMENTS_AT_ONCE = 1000
 

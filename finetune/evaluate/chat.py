@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.data.template import ChatTemplate, encode_prompt, find_template, list_stop_tokens
-from finetune.data.tokenizer import load_tokenizer
+from finetune.checkpoints.finding import as_llama, find_checkpoint
+from finetune.data.encoding.template import ChatTemplate, encode_prompt, find_template, list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
-from finetune.recipe import ModelSection
-from finetune.starts import as_llama, find_checkpoint
-from finetune.train.model import choose_device, choose_precision, load_base
-from finetune.train.origin import Result, is_judge, is_result, open_result
-from finetune.train.record import check_template, find_base, find_tokenizer_folder, recall_model
+from finetune.models.loading import choose_device, choose_precision, load_base
+from finetune.recipe.sections import ModelSection
+from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
+from finetune.runs.results import Result, is_judge, is_result, open_result
 
 
 @dataclass(frozen=True)

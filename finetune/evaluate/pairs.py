@@ -11,13 +11,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.dataset import load_splits
-from finetune.data.rows import choose_format
+from finetune.data.encoding.template import ChatTemplate
+from finetune.data.formats.row_formats import choose_format
+from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
-from finetune.data.sources import read_source
-from finetune.data.template import ChatTemplate
 from finetune.evaluate.chat import LoadedModel, open_model
-from finetune.train.judge import Judge, open_judge
-from finetune.train.origin import is_judge, is_result, open_result
+from finetune.rewards.judge import Judge, open_judge
+from finetune.runs.results import is_judge, is_result, open_result
 
 logger = logging.getLogger(__name__)
 

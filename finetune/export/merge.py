@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.data.template import list_stop_tokens
-from finetune.data.tokenizer import load_tokenizer_file
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.card import write_card
 from finetune.export.merged import Subject, open_merged, open_subject
 from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
-from finetune.folders import check_output_free, write_folder
-from finetune.train.origin import Origin, Result
+from finetune.files.folders import check_output_free, write_folder
+from finetune.runs.results import Origin, Result
 from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.template import ChatTemplate, find_template
-from finetune.data.tokenizer import load_tokenizer_file
+from finetune.data.encoding.template import ChatTemplate, find_template
+from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
-from finetune.export.adapter import Adapter, read_adapter
+from finetune.export.adapter_changes import Adapter, read_adapter
 from finetune.export.quantized import is_quantized, requantize
-from finetune.train.methods import METHODS
-from finetune.train.origin import Result
-from finetune.train.record import check_template, find_base, find_tokenizer_folder
+from finetune.recipe.methods import METHODS
+from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
+from finetune.runs.results import Result
 from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture
 from finetune.yulan.shards import Piece, TensorSpec

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from finetune.errors import find_close_match
+from finetune.files.resources import find_resource_folder
 from finetune.mixtures.categories import CATEGORIES, find_category
-from finetune.resources import find_resource_folder
 
 _FOLDER = find_resource_folder("recipes") / "mixtures"
 FIRST_PHASE, LAST_PHASE = 1, 27

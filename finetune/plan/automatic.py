@@ -11,11 +11,11 @@ from typing import Any
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.plan.changes import list_changes
 from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
-from finetune.recipe import Recipe
-from finetune.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
-from finetune.train.batches import AUTO, read_global_batch
-from finetune.train.methods import METHODS
-from finetune.train.options import read_trainer_options
+from finetune.recipe.batches import AUTO, read_global_batch
+from finetune.recipe.methods import METHODS
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
+from finetune.recipe.sections import Recipe
+from finetune.recipe.trl_options import read_trainer_options
 
 _KEEP = {"gradient_checkpointing": False}
 _AGAIN = {"gradient_checkpointing": True}

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.recipe import Recipe
-from finetune.train.batches import read_accumulation, read_batch
-from finetune.train.methods import METHODS
+from finetune.recipe.batches import read_accumulation, read_batch
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
 
 _SHORTEST_ROW = 256
 _LONGEST_ANSWER = 512  # TRL's default

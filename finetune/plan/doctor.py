@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from finetune.checkpoints.finding import find_cache
 from finetune.errors import MachineError
+from finetune.models.loading import check_quantization, choose_device, choose_precision
 from finetune.plan.hardware import GIB
-from finetune.starts import find_cache
-from finetune.train.model import check_quantization, choose_device, choose_precision
 
 # The base in 16 bits as published, its fold, and an export of it.
 _DISK_BYTES = 15 * 10**9

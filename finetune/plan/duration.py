@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.plan.hardware import UTILISATION, Card
-from finetune.recipe import Recipe
-from finetune.train.methods import METHODS
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,9 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
-from finetune.plan.answering import (
-    add_answers,
-    as_training_step,
-    count_cache_bytes,
-    count_judge_bytes,
-    count_reference_scorings,
-)
+from finetune.models.engine import ENGINE_NAMES, Engine, check_engine, find_engine
+from finetune.models.reference_model import starts_from_base
 from finetune.plan.changes import Change, apply_change, list_changes
-from finetune.plan.dry_model import read_sizes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.plan.hardware import (
     CONTEXT_BYTES,
@@ -30,13 +24,19 @@ from finetune.plan.hardware import (
     Card,
     find_card,
 )
-from finetune.plan.memory import StepMemory, measure_step
-from finetune.plan.stages import ADAPTER, FROZEN_ADAPTER
-from finetune.recipe import Recipe
-from finetune.train.batches import read_accumulation, read_batch
-from finetune.train.engine import ENGINE_NAMES, Engine, check_engine, find_engine
-from finetune.train.methods import METHODS
-from finetune.train.reference import starts_from_base
+from finetune.plan.step.answering import (
+    add_answers,
+    as_training_step,
+    count_cache_bytes,
+    count_judge_bytes,
+    count_reference_scorings,
+)
+from finetune.plan.step.dry_model import read_sizes
+from finetune.plan.step.stages import ADAPTER, FROZEN_ADAPTER
+from finetune.plan.step.step_memory import StepMemory, measure_step
+from finetune.recipe.batches import read_accumulation, read_batch
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
 
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"

@@ -18,10 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.data.gates import IGNORED_LABEL
+from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.packing import PackedRows
 from finetune.errors import TrainingError
-from finetune.train.progress import PREFLIGHT
+from finetune.train.journal.progress import PREFLIGHT
 
 BatchRow = tuple[list[int], list[int]]
 

@@ -7,19 +7,19 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.dataset import Splits
-from finetune.data.template import ChatTemplate, list_stop_tokens
-from finetune.folders import write_folder
-from finetune.recipe import Recipe
-from finetune.starts import fingerprint_checkpoint
-from finetune.train.adapter import save_adapter, subtract_start
-from finetune.train.answers import answer_rows, is_sharded
-from finetune.train.methods import METHODS
-from finetune.train.model import Precision
-from finetune.train.origin import Origin, SampleRow, Stage, write_origin
-from finetune.train.record import Start
-from finetune.train.states import save_states
-from finetune.yulan.optimizer_states import OptimizerStates
+from finetune.data.encoding.template import ChatTemplate, list_stop_tokens
+from finetune.files.folders import write_folder
+from finetune.models.loading import Precision
+from finetune.models.lora import save_adapter, subtract_start
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
+from finetune.runs.lineage import Start
+from finetune.runs.results import Origin, SampleRow, Stage, write_origin
+from finetune.train.journal.answers import answer_rows, is_sharded
+from finetune.train.pretraining.state_loading import save_states
+from finetune.yulan.states.optimizer_states import OptimizerStates
 
 PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.

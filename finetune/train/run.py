@@ -13,35 +13,35 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
+from finetune.checkpoints.finding import find_cache, fingerprint_checkpoint
 from finetune.data.dataset import Splits, load_splits
+from finetune.data.encoding.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings
-from finetune.data.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
-from finetune.data.tokenizer import load_tokenizer
-from finetune.folders import translate_os_errors
-from finetune.recipe import Recipe, dump_recipe, to_plain
-from finetune.starts import find_cache, fingerprint_checkpoint
-from finetune.train.adapter import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter
-from finetune.train.answers import AnswerSheet, is_sharded
-from finetune.train.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
-from finetune.train.environment import describe_environment
-from finetune.train.judge import BorrowingJudge, borrow_base, check_judge, fingerprint_judge
-from finetune.train.methods import METHODS
-from finetune.train.model import Precision, choose_device, choose_precision, load_base
+from finetune.files.folders import translate_os_errors
+from finetune.models.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
+from finetune.models.loading import Precision, choose_device, choose_precision, load_base
+from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter
+from finetune.models.reference_model import describe_reference
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe, dump_recipe, to_plain
+from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge, fingerprint_judge
+from finetune.rewards.rules import find_reference_rule
+from finetune.runs.lineage import find_start
+from finetune.runs.results import write_json
+from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point
+from finetune.runs.summary import RunSummary, summarise_run
+from finetune.train.journal.answers import AnswerSheet, is_sharded
+from finetune.train.journal.environment import describe_environment
+from finetune.train.journal.loss_plot import draw_losses
+from finetune.train.journal.progress import read_metrics
 from finetune.train.online import bind_template, set_stop_tokens
-from finetune.train.origin import write_json
-from finetune.train.plot import draw_losses
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
-from finetune.train.pretraining import find_states
-from finetune.train.progress import read_metrics
-from finetune.train.record import find_start
-from finetune.train.reference import describe_reference
+from finetune.train.pretraining.packed_training import find_states
+from finetune.train.pretraining.state_loading import save_states
 from finetune.train.result import PISSA_START, Setup, write_result
-from finetune.train.resume import check_same_inputs, check_same_recipe, find_resume_point
-from finetune.train.rewards import find_reference_rule
-from finetune.train.sources import read_source_section, read_training_sources
-from finetune.train.states import save_states
-from finetune.train.summary import RunSummary, summarise_run
 from finetune.train.trainer import Aids, build_trainer, make_config
+from finetune.train.training_rows import read_source_section, read_training_sources
 
 logger = logging.getLogger(__name__)
 

@@ -20,20 +20,20 @@ from trl.trainer import utils as trainer_utils
 
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe
-from finetune.train.batches import KIT_OPTIONS
-from finetune.train.engine import find_engine, set_shared_type, shard_on_cpu
-from finetune.train.judge import BorrowingJudge
-from finetune.train.judging import AnswerRewards, CompletionWriter, list_weights
-from finetune.train.methods import METHODS
-from finetune.train.model import Precision
+from finetune.models.engine import find_engine, set_shared_type, shard_on_cpu
+from finetune.models.loading import Precision
+from finetune.models.reference_model import settle_reference, starts_from_base
+from finetune.recipe.batches import KIT_OPTIONS
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
+from finetune.rewards.judge import BorrowingJudge
+from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
+from finetune.train.journal.progress import MetricsWriter, ProgressBar
 from finetune.train.online import PromptOrder
-from finetune.train.prepared import accept_prepared_rows, adapt_collator, choose_rows, make_kto_collator
-from finetune.train.pretraining import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
-from finetune.train.progress import MetricsWriter, ProgressBar
-from finetune.train.reference import settle_reference, starts_from_base
-from finetune.train.watch import PreferenceWatch
-from finetune.yulan.optimizer_states import OptimizerStates
+from finetune.train.preference.prepared_rows import accept_prepared_rows, adapt_collator, choose_rows, make_kto_collator
+from finetune.train.preference.watch import PreferenceWatch
+from finetune.train.pretraining.packed_training import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
+from finetune.yulan.states.optimizer_states import OptimizerStates
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.

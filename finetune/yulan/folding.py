@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finetune.errors import CheckpointError
-from finetune.folders import write_folder
+from finetune.files.folders import write_folder
 from finetune.yulan.layout import (
     NativeConfig,
     check_tensors,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from finetune.folders import write_folder
+from finetune.files.folders import write_folder
 from finetune.yulan.layout import NativeConfig, list_native_tensors, parse_native_config
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 

@@ -8,8 +8,8 @@ import runpy
 
 import pytest
 
+from finetune.files.resources import find_demo_data
 from finetune.mixtures.categories import CATEGORIES
-from finetune.resources import find_demo_data
 
 CORPUS = runpy.run_path(str(find_demo_data("corpus.py")))
 

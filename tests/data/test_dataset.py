@@ -10,14 +10,14 @@ import pyarrow.parquet
 import pytest
 
 from finetune.data.dataset import load_splits
-from finetune.data.files import read_file
-from finetune.data.preview import describe_preview, preview_rows
-from finetune.data.rows import FORMATS, choose_format, read_row
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.row_formats import FORMATS, choose_format, read_row
+from finetune.data.preview.preview import describe_preview, preview_rows
+from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
-from finetune.resources import find_resource_folder
+from finetune.files.resources import find_resource_folder
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ROW = {"messages": [USER, ANSWER]}

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from finetune.data.dataset import load_splits
-from finetune.data.files import read_file
-from finetune.data.rows import choose_format, read_row
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.row_formats import choose_format, read_row
+from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 
 COLUMNS = {

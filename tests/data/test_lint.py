@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.data.lint import KINDS, LintRow, LintSettings, describe_fix, describe_lint, lint_rows
+from finetune.data.lint.findings import KINDS, LintRow, LintSettings, describe_fix, describe_lint, lint_rows
 
 SETTINGS = LintSettings(max_tokens=100, control_tokens=("<|eot_id|>", "</s>"))
 LONG = (

@@ -8,13 +8,13 @@ import pyarrow.parquet
 import pytest
 
 from finetune.data.dataset import load_splits
-from finetune.data.files import read_file
-from finetune.data.lint import KINDS
-from finetune.data.lint_reading import lint_data, list_control_spellings, read_lint_rows
-from finetune.data.rows import FORMATS
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.row_formats import FORMATS
+from finetune.data.lint.findings import KINDS
+from finetune.data.lint.lint_rows import lint_data, list_control_spellings, read_lint_rows
+from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError
 
 USER, ANSWER = {"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because it is."}
@@ -241,7 +241,7 @@ def test_nothing_is_written_into_a_full_folder_or_after_an_error(lint, tmp_path,
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Why so?", "completion": "Because it is."}])
     with pytest.raises(OutputError, match="is not empty"):
         lint(path, fixed=tmp_path)
-    monkeypatch.setattr("finetune.data.lint.describe_mojibake", lambda messages: 1 / 0)
+    monkeypatch.setattr("finetune.data.lint.findings.describe_mojibake", lambda messages: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lint(path, fixed=tmp_path / "fixed")
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]

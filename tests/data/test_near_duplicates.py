@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune.data.near_duplicates import SIMILAR, NearIndex, list_word_groups, sign_text
+from finetune.data.lint.near_duplicates import SIMILAR, NearIndex, list_word_groups, sign_text
 
 WORDS = [f"word{number}" for number in range(1000)]
 

@@ -10,10 +10,18 @@ from html.parser import HTMLParser
 import pytest
 
 from finetune.data.dataset import load_splits
-from finetune.data.page import PageColumn, PagePiece, PageRow, collect_page, render_page, split_tokens, write_page
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.preview.page import (
+    PageColumn,
+    PagePiece,
+    PageRow,
+    collect_page,
+    render_page,
+    split_tokens,
+    write_page,
+)
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import OutputError
 
 EVIL = "<script>alert(1)</script></style></div>--><img src=x onerror=alert(2)> \"q\" 's' & &amp; {{ 7*7 }} {% raw %}"
@@ -198,7 +206,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     def fail(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("finetune.data.page.os.fdopen", fail)
+    monkeypatch.setattr("finetune.data.preview.page.os.fdopen", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         write_page(file, "new")
     assert list(tmp_path.iterdir()) == [file]

@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from finetune.data.dataset import load_splits
-from finetune.data.gates import IGNORED_LABEL
+from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.data.encoding.template import encode_prompt, find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import encode_prompt, find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError, MachineError
 
 
@@ -259,7 +259,7 @@ def test_held_out_rows_are_the_same_whenever_they_are_drawn(load):
 
 @pytest.mark.parametrize("shape", ["sequence", "pair", "labelled"])
 def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
-    monkeypatch.setattr("finetune.data.workers.BATCH_ROWS", 4)  # several batches for each process
+    monkeypatch.setattr("finetune.data.encoding.workers.BATCH_ROWS", 4)  # several batches for each process
     pairs = [{"prompt": f"Q{n}", "chosen": f"yes {n} </s>", "rejected": f"no {n}"} for n in range(30)]
     alone = load(pairs, shape=shape)
     together = load(pairs, shape=shape, workers=2)
@@ -269,6 +269,6 @@ def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
 
 
 def test_a_process_that_ends_is_told(load, monkeypatch):
-    monkeypatch.setattr("finetune.data.workers._start_worker", sys.exit)
+    monkeypatch.setattr("finetune.data.encoding.workers._start_worker", sys.exit)
     with pytest.raises(MachineError, match=r"data\.workers: a process that prepares rows was ended from outside"):
         load([TWO], workers=2)

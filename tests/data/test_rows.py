@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune.data.files import list_files, read_file
-from finetune.data.rows import Row, choose_format, read_row
+from finetune.data.formats.row_formats import Row, choose_format, read_row
+from finetune.data.reading.raw_files import list_files, read_file
 from finetune.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

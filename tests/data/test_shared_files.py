@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.data.dataset import load_splits
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 from finetune.train.run import run_training
 

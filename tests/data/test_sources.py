@@ -6,13 +6,13 @@ import pytest
 from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from finetune.data import json_lists
 from finetune.data.dataset import load_splits
-from finetune.data.files import read_file
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.reading.raw_files import read_file
+from finetune.data.reading.row_reader import json_lists
+from finetune.data.reading.sources import draw_rows, hash_source, read_source
 from finetune.data.settings import DataSettings, HubDataset, Source
-from finetune.data.sources import draw_rows, hash_source, read_source
-from finetune.data.template import find_template
-from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 
 
@@ -125,7 +125,7 @@ def hub(monkeypatch, tmp_path):
         asked.append((names, options))
         return load_from_disk(tmp_path / "downloaded")
 
-    monkeypatch.setattr("finetune.data.sources.load_dataset", load_dataset)
+    monkeypatch.setattr("finetune.data.reading.sources.load_dataset", load_dataset)
     return asked
 
 
@@ -153,7 +153,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, sentence):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("finetune.data.sources.load_dataset", fail)
+    monkeypatch.setattr("finetune.data.reading.sources.load_dataset", fail)
     with pytest.raises(DataError) as raised:
         [list(rows) for _, rows in read_source(Source(HubDataset(f"someone/{type(error).__name__}")))]
     assert str(raised.value).startswith(f"someone/{type(error).__name__}/train: ")

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from finetune.data.gates import check_padding
-from finetune.data.template import (
+from finetune.data.encoding.gates import check_padding
+from finetune.data.encoding.template import (
     encode_conversations,
     encode_prompt,
     find_template,
     list_stop_tokens,
     list_template_tokens,
 )
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import TemplateError
-from finetune.resources import find_demo_data, list_templates
+from finetune.files.resources import find_demo_data, list_templates
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},

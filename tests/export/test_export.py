@@ -9,16 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import ExportError, OutputError, TemplateError
 from finetune.evaluate.chat import open_trained
 from finetune.export import merge, merged
-from finetune.export.adapter import read_adapter
+from finetune.export.adapter_changes import read_adapter
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.starts import fingerprint_checkpoint
-from finetune.train.origin import Origin, open_result, write_origin
+from finetune.runs.results import Origin, open_result, write_origin
 from finetune.yulan import shards
-from finetune.yulan.modeling import load_native
+from finetune.yulan.native.modeling import load_native
 from finetune.yulan.tensors import open_tensors
 
 SETTINGS = ExportSettings("auto", 2 * 10**9)
@@ -144,7 +144,7 @@ def forget_scale(adapter):
 def test_a_lost_adapter_is_noticed(make_adapter, tmp_path, monkeypatch):
     """The merged model answers as the base: reported against every peer (unsloth 1593, mlx-lm 1172, peft 2105)."""
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
-    monkeypatch.setattr("finetune.export.adapter.Adapter.merge_rows", lambda self, name, start, base: base)
+    monkeypatch.setattr("finetune.export.adapter_changes.Adapter.merge_rows", lambda self, name, start, base: base)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ExportError, match="the reopened model is not what was trained"):
             export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, 2 * 10**9), LogitVerifier())

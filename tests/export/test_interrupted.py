@@ -6,7 +6,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from finetune.folders import write_folder
+from finetune.files.folders import write_folder
 
 # One process that has imported everything starts an export in a child of its own, stops it after a random share of the
 # time that a whole export takes, and looks at what is left.
@@ -14,7 +14,7 @@ SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
 from finetune.export.merge import ExportSettings, export_result
-from finetune.train.origin import open_result
+from finetune.runs.results import open_result
 
 adapter, output, reference = (Path(path) for path in sys.argv[1:4])
 number = getattr(signal, sys.argv[4])

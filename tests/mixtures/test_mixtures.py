@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.files.resources import find_resource_folder
 from finetune.mixtures.categories import _CATEGORY_OF, CATEGORIES, find_category
 from finetune.mixtures.matched import list_unknown_sources, match_sources
-from finetune.mixtures.plot import _LABEL_HEIGHT, _make_figure, _spread
+from finetune.mixtures.mixture_plot import _LABEL_HEIGHT, _make_figure, _spread
 from finetune.mixtures.published import Mixture, choose_mixtures, find_mixture, list_mixtures, list_used_datasets
-from finetune.resources import find_resource_folder
 
 FOLDER = find_resource_folder("recipes") / "mixtures"
 NAMES = {name for mixture in list_mixtures() for name in mixture.tokens}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.yulan.layout import read_config
-from finetune.yulan.modeling import load_native
+from finetune.yulan.native.modeling import load_native
 from finetune.yulan.tensors import open_tensors
 
 CASES = [

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.train.origin import open_result
+from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
 RECIPE = """

@@ -7,16 +7,16 @@ import torch
 from datasets import concatenate_datasets
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.check import load_recipe
-from finetune.plan.dry_model import make_full_rows, make_stand_in_tokenizer
-from finetune.plan.stages import LOSS, WORKSPACE, follow_training
-from finetune.plan.tracker import MemoryTracker, Peak
-from finetune.resources import list_recipes
-from finetune.starts import find_base_folder
-from finetune.train.adapter import attach_adapter
-from finetune.train.methods import METHODS
-from finetune.train.model import choose_precision, load_base
-from finetune.train.progress import MetricsWriter, ProgressBar
+from finetune.check.recipes import load_recipe
+from finetune.checkpoints.finding import find_base_folder
+from finetune.files.resources import list_recipes
+from finetune.models.loading import choose_precision, load_base
+from finetune.models.lora import attach_adapter
+from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
+from finetune.plan.step.stages import LOSS, WORKSPACE, follow_training
+from finetune.plan.step.tracker import MemoryTracker, Peak
+from finetune.recipe.methods import METHODS
+from finetune.train.journal.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
 QUIET = {"max_steps": 2, "use_cpu": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}

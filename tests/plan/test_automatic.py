@@ -8,14 +8,14 @@ import pytest
 import torch
 from trl import SFTTrainer
 
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.errors import MachineError, RecipeError, TrainingError
+from finetune.pipeline.training import list_steps_down, restore_choices, train_within_memory
 from finetune.plan import automatic
 from finetune.plan.automatic import choose_settings
 from finetune.plan.forecast import Plan, Target
-from finetune.plan.ladder import list_steps_down, restore_choices, train_within_memory
-from finetune.recipe import dump_recipe
-from finetune.recipe_file import ACCUMULATION, BATCH, read_recipe
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH, read_recipe
+from finetune.recipe.sections import dump_recipe
 
 AUTO = ("sft_lora", "adapter.train_tokens=[]", "trainer.auto=true", "trainer.global_batch=12")
 
@@ -162,7 +162,7 @@ eval_strategy: "no", disable_tqdm: true, use_cpu: true}'
 @pytest.fixture
 def small_run(tmp_path, nano_llama):
     """A recipe file of four steps on nano, automatic, and a function that reads its losses."""
-    from finetune.resources import find_demo_data
+    from finetune.files.resources import find_demo_data
 
     lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
@@ -242,7 +242,7 @@ def test_without_auto_the_message_says_what_grew(small_run, tmp_path, monkeypatc
 
 
 def read_small(path, folder):
-    from finetune.check import load_recipe
+    from finetune.check.recipes import load_recipe
 
     return load_recipe(path, [f"output={folder / 'run'}"])
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from finetune.checkpoints import PUBLISHED_SIZES
-from finetune.cli import main
+from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
+from finetune.cli.main import main
 from finetune.errors import MachineError
-from finetune.plan import ladder
+from finetune.pipeline import training as ladder
 from finetune.plan.doctor import describe_machine, examine_machine
 from finetune.plan.duration import count_matrix_weights, count_work, estimate_time
 from finetune.plan.hardware import (

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.checkpoints import PUBLISHED_SIZES
-from finetune.plan.memory import choose_planned_precision, measure_step
-from finetune.plan.stages import ADAPTER, GRADIENTS, KEPT, OPTIMIZER, RECOMPUTED, SCALES, SMALL, TABLES, list_weights
-from finetune.starts import find_base_folder
-from finetune.train.model import Precision, load_base
+from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
+from finetune.checkpoints.finding import find_base_folder
+from finetune.models.loading import Precision, load_base
+from finetune.plan.step.stages import (
+    ADAPTER,
+    GRADIENTS,
+    KEPT,
+    OPTIMIZER,
+    RECOMPUTED,
+    SCALES,
+    SMALL,
+    TABLES,
+    list_weights,
+)
+from finetune.plan.step.step_memory import choose_planned_precision, measure_step
 from tests.plan.conftest import measure_run
 
 SHORT = "data.max_tokens=256"
@@ -148,7 +158,7 @@ def test_paged_optimizer_leaves_the_device(make_recipe):
 RESIDENT = """
 import sys
 from pathlib import Path
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from tests.plan.conftest import build_real_trainer
 trainer = build_real_trainer(load_recipe(Path(sys.argv[1]), sys.argv[2:]))
 read = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
@@ -183,7 +193,7 @@ def test_resident_memory_grows_as_predicted(make_recipe, larger_start, tmp_path)
 def test_planning_the_full_model_stays_small():
     """The plan of the longest rows keeps less than 1 GB resident, in a process of its own."""
     code = (
-        "from finetune.cli import main\n"
+        "from finetune.cli.main import main\n"
         "try: main(['plan', 'sft_qlora', '-s', 'data.max_tokens=28672', '--json'])\n"
         "finally: open('/dev/stderr', 'w').write(open('/proc/self/status').read())"
     )

@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetune.check import load_recipe
-from finetune.checkpoints import PUBLISHED_SIZES
-from finetune.cli import main
-from finetune.plan.answering import as_training_step
-from finetune.plan.dry_model import read_sizes
+from finetune.check.recipes import load_recipe
+from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
+from finetune.cli.main import main
+from finetune.files.resources import list_recipes
+from finetune.models.loading import Precision, load_base
+from finetune.models.lora import attach_adapter, save_adapter
 from finetune.plan.duration import count_matrix_weights, count_work
 from finetune.plan.forecast import Target, describe_plan, make_plan
-from finetune.plan.memory import measure_step
-from finetune.plan.stages import ADAPTER, FROZEN_ADAPTER
-from finetune.resources import list_recipes
-from finetune.train.adapter import attach_adapter, save_adapter
-from finetune.train.model import Precision, load_base
+from finetune.plan.step.answering import as_training_step
+from finetune.plan.step.dry_model import read_sizes
+from finetune.plan.step.stages import ADAPTER, FROZEN_ADAPTER
+from finetune.plan.step.step_memory import measure_step
 from tests.plan.conftest import measure_run
 
 SMALL = ("data.max_tokens=128", "trainer.gradient_accumulation_steps=1")

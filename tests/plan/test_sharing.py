@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.errors import MachineError, RecipeError
-from finetune.plan import tracker as stage
+from finetune.files.resources import find_resource_folder
 from finetune.plan.forecast import choose_target, make_plan
-from finetune.plan.memory import measure_step
-from finetune.plan.sharing import BUCKETS, COPIES, GATHERED, Sharing, read_sharing
-from finetune.plan.stages import ADAPTER, GRADIENTS, OPTIMIZER, SMALL, TABLES
-from finetune.resources import find_resource_folder
+from finetune.plan.step import tracker as stage
+from finetune.plan.step.sharing import BUCKETS, COPIES, GATHERED, Sharing, read_sharing
+from finetune.plan.step.stages import ADAPTER, GRADIENTS, OPTIMIZER, SMALL, TABLES
+from finetune.plan.step.step_memory import measure_step
 
 CONFIGS = find_resource_folder("recipes") / "accelerate"
 FULL = ("sft_full", "data.max_tokens=128", "trainer.optim=adamw_torch", "trainer.gradient_accumulation_steps=1")
@@ -85,7 +85,7 @@ import os, sys
 import torch
 import torch.multiprocessing as processes
 from torch.distributed.fsdp import fully_shard
-from finetune.plan.sharing import Sharing
+from finetune.plan.step.sharing import Sharing
 
 def cut(rank):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], RANK=str(rank), WORLD_SIZE="2")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.plan.forecast import Target, make_plan
 
 ROOT = Path(__file__).parents[2]

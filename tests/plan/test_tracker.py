@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from finetune.plan.tracker import FORWARD, LOSS, MemoryTracker
+from finetune.plan.step.tracker import FORWARD, LOSS, MemoryTracker
 
 
 def test_peak_counts_storages_once_and_until_they_die():

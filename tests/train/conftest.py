@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check import load_recipe
-from finetune.resources import find_demo_data
+from finetune.check.recipes import load_recipe
+from finetune.files.resources import find_demo_data
 from finetune.train.run import run_training
 
 RECIPE = """

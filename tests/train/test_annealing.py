@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import TrainerCallback
 
-from finetune.check import load_recipe
-from finetune.resources import find_resource_folder
+from finetune.check.recipes import load_recipe
+from finetune.files.resources import find_resource_folder
 from finetune.train.run import run_training
 from finetune.train.trainer import build_trainer
-from finetune.yulan.optimizer_states import open_states, read_state
+from finetune.yulan.states.optimizer_states import open_states, read_state
 
 RECIPE = """
 method: anneal

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
 from finetune.evaluate.chat import answer, open_model
 from finetune.train.run import run_training

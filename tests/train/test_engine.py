@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from finetune.errors import MachineError, RecipeError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import find_demo_data, find_resource_folder
-from finetune.train.engine import check_engine, find_engine
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data, find_resource_folder
+from finetune.models.engine import check_engine, find_engine
+from finetune.runs.results import open_result
 
 CONFIGS = find_resource_folder("recipes") / "accelerate"
 FULL = ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-3"]

@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.check import load_recipe
-from finetune.cli import main
-from finetune.data.template import find_template
+from finetune.check.recipes import load_recipe
+from finetune.cli.main import main
+from finetune.data.encoding.template import find_template
 from finetune.errors import RecipeError, TrainingError
-from finetune.plan.answering import count_judge_bytes
-from finetune.recipe import JudgeSection, RewardsSection
-from finetune.resources import find_demo_data
-from finetune.train.adapter import attach_adapter
-from finetune.train.engine import check_engine
-from finetune.train.judge import borrow_base, check_judge, open_judge
-from finetune.train.judging import AnswerRewards
-from finetune.train.model import Precision, load_base
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data
+from finetune.models.engine import check_engine
+from finetune.models.loading import Precision, load_base
+from finetune.models.lora import attach_adapter
+from finetune.plan.step.answering import count_judge_bytes
+from finetune.recipe.sections import JudgeSection, RewardsSection
+from finetune.rewards.judge import borrow_base, check_judge, open_judge
+from finetune.rewards.reward_functions import AnswerRewards
+from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
 TRAINER = """

@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.check import load_recipe
-from finetune.data.preview import describe_preview, preview_rows
-from finetune.data.template import encode_prompt, find_template, list_stop_tokens
-from finetune.data.tokenizer import load_tokenizer
+from finetune.check.recipes import load_recipe
+from finetune.data.encoding.template import encode_prompt, find_template, list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.preview.preview import describe_preview, preview_rows
 from finetune.errors import DataError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
+from finetune.rewards.rules import RULES, Rule
+from finetune.runs.results import open_result
 from finetune.train.online import bind_template
-from finetune.train.origin import open_result
-from finetune.train.rewards import RULES, Rule
 from finetune.train.run import prepare_rows, run_training
 from finetune.train.trainer import build_trainer
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from matplotlib.image import imread
 
-from finetune.train import plot
+from finetune.train.journal import loss_plot as plot
 
 
 def draw(run, line):

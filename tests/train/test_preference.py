@@ -8,19 +8,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
 from finetune.evaluate.chat import open_model
 from finetune.evaluate.pairs import evaluate_pairs
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import find_demo_data
-from finetune.train.adapter import attach_adapter
-from finetune.train.model import Precision
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data
+from finetune.models.loading import Precision
+from finetune.models.lora import attach_adapter
+from finetune.runs.results import open_result
+from finetune.train.preference.watch import PreferenceWatch
 from finetune.train.run import prepare_rows
 from finetune.train.trainer import build_trainer
-from finetune.train.watch import PreferenceWatch
 
 FLOAT32 = Precision(torch.float32, "no")
 BETA = 0.3
@@ -229,9 +229,9 @@ def test_dpo_starts_at_ln_2_from_a_continued_adapter(chain):
 
 def test_the_reference_of_a_continued_adapter_is_the_earlier_run(chain, monkeypatch):
     """TRL 1.16 leaves trained token rows out of its frozen copy, so the reference would be another model."""
-    from finetune.train.adapter import continue_adapter
-    from finetune.train.model import load_base
-    from finetune.train.record import find_start
+    from finetune.models.loading import load_base
+    from finetune.models.lora import continue_adapter
+    from finetune.runs.lineage import find_start
 
     recipe = load_recipe(chain / "dpo.yaml", [f"output={chain / 'again'}"])
     tokenizer, splits = prepare_rows(recipe)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from trl import DPOTrainer, KTOTrainer
 
-from finetune.check import load_recipe
-from finetune.cli import main
-from finetune.train.rewards import RULES, Rule
+from finetune.check.recipes import load_recipe
+from finetune.cli.main import main
+from finetune.rewards.rules import RULES, Rule
 from finetune.train.run import run_training
 
 SAVING = ["trainer.max_steps=4", "trainer.save_strategy=steps", "trainer.save_steps=2"]

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.check import load_recipe
+from finetune.check.recipes import load_recipe
 from finetune.errors import FinetuneError, RecipeError
 from finetune.evaluate.chat import open_model
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.resources import find_demo_data
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data
+from finetune.runs.results import open_result
 from finetune.train.run import run_training
-from finetune.yulan.optimizer_states import open_states, read_state
+from finetune.yulan.states.optimizer_states import open_states, read_state
 
 RECIPE = """
 method: pretrain

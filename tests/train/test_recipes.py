@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.chain import run_chain
-from finetune.chain_file import is_chain, load_chain
-from finetune.check import load_recipe
+from finetune.check.chains import is_chain, load_chain
+from finetune.check.recipes import load_recipe
 from finetune.errors import ExportError
 from finetune.evaluate.pairs import evaluate_pairs
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
-from finetune.recipe_file import read_recipe
-from finetune.resources import find_demo_data, list_recipes
-from finetune.train.methods import METHODS
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data, list_recipes
+from finetune.pipeline.chain import run_chain
+from finetune.recipe.methods import METHODS
+from finetune.recipe.recipe_file import read_recipe
+from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
 # Two steps on nano; the real models' optimizer states in 8 bits need a GPU.

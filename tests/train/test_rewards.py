@@ -5,9 +5,9 @@ import json
 import pytest
 
 from finetune.errors import TrainingError
-from finetune.recipe import RewardsSection
-from finetune.train.judging import AnswerRewards, judge_answer
-from finetune.train.rewards import RULES, Answer, Rule, find_final_answer
+from finetune.recipe.sections import RewardsSection
+from finetune.rewards.reward_functions import AnswerRewards, judge_answer
+from finetune.rewards.rules import RULES, Answer, Rule, find_final_answer
 
 
 def judge(name, text, question="How many apples are left?", **facts):

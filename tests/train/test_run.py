@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.data.template import encode_conversations, find_template
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.encoding.template import encode_conversations, find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
-from finetune.recipe_file import read_recipe
-from finetune.resources import find_demo_data, find_resource_folder
-from finetune.train.origin import open_result
+from finetune.files.resources import find_demo_data, find_resource_folder
+from finetune.recipe.recipe_file import read_recipe
+from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
 UNLOGGED = ["trainer.logging_strategy=no"]

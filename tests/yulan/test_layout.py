@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import CheckpointError, OutputError
+from finetune.files.sizes import parse_size
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, list_native_tensors, parse_native_config, read_config
 from finetune.yulan.nano import CONFIG, build_nano
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
-from finetune.yulan.sizes import parse_size
 from finetune.yulan.tensors import open_tensors, read_header
 
 

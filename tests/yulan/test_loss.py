@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.yulan import loss as losses
-from finetune.yulan.loss import compute_fused_loss, compute_loss
+from finetune.yulan.native import native_loss as losses
+from finetune.yulan.native.native_loss import compute_fused_loss, compute_loss
 from tests.yulan.test_modeling import make_ids, make_model
 
 TOKENS, WIDTH, VOCABULARY = 2 * 333, 24, 1000

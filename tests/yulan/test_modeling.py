@@ -13,17 +13,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.errors import CheckpointError
-from finetune.yulan.configuration import MiniYuLanConfig, YuLanMiniConfig
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import list_native_tensors, parse_native_config
-from finetune.yulan.loss import compute_loss
-from finetune.yulan.modeling import (
+from finetune.yulan.native.configuration import MiniYuLanConfig, YuLanMiniConfig
+from finetune.yulan.native.modeling import (
     MiniYuLanModel,
     MiniYuLanModelForCausalLM,
     YuLanMiniForCausalLM,
     YuLanMiniModel,
     load_native,
 )
+from finetune.yulan.native.native_loss import compute_loss
 
 TINY = {
     "vocab_size": 120,

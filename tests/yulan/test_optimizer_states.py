@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.errors import CheckpointError
-from finetune.yulan.modeling import load_native
-from finetune.yulan.optimizer_states import (
+from finetune.yulan.native.modeling import load_native
+from finetune.yulan.states.optimizer_states import (
     OptimizerStates,
     ParameterState,
     StateGroup,
@@ -19,8 +19,8 @@ from finetune.yulan.optimizer_states import (
     open_states,
     read_state,
 )
-from finetune.yulan.state_files import write_states
-from finetune.yulan.state_report import report_states
+from finetune.yulan.states.state_files import write_states
+from finetune.yulan.states.state_report import report_states
 
 NAME = "model.norm.weight"
 PARTS = ("fp32", "exp_avg", "exp_avg_sq")

@@ -1,0 +1,112 @@
+"""Check and complete what a recipe says to the methods `pretrain` and `anneal`. Never imports torch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import OptimizerSection, Recipe, ScheduleSection
+
+_STATES = ("published", "fresh")
+
+
+def check_pretraining(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """Yield the problems of the sections optimizer and schedule, and of what does not go with these methods.
+
+    A folder of states is looked for in the recipe's own, `folder`, first.
+    """
+    method = METHODS.get(recipe.method)
+    if method is None:
+        return
+    if method.pretraining is None:
+        yield from _check_unused(recipe)
+        return
+    yield from _check_rows(recipe)
+    resolved = resolve_pretraining(recipe, folder)
+    yield from _check_optimizer(recipe, resolved.optimizer.states)
+    yield from _check_schedule(resolved.schedule, resolved.optimizer.states)
+
+
+def _check_unused(recipe: Recipe) -> Iterator[str]:
+    names = " and ".join(name for name, method in METHODS.items() if method.pretraining is not None)
+    for section, default in (("optimizer", OptimizerSection()), ("schedule", ScheduleSection())):
+        for key, value in vars(getattr(recipe, section)).items():
+            if value != vars(default)[key]:
+                yield f"{section}.{key}: belongs to the methods {names}; remove it, or set the method"
+
+
+def _check_rows(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.overflow != "error":
+        yield "data.overflow: has no effect where rows are packed full: long documents go on in the next row; remove it"
+    for key in ("max_positions", "rope_theta"):
+        value = getattr(recipe.model, key)
+        if value is not None and value <= 0:
+            yield f"model.{key}: must be above 0; found {value}"
+
+
+def _check_optimizer(recipe: Recipe, states: str) -> Iterator[str]:
+    optimizer, is_fresh = recipe.optimizer, states == "fresh"
+    if not is_fresh and states != "published" and not Path(states).expanduser().is_dir():
+        yield f"optimizer.states: there is no folder {states}; give a folder, or one of {', '.join(_STATES)}"
+    if not is_fresh and recipe.model.architecture != "native":
+        yield (
+            f"optimizer.states: {states} are those of the native form; "
+            "set model.architecture: native, or optimizer.states: fresh"
+        )
+    if not is_fresh and recipe.adapter.kind != "none":
+        yield (
+            f"optimizer.states: {states} are those of all weights; set adapter.kind: none, or optimizer.states: fresh"
+        )
+    for key in ("learning_rate", "weight_decay"):
+        value = getattr(optimizer, key)
+        if value is not None and not is_fresh:
+            yield f"optimizer.{key}: the states bring their own; remove it, or set optimizer.states: fresh"
+        elif value is not None and value < 0:
+            yield f"optimizer.{key}: must be at least 0; found {value}"
+    is_plain = recipe.model.architecture != "native" or recipe.adapter.kind != "none"
+    if is_fresh and is_plain and optimizer.learning_rate is None:
+        yield (
+            "optimizer.learning_rate: is missing; only all weights of the native form have a published one "
+            "(2e-5 to 2e-4 is usual for all weights of a folded model, 1e-4 to 2e-4 for an adapter)"
+        )
+    if optimizer.save_states and (recipe.model.architecture != "native" or recipe.adapter.kind != "none"):
+        yield "optimizer.save_states: needs all weights of the native form: model.architecture: native, adapter.kind: none"
+
+
+def _check_schedule(schedule: ScheduleSection, states: str) -> Iterator[str]:
+    for key in ("length", "warmup", "decay_start", "decay_end"):
+        value = getattr(schedule, key)
+        if value is None:
+            continue
+        if value < 0 or (key == "length" and value == 0):
+            yield f"schedule.{key}: must be above 0; found {value}"
+        elif schedule.unit == "steps" and value != int(value):
+            yield f"schedule.{key}: must be a whole number of steps; found {value}"
+        if key.startswith("decay") and schedule.decay == "none":
+            yield f"schedule.{key}: has no effect where schedule.decay is none; remove it"
+    start, end = schedule.decay_start, schedule.decay_end
+    if start is not None and end is not None and end <= start:
+        yield f"schedule.decay_end: must lie after decay_start; found {start} to {end}"
+    if schedule.count == "states" and schedule.unit == "tokens":
+        yield "schedule.count: states count steps; set schedule.unit: steps, or count: run"
+    if schedule.count == "states" and states == "fresh":
+        yield "schedule.count: a fresh start has no count to go on from; remove it, or set optimizer.states"
+
+
+def resolve_pretraining(recipe: Recipe, folder: Path) -> Recipe:
+    """Write out what `auto` stands for, and make a folder of states absolute."""
+    pretraining = METHODS[recipe.method].pretraining
+    if pretraining is None:
+        return recipe
+    states, decay = recipe.optimizer.states, recipe.schedule.decay
+    if states == "auto":
+        states = pretraining.states
+    elif states not in _STATES:
+        candidates = (folder / Path(states).expanduser(), Path(states).expanduser())
+        states = next((str(path.resolve()) for path in candidates if path.is_dir()), states)
+    optimizer = replace(recipe.optimizer, states=states)
+    return replace(
+        recipe,
+        optimizer=optimizer,
+        schedule=replace(recipe.schedule, decay=pretraining.decay if decay == "auto" else decay),
+    )

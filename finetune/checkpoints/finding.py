@@ -1,0 +1,193 @@
+"""From the name of a start to a folder of plain Llama weights: download or build it, fold it once, remember it by content."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
+from finetune.errors import CheckpointError, OutputError, describe_unknown_name
+from finetune.files.resources import find_demo_data
+from finetune.recipe.sections import TrainedArchitecture
+from finetune.yulan.folding import fold_checkpoint
+from finetune.yulan.layout import find_architecture, read_config
+from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
+from finetune.yulan.states.optimizer_states import POINTER, RESULT
+from finetune.yulan.tensors import list_weight_files
+
+# Weights as safetensors, and text; never code, never pickles.
+_WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
+# Optimizer states are pickles, which are read as tensors and plain values only; fetched only where a recipe asks for them.
+_STATE_FILES = (POINTER, "*_universal/*.pt")
+_FOLD_VERSION = 1
+_HASH_CHUNK = 1 << 22
+
+
+def find_checkpoint(name: str) -> Path:
+    """Return the local folder of a start: an alias, a hub id with an optional `@revision`, or a folder.
+
+    Raises:
+        CheckpointError: the name stands for nothing, or it cannot be fetched from here.
+    """
+    start = find_alias(name)
+    if start is not None:
+        if start.alias == "nano":
+            return _find_nano()
+        if start.repository is None:
+            raise CheckpointError(f"{name}: {start.note}")
+        return _download(start.repository, None, name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    repository, _, revision = name.partition("@")
+    if is_hub_id(name) and not name.startswith((".", "/", "~")):
+        return _download(repository, revision or None, name)
+    raise CheckpointError(
+        f"{name!r} is {describe_unknown_name(name, list_aliases())}; a hub id (owner/repository) or a local folder works too"
+    )
+
+
+def find_states_folder(name: str) -> Path:
+    """Return the folder of a start with its optimizer states, fetched where it is published on the hub.
+
+    Raises:
+        CheckpointError: the start has none, or they cannot be fetched from here.
+    """
+    folder = Path(name).expanduser()
+    start = find_alias(name)
+    if start is not None and start.repository is not None:
+        folder = _download(start.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
+    elif start is None and not folder.is_dir():
+        repository, _, revision = name.partition("@")
+        folder = _download(repository, revision or None, name, (*_WANTED_FILES, *_STATE_FILES))
+    if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
+        raise CheckpointError(
+            f"{name}: holds no optimizer states (no {POINTER} in {folder}); `finetune checkpoints` shows which starts do; "
+            "set optimizer.states: fresh to begin with empty ones, or a folder that has them"
+        )
+    return folder
+
+
+def _download(repository: str, revision: str | None, name: str, files: Sequence[str] = _WANTED_FILES) -> Path:
+    try:
+        # By attribute: the library then loads what downloads only here, a fifth of a second that other starts do not need.
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointError(
+            f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}: {repository} is not on this machine and the hub cannot be reached; where there is a network run\n"
+            f"  hf download {repository}{at} --local-dir {repository.rpartition('/')[2]}\n"
+            "and give that folder as model.checkpoint"
+        ) from error
+
+
+def _find_nano() -> Path:
+    files = [find_demo_data("demo.jsonl"), find_demo_data("demo_eval.jsonl")]
+    key = hashlib.sha256(f"{NANO_VERSION}:{CONFIG}".encode())
+    for file in files:
+        key.update(file.read_bytes())
+    return _make_once(find_cache() / "nano" / key.hexdigest()[:16], lambda folder: build_nano(folder, files))
+
+
+def as_llama(folder: Path) -> Path:
+    """Return a start as a folder of Llama weights: itself, or its fold in the cache, made once for each content.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or folded.
+        OutputError: the cache cannot be written.
+    """
+    if find_architecture(folder) == "llama":
+        return folder
+    key = hashlib.sha256(f"{_FOLD_VERSION}:{fingerprint_checkpoint(folder)}".encode()).hexdigest()[:16]
+    return _make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))
+
+
+def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:
+    """Return the folder that a run trains on: a start's Llama form, or its native one as it was published.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or is not native where that was asked for.
+    """
+    folder = find_checkpoint(name)
+    if architecture == "llama":
+        return as_llama(folder)
+    if find_architecture(folder) == "llama":
+        raise CheckpointError(
+            f"{name}: is stored as Llama, so there is nothing native to train; remove model.architecture, or choose one of "
+            f"the checkpoints that `finetune checkpoints` lists as yulanmini"
+        )
+    return folder
+
+
+def _make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Return a cached folder, made if need be; of two processes that make it at once, one is renamed first and wins."""
+    if folder.is_dir():
+        return folder
+    try:
+        make(folder)
+    except OutputError:
+        if not folder.is_dir():
+            raise
+    return folder
+
+
+def find_cache() -> Path:
+    """Return the folder for folds and fingerprints: `FINETUNE_CACHE`, or the system's own place for caches."""
+    if chosen := os.environ.get("FINETUNE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "yulan-finetune"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "yulan-finetune"
+
+
+def fingerprint_checkpoint(folder: Path) -> str:
+    """Return a hash of a checkpoint's configuration, tokenizer and weights.
+
+    Raises:
+        CheckpointError: the folder holds no complete checkpoint.
+    """
+    read_config(folder)
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", folder / "tokenizer.json", *list_weight_files(folder)]:
+        if file.is_file():
+            digest.update(f"{file.name}:{hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """Return the hash of a file's content, remembered under everything that changes when it does."""
+    real = file.resolve()
+    status = real.stat()
+    identity = f"{real}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+    remembered = find_cache() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if remembered.is_file() and len(known := remembered.read_text(encoding="utf-8")) == 64:
+        return known
+    digest = hashlib.sha256()
+    with real.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    _remember(remembered, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _remember(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        return  # a cache that cannot be written only costs time

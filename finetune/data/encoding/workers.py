@@ -1,0 +1,68 @@
+"""Encode rows in several processes, where one Python cannot keep all cores busy."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice
+
+from finetune.data.encoding.row_encoder import BATCH_ROWS, RowEncoder, SourceRow, TokenRow
+from finetune.data.formats.row_formats import Row
+from finetune.errors import MachineError
+
+_Encoded = tuple[list[TokenRow], int]
+# What a process of the pool encodes with; it is sent once, at its start, and not with every batch.
+_own_encoder: list[RowEncoder] = []
+
+
+def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) -> Iterator[list[TokenRow]]:
+    """Yield batches of rows in their order, encoded by `workers` processes; one is this process itself.
+
+    Raises:
+        MachineError: a process was ended from outside, most likely for want of memory.
+        TemplateError: the template refuses a conversation.
+    """
+    if workers == 1:
+        yield from encoder.encode(rows)
+        return
+    remaining = iter(rows)
+    pending: deque[tuple[list[SourceRow], Future[_Encoded]]] = deque()
+    # Forking would copy the threads' locks of torch and of the tokenizer in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
+        while batch := list(islice(remaining, BATCH_ROWS)):
+            pending.append((batch, pool.submit(_encode_batch, batch)))
+            if len(pending) > 2 * workers:
+                yield _finish(encoder, *pending.popleft())
+        while pending:
+            yield _finish(encoder, *pending.popleft())
+
+
+def _start_worker(encoder: RowEncoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each process is the share of each
+    _own_encoder.append(encoder)
+
+
+def _encode_batch(batch: list[SourceRow]) -> _Encoded:
+    """Return the rows without their texts, which need not travel back, and how many spell control tokens."""
+    encoder = _own_encoder[0]
+    before = encoder.rows_with_spellings
+    rows = [row for rows in encoder.encode(batch) for row in rows]
+    bare = [replace(row, source=SourceRow(row.source.number, "", row.source.kind, Row())) for row in rows]
+    return bare, encoder.rows_with_spellings - before
+
+
+def _finish(encoder: RowEncoder, batch: list[SourceRow], future: Future[_Encoded]) -> list[TokenRow]:
+    try:
+        rows, spellings = future.result()
+    except BrokenProcessPool as error:
+        raise MachineError(
+            "data.workers: a process that prepares rows was ended from outside, most likely for want of memory; "
+            "set data.workers lower"
+        ) from error
+    encoder.rows_with_spellings += spellings
+    sources = {source.number: source for source in batch}
+    return [replace(row, source=sources[row.source.number]) for row in rows]

@@ -1,0 +1,105 @@
+"""What the model will really see: rows as text with what is trained marked, counts, lengths."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.account import SplitReport
+from finetune.data.dataset import Splits
+from finetune.data.encoding.gates import IGNORED_LABEL
+
+_COLOUR, _PLAIN_TEXT = "\x1b[32m", "\x1b[0m"
+_OPEN, _CLOSE = "⟦", "⟧"
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row, or one side of a pair; `trained` holds 1 for every token that is learnt, `side` says which answer it is."""
+
+    origin: str
+    text: str
+    token_ids: list[int]
+    trained: list[int]
+    pieces: list[tuple[str, bool]]
+    side: str = ""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A few rows, and the account of all."""
+
+    rows: list[PreviewRow]
+    counts: dict[str, Any]
+
+
+def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
+    """Return the first rows of the training split as the model will see them."""
+    rows = []
+    for row in splits.train.select(range(min(count, len(splits.train)))):
+        for side, token_ids, trained in list_sides(row):
+            pieces = _join_pieces(tokenizer, token_ids, trained)
+            rows.append(PreviewRow(row["origin"], tokenizer.decode(token_ids), token_ids, trained, pieces, side))
+    return Preview(rows, splits.report.to_json())
+
+
+def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield the texts of a row with their marks: both answers of a pair, that of a labelled row, a prompt with its reference."""
+    if "chosen_ids" in row:
+        for side in ("chosen", "rejected"):
+            prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
+            yield side, [*prompt, *answer], [0] * len(prompt) + [1] * len(answer)
+        return
+    if "prompt" in row:
+        side = "prompt" if row["answer"] is None else f"prompt; reference answer: {row['answer']!r}"
+        yield side, row["input_ids"], [0] * len(row["input_ids"])
+        return
+    side = "" if "label" not in row else "liked" if row["label"] else "not liked"
+    yield side, row["input_ids"], [int(label != IGNORED_LABEL) for label in row["labels"]]
+
+
+def _join_pieces(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], trained: list[int]
+) -> list[tuple[str, bool]]:
+    """Decode runs of equal marks together: a character can be spread over several tokens."""
+    pieces, start = [], 0
+    for end in range(1, len(token_ids) + 1):
+        if end == len(token_ids) or trained[end] != trained[start]:
+            pieces.append((str(tokenizer.decode(token_ids[start:end])), bool(trained[start])))
+            start = end
+    return pieces
+
+
+def describe_preview(preview: Preview, *, in_colour: bool) -> str:
+    """Return the preview for a terminal: trained text is green, or stands in ⟦ ⟧ where there is no colour."""
+    opening, closing = (_COLOUR, _PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
+    lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
+    if not any(sum(row.trained) for row in preview.rows):
+        lines = ["These are prompts: the model writes the answers, and is trained on those."]
+    for row in preview.rows:
+        text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in row.pieces)
+        side = f" ({row.side})" if row.side else ""
+        lines += ["", f"── {row.origin}{side}: {len(row.token_ids)} tokens, {sum(row.trained)} trained", text]
+    for name in ("train", "evaluation"):
+        if preview.counts[name] is not None:
+            lines += ["", *_describe_split(name, SplitReport(**preview.counts[name]))]
+    notes = preview.counts["notes"]
+    lines += ["", *notes] if notes else []
+    read_as = ", ".join(f"{path} as {entry}" for path, entry in preview.counts["formats"].items())
+    return "\n".join([*lines, "", f"read {read_as}; template {preview.counts['template']}"])
+
+
+def _describe_split(name: str, split: SplitReport) -> list[str]:
+    most = max((rows for _, rows in split.histogram), default=1)
+    bars = [
+        f"  up to {upper:>6,} tokens  {'█' * max(1, round(_BAR_WIDTH * rows / most)):<{_BAR_WIDTH}} {rows:,}"
+        for upper, rows in split.histogram
+    ]
+    account = (
+        f"{name}: {split.rows_read:,} rows read, {split.rows:,} kept, {split.dropped:,} dropped, {split.truncated:,} truncated "
+        f"({split.answers_cut:,} answers cut); {split.trained_tokens:,} of {split.tokens:,} tokens trained; "
+        f"median {split.median:,}, longest {split.longest:,}"
+    )
+    return [account, *bars]

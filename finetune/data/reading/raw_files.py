@@ -1,0 +1,197 @@
+"""Read data files into raw rows, each with the place it came from."""
+
+import csv
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from finetune.data.reading.json_lists import JsonList
+from finetune.errors import DataError
+
+RawRow = tuple[str, dict[str, Any]]
+
+
+def read_file(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a data file as `(where, row)`, such as `("data/my.jsonl, line 18", {...})`.
+
+    Raises:
+        DataError: the file is missing, empty, broken, or of a kind that is not known.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: {_describe_missing(path)}")
+    suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSIONS else path.suffix
+    kind = path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSIONS else path.suffix
+    reader = _READERS.get(kind.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: the ending {suffix or '(none)'} is not known; known are {', '.join(_READERS)}, the text kinds also with {' or '.join(_COMPRESSIONS)}"
+        )
+    found = False
+    for row in reader(path):
+        found = True
+        yield row
+    if not found:
+        raise DataError(f"{path}: the file holds no rows")
+
+
+def _describe_missing(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder of no data files"
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    matches = difflib.get_close_matches(path.name, names, n=1)
+    return "does not exist" + (f"; {path.parent / matches[0]} does" if matches else "")
+
+
+def list_files(path: Path) -> list[Path]:
+    """Return the data files of a path: itself, those of a folder, or those that a glob matches, in the order of their names.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if any(sign in str(path) for sign in "*?[") and not path.exists():
+        pattern = path.relative_to(path.anchor).as_posix()
+        found = sorted(entry for entry in Path(path.anchor or ".").glob(pattern) if entry.is_file())
+        if not found:
+            raise DataError(f"{path}: matches no file")
+        return found
+    if not path.is_dir():
+        return [path]
+    found = sorted(entry for entry in path.rglob("*") if entry.is_file() and _is_data_file(entry))
+    if not found:
+        raise DataError(f"{path}: {_describe_missing(path)}; known are {', '.join(_READERS)}")
+    return found
+
+
+def _is_data_file(path: Path) -> bool:
+    # save_to_disk leaves its own accounts beside the rows.
+    if path.name.startswith(".") or path.name in ("state.json", "dataset_info.json", "dataset_dict.json"):
+        return False
+    kind = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+    return kind.suffix.lower() in _READERS
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines without holding the file in memory; only a newline ends one, as in an editor."""
+    offset = 0
+    try:
+        compression = _COMPRESSIONS.get(path.suffix.lower())
+        with pyarrow.input_stream(str(path), compression=compression, buffer_size=1 << 20) as stream:
+            rest, number = b"", 0
+            while block := stream.read(1 << 20):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    number += 1
+                    yield number, _decode(line, path, number, offset)
+                    offset += len(line) + 1
+            if rest:
+                yield number + 1, _decode(rest, path, number + 1, offset)
+    except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: is not UTF-8 text (byte {offset + error.start}); save the file as UTF-8"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    return "\n".join(line for _, line in _read_lines(path))
+
+
+def _read_json_lines(path: Path) -> Iterator[RawRow]:
+    for number, line in _read_lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _check_object(_parse_json(line, where), where)
+
+
+def _read_json(path: Path) -> Iterator[RawRow]:
+    for number, row in enumerate(JsonList(path, _read_lines(path)).read(), 1):
+        where = f"{path}, row {number}"
+        yield where, _check_object(row, where)
+
+
+def _read_text_file(path: Path) -> Iterator[RawRow]:
+    """Read a text file whole: it is one document."""
+    text = _read_text(path)
+    if text.strip():
+        yield f"{path}, line 1", {"text": text}
+
+
+def _read_arrow(path: Path) -> Iterator[RawRow]:
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            except pyarrow.ArrowInvalid:
+                file = pyarrow.ipc.open_file(source)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: is not an Arrow file that can be read ({str(error).splitlines()[0]})") from error
+
+
+def _parse_json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise DataError(f"{where}: is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from error
+
+
+def _check_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object with keys; found {type(row).__name__}")
+    return row
+
+
+def _read_csv(path: Path) -> Iterator[RawRow]:
+    reader = csv.DictReader((line + "\n" for _, line in _read_lines(path)), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{where}: has another number of fields than the {len(reader.fieldnames or [])} of the first line"
+                )
+            yield where, dict(row)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+
+
+_COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
+_READERS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text_file,
+}

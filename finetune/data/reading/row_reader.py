@@ -1,0 +1,167 @@
+"""Read the rows of a recipe as a stream, with an account of all that is left out."""
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finetune.data.encoding.gates import check_rows
+from finetune.data.encoding.row_encoder import SourceRow
+from finetune.data.formats.messages import RowError, add_system
+from finetune.data.formats.row_formats import (
+    Format,
+    Row,
+    as_prompt,
+    check_pair,
+    choose_format,
+    describe_wrong_kind,
+    read_row,
+)
+from finetune.data.reading.sources import draw_rows, read_source
+from finetune.data.settings import DataSettings, Source
+from finetune.errors import DataError
+
+_MOST_FAULTS = 1000
+
+
+class RowReader:
+    """Read sources as a stream of rows, counting all that is left out; the seed chooses the rows of a mixture."""
+
+    def __init__(self, settings: DataSettings, seed: int) -> None:
+        self._settings = settings
+        self._seed = seed
+        self._seen: set[bytes] = set()
+        names = "|".join(map(re.escape, settings.substitute))
+        self._placeholder = re.compile(r"\{\{\s*(" + names + r")\s*\}\}")
+        self.formats: dict[str, str] = {}
+        self.kinds: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.count = self.train_count = 0
+
+    def read(self) -> Iterator[SourceRow]:
+        """Yield the rows for training, then those to evaluate on.
+
+        Raises:
+            DataError: files or rows that cannot be used, with their lines.
+        """
+        yield from self._read_sources(self._settings.train)
+        self.train_count = self.count
+        yield from self._read_sources(self._settings.evaluation)
+
+    def _read_sources(self, sources: Sequence[Source]) -> Iterator[SourceRow]:
+        faults: list[tuple[str, str]] = []
+        for entry, where, raw in self._read_raw(sources):
+            try:
+                row = self._read_row(entry, raw, where)
+            except DataError as error:
+                origin, _, fault = str(error).partition(": ")
+                faults.append((origin, fault))
+                if len(faults) >= _MOST_FAULTS:
+                    break
+                continue
+            if not self._is_left_out(row):
+                self.count += 1
+                self.kinds[entry.row_kind] += 1
+                kind = "prompt" if self._settings.shape == "prompt" else entry.row_kind
+                yield SourceRow(self.count - 1, where, kind, self._add_system(row))
+        check_rows(faults)
+
+    def _read_row(self, entry: Format, raw: dict[str, Any], where: str) -> Row:
+        row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+        if self._settings.shape != "prompt":
+            self._check_pair(entry, row, where)
+            return row
+        row = as_prompt(row, where)
+        if self._settings.needs_answer and row.answer is None:
+            raise DataError(
+                f"{where}: has no answer, which {self._settings.needs_answer} compares with; "
+                "name its key, such as data.columns: {answer: ANSWER_KEY}"
+            )
+        return row
+
+    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, str, dict[str, Any]]]:
+        """Yield the rows that are drawn of each source, with their place and format."""
+        for source, draw in zip(sources, draw_rows(sources, self._seed), strict=True):
+            number = 0
+            for name, rows in read_source(source):
+                entry = None
+                for where, raw in rows:
+                    entry = entry or self._choose_format(name, raw, where)
+                    if draw.taken is None or number in draw.taken:
+                        yield entry, where, raw
+                    number += 1
+            if draw.taken is not None and number > len(draw.taken):
+                self.left_out[draw.note] += number - len(draw.taken)
+
+    def _choose_format(self, name: str, raw: dict[str, Any], where: str) -> Format:
+        entry = choose_format(self._settings.format, self._settings.columns, raw, where)
+        self.formats[name] = entry.name
+        if fault := describe_wrong_kind(entry, self._settings.shape):
+            raise DataError(f"{where}: {fault}")
+        return entry
+
+    def _check_pair(self, entry: Format, row: Row, where: str) -> None:
+        if entry.row_kind == "preference" and self._settings.shape != "sequence":
+            try:
+                check_pair(row)
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from error
+
+    def _is_left_out(self, row: Row) -> bool:
+        if row.label is False and self._settings.shape == "sequence":
+            self.left_out["labelled false"] += 1
+            return True
+        if not self._settings.deduplicate:
+            return False
+        digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+        if digest in self._seen:
+            self.left_out["duplicates"] += 1
+            return True
+        self._seen.add(digest)
+        return False
+
+    def _add_system(self, row: Row) -> Row:
+        if self._settings.system is None or row.text or row.token_ids:
+            return row
+        return replace(row, messages=add_system(row.messages, self._settings.system))
+
+    def _substitute(self, raw: dict[str, Any]) -> dict[str, Any]:
+        values = self._settings.substitute
+        if not values:
+            return raw
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._placeholder.sub(lambda match: values[match.group(1)], value)
+            if isinstance(value, dict):
+                return {key: fill(inner) for key, inner in value.items()}
+            return [fill(inner) for inner in value] if isinstance(value, list) else value
+
+        return {key: fill(value) for key, value in raw.items()}
+
+    def describe(self) -> tuple[str, ...]:
+        """Return what a person should know of the rows: those left out, and pairs of which one side is trained."""
+        notes = [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        pairs = self.kinds["preference"]
+        if pairs and self._settings.shape == "sequence":
+            notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")
+        return tuple(notes)
+
+
+def choose_held_out(settings: DataSettings, reader: RowReader, seed: int) -> set[int]:
+    """Return the numbers of the rows to evaluate on: those of the files for it, or drawn from the others by the seed.
+
+    Raises:
+        DataError: none would be left for training.
+    """
+    total, held_out = reader.train_count, settings.held_out
+    given = set(range(reader.train_count, reader.count))
+    if not held_out:
+        return given
+    count = held_out if isinstance(held_out, int) else max(1, round(total * held_out))
+    if count >= total:
+        raise DataError(f"data.held_out: {count} of {total} rows would leave none for training; hold out fewer")
+    return given | set(random.Random(seed).sample(range(total), count))

@@ -1,0 +1,210 @@
+"""Run a chain: one stage after the other into one folder, going on where it was cut off."""
+
+import contextlib
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from finetune.check.adoption import adopt_earlier_run
+from finetune.check.chains import Chain, ExportStage, TrainStage, dump_chain
+from finetune.checkpoints.finding import hash_file
+from finetune.errors import OutputError, RecipeError, TrainingError
+from finetune.export.merge import ExportSettings, export_result
+from finetune.export.verify import LogitVerifier
+from finetune.files.folders import check_output_free, translate_os_errors
+from finetune.files.sizes import parse_size
+from finetune.models.loading import choose_device, choose_precision
+from finetune.pipeline.training import restore_choices, train_on_device
+from finetune.recipe.recipe_file import Draft
+from finetune.recipe.sections import Recipe
+from finetune.runs.lineage import find_complete_checkpoint
+from finetune.runs.results import open_result, write_json
+from finetune.runs.resuming import check_same_recipe
+from finetune.runs.summary import RunSummary, describe_run
+from finetune.train.run import check_finished_run, prepare_rows
+from finetune.train.trainer import make_config
+from finetune.yulan.tensors import list_weight_files
+
+logger = logging.getLogger(__name__)
+
+_CHAIN_FILE, _RECORD_FILE = "recipe.yaml", "chain.json"
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What became of one stage: `path` is its run directory or its export; `was_done` says that it was found finished."""
+
+    name: str
+    path: str
+    was_done: bool
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChainSummary:
+    """What a finished chain reports; `export` is the last export, if the chain has one."""
+
+    output: str
+    stages: list[StageSummary]
+    export: str | None
+
+
+def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainSummary:
+    """Run every stage of a checked chain that is not finished yet; `force` trains also what the plan says cannot fit.
+
+    Raises:
+        FinetuneError: anything of the user's that stops a stage; the finished ones stay, for `--resume`.
+    """
+    # The processes of a launcher decide together, and only the first of them writes.
+    processes = _open_processes(chain)
+    if processes.process_index == 0:
+        _open_output(chain, resume)
+    processes.distributed_state.wait_for_everyone()
+    with _leave_nothing_before_stage_one(chain, processes):
+        if processes.process_index == 0:
+            for stage in chain.trainings:
+                prepare_rows(
+                    stage.recipe
+                )  # kept for its stage; a bad row of the last one is told before the first trains
+        processes.distributed_state.wait_for_everyone()
+        summaries = _run_stages(chain, processes, force)
+    exports = [str(stage.output) for stage in chain.stages if isinstance(stage, ExportStage)]
+    return ChainSummary(str(chain.output), summaries, exports[-1] if exports else None)
+
+
+def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list[StageSummary]:
+    summaries = []
+    for number, stage in enumerate(chain.stages, 1):
+        logger.info("stage %d of %d: %s", number, len(chain.stages), stage.name)
+        if isinstance(stage, TrainStage):
+            summaries.append(_run_training(stage, processes, force))
+        else:
+            summaries.append(_run_export(stage, chain, processes))
+        gc.collect()  # a trainer and its callbacks hold each other, and with them the model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return summaries
+
+
+@contextlib.contextmanager
+def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) -> Iterator[None]:
+    """Remove the output of a chain that stops before its first stage has left anything."""
+    try:
+        yield
+    except BaseException:
+        if processes.process_index == 0 and [path.name for path in chain.output.iterdir()] == [_CHAIN_FILE]:
+            shutil.rmtree(chain.output, ignore_errors=True)
+        raise
+
+
+def _open_processes(chain: Chain) -> TrainingArguments:
+    recipe = chain.trainings[0].recipe
+    device = choose_device(bool(recipe.trainer.get("use_cpu")))
+    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
+    config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
+    logger.debug("running on %s", config.device)  # asking for the device starts the processes' talk
+    return config
+
+
+def _open_output(chain: Chain, resume: bool) -> None:
+    file = chain.output / _CHAIN_FILE
+    if not resume:
+        try:
+            check_output_free(chain.output)
+        except OutputError as error:
+            raise OutputError(f"{error}; or go on with the chain in it by --resume") from None
+        with translate_os_errors(chain.output):
+            chain.output.mkdir(parents=True, exist_ok=True)
+            file.write_text(dump_chain(chain), encoding="utf-8")
+    elif not file.is_file():
+        raise TrainingError(
+            f"{chain.output}: there is no chain to resume (no {_CHAIN_FILE}); start it without --resume"
+        )
+    else:
+        check_same_recipe(file, dump_chain(chain), "chain")
+
+
+def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) -> StageSummary:
+    recipe = _settle_recipe(stage)
+    run = Path(recipe.output)
+    state = processes.distributed_state
+    summary = _read_summary(run)
+    checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
+    state.wait_for_everyone()  # all have looked before one changes anything
+    if summary is not None:
+        check_finished_run(restore_choices(recipe))
+        logger.info("%s: finished already", run)
+        return StageSummary(stage.name, str(run), True, summary)
+    if processes.process_index == 0 and run.is_dir():
+        # A result that was written just before the stop is written again from the last checkpoint.
+        for part in (run / "adapter", run / "model") if checkpoint else (run,):
+            shutil.rmtree(part, ignore_errors=True)
+    state.wait_for_everyone()
+    return StageSummary(stage.name, str(run), False, asdict(train_on_device(recipe, checkpoint is not None, force)))
+
+
+def _settle_recipe(stage: TrainStage) -> Recipe:
+    """Return the recipe that a stage runs by: that of the file, with what the run before has settled."""
+    draft = adopt_earlier_run(Draft(Path(stage.recipe.output), stage.run_recipe, (), frozenset()))
+    if draft.problems:
+        raise RecipeError(stage.name, list(draft.problems))
+    return draft.recipe
+
+
+def _read_summary(run: Path) -> dict[str, Any] | None:
+    """Return what a finished run reported, or None where it has not finished."""
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    has_result = (run / "adapter").is_dir() or (run / "model").is_dir()
+    return dict(record["result"]) if record["status"] == "finished" and has_result else None
+
+
+def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) -> StageSummary:
+    record_file = chain.output / _RECORD_FILE
+    result = open_result(stage.run)
+    # By content: an export is of these weights and these options, or it is made again.
+    weights = (
+        [result.folder / "adapter_model.safetensors"] if result.kind == "adapter" else list_weight_files(result.folder)
+    )
+    identity = {"weights": [hash_file(file) for file in weights], "settings": dict(vars(stage.settings))}
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    is_done = stage.output.is_dir() and record.get(stage.name) == identity
+    processes.distributed_state.wait_for_everyone()
+    if processes.process_index == 0 and not is_done:
+        shutil.rmtree(stage.output, ignore_errors=True)
+        settings = ExportSettings(stage.settings.dtype, parse_size(stage.settings.max_shard_size), stage.settings.base)
+        export_result(result, stage.output, settings, LogitVerifier() if stage.settings.verify else None)
+        write_json(record_file, {**record, stage.name: identity})
+    processes.distributed_state.wait_for_everyone()
+    if is_done:
+        logger.info("%s: finished already", stage.output)
+    report = json.loads((stage.output / "export.json").read_text(encoding="utf-8"))
+    return StageSummary(stage.name, str(stage.output), is_done, report)
+
+
+def describe_chain(summary: ChainSummary) -> str:
+    """Return the summary as text for a person."""
+    lines = []
+    for stage in summary.stages:
+        result, note = stage.result, " (finished before)" if stage.was_done else ""
+        if "steps" in result:
+            lines.append(f"{stage.name}{note}: {describe_run(RunSummary(**result))}")
+            continue
+        verify = result["verify"]
+        compared = "not compared" if verify is None else f"same likeliest token {verify['top1_agreement']:.1%}"
+        lines.append(
+            f"{stage.name}{note}: {stage.path}: {result['bytes'] / 1e6:,.1f} MB of {result['dtype']}, {compared}"
+        )
+    if summary.export is not None:
+        lines.append(f"talk to it: finetune chat {summary.export}")
+    return "\n".join(lines)

@@ -1,0 +1,302 @@
+"""The table of training methods. It holds names only, so that a recipe can be checked without importing torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finetune.data.settings import RowShape
+from finetune.recipe.owned_options import GRPO_OWNED, ONLINE_OWNED
+
+# What the base is loaded as: a language model, or one number for a whole text.
+Head = Literal["language", "score"]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What `auto` means for a method whose rows are packed full, and whose optimizer and schedule are the kit's."""
+
+    states: Literal["fresh", "published"]
+    decay: Literal["none", "1-sqrt"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
+
+    `columns` are those of the prepared rows that the trainer is given. `has_reference` says whether its loss compares with
+    the start, `smallest_batch` how many rows of one device it compares at least. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
+    `owned` maps the options that a recipe may not set to the place where that is decided.
+    """
+
+    name: str
+    shape: RowShape
+    columns: tuple[str, ...]
+    trainer_module: str
+    trainer_class: str
+    config_module: str
+    config_class: str
+    head: Head = "language"
+    has_reference: bool = False
+    smallest_batch: int = 1
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    owned: Mapping[str, str] = field(default_factory=dict)
+    pretraining: Pretraining | None = None
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the model writes the answers that it is trained on, so that a row is only a prompt."""
+        return self.shape == "prompt"
+
+
+SHARED_DEFAULTS: Mapping[str, Any] = {
+    # Two checkpoints are enough to go on from, and do not fill a laptop's disk.
+    "save_total_limit": 2,
+}
+
+_OURS = "the kit owns this setting"
+SHARED_OWNED: Mapping[str, str] = {
+    "output_dir": f"set output instead; {_OURS}",
+    "seed": f"set seed instead; {_OURS}",
+    "data_seed": f"set seed instead; {_OURS}",
+    "bf16": f"set model.dtype: bfloat16 instead; {_OURS}",
+    "fp16": f"set model.dtype: float16 instead; {_OURS}",
+    "bf16_full_eval": f"set model.dtype instead; {_OURS}",
+    "fp16_full_eval": f"set model.dtype instead; {_OURS}",
+    "resume_from_checkpoint": "run `finetune train RECIPE --resume` instead",
+    "remove_unused_columns": f"the kit prepares the rows itself; {_OURS}",
+    "label_names": f"the kit prepares the rows itself; {_OURS}",
+    "length_column_name": f"the kit prepares the rows itself; {_OURS}",
+    "prediction_loss_only": f"evaluation keeps losses only, never logits; {_OURS}",
+    "include_for_metrics": f"evaluation keeps losses only, never logits; {_OURS}",
+    "batch_eval_metrics": f"evaluation keeps losses only, never logits; {_OURS}",
+    "do_train": "`finetune train` trains; remove this key",
+    "do_eval": "set data.eval or data.held_out instead; remove this key",
+    "do_predict": "use `finetune evaluate`; remove this key",
+    "local_rank": "the launcher decides this; remove this key",
+    "use_liger_kernel": "TRL computes the loss in chunks by itself; remove this key",
+    "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
+}
+
+# Options that only some of TRL's classes have.
+_OWNED_IN_SOME: Mapping[str, str] = {
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
+    "max_length": f"set data.max_tokens instead; {_OURS}",
+    "truncation_mode": f"set data.overflow instead; {_OURS}",
+    "chat_template_path": f"set data.template instead; {_OURS}",
+    "eos_token": "the chat template decides what ends an answer; set data.template instead",
+    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "dataset_text_field": f"set data.columns instead; {_OURS}",
+    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
+    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
+    "assistant_only_loss": "the chat template marks what is trained; remove this key",
+    "completion_only_loss": "the chat template marks what is trained; remove this key",
+    "padding_value": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "generate_during_eval": "use `finetune chat` or `finetune evaluate`; remove this key",
+    "is_encoder_decoder": "YuLan-Mini is a decoder; remove this key",
+    "max_completion_length": f"set data.max_tokens instead; {_OURS}",
+    "padding_free": "TRL 1.16 does without it here; remove this key",
+    "sync_ref_model": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_mixup_alpha": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_sync_steps": "the reference stays the start, without a second copy of the weights; remove this key",
+}
+
+
+def own(*names: str) -> Mapping[str, str]:
+    """Return the options of a TRL class that no recipe may set: those that all have, and these that only some have."""
+    everywhere = ("model_init_kwargs", "trust_remote_code")
+    return {**SHARED_OWNED, **{name: _OWNED_IN_SOME[name] for name in (*everywhere, *names)}}
+
+
+_PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REFERENCE = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+# Source: the table of losses in TRL 1.16's DPOConfig and `DPOTrainer._compute_loss`.
+_DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+_F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+_IN_OPTIMIZER = "the section optimizer decides this"
+_IN_SCHEDULE = "the section schedule decides this"
+_PRETRAINING_DEFAULTS: Mapping[str, Any] = {**SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
+_PRETRAINING_OWNED: Mapping[str, str] = {
+    **SHARED_OWNED,
+    "learning_rate": f"set optimizer.learning_rate instead; {_IN_OPTIMIZER}",
+    "weight_decay": f"set optimizer.weight_decay instead; {_IN_OPTIMIZER}",
+    "adam_beta1": f"{_IN_OPTIMIZER}, as the authors did: 0.9; remove this key",
+    "adam_beta2": f"{_IN_OPTIMIZER}, as the authors did: 0.95; remove this key",
+    "adam_epsilon": f"{_IN_OPTIMIZER}, as the authors did: 1e-15; remove this key",
+    "optim": f"set optimizer.moments instead; {_IN_OPTIMIZER}",
+    "optim_args": f"{_IN_OPTIMIZER}; remove this key",
+    "optim_target_modules": f"{_IN_OPTIMIZER}; remove this key",
+    "lr_scheduler_type": f"set schedule.decay instead; {_IN_SCHEDULE}",
+    "lr_scheduler_kwargs": f"set schedule.decay_start and decay_end instead; {_IN_SCHEDULE}",
+    "warmup_steps": f"set schedule.warmup instead; {_IN_SCHEDULE}",
+    "max_steps": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "num_train_epochs": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "include_num_input_tokens_seen": f"tokens are always counted; {_OURS}",
+    "neftune_noise_alpha": "is for supervised tuning; remove this key",
+    "label_smoothing_factor": "the loss is the authors', with its z term; remove this key",
+    "load_best_model_at_end": "a schedule ends where it ends; remove this key",
+    "auto_find_batch_size": "the batch belongs to the schedule; remove this key",
+}
+
+
+def _make_online(name: str, owned: Mapping[str, str]) -> Method:
+    """Return a row for a method whose answers the model writes itself, to prompts."""
+    return Method(
+        name=name,
+        shape="prompt",
+        columns=("input_ids", "prompt", "answer", "origin"),
+        trainer_module=f"trl.trainer.{name}_trainer",
+        trainer_class=f"{name.upper()}Trainer",
+        config_module=f"trl.trainer.{name}_config",
+        config_class=f"{name.upper()}Config",
+        has_reference=True,
+        # One answer to each held-out prompt tells the mean reward; TRL would write as many as in training.
+        defaults={**SHARED_DEFAULTS, "num_generations_eval": 1},
+        owned={**own(*_REFERENCE), **owned},
+    )
+
+
+def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
+    """Return a row for transformers' own Trainer, whose loss is the model's."""
+    return Method(
+        name=name,
+        shape="sequence",
+        columns=("input_ids", "labels"),
+        trainer_module="transformers",
+        trainer_class="Trainer",
+        config_module="transformers.training_args",
+        config_class="TrainingArguments",
+        defaults=_PRETRAINING_DEFAULTS,
+        owned=_PRETRAINING_OWNED,
+        pretraining=pretraining,
+    )
+
+
+def _make_experimental(
+    name: str,
+    module: str,
+    class_prefix: str,
+    owned: tuple[str, ...],
+    *,
+    words: Mapping[str, tuple[str, ...]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Method:
+    """Return a row for a trainer of TRL's experimental namespace; a test fails first when one moves."""
+    generates = ("generate_during_eval", "is_encoder_decoder", "max_completion_length")
+    return Method(
+        name=name,
+        shape="pair",
+        columns=_PAIR_COLUMNS,
+        trainer_module=f"trl.experimental.{module}.{module}_trainer",
+        trainer_class=f"{class_prefix}Trainer",
+        config_module=f"trl.experimental.{module}.{module}_config",
+        config_class=f"{class_prefix}Config",
+        words=words or {},
+        defaults={**SHARED_DEFAULTS, **(defaults or {})},
+        owned=own("max_length", "dataset_num_proc", *generates, *owned),
+    )
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="sft",
+            shape="sequence",
+            columns=("input_ids", "labels"),
+            trainer_module="trl.trainer.sft_trainer",
+            trainer_class="SFTTrainer",
+            config_module="trl.trainer.sft_config",
+            config_class="SFTConfig",
+            defaults=SHARED_DEFAULTS,
+            owned=own(
+                "max_length",
+                "truncation_mode",
+                "chat_template_path",
+                "eos_token",
+                "pad_token",
+                "dataset_text_field",
+                "dataset_kwargs",
+                "dataset_num_proc",
+                "assistant_only_loss",
+                "completion_only_loss",
+            ),
+        ),
+        Method(
+            name="dpo",
+            shape="pair",
+            columns=_PAIR_COLUMNS,
+            trainer_module="trl.trainer.dpo_trainer",
+            trainer_class="DPOTrainer",
+            config_module="trl.trainer.dpo_config",
+            config_class="DPOConfig",
+            has_reference=True,
+            defaults=SHARED_DEFAULTS,
+            words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
+            owned=own("max_length", "truncation_mode", "pad_token", "padding_free", "dataset_num_proc", *_REFERENCE),
+        ),
+        Method(
+            name="kto",
+            shape="labelled",
+            columns=("prompt_ids", "completion_ids", "label"),
+            trainer_module="trl.trainer.kto_trainer",
+            trainer_class="KTOTrainer",
+            config_module="trl.trainer.kto_config",
+            config_class="KTOConfig",
+            has_reference=True,
+            smallest_batch=2,
+            defaults=SHARED_DEFAULTS,
+            owned={
+                **own("max_length", "dataset_num_proc", *_REFERENCE),
+                "train_sampling_strategy": "rows are shuffled once, by the seed, and then read in order; remove this key",
+                "precompute_ref_batch_size": "answers are compared within the batches of the training; remove this key",
+            },
+        ),
+        _make_experimental("orpo", "orpo", "ORPO", ("padding_value",)),
+        _make_experimental("cpo", "cpo", "CPO", (), words={"loss_type": ("sigmoid", "hinge", "ipo")}),
+        # SimPO is TRL's CPO with another loss and without its second term. Source: SimPO (arXiv 2405.14734), equation 6.
+        _make_experimental(
+            "simpo",
+            "cpo",
+            "CPO",
+            (),
+            words={"loss_type": ("simpo",)},
+            defaults={"loss_type": "simpo", "cpo_alpha": 0.0},
+        ),
+        Method(
+            name="reward",
+            shape="pair",
+            columns=_PAIR_COLUMNS,
+            trainer_module="trl.trainer.reward_trainer",
+            trainer_class="RewardTrainer",
+            config_module="trl.trainer.reward_config",
+            config_class="RewardConfig",
+            head="score",
+            defaults=SHARED_DEFAULTS,
+            owned=own("max_length", "pad_token", "eos_token", "chat_template_path", "dataset_num_proc"),
+        ),
+        _make_online("grpo", {**ONLINE_OWNED, **GRPO_OWNED}),
+        _make_online("rloo", ONLINE_OWNED),
+        _make_pretraining("pretrain", Pretraining(states="fresh", decay="none")),
+        _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),
+    )
+}

@@ -1,0 +1,298 @@
+"""Read recipes: strict YAML into frozen sections, with every problem listed at once.
+
+Precedence: the sections' own defaults, then the file, then `--set section.key=value`.
+What a recipe says about other tables (methods, templates, formats, the trainer's own options) is checked in `check.py`.
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from finetune.errors import RecipeError, describe_unknown_name
+from finetune.recipe.sections import Recipe
+
+# How the rows of a step are split up, as transformers names it, and its default; and their number, as this kit does.
+BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+GLOBAL_BATCH = "global_batch"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as read: where it stands, what it says, what is wrong with it so far, and which keys it gives itself."""
+
+    source: Path
+    recipe: Recipe
+    problems: tuple[str, ...]
+    given: frozenset[str] = frozenset()
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-4` is a number, `no` is a word, a key written twice is an error."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}",
+                problem_mark=key_node.start_mark,
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
+    """
+    content = load_recipe_file(source)
+    expand_shorthand(content)
+    problems: list[str] = []
+    apply_overrides(content, overrides, problems)
+    recipe = read_section(Recipe, content, "", problems)
+    return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
+
+
+def expand_shorthand(content: dict[str, Any]) -> None:
+    """Write out `trainer: auto`."""
+    if content.get("trainer") == "auto":
+        content["trainer"] = {"auto": True}
+
+
+def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield every key of what a recipe says, the inner ones as `section.key`."""
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from list_keys(value, f"{prefix}{key}.")
+
+
+def load_recipe_file(source: Path) -> dict[str, Any]:
+    """Return what a recipe file says, with nothing but its YAML checked.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML.
+    """
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error
+    content = _parse_yaml(text, str(source))
+    if content is None:
+        raise RecipeError(str(source), ["the file is empty; a recipe needs at least data.train"])
+    if not isinstance(content, dict):
+        raise RecipeError(str(source), [f"must hold keys and values; found {_describe(content)}"])
+    return content
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+
+
+def _suggest_neighbour(source: Path) -> str:
+    folder = source.parent
+    if not folder.is_dir():
+        return f" (the folder {folder} does not exist either)"
+    recipes = sorted(path.name for path in folder.glob("*.yaml"))
+    return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
+
+
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
+    """Set every `section.key=value` in what a recipe says, first `trainer.auto`, which opens what the recipe says itself."""
+    for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
+        apply_override(content, override, problems)
+
+
+def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one `section.key=value` in what a recipe says; what is wrong with it goes to the problems."""
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
+        return
+    *sections, key = path.split(".")
+    target = content
+    for section in sections:
+        inner = target.get(section)
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            problems.append(f"--set {override}: {section!r} is not a section")
+            return
+        target = inner
+    # YAML would take the star of a glob for a reference to something named elsewhere.
+    target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
+    if path == "trainer.auto" and target[key] is True:
+        _open_split(target)
+
+
+def _open_split(trainer: dict[str, Any]) -> None:
+    """Leave to `auto`, which was asked for after the recipe was written, how the rows of its steps are computed."""
+    batch, accumulation = trainer.get(BATCH, DEFAULT_BATCH), trainer.get(ACCUMULATION, 1)
+    if not isinstance(batch, int) or not isinstance(accumulation, int):
+        return  # which is a problem of its own
+    if {BATCH, ACCUMULATION} & set(trainer):
+        trainer.setdefault(GLOBAL_BATCH, batch * accumulation)
+    for key in (BATCH, ACCUMULATION, "gradient_checkpointing"):
+        trainer.pop(key, None)
+
+
+def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Return a frozen section of what a recipe says; unknown and mistyped keys go to the problems."""
+    hints = get_type_hints(section)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(f"{name}: {describe_unknown_key(key, hints)}")
+            continue
+        try:
+            values[key] = _convert(value, hints[key], name, problems)
+        except _MismatchError as mismatch:
+            problems.append(f"{name}: must be {mismatch}; found {_describe(value)}")
+    return section(**values)
+
+
+def describe_unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a key is unknown, with its nearest known key."""
+    return describe_unknown_name(key, known).replace("unknown", "unknown key", 1)
+
+
+class _MismatchError(Exception):
+    """A value is not what its key takes; the text says what would be."""
+
+
+def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _MismatchError("a section of keys and values")
+        return read_section(hint, value, f"{name}.", problems)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise _MismatchError(f"one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, get_args(hint))
+    if origin is tuple:
+        return _convert_tuple(value, get_args(hint)[0], name, problems)
+    if origin is not None:  # the remaining generic is Mapping
+        return _convert_mapping(value, get_args(hint)[1], name, problems)
+    return _convert_scalar(value, hint)
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    for member in members:
+        try:
+            return None if member is type(None) and value is None else _convert_scalar(value, member)
+        except _MismatchError:
+            continue
+    names = [_TYPE_NAMES[member] for member in members if not (member is int and float in members)]
+    raise _MismatchError(" or ".join(names))
+
+
+def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
+    # One file or one module is common enough that it need not be written as a list.
+    values = value if isinstance(value, list) else [value]
+    try:
+        return tuple(
+            _convert_item(item, member, f"{name}[{number}].", problems) for number, item in enumerate(values, 1)
+        )
+    except _MismatchError as mismatch:
+        raise _MismatchError(f"{mismatch}, or a list of such") from None
+
+
+def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _MismatchError("keys and values")
+    if member is Any:
+        return dict(value)
+    converted = {}
+    for key, inner in value.items():
+        try:
+            converted[key] = _convert_item(inner, member, f"{name}.{key}.", problems)
+        except _MismatchError as mismatch:
+            problems.append(f"{name}.{key}: must be {mismatch}; found {_describe(inner)}")
+    return converted
+
+
+def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> Any:
+    """Convert what stands in a list or under a free name: a scalar or, where one is allowed, a section."""
+    members = get_args(member) or (member,)
+    section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
+    if section is not None and isinstance(value, dict):
+        return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
+    return _convert_scalar(value, members[0])
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _convert_scalar(value: Any, member: Any) -> Any:
+    if member is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is a kind of int in Python, never in a recipe.
+    if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
+        raise _MismatchError(_TYPE_NAMES[member])
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _MismatchError("a finite number")
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section of keys and values"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if value is None:
+        return "nothing"
+    return repr(value) if not isinstance(value, bool) else str(value).lower()
