@@ -25,8 +25,8 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.models.loading import Precision
 from finetune.models.lora import attach_adapter
+from finetune.models.precision import Precision
 from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.recipe.sections import AdapterSection, DataSection, Recipe
 from finetune.train.trainer import build_trainer

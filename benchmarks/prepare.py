@@ -31,7 +31,8 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.data.dataset import load_splits
-from finetune.data.encoding.template import find_template, render_conversations
+from finetune.data.encoding.rendering import render_conversations
+from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
 

@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from finetune.check.recipes import load_recipe
+from finetune.files.sizes import GIB
 from finetune.plan.forecast import Plan, Target, make_plan
-from finetune.plan.hardware import GIB
 
 ROOT = Path(__file__).parents[1]
 TIERS_FOLDER, RESULT = ROOT / "recipes" / "tiers", Path(__file__).with_suffix(".json")

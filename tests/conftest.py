@@ -1,12 +1,33 @@
-"""What every test starts from: a cache of its own, and the nano checkpoint in it."""
+"""What every test starts from: a cache of its own, the nano checkpoint in it, and small runs of a few steps on nano."""
 
+import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
 
+from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import as_llama, find_checkpoint
+from finetune.files.resources import find_demo_data
+from finetune.train.run import run_training
+
+RECIPE = """
+model: {checkpoint: nano}
+data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
+adapter: {rank: 4, alpha: 8}
+answers: 0
+trainer:
+  max_steps: 4
+  learning_rate: 2e-3
+  per_device_train_batch_size: 8
+  per_device_eval_batch_size: 8
+  logging_steps: 1
+  eval_strategy: "no"
+  save_strategy: "no"
+  gradient_checkpointing: false
+  disable_tqdm: true
+"""
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -47,3 +68,74 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def make_recipe(tmp_path, nano_llama):
+    """Return a function that checks the small recipe with overrides; its run lies in `tmp_path/<name>`."""
+    lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
+    (tmp_path / "held.jsonl").write_text("".join(lines[32:40]), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+
+    def make(name, *overrides):
+        return load_recipe(tmp_path / "recipe.yaml", [f"output={tmp_path / name}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def train(make_recipe):
+    """Return a function that trains the small recipe and gives its run directory."""
+
+    def run(name, *overrides, resume=False):
+        return Path(run_training(make_recipe(name, *overrides), resume).run)
+
+    return run
+
+
+@pytest.fixture
+def read_losses():
+    """Return a function that reads the training losses of a run, step by step."""
+
+    def read(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, nano_llama):
+    """Three runs, each going on from the one before: sft (with trained token rows), dpo, kto."""
+    folder = tmp_path_factory.mktemp("chain")
+    common = (
+        "{max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: 4, logging_steps: 1, save_strategy: 'no', \
+gradient_checkpointing: false, disable_tqdm: true, eval_strategy: 'no'}"
+    )
+    (folder / "sft.yaml").write_text(
+        f"data: {{train: {find_demo_data('demo.jsonl')}, max_tokens: 256}}\nmodel: {{checkpoint: nano}}\n"
+        f"adapter: {{rank: 4, targets: [q_proj, v_proj], train_tokens: [104, 106]}}\ntrainer: {common}\noutput: {folder / 'sft'}\n"
+    )
+    for method, start in (("dpo", "sft"), ("kto", "dpo")):
+        (folder / f"{method}.yaml").write_text(
+            f"method: {method}\ndata: {{train: {find_demo_data('pairs.jsonl')}, held_out: 8, max_tokens: 256}}\n"
+            f"model: {{checkpoint: {folder / start}}}\ntrainer: {common}\noutput: {folder / method}\n"
+        )
+    for method in ("sft", "dpo", "kto"):
+        run_training(load_recipe(folder / f"{method}.yaml"))
+    return folder
+
+
+@pytest.fixture
+def make_pairs_recipe(make_recipe, tmp_path):
+    """Return a function that makes the small recipe for a method, on pairs."""
+    lines = find_demo_data("pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
+    (tmp_path / "held_pairs.jsonl").write_text("".join(lines[32:40]), encoding="utf-8")
+
+    def make(name, method, *overrides):
+        data = ["data.train=pairs.jsonl", "data.eval=held_pairs.jsonl"]
+        return make_recipe(name, f"method={method}", *data, *overrides)
+
+    return make

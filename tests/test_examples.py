@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoints.finding import find_checkpoint
-from finetune.evaluate.chat import answer, open_model
+from finetune.evaluate.chat import answer
 from finetune.files.resources import find_demo_data, list_templates
+from finetune.models.opening import open_model
 from finetune.train.journal.progress import read_metrics
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.states.optimizer_states import open_states

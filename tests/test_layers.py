@@ -1,37 +1,44 @@
 """The imports of the package point one way: a stage never knows the stages after it."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Each layer may import the earlier ones; modules of one layer may import each other.
-LAYERS = [
-    {"errors", "libraries"},
-    {"folders", "resources", "checkpoints"},
-    {"mixtures"},
-    {"recipe", "recipe_file"},
-    {"yulan"},
-    {"starts"},
-    {"data"},
-    {"train"},
-    {"check", "check_preference", "check_pretraining", "chain_file"},
-    {"export", "evaluate", "plan"},
-    {"demo", "chain"},
-    {"cli", "command_line"},
-    {"__main__"},
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# From the ground up: a room may import the rooms above it in this list, and its own modules.
+ROOMS = (
+    "errors",
+    "files",
+    "yulan",
+    "data",
+    "mixtures",
+    "recipe",
+    "checkpoints",
+    "runs",
+    "models",
+    "rewards",
+    "check",
+    "train",
+    "plan",
+    "export",
+    "evaluate",
+    "pipeline",
+    "cli",
+    "__main__",
+)
+RANK = {name: rank for rank, name in enumerate(ROOMS)}
+MOST_MODULES, MOST_LINES = 9, 300
 # A system's own modules are imported where the system has them; types only where they are read.
 TOP_BLOCKS = ("sys.platform != 'win32'", "TYPE_CHECKING")
 # An export loads transformers, half a second of one core, while its weights are on their way.
 LATE = {
-    "finetune.data.encoding.template": "from transformers.utils.chat_template_utils import render_jinja_template",
+    "finetune.data.encoding.rendering": "from transformers.utils.chat_template_utils import render_jinja_template",
     "finetune.data.encoding.tokenizer": "import transformers",
 }
-YULAN_MAY_IMPORT = {"errors", "folders", "yulan"}
+YULAN_MAY_IMPORT = {"errors", "files", "yulan"}
 
 
 def list_imports(tree):
@@ -47,7 +54,7 @@ def list_imports(tree):
         yield from (name for name in names if name.split(".")[0] == "finetune")
 
 
-def name_layer(path):
+def name_room(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -56,20 +63,20 @@ def name_module(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_imports_point_to_earlier_layers(path):
-    layer = name_layer(path)
+def test_imports_point_to_earlier_rooms(path):
+    room = name_room(path)
     if path == PACKAGE / "__init__.py":
         assert not list(list_imports(ast.parse(path.read_text())))
         return
-    assert layer in RANK, f"{layer} has no place in LAYERS"
+    assert room in RANK, f"{room} has no place in ROOMS"
     for name in list_imports(ast.parse(path.read_text(encoding="utf-8"))):
         target = name.split(".")[1]
-        assert RANK[target] <= RANK[layer], f"{name_module(path)} imports {name}, which comes later"
-        if layer == "yulan":
+        assert RANK[target] <= RANK[room], f"{name_module(path)} imports {name}, which comes later"
+        if room == "yulan":
             assert target in YULAN_MAY_IMPORT, f"{name_module(path)} imports {name}"
 
 
-@pytest.mark.parametrize("path", [m for m in MODULES if m != PACKAGE / "cli.py"], ids=name_module)
+@pytest.mark.parametrize("path", [m for m in MODULES if name_room(m) != "cli"], ids=name_module)
 def test_imports_stand_at_the_top(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) in TOP_BLOCKS]
@@ -104,3 +111,17 @@ def test_imports_have_no_circle():
 )
 def test_packages_are_empty(path):
     assert path.read_text(encoding="utf-8") == ""
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=lambda folder: folder.name)
+def test_rooms_stay_small(folder):
+    modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES, f"{folder.name} holds {len(modules)} modules; is it one room?"
+    for path in modules:
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= MOST_LINES, f"{name_module(path)} has {lines} lines; does it do one thing?"
+
+
+def test_module_names_do_not_collide():
+    names = Counter(path.stem for path in MODULES if not path.stem.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []

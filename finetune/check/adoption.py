@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.errors import FinetuneError
+from finetune.files.json_files import read_json
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import Draft
 from finetune.recipe.sections import LINEAR_LAYERS, Recipe
-from finetune.runs.results import Result, find_earlier, read_json
+from finetune.runs.results import Result, find_earlier
 
 # A later stage may reach further than the one before.
 _MAY_CHANGE = ("model.max_positions", "model.rope_theta")

@@ -7,27 +7,21 @@ that. Precedence: the recipe file that a stage names, the top of the chain, the 
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
+from finetune.check.chain_stages import Chain, Content, ExportSection, ExportStage, Stage, TrainStage
+from finetune.check.data_section import find_file
 from finetune.check.preference_methods import check_early_reference
-from finetune.check.recipes import find_file, find_recipe, list_problems, resolve_recipe
+from finetune.check.recipes import find_recipe, list_problems, resolve_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import list_templates
 from finetune.files.sizes import parse_size
 from finetune.recipe.methods import METHODS
-from finetune.recipe.recipe_file import (
-    Draft,
-    apply_override,
-    apply_overrides,
-    expand_shorthand,
-    load_recipe_file,
-    read_section,
-)
-from finetune.recipe.sections import Recipe, to_plain
+from finetune.recipe.recipe_file import Draft, apply_override, apply_overrides, expand_shorthand, read_section
+from finetune.recipe.sections import Recipe
+from finetune.recipe.yaml_loader import load_recipe_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # What an adapter and its base keep when training goes on with them.
@@ -36,61 +30,6 @@ _ADOPTED = {
     "model": ("quantize", "architecture"),
 }
 _OWN_KEYS = ("name", "recipe", "export")
-Content = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ExportSection:
-    """How a chain's export is written: the options of `finetune export`, by their names."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_shard_size: str = "2GB"
-    base: Literal["full", "dequantized", "auto"] = "full"
-    verify: bool = True
-
-
-@dataclass(frozen=True)
-class TrainStage:
-    """A stage that trains. `recipe` is complete but for its start, which is the run before, if there is one (`follows`)."""
-
-    name: str
-    recipe: Recipe
-    follows: Path | None
-    goes_on: bool = False  # with the adapter of the run before
-
-    @property
-    def run_recipe(self) -> Recipe:
-        """The recipe with the run before as its start, which is there once that has finished."""
-        if self.follows is None:
-            return self.recipe
-        return replace(self.recipe, model=replace(self.recipe.model, checkpoint=str(self.follows)))
-
-
-@dataclass(frozen=True)
-class ExportStage:
-    """A stage that exports the newest run before it into a folder of its name."""
-
-    name: str
-    settings: ExportSection
-    run: Path
-    output: Path
-
-
-Stage = TrainStage | ExportStage
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Stages in their order, and the one folder that all of them leave their results in."""
-
-    source: Path
-    output: Path
-    stages: tuple[Stage, ...]
-
-    @property
-    def trainings(self) -> list[TrainStage]:
-        """The stages that train."""
-        return [stage for stage in self.stages if isinstance(stage, TrainStage)]
 
 
 def is_chain(source: Path) -> bool:
@@ -297,23 +236,3 @@ def _merge(content: Content, changes: Content) -> None:
             content[key] = {**content[key], **value}
         else:
             content[key] = value
-
-
-def to_plain_chain(chain: Chain) -> Content:
-    """Return a chain as dicts, lists and scalars, every stage written out in full; reading it gives the same chain."""
-    stages: list[Content] = []
-    for stage in chain.stages:
-        if isinstance(stage, ExportStage):
-            stages.append({"name": stage.name, "export": dict(vars(stage.settings))})
-            continue
-        recipe = to_plain(stage.recipe)
-        recipe.pop("output")
-        if stage.follows is not None:
-            recipe["model"].pop("checkpoint")
-        stages.append({"name": stage.name, **recipe})
-    return {"output": str(chain.output), "stages": stages}
-
-
-def dump_chain(chain: Chain) -> str:
-    """Return a chain as YAML; see `to_plain_chain`."""
-    return yaml.safe_dump(to_plain_chain(chain), sort_keys=False, allow_unicode=True, width=100)

@@ -1,9 +1,7 @@
 """From the name of a start to a folder of plain Llama weights: download or build it, fold it once, remember it by content."""
 
 import hashlib
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +13,8 @@ from huggingface_hub.errors import (
 )
 
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
-from finetune.errors import CheckpointError, OutputError, describe_unknown_name
+from finetune.errors import CheckpointError, describe_unknown_name
+from finetune.files.cache import find_cache, hash_file, make_once
 from finetune.files.resources import find_demo_data
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.yulan.folding import fold_checkpoint
@@ -29,7 +28,6 @@ _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merge
 # Optimizer states are pickles, which are read as tensors and plain values only; fetched only where a recipe asks for them.
 _STATE_FILES = (POINTER, "*_universal/*.pt")
 _FOLD_VERSION = 1
-_HASH_CHUNK = 1 << 22
 
 
 def find_checkpoint(name: str) -> Path:
@@ -99,7 +97,7 @@ def _find_nano() -> Path:
     key = hashlib.sha256(f"{NANO_VERSION}:{CONFIG}".encode())
     for file in files:
         key.update(file.read_bytes())
-    return _make_once(find_cache() / "nano" / key.hexdigest()[:16], lambda folder: build_nano(folder, files))
+    return make_once(find_cache() / "nano" / key.hexdigest()[:16], lambda folder: build_nano(folder, files))
 
 
 def as_llama(folder: Path) -> Path:
@@ -112,7 +110,7 @@ def as_llama(folder: Path) -> Path:
     if find_architecture(folder) == "llama":
         return folder
     key = hashlib.sha256(f"{_FOLD_VERSION}:{fingerprint_checkpoint(folder)}".encode()).hexdigest()[:16]
-    return _make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))
+    return make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))
 
 
 def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:
@@ -132,27 +130,6 @@ def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:
     return folder
 
 
-def _make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Return a cached folder, made if need be; of two processes that make it at once, one is renamed first and wins."""
-    if folder.is_dir():
-        return folder
-    try:
-        make(folder)
-    except OutputError:
-        if not folder.is_dir():
-            raise
-    return folder
-
-
-def find_cache() -> Path:
-    """Return the folder for folds and fingerprints: `FINETUNE_CACHE`, or the system's own place for caches."""
-    if chosen := os.environ.get("FINETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "yulan-finetune"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "yulan-finetune"
-
-
 def fingerprint_checkpoint(folder: Path) -> str:
     """Return a hash of a checkpoint's configuration, tokenizer and weights.
 
@@ -165,29 +142,3 @@ def fingerprint_checkpoint(folder: Path) -> str:
         if file.is_file():
             digest.update(f"{file.name}:{hash_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """Return the hash of a file's content, remembered under everything that changes when it does."""
-    real = file.resolve()
-    status = real.stat()
-    identity = f"{real}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-    remembered = find_cache() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if remembered.is_file() and len(known := remembered.read_text(encoding="utf-8")) == 64:
-        return known
-    digest = hashlib.sha256()
-    with real.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    _remember(remembered, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _remember(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        return  # a cache that cannot be written only costs time

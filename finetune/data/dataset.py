@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.account import Account, DataReport, SplitReport, describe_losses
 from finetune.data.encoding.columns import ColumnHash, make_record_batch
 from finetune.data.encoding.gates import check_padding
+from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.row_encoder import RowEncoder, TokenRow
-from finetune.data.encoding.template import ChatTemplate, list_stop_tokens
+from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.encoding.workers import encode_rows
 from finetune.data.reading.row_reader import RowReader, choose_held_out
 from finetune.data.reading.sources import hash_source

@@ -11,11 +11,11 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.dataset import load_splits
-from finetune.data.encoding.template import ChatTemplate
+from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.formats.row_formats import choose_format
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
-from finetune.evaluate.chat import LoadedModel, open_model
+from finetune.models.opening import LoadedModel, open_model
 from finetune.rewards.judge import Judge, open_judge
 from finetune.runs.results import is_judge, is_result, open_result
 

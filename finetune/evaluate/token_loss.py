@@ -13,7 +13,7 @@ from tqdm import tqdm
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.settings import DataSettings, Source
-from finetune.evaluate.chat import LoadedModel, open_model
+from finetune.models.opening import LoadedModel, open_model
 
 logger = logging.getLogger(__name__)
 

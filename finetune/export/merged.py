@@ -1,16 +1,17 @@
 """What is to be exported, and its tensors: stored rows, the adapter's change, the fold, and one rounding."""
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from finetune.data.encoding.template import ChatTemplate, find_template
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter_changes import Adapter, read_adapter
-from finetune.export.quantized import is_quantized, requantize
 from finetune.recipe.methods import METHODS
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
 from finetune.runs.results import Result
@@ -131,3 +132,23 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
         if lost := sorted(set(merged.adapter.changes) - reached):
             raise ExportError(f"{subject.adapter}: changes {lost[0]}, which cannot be carried into Llama weights")
     return merged
+
+
+# What follows are the weights that a quantized run really trained on: quantized and dequantized again, one tensor at a time.
+# Source: QLoRA (arXiv 2305.14314), section 3; LLM.int8() (arXiv 2208.07339), section 3. The arithmetic is bitsandbytes' own.
+def is_quantized(name: str) -> bool:
+    """Tell whether a tensor of the base is quantized in training: the linear layers are, tables, norms and biases are not."""
+    return name.endswith("_proj.weight")
+
+
+def requantize(weight: torch.Tensor, quantize: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a whole matrix is worth once it was quantized from `dtype`, in float32; `quantize` is nf4 or int8."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    matrix = weight.to(dtype)
+    if quantize == "nf4":
+        packed, state = functional.quantize_4bit(matrix, compress_statistics=True, quant_type="nf4")
+        restored: torch.Tensor = functional.dequantize_4bit(packed, state)
+        return restored.float()
+    rows, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
+    restored = functional.int8_vectorwise_dequant(rows, scales)
+    return restored.float()

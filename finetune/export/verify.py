@@ -14,17 +14,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from finetune.data.encoding.gates import IGNORED_LABEL
-from finetune.data.encoding.template import ChatTemplate, encode_conversations, encode_prompt, list_stop_tokens
+from finetune.data.encoding.rendering import ChatTemplate, encode_conversations, encode_prompt
+from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.row_formats import FORMATS, read_row
 from finetune.data.reading.raw_files import read_file
 from finetune.errors import ExportError
-from finetune.evaluate.chat import open_trained
-from finetune.export.merged import Merged, Subject
+from finetune.export.merged import Merged, Subject, is_quantized, requantize
 from finetune.export.proof import BaseKind, BaseScore, BaseScores, Comparison
-from finetune.export.quantized import is_quantized, requantize
 from finetune.files.resources import find_demo_data
-from finetune.models.loading import Precision, choose_device, load_base
+from finetune.models.loading import load_base
+from finetune.models.opening import open_trained
+from finetune.models.precision import Precision, choose_device
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
 from finetune.yulan.folding import DTYPES

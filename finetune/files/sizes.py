@@ -1,27 +1,52 @@
-"""Sizes of files as people write them."""
+"""Sizes as people write them. This is the one place that says what a GB is.
+
+A file's GB is 10^9 bytes, as the hub and file managers count. A GPU's GB is 2^30 bytes: cards are sold by powers of two.
+"""
 
 import re
+from collections.abc import Mapping
 
-from finetune.errors import OutputError
+from finetune.errors import MachineError, OutputError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_BINARY: Mapping[str, int] = {"KIB": KIB, "MIB": MIB, "GIB": GIB}
+_FILE_UNITS: Mapping[str, int] = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, **_BINARY}
+_MEMORY_UNITS: Mapping[str, int] = {"": 1, "B": 1, "KB": KIB, "MB": MIB, "GB": GIB, **_BINARY}
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `2GB` or `500MB`.
+def parse_size(text: str, name: str = "--max-shard-size") -> int:
+    """Return the bytes of a file size such as `2GB` or `500MB`; `name` is what the option is called in messages.
 
     Raises:
         OutputError: the text is not a size.
     """
+    size = _count_bytes(text, _FILE_UNITS)
+    if size < 1:
+        raise OutputError(f"{name}: {text!r} is not a size; write one such as 2GB or 500MB")
+    return size
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a GPU's memory such as `8GB`, which means 8 GiB.
+
+    Raises:
+        MachineError: the text is no size of a memory.
+    """
+    size = _count_bytes(text, _MEMORY_UNITS)
+    if size < MIB:
+        raise MachineError(f"--memory: {text!r} is no size of a memory; write one such as 8GB")
+    return size
+
+
+def _count_bytes(text: str, units: Mapping[str, int]) -> int:
+    """Return the bytes that a text stands for, or 0 where it is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
-        raise OutputError(f"--max-shard-size: {text!r} is not a size; write one such as 2GB or 500MB")
-    return int(float(match.group(1)) * unit)
+    unit = units.get(match.group(2).upper()) if match else None
+    return int(float(match.group(1)) * unit) if match and unit else 0
 
 
 def describe_size(count: int) -> str:
-    """Return a number of bytes for a person, such as `4.9 GB`."""
+    """Return the bytes of a file for a person, such as `4.9 GB`."""
     size, unit = float(count), "B"
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000 or unit == "GB":

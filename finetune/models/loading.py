@@ -1,11 +1,8 @@
 """Load a base for training or for use, on the device of this process."""
 
 import importlib
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import (
@@ -18,71 +15,14 @@ from transformers import (
 
 from finetune.errors import MachineError
 from finetune.models.engine import find_engine
+from finetune.models.precision import Precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.native.modeling import flatten_alphas, load_native
 
-AutocastDtype = Literal["no", "bf16", "fp16"]
 # Heads stay as they are where the layers are quantized.
 _HEADS = ("lm_head", "score")
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
-
-    weights: torch.dtype
-    autocast: AutocastDtype
-    shared: torch.dtype | None = None
-
-
-def choose_device(use_cpu: bool = False) -> torch.device:
-    """Return this process's own device: the GPU of its LOCAL_RANK, else Apple's, else the CPU."""
-    if use_cpu:
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def choose_precision(
-    dtype: str, device: torch.device, trains_all_weights: bool, keeps_masters: bool = False
-) -> Precision:
-    """Choose what suits the device, or follow the recipe's `model.dtype`.
-
-    Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
-    step of the type would be lost, and float16 gradients cannot be unscaled. An optimizer that keeps float32 masters
-    leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
-    """
-    if keeps_masters and trains_all_weights:
-        held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
-        if held.weights == torch.bfloat16:
-            if find_engine() == "one":
-                return held
-            # Processes that exchange gradients hold float32 weights.
-            is_shared = find_engine() == "fsdp2"
-            return Precision(torch.float32, "no", torch.bfloat16) if is_shared else Precision(torch.float32, "bf16")
-    if dtype == "auto":
-        if device.type == "cpu":
-            dtype = "float32"
-        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = "float16"
-        else:
-            dtype = "bfloat16"
-        if trains_all_weights:
-            return Precision(torch.float32, _name_autocast(dtype))
-    if dtype == "float16" and trains_all_weights:
-        return Precision(torch.float32, "fp16")
-    weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    return Precision(weights, _name_autocast(dtype))
-
-
-def _name_autocast(dtype: str) -> AutocastDtype:
-    names: dict[str, AutocastDtype] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    return names[dtype]
 
 
 def load_base(

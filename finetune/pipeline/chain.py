@@ -14,23 +14,25 @@ import torch
 from transformers import TrainingArguments
 
 from finetune.check.adoption import adopt_earlier_run
-from finetune.check.chains import Chain, ExportStage, TrainStage, dump_chain
-from finetune.checkpoints.finding import hash_file
+from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
 from finetune.errors import OutputError, RecipeError, TrainingError
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
+from finetune.files.cache import hash_file
 from finetune.files.folders import check_output_free, translate_os_errors
+from finetune.files.json_files import write_json
 from finetune.files.sizes import parse_size
-from finetune.models.loading import choose_device, choose_precision
+from finetune.models.precision import choose_device, choose_precision
 from finetune.pipeline.training import restore_choices, train_on_device
 from finetune.recipe.recipe_file import Draft
 from finetune.recipe.sections import Recipe
-from finetune.runs.lineage import find_complete_checkpoint
-from finetune.runs.results import open_result, write_json
+from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe
 from finetune.runs.summary import RunSummary, describe_run
-from finetune.train.run import check_finished_run, prepare_rows
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.train.run import check_finished_run
 from finetune.train.trainer import make_config
+from finetune.train.training_rows import prepare_rows
 from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.check.recipes import load_recipe
-from finetune.evaluate.chat import Answer, answer, open_model
+from finetune.evaluate.chat import Answer, answer
 from finetune.evaluate.token_loss import evaluate_path
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.proof import BaseScores, ExportReport
@@ -14,6 +14,7 @@ from finetune.export.verify import LogitVerifier
 from finetune.files.folders import check_output_free
 from finetune.files.resources import find_demo_data, list_recipes
 from finetune.files.sizes import parse_size
+from finetune.models.opening import open_model
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 

@@ -13,7 +13,7 @@ import yaml
 
 from finetune.errors import TrainingError
 from finetune.models.engine import find_engine
-from finetune.models.loading import choose_device
+from finetune.models.precision import choose_device
 from finetune.plan.automatic import DECIDED, choose_settings, describe_choices
 from finetune.plan.changes import Change, apply_change
 from finetune.plan.forecast import Plan, check_fits, find_target, make_plan
@@ -21,8 +21,8 @@ from finetune.recipe.batches import AUTO, read_accumulation, read_batch
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH
 from finetune.recipe.sections import Recipe, dump_recipe
-from finetune.runs.lineage import find_complete_checkpoint
 from finetune.runs.summary import RunSummary
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 from finetune.train.run import run_training
 
 logger = logging.getLogger(__name__)

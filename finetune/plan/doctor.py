@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from finetune.checkpoints.finding import find_cache
 from finetune.errors import MachineError
-from finetune.models.loading import check_quantization, choose_device, choose_precision
-from finetune.plan.hardware import GIB
+from finetune.files.cache import find_cache
+from finetune.files.sizes import GIB
+from finetune.models.loading import check_quantization
+from finetune.models.precision import choose_device, choose_precision
 
 # The base in 16 bits as published, its fold, and an export of it.
 _DISK_BYTES = 15 * 10**9

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
+from finetune.files.sizes import GIB
 from finetune.models.engine import ENGINE_NAMES, Engine, check_engine, find_engine
 from finetune.models.reference_model import starts_from_base
 from finetune.plan.changes import Change, apply_change, list_changes
@@ -17,7 +18,6 @@ from finetune.plan.hardware import (
     CONTEXT_BYTES,
     CUBLAS_BYTES,
     FRAGMENTATION,
-    GIB,
     NCCL_BYTES,
     TYPICAL_CARDS,
     UTILISATION,

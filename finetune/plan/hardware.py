@@ -4,23 +4,20 @@ import re
 from dataclasses import dataclass
 
 from finetune.errors import MachineError, describe_unknown_name
+from finetune.files.sizes import GIB, MIB
 
-GIB = 1 << 30
-_MIB = 1 << 20
 # The context with the kernels that a run loads into it: 426 MiB were seen before the first kernel (pull request 1053 of
 # unslothai/unsloth-zoo), about 400 MB with few (issue 109888 of pytorch/pytorch); no card of ours has measured more yet.
-CONTEXT_BYTES = 512 * _MIB
+CONTEXT_BYTES = 512 * MIB
 # cuBLAS's own workspace, the larger one of the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
-CUBLAS_BYTES = 32 * _MIB
+CUBLAS_BYTES = 32 * MIB
 # NCCL's channels between processes, 4 MiB each by default (NCCL_BUFFSIZE). An assumption: their number follows the wiring.
-NCCL_BYTES = 256 * _MIB
+NCCL_BYTES = 256 * MIB
 # The share of live tensors that the caching allocator may hold in gaps: its large segments are multiples of 2 and 20 MiB
 # (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption: none of ours was measured on a card.
 FRAGMENTATION = 0.05
 # The share of the published peak that training is taken to reach. An assumption: kernels of usual shape lie at 30 to 50 %.
 UTILISATION = 0.35
-
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": _MIB, "GB": GIB, "KIB": 1 << 10, "MIB": _MIB, "GIB": GIB}
 
 
 @dataclass(frozen=True)
@@ -91,16 +88,3 @@ def find_card(name: str) -> Card:
 def _simplify(name: str) -> str:
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
     return " ".join(word for word in words if word not in ("nvidia", "geforce", "gpu", "tesla"))
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes of a card's memory such as `8GB`: cards are sold by powers of two, so it means 8 GiB.
-
-    Raises:
-        MachineError: the text is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < _MIB:
-        raise MachineError(f"--memory: {text!r} is no size of a memory; write one such as 8GB")
-    return int(float(match.group(1)) * unit)

@@ -53,3 +53,93 @@ GRPO_OWNED: Mapping[str, str] = {
         _VLLM,
     ),
 }
+
+
+_OURS = "the kit owns this setting"
+
+
+SHARED_OWNED: Mapping[str, str] = {
+    "output_dir": f"set output instead; {_OURS}",
+    "seed": f"set seed instead; {_OURS}",
+    "data_seed": f"set seed instead; {_OURS}",
+    "bf16": f"set model.dtype: bfloat16 instead; {_OURS}",
+    "fp16": f"set model.dtype: float16 instead; {_OURS}",
+    "bf16_full_eval": f"set model.dtype instead; {_OURS}",
+    "fp16_full_eval": f"set model.dtype instead; {_OURS}",
+    "resume_from_checkpoint": "run `finetune train RECIPE --resume` instead",
+    "remove_unused_columns": f"the kit prepares the rows itself; {_OURS}",
+    "label_names": f"the kit prepares the rows itself; {_OURS}",
+    "length_column_name": f"the kit prepares the rows itself; {_OURS}",
+    "prediction_loss_only": f"evaluation keeps losses only, never logits; {_OURS}",
+    "include_for_metrics": f"evaluation keeps losses only, never logits; {_OURS}",
+    "batch_eval_metrics": f"evaluation keeps losses only, never logits; {_OURS}",
+    "do_train": "`finetune train` trains; remove this key",
+    "do_eval": "set data.eval or data.held_out instead; remove this key",
+    "do_predict": "use `finetune evaluate`; remove this key",
+    "local_rank": "the launcher decides this; remove this key",
+    "use_liger_kernel": "TRL computes the loss in chunks by itself; remove this key",
+    "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
+}
+
+
+# Options that only some of TRL's classes have.
+_OWNED_IN_SOME: Mapping[str, str] = {
+    "model_init_kwargs": f"set the keys of the section model instead; {_OURS}",
+    "trust_remote_code": "the kit never runs code from a checkpoint; remove this key",
+    "max_length": f"set data.max_tokens instead; {_OURS}",
+    "truncation_mode": f"set data.overflow instead; {_OURS}",
+    "chat_template_path": f"set data.template instead; {_OURS}",
+    "eos_token": "the chat template decides what ends an answer; set data.template instead",
+    "pad_token": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "dataset_text_field": f"set data.columns instead; {_OURS}",
+    "dataset_kwargs": f"the kit prepares the rows itself; {_OURS}",
+    "dataset_num_proc": f"the kit prepares the rows itself; {_OURS}",
+    "assistant_only_loss": "the chat template marks what is trained; remove this key",
+    "completion_only_loss": "the chat template marks what is trained; remove this key",
+    "padding_value": "YuLan-Mini's own <pad> is used, and must be; remove this key",
+    "generate_during_eval": "use `finetune chat` or `finetune evaluate`; remove this key",
+    "is_encoder_decoder": "YuLan-Mini is a decoder; remove this key",
+    "max_completion_length": f"set data.max_tokens instead; {_OURS}",
+    "padding_free": "TRL 1.16 does without it here; remove this key",
+    "sync_ref_model": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_mixup_alpha": "the reference stays the start, without a second copy of the weights; remove this key",
+    "ref_model_sync_steps": "the reference stays the start, without a second copy of the weights; remove this key",
+}
+
+
+def own(*names: str) -> Mapping[str, str]:
+    """Return the options of a TRL class that no recipe may set: those that all have, and these that only some have."""
+    everywhere = ("model_init_kwargs", "trust_remote_code")
+    return {**SHARED_OWNED, **{name: _OWNED_IN_SOME[name] for name in (*everywhere, *names)}}
+
+
+REFERENCE_OPTIONS = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+
+
+_IN_OPTIMIZER = "the section optimizer decides this"
+
+
+_IN_SCHEDULE = "the section schedule decides this"
+
+
+PRETRAINING_OWNED: Mapping[str, str] = {
+    **SHARED_OWNED,
+    "learning_rate": f"set optimizer.learning_rate instead; {_IN_OPTIMIZER}",
+    "weight_decay": f"set optimizer.weight_decay instead; {_IN_OPTIMIZER}",
+    "adam_beta1": f"{_IN_OPTIMIZER}, as the authors did: 0.9; remove this key",
+    "adam_beta2": f"{_IN_OPTIMIZER}, as the authors did: 0.95; remove this key",
+    "adam_epsilon": f"{_IN_OPTIMIZER}, as the authors did: 1e-15; remove this key",
+    "optim": f"set optimizer.moments instead; {_IN_OPTIMIZER}",
+    "optim_args": f"{_IN_OPTIMIZER}; remove this key",
+    "optim_target_modules": f"{_IN_OPTIMIZER}; remove this key",
+    "lr_scheduler_type": f"set schedule.decay instead; {_IN_SCHEDULE}",
+    "lr_scheduler_kwargs": f"set schedule.decay_start and decay_end instead; {_IN_SCHEDULE}",
+    "warmup_steps": f"set schedule.warmup instead; {_IN_SCHEDULE}",
+    "max_steps": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "num_train_epochs": f"set schedule.length instead; {_IN_SCHEDULE}",
+    "include_num_input_tokens_seen": f"tokens are always counted; {_OURS}",
+    "neftune_noise_alpha": "is for supervised tuning; remove this key",
+    "label_smoothing_factor": "the loss is the authors', with its z term; remove this key",
+    "load_best_model_at_end": "a schedule ends where it ends; remove this key",
+    "auto_find_batch_size": "the batch belongs to the schedule; remove this key",
+}

@@ -6,17 +6,15 @@ What a recipe says about other tables (methods, templates, formats, the trainer'
 
 import dataclasses
 import math
-import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
-from finetune.errors import RecipeError, describe_unknown_name
+from finetune.errors import describe_unknown_name
 from finetune.recipe.sections import Recipe
+from finetune.recipe.yaml_loader import describe_value, load_recipe_file, parse_yaml
 
 # How the rows of a step are split up, as transformers names it, and its default; and their number, as this kit does.
 BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
@@ -31,47 +29,6 @@ class Draft:
     recipe: Recipe
     problems: tuple[str, ...]
     given: frozenset[str] = frozenset()
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-4` is a number, `no` is a word, a key written twice is an error."""
-
-
-_RecipeLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-# Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+.0123456789"),
-)
-
-
-def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a word", problem_mark=key_node.start_mark)
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}",
-                problem_mark=key_node.start_mark,
-            )
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
@@ -102,45 +59,6 @@ def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from list_keys(value, f"{prefix}{key}.")
 
 
-def load_recipe_file(source: Path) -> dict[str, Any]:
-    """Return what a recipe file says, with nothing but its YAML checked.
-
-    Raises:
-        RecipeError: the file is missing or is not YAML.
-    """
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error
-    content = _parse_yaml(text, str(source))
-    if content is None:
-        raise RecipeError(str(source), ["the file is empty; a recipe needs at least data.train"])
-    if not isinstance(content, dict):
-        raise RecipeError(str(source), [f"must hold keys and values; found {_describe(content)}"])
-    return content
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(source, [f"is not YAML: {error}"]) from error
-
-
-def _suggest_neighbour(source: Path) -> str:
-    folder = source.parent
-    if not folder.is_dir():
-        return f" (the folder {folder} does not exist either)"
-    recipes = sorted(path.name for path in folder.glob("*.yaml"))
-    return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
-
-
 def apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
     """Set every `section.key=value` in what a recipe says, first `trainer.auto`, which opens what the recipe says itself."""
     for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
@@ -164,7 +82,7 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
             return
         target = inner
     # YAML would take the star of a glob for a reference to something named elsewhere.
-    target[key] = text if text.startswith("*") else _parse_yaml(text, f"--set {override}")
+    target[key] = text if text.startswith("*") else parse_yaml(text, f"--set {override}")
     if path == "trainer.auto" and target[key] is True:
         _open_split(target)
 
@@ -192,7 +110,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
         try:
             values[key] = _convert(value, hints[key], name, problems)
         except _MismatchError as mismatch:
-            problems.append(f"{name}: must be {mismatch}; found {_describe(value)}")
+            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}")
     return section(**values)
 
 
@@ -255,7 +173,7 @@ def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) ->
         try:
             converted[key] = _convert_item(inner, member, f"{name}.{key}.", problems)
         except _MismatchError as mismatch:
-            problems.append(f"{name}.{key}: must be {mismatch}; found {_describe(inner)}")
+            problems.append(f"{name}.{key}: must be {mismatch}; found {describe_value(inner)}")
     return converted
 
 
@@ -286,13 +204,3 @@ def _convert_scalar(value: Any, member: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise _MismatchError("a finite number")
     return value
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a section of keys and values"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if value is None:
-        return "nothing"
-    return repr(value) if not isinstance(value, bool) else str(value).lower()

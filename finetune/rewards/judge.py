@@ -10,12 +10,15 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.checkpoints.finding import fingerprint_checkpoint, hash_file
-from finetune.data.encoding.template import ChatTemplate, find_template
+from finetune.checkpoints.finding import fingerprint_checkpoint
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, TrainingError
-from finetune.models.loading import choose_device, choose_precision, load_base
+from finetune.files.cache import hash_file
+from finetune.models.loading import load_base
 from finetune.models.lora import WEIGHTS_FILE
+from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.sections import JudgeSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, is_judge, open_result

@@ -5,11 +5,12 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.encoding.template import ChatTemplate
+from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
-from finetune.runs.results import Result, find_earlier, read_json
+from finetune.files.json_files import read_json
+from finetune.runs.results import Result, find_earlier
 from finetune.yulan.layout import find_architecture
 
 logger = logging.getLogger(__name__)
@@ -47,20 +48,6 @@ def find_start(section: ModelSection) -> Start:
     return Start(find_base_folder(str(earlier.folder), section.architecture), earlier)
 
 
-def find_complete_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run that was written to its end, or None.
-
-    A run can be killed while it writes one; the trainer's state is the last file of each.
-    """
-    steps = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end; going on from an earlier one", checkpoint.name)
-            continue
-        return checkpoint
-    return None
 
 
 def find_base(result: Result) -> Path:

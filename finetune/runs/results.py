@@ -13,6 +13,7 @@ from typing import Any, Literal
 from finetune.errors import FinetuneError
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.recipe.methods import METHODS
+from finetune.files.json_files import read_json, write_json
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
@@ -142,22 +143,5 @@ def _read_origin(content: dict[str, Any]) -> Origin:
     return Origin(**{**content, "earlier": tuple(Stage(**stage) for stage in content.get("earlier", ()))})
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is none.
-
-    Raises:
-        FinetuneError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.data.encoding.template import ChatTemplate, Messages, encode_prompt
+from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_prompt
 
 
 def bind_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> PreTrainedTokenizerBase:

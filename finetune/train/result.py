@@ -1,43 +1,26 @@
 """Write what a run has trained, so that an export, an evaluation or another run can take it from there."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.dataset import Splits
-from finetune.data.encoding.template import ChatTemplate, list_stop_tokens
+from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import write_folder
-from finetune.models.loading import Precision
 from finetune.models.lora import save_adapter, subtract_start
 from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
-from finetune.runs.lineage import Start
 from finetune.runs.results import Origin, SampleRow, Stage, write_origin
 from finetune.train.journal.answers import answer_rows, is_sharded
 from finetune.train.pretraining.state_loading import save_states
-from finetune.yulan.states.optimizer_states import OptimizerStates
+from finetune.train.setup import Setup
 
 PISSA_START = "pissa-start"
 # What an export is compared on. The real model needs minutes for so many on a processor.
 _ANSWERED_ROWS = 8
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything of a run that is fixed before its trainer is built."""
-
-    recipe: Recipe
-    precision: Precision
-    begin: Start
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    splits: Splits
-    states: OptimizerStates | None
 
 
 def write_result(

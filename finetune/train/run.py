@@ -9,43 +9,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 
-from finetune.checkpoints.finding import find_cache, fingerprint_checkpoint
-from finetune.data.dataset import Splits, load_splits
-from finetune.data.encoding.template import ChatTemplate, find_template, list_stop_tokens, list_template_tokens
-from finetune.data.encoding.tokenizer import load_tokenizer
-from finetune.data.settings import DataSettings
+from finetune.checkpoints.finding import fingerprint_checkpoint
+from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import translate_os_errors
+from finetune.files.json_files import write_json
 from finetune.models.engine import ENGINE_NAMES, check_engine, find_engine, gather_weights
-from finetune.models.loading import Precision, choose_device, choose_precision, load_base
-from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens, save_adapter
-from finetune.models.reference_model import describe_reference
+from finetune.models.lora import save_adapter
+from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.methods import METHODS
 from finetune.recipe.sections import Recipe, dump_recipe, to_plain
-from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge, fingerprint_judge
-from finetune.rewards.rules import find_reference_rule
+from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_start
-from finetune.runs.results import write_json
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point
-from finetune.runs.summary import RunSummary, summarise_run
+from finetune.runs.summary import RunSummary
 from finetune.train.journal.answers import AnswerSheet, is_sharded
 from finetune.train.journal.environment import describe_environment
 from finetune.train.journal.loss_plot import draw_losses
 from finetune.train.journal.progress import read_metrics
+from finetune.train.journal.summarising import summarise_run
 from finetune.train.online import bind_template, set_stop_tokens
 from finetune.train.preflight import EvaluationCheck, check_first_batch, check_packed_batch
-from finetune.train.pretraining.packed_training import find_states
 from finetune.train.pretraining.state_loading import save_states
-from finetune.train.result import PISSA_START, Setup, write_result
+from finetune.train.result import PISSA_START, write_result
+from finetune.train.setup import Setup, build_model, prepare
 from finetune.train.trainer import Aids, build_trainer, make_config
-from finetune.train.training_rows import read_source_section, read_training_sources
+from finetune.train.training_rows import prepare_rows
 
 logger = logging.getLogger(__name__)
-
-_ANY_LENGTH = 2**31 - 1
 
 
 def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
@@ -62,13 +55,13 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
     precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none", keeps_masters=pretrains)
     config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
-    start = _prepare(recipe, config, precision)
+    start = prepare(recipe, config, precision)
     if checkpoint is not None:
         check_same_inputs(
             run, start.splits.report.fingerprint, start.begin.base, fingerprint_judge(recipe.rewards.judge)
         )
     with _leave_nothing_before_step_one(run, checkpoint):
-        model, judge = _build_model(start, config, device)
+        model, judge = build_model(start, config, device)
         sheet = _open_answers(start)
         tokenizer = start.tokenizer
         if METHODS[recipe.method].is_online:
@@ -97,23 +90,6 @@ def run_training(recipe: Recipe, resume: bool = False) -> RunSummary:
         save_states(run, trainer.optimizer, is_writer=False)
     trainer.accelerator.wait_for_everyone()
     return summary
-
-
-def _prepare(recipe: Recipe, config: TrainingArguments, precision: Precision) -> Setup:
-    # Downloads, folds and caches are made by one process; the others then find them.
-    with config.main_process_first(desc="preparing the start"):
-        begin = find_start(recipe.model)
-        tokenizer = load_tokenizer(begin.tokenizer_folder)
-        template = find_template(recipe.data.template, tokenizer)
-        tokenizer.chat_template = template.source
-        if recipe.rewards.judge.run:
-            check_judge(recipe.rewards.judge.run, begin.base, template)
-        states = find_states(recipe)
-        splits = load_splits(_read_data_settings(recipe), tokenizer, template, recipe.seed)
-    reference = describe_reference(recipe, splits.report.train.rows)
-    for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
-        logger.info("%s", note)
-    return Setup(recipe, precision, begin, tokenizer, template, splits, states)
 
 
 def _open_answers(start: Setup) -> AnswerSheet | None:
@@ -150,72 +126,6 @@ def check_finished_run(recipe: Recipe) -> None:
     check_same_inputs(
         run, splits.report.fingerprint, find_start(recipe.model).base, fingerprint_judge(recipe.rewards.judge)
     )
-
-
-def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
-    """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
-    settings, tokenizer, template = open_data(recipe)
-    return tokenizer, load_splits(settings, tokenizer, template, recipe.seed)
-
-
-def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
-    """Return what the rows of a recipe are read and rendered with, before any row is read."""
-    tokenizer = load_tokenizer(find_start(recipe.model).tokenizer_folder)
-    return _read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
-
-
-def _read_data_settings(recipe: Recipe) -> DataSettings:
-    data = recipe.data
-    train, notes = read_training_sources(data)
-    return DataSettings(
-        train=train,
-        shape=METHODS[recipe.method].shape,
-        needs_answer=find_reference_rule(recipe.rewards.rules),
-        evaluation=tuple(map(read_source_section, data.eval)),
-        held_out=data.held_out,
-        format=data.format,
-        columns=data.columns,
-        system=data.system,
-        # Packed rows are cut where they are full; a document itself may be of any length.
-        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
-        overflow=data.overflow,
-        train_on=data.train_on,
-        substitute=data.substitute,
-        deduplicate=data.deduplicate,
-        notes=notes,
-        workers=data.workers,
-        cache=find_cache() / "rows",
-    )
-
-
-def _build_model(
-    start: Setup, config: TrainingArguments, device: torch.device
-) -> tuple[PreTrainedModel | PeftModel, BorrowingJudge | None]:
-    """Return the model to train, and the judge that reads with the same base where the recipe names one."""
-    recipe, judge = start.recipe, None
-    set_seed(recipe.seed)  # a head for scores begins at random
-    base = load_base(start.begin.base, recipe.model, start.precision, device, METHODS[recipe.method].head)
-    _warn_of_untrained_tokens(start, base)
-    if recipe.rewards.judge.run:
-        pad_token, rows = int(start.tokenizer.pad_token_id), config.per_device_train_batch_size
-        judge = borrow_base(base, recipe.rewards.judge.run, pad_token, rows)
-    if start.begin.adapter is not None:
-        return continue_adapter(base, recipe.adapter, start.begin.adapter), judge
-    set_seed(recipe.seed)
-    return attach_adapter(base, recipe.adapter, start.begin.base), judge
-
-
-def _warn_of_untrained_tokens(start: Setup, base: PreTrainedModel) -> None:
-    adapter = start.recipe.adapter
-    control_tokens = list_template_tokens(start.tokenizer, start.template)
-    untrained = set(find_untrained_tokens(base, control_tokens)) - set(adapter.train_tokens)
-    if untrained and adapter.kind != "none":
-        names = ", ".join(f"{start.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
-        logger.warning(
-            "these tokens of the template look untrained in this start: %s; to train their rows set adapter.train_tokens: %s",
-            names,
-            sorted(untrained),
-        )
 
 
 @contextlib.contextmanager

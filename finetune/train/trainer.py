@@ -21,7 +21,7 @@ from trl.trainer import utils as trainer_utils
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, set_shared_type, shard_on_cpu
-from finetune.models.loading import Precision
+from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference, starts_from_base
 from finetune.recipe.batches import KIT_OPTIONS
 from finetune.recipe.methods import METHODS

@@ -3,10 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.settings import HubDataset, Source
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.dataset import Splits, load_splits
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.files.cache import find_cache
 from finetune.mixtures.matched import match_sources
 from finetune.mixtures.published import find_mixture
-from finetune.recipe.sections import DataSection, SourceSection
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import DataSection, Recipe, SourceSection
+from finetune.rewards.rules import find_reference_rule
+from finetune.runs.lineage import find_start
 
 
 def read_source_section(source: str | SourceSection) -> Source:
@@ -32,3 +42,42 @@ def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[
         for name, share in matched.shares.items()
     )
     return sources, (matched.describe(),)
+
+
+_ANY_LENGTH = 2**31 - 1
+
+
+def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
+    """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
+    settings, tokenizer, template = open_data(recipe)
+    return tokenizer, load_splits(settings, tokenizer, template, recipe.seed)
+
+
+def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
+    """Return what the rows of a recipe are read and rendered with, before any row is read."""
+    tokenizer = load_tokenizer(find_start(recipe.model).tokenizer_folder)
+    return read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
+
+
+def read_data_settings(recipe: Recipe) -> DataSettings:
+    data = recipe.data
+    train, notes = read_training_sources(data)
+    return DataSettings(
+        train=train,
+        shape=METHODS[recipe.method].shape,
+        needs_answer=find_reference_rule(recipe.rewards.rules),
+        evaluation=tuple(map(read_source_section, data.eval)),
+        held_out=data.held_out,
+        format=data.format,
+        columns=data.columns,
+        system=data.system,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
+        overflow=data.overflow,
+        train_on=data.train_on,
+        substitute=data.substitute,
+        deduplicate=data.deduplicate,
+        notes=notes,
+        workers=data.workers,
+        cache=find_cache() / "rows",
+    )

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.gates import IGNORED_LABEL
-from finetune.data.encoding.template import encode_prompt, find_template
+from finetune.data.encoding.rendering import encode_prompt
+from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, MachineError

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import ExportError, OutputError, TemplateError
-from finetune.evaluate.chat import open_trained
 from finetune.export import merge, merged
 from finetune.export.adapter_changes import read_adapter
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
+from finetune.models.opening import open_trained
 from finetune.runs.results import Origin, open_result, write_origin
 from finetune.yulan import shards
 from finetune.yulan.native.modeling import load_native

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_base_folder
 from finetune.files.resources import list_recipes
-from finetune.models.loading import choose_precision, load_base
+from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
+from finetune.models.precision import choose_precision
 from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.plan.step.stages import LOSS, WORKSPACE, follow_training
 from finetune.plan.step.tracker import MemoryTracker, Peak

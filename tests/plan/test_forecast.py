@@ -8,19 +8,11 @@ import torch
 from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.cli.main import main
 from finetune.errors import MachineError
+from finetune.files.sizes import GIB, parse_memory
 from finetune.pipeline import training as ladder
 from finetune.plan.doctor import describe_machine, examine_machine
 from finetune.plan.duration import count_matrix_weights, count_work, estimate_time
-from finetune.plan.hardware import (
-    CARDS,
-    CONTEXT_BYTES,
-    CUBLAS_BYTES,
-    GIB,
-    TYPICAL_CARDS,
-    UTILISATION,
-    find_card,
-    parse_memory,
-)
+from finetune.plan.hardware import CARDS, CONTEXT_BYTES, CUBLAS_BYTES, TYPICAL_CARDS, UTILISATION, find_card
 
 
 def run(capsys, *arguments):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.check.recipes import load_recipe
-from finetune.data.encoding.template import encode_prompt, find_template, list_stop_tokens
+from finetune.data.encoding.rendering import encode_prompt
+from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.preview.preview import describe_preview, preview_rows
 from finetune.errors import DataError, RecipeError, TrainingError
@@ -17,8 +18,9 @@ from finetune.export.verify import LogitVerifier
 from finetune.rewards.rules import RULES, Rule
 from finetune.runs.results import open_result
 from finetune.train.online import bind_template
-from finetune.train.run import prepare_rows, run_training
+from finetune.train.run import run_training
 from finetune.train.trainer import build_trainer
+from finetune.train.training_rows import prepare_rows
 
 RECIPE = """
 method: grpo

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.data.encoding.template import encode_conversations, find_template
+from finetune.data.encoding.rendering import encode_conversations
+from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, OutputError, RecipeError, TrainingError
 from finetune.files.resources import find_demo_data, find_resource_folder
@@ -195,7 +196,8 @@ def test_accelerate_launch_gives_the_same_losses(train, make_recipe, tmp_path, r
 
 
 def test_the_model_learns_and_stops_by_itself(train, tmp_path):
-    from finetune.evaluate.chat import answer, open_model
+    from finetune.evaluate.chat import answer
+    from finetune.models.opening import open_model
 
     lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     (tmp_path / "few.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -209,7 +211,7 @@ def test_the_model_learns_and_stops_by_itself(train, tmp_path):
 
 
 def test_the_tokens_that_are_trained_are_those_of_the_preview(make_recipe, nano_llama):
-    from finetune.train.run import prepare_rows
+    from finetune.train.training_rows import prepare_rows
 
     _, splits = prepare_rows(make_recipe("run"))
     tokenizer = load_tokenizer(nano_llama)

@@ -11,18 +11,18 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding.gates import IGNORED_LABEL, describe_bos_fault, describe_row_fault
-from finetune.data.encoding.spellings import Span, TokenSpans, encode_plain_texts
-from finetune.data.encoding.template import (
+from finetune.data.encoding.rendering import (
     ChatTemplate,
     Rendered,
     encode_prompt,
-    list_stop_tokens,
     read_tokens,
     render_conversations,
     tokenize_rendered,
 )
+from finetune.data.encoding.spellings import Span, TokenSpans, encode_plain_texts
+from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.formats.messages import Message
-from finetune.data.formats.row_formats import Row, RowKind
+from finetune.data.formats.rows import Row, RowKind
 from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import TemplateError
 

@@ -5,26 +5,11 @@ Training, evaluation, chat and export all go through here, so that a model is as
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import jinja2
-
-from finetune.data.encoding.spellings import (
-    Span,
-    TokenSpans,
-    compile_spellings,
-    encode_hidden,
-    encode_texts,
-    find_spans,
-    hide_spellings,
-    holds_spelling,
-    list_control_spellings,
-)
+from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations
 from finetune.errors import TemplateError
 from finetune.files.resources import list_templates
 
@@ -32,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = "yulan-mini"
-Messages = Sequence[Mapping[str, Any]]
-Tools = list[dict[str, Any]] | None
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SAMPLE: Messages = (
     {"role": "user", "content": "a"},
@@ -41,29 +24,6 @@ _SAMPLE: Messages = (
     {"role": "user", "content": "c"},
     {"role": "assistant", "content": "d"},
 )
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A template, and how its trained spans are found: by its generation marks, or by rendering prefixes."""
-
-    name: str
-    source: str
-    spans: Literal["marks", "prefixes"] = "marks"
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the source; two templates with the same one render the same."""
-        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A conversation as tokens; `trained` says for each whether it is learnt."""
-
-    token_ids: list[int]
-    trained: list[bool]
 
 
 def find_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -137,90 +97,6 @@ def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, text in added.items() if text.special)}
 
 
-def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    conversations: Sequence[Messages],
-    tools: Sequence[Tools] = (),
-) -> list[Encoded]:
-    """Render and tokenize conversations together; a token is trained when any of its characters is.
-
-    Raises:
-        TemplateError: the template refuses a conversation.
-    """
-    rendered = render_conversations(tokenizer, template, conversations, tools)
-    encoded = []
-    for row in encode_rendered(tokenizer, rendered):
-        trained = [False] * len(row.token_ids)
-        for start, end in row.spans:
-            trained[start:end] = [True] * (end - start)
-        encoded.append(Encoded(row.token_ids, trained))
-    return encoded
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Conversations as texts; `hidden` says for each row what its half characters stand for (empty for nearly all)."""
-
-    texts: list[str]
-    spans: list[list[Span]]
-    hidden: list[dict[str, str]]
-
-
-def render_conversations(
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    conversations: Sequence[Messages],
-    tools: Sequence[Tools] = (),
-) -> Rendered:
-    """Render conversations with their trained spans, in characters.
-
-    Raises:
-        TemplateError: the template refuses a conversation.
-    """
-    pattern = compile_spellings(list_control_spellings(tokenizer))
-    hidden: list[dict[str, str]] = [{} for _ in conversations]
-    rows, row_tools = list(conversations), list(tools) or [None] * len(conversations)
-    for number, messages in enumerate(rows):
-        if holds_spelling(messages, row_tools[number], pattern):
-            rows[number] = hide_spellings(messages, pattern, hidden[number])
-            row_tools[number] = hide_spellings(row_tools[number], pattern, hidden[number])
-    if not any(row_tools):
-        return Rendered(*_render(tokenizer, template, rows, None), hidden)
-    pairs = zip(rows, row_tools, strict=True)
-    parts = [_render(tokenizer, template, [messages], own) for messages, own in pairs]
-    return Rendered([texts[0] for texts, _ in parts], [spans[0] for _, spans in parts], hidden)
-
-
-def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[Any]:
-    """Tokenize rendered conversations: all plain ones in one call, and those with spellings of control tokens apart."""
-    plain = [text for text, marks in zip(rendered.texts, rendered.hidden, strict=True) if not marks]
-    encodings = iter(encode_texts(tokenizer, plain) if plain else [])
-    rows = zip(rendered.texts, rendered.spans, rendered.hidden, strict=True)
-    return [encode_hidden(tokenizer, *row) if row[2] else next(encodings) for row in rows]
-
-
-def read_tokens(rendered: Rendered, tokenized: Sequence[Any]) -> list[TokenSpans]:
-    """Return tokens with their trained spans from what `tokenize_rendered` returned; it does not use the tokenizer."""
-    rows = zip(tokenized, rendered.texts, rendered.spans, strict=True)
-    return [found if isinstance(found, TokenSpans) else find_spans(found, text, spans) for found, text, spans in rows]
-
-
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[TokenSpans]:
-    """Tokenize rendered conversations and find their trained spans."""
-    return read_tokens(rendered, tokenize_rendered(tokenizer, rendered))
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, tools: Tools = None
-) -> list[int]:
-    """Return the tokens after which the assistant's answer is generated."""
-    hidden: dict[str, str] = {}
-    safe = hide_spellings([messages, tools], compile_spellings(list_control_spellings(tokenizer)), hidden)
-    text = _render_one(tokenizer, template, safe[0], safe[1], add_generation_prompt=True)
-    return encode_rendered(tokenizer, Rendered([text], [[]], [hidden]))[0].token_ids
-
-
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
     """Return the tokens that end an answer: the tokenizer's eos, and the one that the template trains."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
@@ -232,78 +108,3 @@ def list_template_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTempl
     """Return the control tokens that the template writes, without bos: those a base model may never have seen."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
     return sorted(set(encoded.token_ids) & _list_control_tokens(tokenizer) - {int(tokenizer.bos_token_id)})
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages], tools: Tools
-) -> tuple[list[str], list[list[Span]]]:
-    if template.spans == "marks":
-        try:
-            texts, spans = _render_jinja(
-                conversations=[list(messages) for messages in conversations],
-                tools=tools,
-                chat_template=template.source,
-                return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise _explain(template, error) from error
-        return texts, [[(start, end) for start, end in found] for found in spans]
-    texts = [_render_one(tokenizer, template, messages, tools) for messages in conversations]
-    pairs = zip(conversations, texts, strict=True)
-    return texts, [_find_spans(tokenizer, template, messages, text, tools) for messages, text in pairs]
-
-
-def _render_one(
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    messages: Messages,
-    tools: Tools = None,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    try:
-        texts, _ = _render_jinja(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=template.source,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise _explain(template, error) from error
-    return str(texts[0])
-
-
-def _render_jinja(**options: Any) -> tuple[list[str], list[list[Span]]]:
-    # Only here, as in `tokenizer.py`: an export loads transformers while its weights are on their way.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(**options)
-    return texts, spans
-
-
-def _explain(template: ChatTemplate, error: Exception) -> TemplateError:
-    line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return TemplateError(f"{template.name}{line}: the chat template cannot be rendered: {error}")
-
-
-def _find_spans(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str, tools: Tools
-) -> list[Span]:
-    """Find each answer in a rendering: it begins where the prompt for it ends.
-
-    Raises:
-        TemplateError: a shorter conversation does not render to the beginning of a longer one.
-    """
-    spans = []
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render_one(tokenizer, template, messages[:position], tools, add_generation_prompt=True)
-        after = _render_one(tokenizer, template, messages[: position + 1], tools)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise TemplateError("it renders an earlier turn differently once another follows")
-        # White space behind the stop token belongs to what follows.
-        spans.append((len(before), len(after.rstrip())))
-    return spans

@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import islice
 
 from finetune.data.encoding.row_encoder import BATCH_ROWS, RowEncoder, SourceRow, TokenRow
-from finetune.data.formats.row_formats import Row
+from finetune.data.formats.rows import Row
 from finetune.errors import MachineError
 
 _Encoded = tuple[list[TokenRow], int]

@@ -36,7 +36,7 @@ def read_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {describe(message)}; expected an object with role and content")
     if "from" in message and "value" in message and "role" not in message:
-        return _read_sharegpt(message, where)
+        return read_sharegpt_row(message, where)
     has_calls = bool(message.get("tool_calls"))
     missing = [key for key in ("role", "content") if key not in message and not (key == "content" and has_calls)]
     if missing:
@@ -62,7 +62,7 @@ def _unknown_role(role: object, where: str) -> RowError:
     return RowError(expected + (f" (did you mean {hint!r}?)" if hint else ""))
 
 
-def _read_sharegpt(message: Mapping[str, Any], where: str) -> Message:
+def read_sharegpt_row(message: Mapping[str, Any], where: str) -> Message:
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise RowError(f"{where} is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")

@@ -12,10 +12,11 @@ from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.encoding.rendering import ChatTemplate, Encoded, encode_conversations
 from finetune.data.encoding.spellings import encode_plain_texts, list_control_spellings
-from finetune.data.encoding.template import ChatTemplate, Encoded, encode_conversations
 from finetune.data.formats.messages import Message, add_system
-from finetune.data.formats.row_formats import Format, Row, choose_format, read_row
+from finetune.data.formats.row_formats import Format, choose_format, read_row
+from finetune.data.formats.rows import Row
 from finetune.data.lint.findings import LintReport, LintRow, LintSettings, Split, lint_rows
 from finetune.data.reading.raw_files import RawRow
 from finetune.data.reading.sources import read_source

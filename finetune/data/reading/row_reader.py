@@ -11,15 +11,8 @@ from typing import Any
 from finetune.data.encoding.gates import check_rows
 from finetune.data.encoding.row_encoder import SourceRow
 from finetune.data.formats.messages import RowError, add_system
-from finetune.data.formats.row_formats import (
-    Format,
-    Row,
-    as_prompt,
-    check_pair,
-    choose_format,
-    describe_wrong_kind,
-    read_row,
-)
+from finetune.data.formats.row_formats import Format, choose_format, describe_wrong_kind, read_row
+from finetune.data.formats.rows import Row, as_prompt, check_pair
 from finetune.data.reading.sources import draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError

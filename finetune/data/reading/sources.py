@@ -11,10 +11,10 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from finetune.checkpoints.finding import hash_file
 from finetune.data.reading.raw_files import RawRow, list_files, read_file
 from finetune.data.settings import HubDataset, Source
 from finetune.errors import DataError
+from finetune.files.cache import hash_file
 
 _BATCH_ROWS = 1000
 

@@ -32,8 +32,9 @@ from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.settings import RowShape
 from finetune.errors import CheckpointError
-from finetune.models.loading import Precision, extend_context, make_quantization
+from finetune.models.loading import extend_context, make_quantization
 from finetune.models.lora import attach_adapter
+from finetune.models.precision import Precision
 from finetune.plan.changes import is_packed
 from finetune.recipe.batches import read_batch
 from finetune.recipe.methods import METHODS

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 
 from finetune.models.engine import Engine
-from finetune.models.loading import Precision, choose_precision
+from finetune.models.precision import Precision, choose_planned_precision
 from finetune.plan.changes import is_packed
 from finetune.plan.step.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.plan.step.kernels import (
@@ -167,22 +167,3 @@ def _collate_without_content(collate: Any) -> Any:
         }
 
     return collate_shapes
-
-
-def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one") -> Precision:
-    """Return the precision that a run would choose on the machine that is planned for, not on this one.
-
-    float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
-    """
-    trains_all, dtype = recipe.adapter.kind == "none", recipe.model.dtype
-    cpu = torch.device("cpu")
-    if not is_gpu:
-        return choose_precision(dtype, cpu, trains_all, keeps_masters=METHODS[recipe.method].pretraining is not None)
-    pretrains = METHODS[recipe.method].pretraining is not None
-    if trains_all and pretrains and engine == "one" and has_bf16 and dtype in ("auto", "bfloat16"):
-        return Precision(torch.bfloat16, "no")
-    # Processes that exchange the gradients of pre-training hold float32 weights.
-    widens = pretrains and engine != "one" and dtype == "bfloat16"
-    if trains_all and (dtype in ("auto", "float16") or widens or not has_bf16):
-        return Precision(torch.float32, "bf16")
-    return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)

@@ -11,8 +11,10 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.data.encoding.gates import IGNORED_LABEL
-from finetune.data.encoding.template import ChatTemplate, encode_prompt, list_stop_tokens
-from finetune.runs.results import SampleRow, write_json
+from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.files.json_files import write_json
+from finetune.runs.results import SampleRow
 
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 _QUESTIONS = (

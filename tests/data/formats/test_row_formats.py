@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune.data.formats.row_formats import Row, choose_format, read_row
+from finetune.data.formats.row_formats import choose_format, read_row
+from finetune.data.formats.rows import Row
 from finetune.data.reading.raw_files import list_files, read_file
 from finetune.errors import DataError
 

@@ -214,7 +214,8 @@ def test_evaluate_is_the_mean_over_all_trained_tokens(call, folder, nano_llama):
     """A reference without chunks, sorting or batches: the loss of transformers, weighted by hand."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from finetune.data.encoding.template import encode_conversations, find_template
+    from finetune.data.encoding.rendering import encode_conversations
+    from finetune.data.encoding.template import find_template
 
     tokenizer, model = AutoTokenizer.from_pretrained(nano_llama), LlamaForCausalLM.from_pretrained(nano_llama)
     rows = [json.loads(line)["messages"] for line in (folder / "rows.jsonl").read_text().splitlines()]

@@ -10,7 +10,8 @@ import torch
 
 from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.checkpoints.finding import find_base_folder
-from finetune.models.loading import Precision, load_base
+from finetune.models.loading import load_base
+from finetune.models.precision import Precision, choose_planned_precision
 from finetune.plan.step.stages import (
     ADAPTER,
     GRADIENTS,
@@ -22,7 +23,7 @@ from finetune.plan.step.stages import (
     TABLES,
     list_weights,
 )
-from finetune.plan.step.step_memory import choose_planned_precision, measure_step
+from finetune.plan.step.step_memory import measure_step
 from tests.plan.conftest import measure_run
 
 SHORT = "data.max_tokens=256"
@@ -166,7 +167,7 @@ before = read("VmRSS")
 trainer.train()
 print(read("VmHWM") - before)
 """
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux counts it")
 
 

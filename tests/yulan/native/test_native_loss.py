@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.yulan.native import native_loss as losses
 from finetune.yulan.native.native_loss import compute_fused_loss, compute_loss
-from tests.yulan.test_modeling import make_ids, make_model
+from tests.yulan.native.test_modeling import make_ids, make_model
 
 TOKENS, WIDTH, VOCABULARY = 2 * 333, 24, 1000
 Z_LOSS = 1e-2

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.evaluate.chat import answer, open_model
+from finetune.evaluate.chat import answer
+from finetune.models.opening import open_model
 from finetune.train.run import run_training
 
 

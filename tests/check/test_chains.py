@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.check.chains import ExportStage, TrainStage, dump_chain, is_chain, load_chain
+from finetune.check.chain_stages import ExportStage, TrainStage, dump_chain
+from finetune.check.chains import is_chain, load_chain
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
 from finetune.recipe.sections import SourceSection

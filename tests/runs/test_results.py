@@ -7,10 +7,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from finetune.errors import CheckpointError, ExportError
-from finetune.evaluate.chat import open_model
 from finetune.evaluate.token_loss import evaluate_rows
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
+from finetune.models.opening import open_model
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 

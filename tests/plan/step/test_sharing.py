@@ -20,7 +20,7 @@ from finetune.plan.step.step_memory import measure_step
 CONFIGS = find_resource_folder("recipes") / "accelerate"
 FULL = ("sft_full", "data.max_tokens=128", "trainer.optim=adamw_torch", "trainer.gradient_accumulation_steps=1")
 LORA = ("sft_lora", "data.max_tokens=128", "adapter.train_tokens=[]")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])

@@ -10,8 +10,9 @@ from finetune.check.recipes import load_recipe
 from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.cli.main import main
 from finetune.files.resources import list_recipes
-from finetune.models.loading import Precision, load_base
+from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, save_adapter
+from finetune.models.precision import Precision
 from finetune.plan.duration import count_matrix_weights, count_work
 from finetune.plan.forecast import Target, describe_plan, make_plan
 from finetune.plan.step.answering import as_training_step

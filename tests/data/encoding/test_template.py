@@ -5,13 +5,8 @@ import json
 import pytest
 
 from finetune.data.encoding.gates import check_padding
-from finetune.data.encoding.template import (
-    encode_conversations,
-    encode_prompt,
-    find_template,
-    list_stop_tokens,
-    list_template_tokens,
-)
+from finetune.data.encoding.rendering import encode_conversations, encode_prompt
+from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import TemplateError
 from finetune.files.resources import find_demo_data, list_templates

@@ -10,10 +10,10 @@ from transformers import TrainerState
 from finetune.recipe.sections import OptimizerSection
 from finetune.train.pretraining.moments import get_moments
 from finetune.train.pretraining.optimizer import OptimizerFactory, make_groups
+from finetune.train.pretraining.schedule import compute_decay
 from finetune.train.pretraining.state_loading import StatesLoader, list_named_parameters
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM, load_native
-from finetune.yulan.schedules import compute_decay
 from finetune.yulan.states.optimizer_states import open_states
 
 

@@ -8,10 +8,10 @@ import torch
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import FinetuneError, RecipeError
-from finetune.evaluate.chat import open_model
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.files.resources import find_demo_data
+from finetune.models.opening import open_model
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 from finetune.yulan.states.optimizer_states import open_states, read_state

@@ -14,8 +14,9 @@ from finetune.data.encoding.template import find_template
 from finetune.errors import RecipeError, TrainingError
 from finetune.files.resources import find_demo_data
 from finetune.models.engine import check_engine
-from finetune.models.loading import Precision, load_base
+from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
+from finetune.models.precision import Precision
 from finetune.plan.step.answering import count_judge_bytes
 from finetune.recipe.sections import JudgeSection, RewardsSection
 from finetune.rewards.judge import borrow_base, check_judge, open_judge

@@ -10,17 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.evaluate.chat import open_model
 from finetune.evaluate.pairs import evaluate_pairs
 from finetune.export.merge import ExportSettings, export_result
 from finetune.export.verify import LogitVerifier
 from finetune.files.resources import find_demo_data
-from finetune.models.loading import Precision
 from finetune.models.lora import attach_adapter
+from finetune.models.opening import open_model
+from finetune.models.precision import Precision
 from finetune.runs.results import open_result
 from finetune.train.preference.watch import PreferenceWatch
-from finetune.train.run import prepare_rows
 from finetune.train.trainer import build_trainer
+from finetune.train.training_rows import prepare_rows
 
 FLOAT32 = Precision(torch.float32, "no")
 BETA = 0.3

@@ -1,0 +1,43 @@
+"""Check the section `adapter` of a recipe."""
+
+from collections.abc import Iterator
+
+from finetune.errors import describe_unknown_name
+from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection, Recipe
+
+
+def check_adapter_section(recipe: Recipe) -> Iterator[str]:
+    adapter, quantize = recipe.adapter, recipe.model.quantize
+    if adapter.kind == "none":
+        for key, value in vars(adapter).items():
+            if key != "kind" and value != vars(AdapterSection())[key]:
+                yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
+        if quantize != "none":
+            yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora, or quantize: none"
+        return
+    yield from _check_lora(adapter)
+    if adapter.init == "pissa" and quantize != "none":
+        yield (
+            "adapter.init: pissa changes the base weights at the start, which quantized ones do not allow; "
+            f"set model.quantize: none, or remove init; found quantize: {quantize}"
+        )
+
+
+def _check_lora(adapter: AdapterSection) -> Iterator[str]:
+    if adapter.rank < 1:
+        yield f"adapter.rank: must be at least 1; found {adapter.rank}"
+    if adapter.alpha <= 0:
+        yield f"adapter.alpha: must be above 0; found {adapter.alpha}"
+    if not 0 <= adapter.dropout < 1:
+        yield f"adapter.dropout: must be at least 0 and below 1; found {adapter.dropout}"
+    if not adapter.targets:
+        yield "adapter.targets: is empty; use all-linear, or names such as q_proj"
+    for target in adapter.targets:
+        if target == "lm_head":
+            yield "adapter.targets: lm_head cannot carry LoRA (TRL's loss reads its weight directly); use adapter.train_tokens"
+        elif target not in LINEAR_LAYERS and adapter.targets != ("all-linear",):
+            yield f"adapter.targets: {target!r} is {describe_unknown_name(target, LINEAR_LAYERS)}; or all-linear alone"
+    if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
+        yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
+    if adapter.init == "pissa" and adapter.dora:
+        yield "adapter.dora: cannot be combined with init: pissa; choose one"

@@ -1,0 +1,124 @@
+"""Check the section `data` of a recipe, and find the files that it names."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.checkpoints.checkpoint_table import is_hub_id
+from finetune.data.formats.row_formats import FORMATS
+from finetune.errors import describe_unknown_name
+from finetune.files.resources import list_templates
+from finetune.mixtures.matched import list_unknown_sources
+from finetune.mixtures.published import describe_unknown_mixture, find_mixture
+from finetune.recipe.sections import DataSection, Recipe, SourceSection
+
+_SHORTEST_ROW = 8
+
+
+def check_data_section(recipe: Recipe, folder: Path) -> Iterator[str]:
+    data = recipe.data
+    if data.mixture is not None or data.sources:
+        yield from _check_mixture(data, folder)
+    elif not data.train:
+        yield "data.train: is missing; name at least one data file"
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for number, source in enumerate(sources, 1):
+            if isinstance(source, SourceSection):
+                yield from _check_source(source, f"data.{key}[{number}]", folder)
+            elif find_file(source, folder) is None:
+                yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
+    if data.format != "auto" and data.format not in FORMATS:
+        yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
+    yield from _check_template(data.template, folder)
+    if data.eval and data.held_out:
+        yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
+    if data.held_out < 0 or (isinstance(data.held_out, float) and data.held_out >= 1):
+        yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
+    if data.max_tokens < _SHORTEST_ROW:
+        yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+    if data.workers < 1:
+        yield f"data.workers: must be at least 1; found {data.workers}"
+
+
+def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
+    if data.train:
+        yield "data.train: data.mixture and data.sources say what to train on already; set one of the two"
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
+        if isinstance(source, SourceSection):
+            yield from _check_source(source, key, folder)
+            if source.weight is not None or source.rows is not None:
+                yield f"{key}: takes no weight and no number of rows; data.mixture decides how much of it is taken"
+        elif find_file(source, folder) is None:
+            yield f"{key}: {source} does not exist{_suggest_file(source, folder)}"
+    if data.mixture is None:
+        yield "data.mixture: is missing; data.sources needs a published mixture, such as phase25 (`finetune mixtures` lists them)"
+        return
+    mixture = find_mixture(data.mixture)
+    if mixture is None:
+        yield f"data.mixture: {data.mixture!r} is {describe_unknown_mixture(data.mixture)}"
+    elif not data.sources:
+        yield f"data.sources: is missing; give files for names of {mixture.name}, such as {{fineweb-edu: web/*.jsonl, code: mine.parquet}}"
+    else:
+        yield from (f"data.sources.{name}: {reason}" for name, reason in list_unknown_sources(mixture, data.sources))
+
+
+def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[str]:
+    if bool(source.path) == bool(source.hub):
+        yield f"{name}: needs one of path (files) and hub (a data set's owner/name)"
+    elif source.path and find_file(source.path, folder) is None:
+        yield f"{name}.path: {source.path} does not exist{_suggest_file(source.path, folder)}"
+    elif source.hub and not is_hub_id(source.hub):
+        yield f"{name}.hub: must read owner/name; found {source.hub!r}"
+    for key in ("config", "split", "revision"):
+        if source.path and getattr(source, key) is not None:
+            yield f"{name}.{key}: belongs to a data set of the hub; remove it, or give hub instead of path"
+    if source.weight is not None and source.rows is not None:
+        yield f"{name}: takes a weight or a number of rows, not both"
+    if source.weight is not None and source.weight <= 0:
+        yield f"{name}.weight: must be above 0; found {source.weight}"
+    if source.rows is not None and source.rows < 1:
+        yield f"{name}.rows: must be at least 1; found {source.rows}"
+
+
+def _check_template(template: str, folder: Path) -> Iterator[str]:
+    if template == "auto" or template in list_templates():
+        return
+    if template.endswith((".jinja", ".j2")) or "/" in template:
+        if find_file(template, folder) is None:
+            yield f"data.template: {template} does not exist{_suggest_file(template, folder)}"
+        return
+    yield f"data.template: {template!r} is {describe_unknown_name(template, ['auto', *list_templates()])}"
+
+
+def find_file(name: str, folder: Path) -> Path | None:
+    """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
+    path = Path(name).expanduser()
+    candidates = [path] if path.is_absolute() else [folder / path, path]
+    return next((candidate.resolve() for candidate in candidates if _is_data(candidate)), None)
+
+
+def _is_data(path: Path) -> bool:
+    if path.exists():
+        return True
+    is_glob = any(sign in path.name for sign in "*?[")
+    return is_glob and path.parent.is_dir() and any(path.parent.glob(path.name))
+
+
+def _suggest_file(name: str, folder: Path) -> str:
+    if is_hub_id(name) and not Path(name).suffix:
+        return f"; a data set of the hub is written {{hub: {name}}}"
+    path = Path(name).expanduser()
+    for parent in dict.fromkeys([folder / path.parent, path.parent]):
+        if parent.is_dir():
+            names = [entry.name for entry in parent.iterdir() if entry.is_file()]
+            if matches := difflib.get_close_matches(path.name, names, n=1):
+                return f"; {(path.parent / matches[0]).as_posix()} does"
+    return f" (looked in {folder.resolve()} and {Path.cwd()})"
+
+
+def resolve_source(source: str | SourceSection, folder: Path) -> str | SourceSection:
+    if isinstance(source, str):
+        return str(find_file(source, folder))
+    return replace(source, path=str(find_file(source.path, folder))) if source.path else source

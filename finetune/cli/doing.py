@@ -1,0 +1,117 @@
+"""The verbs that train, write and use models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+from finetune.cli.printing import SUCCESS, print_result, to_json
+
+
+def run_fold(arguments: argparse.Namespace) -> int:
+    from finetune.checkpoints.finding import find_checkpoint
+    from finetune.files.sizes import describe_size, parse_size
+    from finetune.yulan.folding import fold_checkpoint
+
+    limit = parse_size(arguments.max_shard_size)
+    report = fold_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, arguments.dtype, limit)
+    text = f"{report.output}: {report.tensors} tensors, {describe_size(report.bytes)} of {report.dtype} in {report.seconds:.1f} s"
+    return print_result(arguments, to_json(report), text)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from finetune.check.chains import is_chain, load_chain
+    from finetune.check.recipes import load_recipe
+
+    # Before the seconds that importing torch takes.
+    if is_chain(arguments.recipe):
+        chain = load_chain(arguments.recipe, arguments.set)
+        from finetune.models.engine import leave_processes
+        from finetune.pipeline.chain import describe_chain, run_chain
+
+        done = run_chain(chain, arguments.resume, arguments.force)
+        leave_processes()
+        return print_result(arguments, asdict(done), describe_chain(done))
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    from finetune.models.engine import leave_processes
+    from finetune.pipeline.training import train_on_device
+    from finetune.runs.summary import describe_run
+
+    summary = train_on_device(recipe, arguments.resume, arguments.force)
+    leave_processes()
+    text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
+    return print_result(arguments, asdict(summary), text)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from finetune.export.merge import ExportSettings, describe_export, export_result
+    from finetune.files.sizes import parse_size
+    from finetune.runs.results import open_result
+
+    settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
+    verifier = None
+    if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
+        from finetune.export.verify import LogitVerifier
+
+        verifier = LogitVerifier()
+    report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
+    return print_result(arguments, to_json(report), describe_export(report))
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.evaluate.pairs import evaluate_pairs, hold_pairs
+    from finetune.evaluate.token_loss import evaluate_path
+
+    if hold_pairs(arguments.data):
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
+        return print_result(arguments, asdict(found), text)
+    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
+    text = (
+        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
+        f"over {scores.tokens:,} trained tokens"
+    )
+    return print_result(arguments, asdict(scores), text)
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    from finetune.evaluate.chat import answer
+    from finetune.models.opening import open_model
+
+    loaded = open_model(arguments.model)
+    history = [{"role": "system", "content": arguments.system}] if arguments.system else []
+
+    def reply(text: str) -> Any:
+        messages = [*history, {"role": "user", "content": text}]
+        return answer(loaded, messages, arguments.max_new_tokens, arguments.temperature)
+
+    if arguments.prompt is not None:
+        result = reply(arguments.prompt)
+        return print_result(
+            arguments, {"answer": result.text, "tokens": result.tokens, "stopped_by": result.stopped_by}, result.text
+        )
+    print("Ctrl-D ends the talk.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return SUCCESS
+        if text:
+            result = reply(text)
+            history += [{"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
+            print(result.text)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging as transformers_logging
+
+    from finetune.pipeline.demo import describe_demo, run_demo
+
+    transformers_logging.disable_progress_bar()  # one bar for each of six loads of a tiny model is noise
+    result = run_demo(arguments.output)
+    return print_result(arguments, to_json(result), describe_demo(result))

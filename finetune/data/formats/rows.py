@@ -1,0 +1,78 @@
+"""A row as read from any format, its checks, and the prompt that it holds."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finetune.data.formats.messages import (
+    Message,
+    RowError,
+    check_order,
+)
+from finetune.errors import DataError
+
+RowKind = Literal["conversation", "preference", "labelled", "text", "tokens", "prompt"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as read. `messages` is the whole conversation, or the prompt of `chosen` and `rejected` or of a reference `answer`."""
+
+    messages: list[Message] = field(default_factory=list)
+    chosen: list[Message] = field(default_factory=list)
+    rejected: list[Message] = field(default_factory=list)
+    label: bool | None = None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    answer: str | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+def as_prompt(row: Row, where: str) -> Row:
+    """Return a row as a prompt: of a conversation its last answer becomes the reference, of a pair the chosen one.
+
+    Raises:
+        DataError: the row holds no question, or tool calls, which a prompt cannot carry.
+    """
+    messages, answers = row.messages, row.chosen
+    if not answers and messages and messages[-1]["role"] == "assistant":
+        messages, answers = messages[:-1], messages[-1:]
+    try:
+        check_order(messages, ends_with="user")
+        if row.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            raise RowError("holds tools; a prompt is plain turns")
+    except RowError as error:
+        raise DataError(f"{where}: cannot be asked: {error}") from error
+    answer = str(answers[-1]["content"]) if answers else row.answer
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return Row(turns, answer=answer or None)
+
+
+def check_pair(row: Row) -> None:
+    """Refuse a pair whose sides are not two answers to one prompt.
+
+    Raises:
+        RowError: the sides differ before their last answer, so there is no shared prompt.
+    """
+    if row.chosen[0]["role"] != "assistant":
+        raise RowError(
+            f"chosen and rejected answer different prompts (they differ from a {row.chosen[0]['role']} message on); "
+            "a pair must share everything before its last answer"
+        )
+    if len(row.chosen) != 1 or len(row.rejected) != 1:
+        raise RowError(
+            "chosen and rejected differ before their last answer; a pair must share everything before it, so cut both "
+            "after the first answer that differs"
+        )
+
+
+def check_row(kind: RowKind, row: Row) -> None:
+    if kind == "preference":
+        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+            try:
+                check_order([*row.messages, *answer])
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from error
+    elif kind == "prompt":
+        check_order(row.messages, ends_with="user")
+    elif kind not in ("text", "tokens"):
+        check_order(row.messages)

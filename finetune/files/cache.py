@@ -1,0 +1,58 @@
+"""The cache: folders that are made once and found again by their content, and hashes that are remembered."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune.errors import OutputError
+
+_HASH_CHUNK = 1 << 22
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Return a cached folder, made if need be; of two processes that make it at once, one is renamed first and wins."""
+    if folder.is_dir():
+        return folder
+    try:
+        make(folder)
+    except OutputError:
+        if not folder.is_dir():
+            raise
+    return folder
+
+
+def find_cache() -> Path:
+    """Return the folder for folds and fingerprints: `FINETUNE_CACHE`, or the system's own place for caches."""
+    if chosen := os.environ.get("FINETUNE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "yulan-finetune"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "yulan-finetune"
+
+
+def hash_file(file: Path) -> str:
+    """Return the hash of a file's content, remembered under everything that changes when it does."""
+    real = file.resolve()
+    status = real.stat()
+    identity = f"{real}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+    remembered = find_cache() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if remembered.is_file() and len(known := remembered.read_text(encoding="utf-8")) == 64:
+        return known
+    digest = hashlib.sha256()
+    with real.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    _remember(remembered, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _remember(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        return  # a cache that cannot be written only costs time

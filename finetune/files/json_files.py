@@ -1,0 +1,28 @@
+"""JSON files: written whole or not at all, read with a clear error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, or None where there is none.
+
+    Raises:
+        FinetuneError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error

@@ -1,0 +1,71 @@
+"""Open a run or a model for use, with the template that it was trained with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.checkpoints.finding import as_llama, find_checkpoint
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template, list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.errors import FinetuneError
+from finetune.models.loading import load_base
+from finetune.models.precision import choose_device, choose_precision
+from finetune.recipe.sections import ModelSection
+from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
+from finetune.runs.results import Result, is_judge, is_result, open_result
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use, with its tokenizer, its template and the tokens that end an answer."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    stop_tokens: tuple[int, ...]
+
+
+def open_model(name: str) -> LoadedModel:
+    """Open a run (its base as it was trained, with the adapter), or a model by alias, hub id or folder.
+
+    Raises:
+        FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and is_result(path):
+        return open_trained(open_result(path))
+    folder = as_llama(find_checkpoint(name))
+    device = choose_device()
+    model = load_base(folder, ModelSection(), choose_precision("auto", device, False), device)
+    return _complete(model, load_tokenizer(folder))
+
+
+def open_trained(result: Result) -> LoadedModel:
+    """Open a result as it was trained: its base in the run's quantization and type, with the adapter.
+
+    Raises:
+        FinetuneError: the base or the template is not the one that it was trained with.
+    """
+    if is_judge(result):
+        raise FinetuneError(
+            f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
+            "`finetune evaluate` tells how often it is right on pairs"
+        )
+    device = choose_device()
+    origin = result.origin
+    precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
+    base = find_base(result) if result.kind == "adapter" else result.folder
+    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device)
+    if result.kind == "adapter":
+        model = PeftModel.from_pretrained(model, result.folder)
+    loaded = _complete(model, load_tokenizer(find_tokenizer_folder(result, base)))
+    check_template(result, loaded.template)
+    return loaded
+
+
+def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    template = find_template("auto", tokenizer)
+    return LoadedModel(model.eval(), tokenizer, template, tuple(list_stop_tokens(tokenizer, template)))

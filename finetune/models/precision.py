@@ -1,0 +1,89 @@
+"""Choose the device of this process, and the types that weights are held and multiplied in."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from finetune.models.engine import Engine, find_engine
+from finetune.recipe.methods import METHODS
+from finetune.recipe.sections import Recipe
+
+AutocastDtype = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
+
+    weights: torch.dtype
+    autocast: AutocastDtype
+    shared: torch.dtype | None = None
+
+
+def choose_device(use_cpu: bool = False) -> torch.device:
+    """Return this process's own device: the GPU of its LOCAL_RANK, else Apple's, else the CPU."""
+    if use_cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_precision(
+    dtype: str, device: torch.device, trains_all_weights: bool, keeps_masters: bool = False
+) -> Precision:
+    """Choose what suits the device, or follow the recipe's `model.dtype`.
+
+    Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
+    step of the type would be lost, and float16 gradients cannot be unscaled. An optimizer that keeps float32 masters
+    leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
+    """
+    if keeps_masters and trains_all_weights:
+        held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
+        if held.weights == torch.bfloat16:
+            if find_engine() == "one":
+                return held
+            # Processes that exchange gradients hold float32 weights.
+            is_shared = find_engine() == "fsdp2"
+            return Precision(torch.float32, "no", torch.bfloat16) if is_shared else Precision(torch.float32, "bf16")
+    if dtype == "auto":
+        if device.type == "cpu":
+            dtype = "float32"
+        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "float16"
+        else:
+            dtype = "bfloat16"
+        if trains_all_weights:
+            return Precision(torch.float32, _name_autocast(dtype))
+    if dtype == "float16" and trains_all_weights:
+        return Precision(torch.float32, "fp16")
+    weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return Precision(weights, _name_autocast(dtype))
+
+
+def _name_autocast(dtype: str) -> AutocastDtype:
+    names: dict[str, AutocastDtype] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    return names[dtype]
+
+
+def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one") -> Precision:
+    """Return the precision that a run would choose on the machine that is planned for, not on this one.
+
+    float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
+    """
+    trains_all, dtype = recipe.adapter.kind == "none", recipe.model.dtype
+    cpu = torch.device("cpu")
+    if not is_gpu:
+        return choose_precision(dtype, cpu, trains_all, keeps_masters=METHODS[recipe.method].pretraining is not None)
+    pretrains = METHODS[recipe.method].pretraining is not None
+    if trains_all and pretrains and engine == "one" and has_bf16 and dtype in ("auto", "bfloat16"):
+        return Precision(torch.bfloat16, "no")
+    # Processes that exchange the gradients of pre-training hold float32 weights.
+    widens = pretrains and engine != "one" and dtype == "bfloat16"
+    if trains_all and (dtype in ("auto", "float16") or widens or not has_bf16):
+        return Precision(torch.float32, "bf16")
+    return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)

@@ -1,0 +1,105 @@
+"""Read the YAML of a recipe file, as people mean it and strictly: `2e-4` is a number, `no` is a word."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import RecipeError
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers and truths; a key that is written twice is an error."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a word", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}",
+                problem_mark=key_node.start_mark,
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def load_recipe_file(source: Path) -> dict[str, Any]:
+    """Return what a recipe file says, with nothing but its YAML checked.
+
+    Raises:
+        RecipeError: the file is missing or is not YAML.
+    """
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error
+    content = parse_yaml(text, str(source))
+    if content is None:
+        raise RecipeError(str(source), ["the file is empty; a recipe needs at least data.train"])
+    if not isinstance(content, dict):
+        raise RecipeError(str(source), [f"must hold keys and values; found {describe_value(content)}"])
+    return content
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what a YAML text says; `source` is what it is called in messages.
+
+    Raises:
+        RecipeError: it is not YAML, or a key stands twice.
+    """
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+
+
+def _suggest_neighbour(source: Path) -> str:
+    folder = source.parent
+    if not folder.is_dir():
+        return f" (the folder {folder} does not exist either)"
+    recipes = sorted(path.name for path in folder.glob("*.yaml"))
+    return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
+
+
+def describe_value(value: Any) -> str:
+    """Return a value as a message shows it: by its kind where it is long, else as it is written in YAML."""
+    if isinstance(value, dict):
+        return "a section of keys and values"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if value is None:
+        return "nothing"
+    return repr(value) if not isinstance(value, bool) else str(value).lower()
