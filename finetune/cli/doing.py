@@ -24,35 +24,24 @@ def run_fold(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from finetune.check.chains import is_chain, load_chain
-    from finetune.check.recipes import load_recipe
+    from finetune.check.chains import load_chain
 
-    # Before the seconds that importing torch takes.
-    if is_chain(arguments.recipe):
-        chain = load_chain(arguments.recipe, arguments.set)
-        from finetune.models.engine import leave_processes
-        from finetune.pipeline.chain import describe_chain, run_chain
-
-        done = run_chain(chain, arguments.resume, arguments.force)
-        leave_processes()
-        return print_result(arguments, asdict(done), describe_chain(done))
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    # Whatever is wrong with the recipe is said before the seconds that importing torch takes.
+    chain = load_chain(arguments.recipe, arguments.set)
     from finetune.models.engine import leave_processes
-    from finetune.pipeline.training import train_on_device
-    from finetune.runs.summary import describe_run
+    from finetune.pipeline.chain import describe_chain, run_chain
 
-    summary = train_on_device(recipe, arguments.resume, arguments.force)
+    done = run_chain(chain, arguments.resume, arguments.force)
     leave_processes()
-    text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
-    return print_result(arguments, asdict(summary), text)
+    return print_result(arguments, done.to_json(), describe_chain(done))
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from finetune.export.merge import ExportSettings, describe_export, export_result
-    from finetune.files.sizes import parse_size
+    from finetune.export.merge import describe_export, export_result
+    from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
-    settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
+    settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
     verifier = None
     if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
         from finetune.export.verify import LogitVerifier

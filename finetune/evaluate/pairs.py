@@ -17,7 +17,7 @@ from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.models.opening import LoadedModel, open_model
 from finetune.rewards.judge import Judge, open_judge
-from finetune.runs.results import is_judge, is_result, open_result
+from finetune.runs.results import is_result, open_result
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
     """
     path = Path(name).expanduser()
     result = open_result(path) if path.is_dir() and is_result(path) else None
-    model = open_judge(result) if result is not None and is_judge(result) else open_model(name)
+    model = open_judge(result) if result is not None and result.is_reward_model else open_model(name)
     rows = _load_pairs(model, model.template, files, max_tokens)
     logger.info("reading %s pairs", f"{len(rows):,}")
     shown = tqdm(rows, unit="pair", disable=None, leave=False)  # only where a person looks on

@@ -16,9 +16,9 @@ import numpy
 import torch
 
 from finetune.errors import ExportError
+from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import TensorFolder, read_header
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # These say how an adapter was trained, not what it computes.
 _WITHOUT_EFFECT = frozenset(
@@ -153,17 +153,17 @@ def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
 
 
 def _open_weights(folder: Path) -> TensorFolder:
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / PEFT_WEIGHTS_FILE).is_file():
         found = ", ".join(sorted(path.name for path in folder.glob("adapter_model.*"))) or "none"
         raise ExportError(
-            f"{folder}: holds no {_WEIGHTS} (found: {found}); only safetensors are read, save the adapter again with "
+            f"{folder}: holds no {PEFT_WEIGHTS_FILE} (found: {found}); only safetensors are read, save the adapter again with "
             "model.save_pretrained(..., safe_serialization=True)"
         )
-    return TensorFolder(folder, read_header(folder / _WEIGHTS))
+    return TensorFolder(folder, read_header(folder / PEFT_WEIGHTS_FILE))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
+    path = folder / PEFT_CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def _find_config_faults(config: Mapping[str, Any]) -> list[str]:
     if config.get("fan_in_fan_out"):
         unknown.append("fan_in_fan_out")
     if unknown:
-        faults.append(f"{_CONFIG} uses {', '.join(sorted(unknown))}, which this kit cannot merge")
+        faults.append(f"{PEFT_CONFIG_FILE} uses {', '.join(sorted(unknown))}, which this kit cannot merge")
     return faults
 
 
@@ -228,7 +228,7 @@ def _complete_change(name: str, change: _Change, config: Mapping[str, Any], shap
         alpha = _find_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         change.scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         if low_rank.shape[0] != rank:
-            return [f"{module}: its A has rank {low_rank.shape[0]}, {_CONFIG} says {rank}"]
+            return [f"{module}: its A has rank {low_rank.shape[0]}, {PEFT_CONFIG_FILE} says {rank}"]
     if config.get("use_dora") and low_rank is not None and "magnitude" not in parts:
         return [f"{module}: use_dora is set, but its lora_magnitude_vector is missing"]
     if "embedding_a" in parts and "magnitude" in parts:  # of a table's columns, where a projection's is of its rows

@@ -26,16 +26,16 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
 
 def _describe_origin(subject: Subject, report: ExportReport) -> str:
     rows = [("chat template", subject.template.name)]
-    origin = subject.result.origin
-    if origin is not None:
+    lineage = subject.result.lineage
+    if lineage is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"
         rows = [
-            ("start", origin.earlier[0].checkpoint if origin.earlier else origin.checkpoint),
-            ("method", origin.method),
-            *([("chain", origin.describe_chain())] if origin.earlier else []),
+            ("start", lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint),
+            ("method", lineage.method),
+            *([("chain", lineage.describe_chain())] if lineage.earlier else []),
             ("trained", "all weights" if subject.adapter is None else merged),
-            *([("architecture while training", "native, folded here")] if origin.architecture == "native" else []),
-            ("base while training", "unquantized" if origin.quantize == "none" else origin.quantize),
+            *([("architecture while training", "native, folded here")] if lineage.architecture == "native" else []),
+            ("base while training", "unquantized" if lineage.quantize == "none" else lineage.quantize),
             *rows,
         ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

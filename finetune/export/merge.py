@@ -1,11 +1,10 @@
 """Export a run: base + adapter → Llama shards, reopened and compared, or nothing at all."""
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,26 +15,16 @@ from finetune.export.card import write_card
 from finetune.export.merged import Subject, open_merged, open_subject
 from finetune.export.proof import BaseKind, BaseScores, ExportReport, Verifier
 from finetune.files.folders import check_output_free, write_folder
-from finetune.runs.results import Origin, Result
+from finetune.files.json_files import write_json
+from finetune.runs.export_settings import ExportSettings, list_refusals
+from finetune.runs.results import Lineage, Result
+from finetune.runs.run_files import EXPORT_REPORT_FILE
 from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards
 
 # These belong to how the base was stored or loaded once, not to the exported weights.
 _STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """How to write: `dtype` may be `auto` (as the base is stored); `max_shard_bytes` limits a file.
-
-    `base` is what an adapter of a quantized run is merged into: the base as published, the base as it was quantized, or
-    whichever has the lower held-out loss.
-    """
-
-    dtype: str
-    max_shard_bytes: int
-    base: Literal["full", "dequantized", "auto"] = "full"
 
 
 def export_result(
@@ -51,7 +40,7 @@ def export_result(
     started = time.monotonic()
     check_output_free(output)
     subject = open_subject(result)
-    _check_base(subject, settings, verifier)
+    _check_base(subject, settings, verifier is not None)
     # Before the models are run: an adapter that does not fit is then refused at once.
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
@@ -68,21 +57,14 @@ def export_result(
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, _name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
-        _write_json(folder / "export.json", _describe_for_machines(report, subject))
+        write_json(folder / EXPORT_REPORT_FILE, _describe_for_machines(report, subject))
         write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
 
 
-def _check_base(subject: Subject, settings: ExportSettings, verifier: Verifier | None) -> None:
-    if settings.base == "dequantized" and subject.quantize == "none":
-        raise ExportError(
-            f"{subject.result.folder}: --base dequantized is for adapters of quantized runs, and this one was trained on "
-            "unquantized weights as far as its record says; use --base full"
-        )
-    if settings.base == "auto" and verifier is None and subject.quantize != "none":
-        raise ExportError(
-            f"{subject.result.folder}: --base auto chooses by measuring, which --no-verify skips; leave one of the two out"
-        )
+def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> None:
+    for reason in list_refusals(settings, subject.quantize, verifies=verifies, is_stage=False):
+        raise ExportError(f"{subject.result.folder}: {reason}")
 
 
 def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
@@ -97,10 +79,10 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
             "dtype": _name_dtype(dtype),
             "torch_dtype": _name_dtype(dtype),
         }
-    origin = subject.result.origin
-    if origin is not None:
-        _extend_positions(config, origin)
-    _write_json(folder / "config.json", config)
+    lineage = subject.result.lineage
+    if lineage is not None:
+        _extend_positions(config, lineage)
+    write_json(folder / "config.json", config)
     copy_tokenizer(subject.tokenizer_folder, folder)
     (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
     tokenizer = load_tokenizer_file(folder)
@@ -111,17 +93,17 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
         "eos_token_id": sorted({*stops, *([] if end_of_turn is None else [end_of_turn])}),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
 
 
-def _extend_positions(config: dict[str, Any], origin: Origin) -> None:
+def _extend_positions(config: dict[str, Any], lineage: Lineage) -> None:
     """Write the positions that an adapter was trained with, where they are others than its base's."""
-    if origin.max_positions is not None:
-        config["max_position_embeddings"] = origin.max_positions
-    if origin.rope_theta is not None:
-        config["rope_theta"] = origin.rope_theta
+    if lineage.max_positions is not None:
+        config["max_position_embeddings"] = lineage.max_positions
+    if lineage.rope_theta is not None:
+        config["rope_theta"] = lineage.rope_theta
         if "rope_parameters" in config:
-            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": origin.rope_theta}
+            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": lineage.rope_theta}
 
 
 def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
@@ -130,9 +112,9 @@ def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, 
         "dtype": report.dtype,
         "bytes": report.bytes,
         "result": str(result.folder),
-        "origin": asdict(result.origin) if result.origin else None,
+        "origin": asdict(result.lineage) if result.lineage else None,
         "base": str(subject.base),
-        "base_fingerprint": result.origin.base_fingerprint if result.origin else None,
+        "base_fingerprint": result.lineage.base_fingerprint if result.lineage else None,
         "merged_into": report.base,
         "bases": asdict(report.bases) if report.bases else None,
         "verify": asdict(report.verify) if report.verify else None,
@@ -164,7 +146,3 @@ def _describe_bases(bases: BaseScores, chosen: BaseKind) -> str:
 
 def _name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.export.adapter_changes import Adapter, read_adapter
-from finetune.recipe.methods import METHODS
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
 from finetune.runs.results import Result
 from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
@@ -49,8 +48,8 @@ class Subject:
     @property
     def quantize(self) -> str:
         """How the base was held while the adapter was trained on it."""
-        origin = self.result.origin
-        return "none" if origin is None or self.adapter is None else origin.quantize
+        lineage = self.result.lineage
+        return "none" if lineage is None or self.adapter is None else lineage.quantize
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def open_subject(result: Result) -> Subject:
     Raises:
         ExportError: the base is not the one that was trained with, or the result is a reward model.
     """
-    if result.origin is not None and METHODS[result.origin.method].head == "score":
+    if result.is_reward_model:
         raise ExportError(
             f"{result.folder}: is a reward model; an export is a Llama that speaks, and this one gives a text a score. Use the "
             "run as it is: `finetune evaluate` tells how often it is right on pairs"
@@ -117,7 +116,7 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
     tensors = fold.tensors if fold else open_tensors(subject.base)
     chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
     shapes = list_llama_tensors(fold.config) if fold else {name: tensors.shape(name) for name in tensors.names}
-    origin = subject.result.origin
+    lineage = subject.result.lineage
     merged = Merged(
         tensors=tensors,
         specs=tuple(TensorSpec(name, shape, chosen) for name, shape in shapes.items()),
@@ -125,7 +124,7 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
         adapter=read_adapter(subject.adapter, tensors) if subject.adapter else None,
         fold=fold,
         quantize=subject.quantize if dequantized else "none",
-        quantized_dtype=DTYPES[origin.dtype] if origin else chosen,
+        quantized_dtype=DTYPES[lineage.dtype] if lineage else chosen,
     )
     if merged.adapter is not None:
         reached = {merged.find_stored_name(spec.name) for spec in merged.specs}

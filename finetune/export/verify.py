@@ -191,11 +191,11 @@ def _list_rows(subject: Subject) -> Sequence[SampleRow]:
 
 def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
     """Load the base in float32; `dequantized` gives its matrices the values that they had while training."""
-    origin = subject.result.origin
+    lineage = subject.result.lineage
     section = replace(recall_model(subject.result, subject.base), quantize="none")
     model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
-    if kind == "dequantized" and origin is not None:
-        dtype = DTYPES[origin.dtype]
+    if kind == "dequantized" and lineage is not None:
+        dtype = DTYPES[lineage.dtype]
         for name, parameter in model.named_parameters():
             if is_quantized(name):
                 parameter.data = requantize(parameter.data, subject.quantize, dtype)

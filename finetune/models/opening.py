@@ -15,7 +15,7 @@ from finetune.models.loading import load_base
 from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
-from finetune.runs.results import Result, is_judge, is_result, open_result
+from finetune.runs.results import Result, is_result, open_result
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def open_trained(result: Result) -> LoadedModel:
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.
     """
-    if is_judge(result):
+    if result.is_reward_model:
         raise FinetuneError(
             f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
             "`finetune evaluate` tells how often it is right on pairs"
         )
     device = choose_device()
-    origin = result.origin
-    precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
+    lineage = result.lineage
+    precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
     model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device)
     if result.kind == "adapter":

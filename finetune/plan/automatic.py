@@ -5,17 +5,16 @@ hold the optimizer in 8 bits and pages. Then as many rows at once as fit.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.plan.changes import list_changes
 from finetune.plan.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
-from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
-from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _KEEP = {"gradient_checkpointing": False}
 _AGAIN = {"gradient_checkpointing": True}
@@ -46,7 +45,7 @@ class Choice:
         return f"{settings}: {self.reason}; peak {self.peak_bytes / 1e9:.2f} GB{saved}"
 
 
-def choose_settings(recipe: Recipe, target: Target) -> tuple[Recipe, tuple[Choice, ...]]:
+def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRecipe, tuple[Choice, ...]]:
     """Return a recipe with what `trainer.auto` leaves open filled in, and why; any other recipe as it is.
 
     Keys that the recipe sets are kept.
@@ -56,30 +55,31 @@ def choose_settings(recipe: Recipe, target: Target) -> tuple[Recipe, tuple[Choic
         MachineError: the target has no memory to fit.
         TrainingError: nothing that keeps the training fits.
     """
-    said = set(recipe.trainer)
-    if not recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_KEEP} <= said:  # which what was chosen once has all
-        return recipe, ()
+    said = set(resolved.recipe.trainer)
+    # A recipe whose settings were chosen once has all three keys.
+    if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_KEEP} <= said:
+        return resolved, ()
     if target.memory_bytes is None:
         raise MachineError("trainer.auto: say what has to be fitted: --memory 8GB, or --gpu NAME")
     is_split = {BATCH, ACCUMULATION} <= said
-    rows = _count_rows(recipe, target, is_split)
-    recipe = _split_rows(recipe, rows, _read_start(recipe))
-    recipe, plan, choices = _choose_level(recipe, target)
+    rows = _count_rows(resolved, target, is_split)
+    resolved = _split_rows(resolved, rows, _read_smallest_batch(resolved))
+    resolved, plan, choices = _choose_level(resolved, target)
     if is_split:
-        return recipe, tuple(choices)
-    recipe, plan = _grow_batch(recipe, target, plan, rows)
-    settings = {key: recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
-    return recipe, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
+        return resolved, tuple(choices)
+    resolved, plan = _grow_batch(resolved, target, plan, rows)
+    settings = {key: resolved.recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
+    return resolved, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
 
 
-def _read_start(recipe: Recipe) -> int:
-    """Return how many rows at once the choice begins with: the recipe's, or as few as its method compares."""
-    return int(recipe.trainer.get(BATCH, METHODS[recipe.method].smallest_batch))
+def _read_smallest_batch(resolved: ResolvedRecipe) -> int:
+    """Return the micro-batch size that the choice begins with: the recipe's, or the smallest that its method allows."""
+    return int(resolved.recipe.trainer.get(BATCH, resolved.method.smallest_batch))
 
 
-def _count_rows(recipe: Recipe, target: Target, is_split: bool) -> int:
+def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int:
     """Return the rows of one process's share of a step."""
-    batch = _read_start(recipe)
+    recipe, batch = resolved.recipe, _read_smallest_batch(resolved)
     if is_split:
         rows = batch * int(recipe.trainer[ACCUMULATION])
         if recipe.trainer.get(GLOBAL_BATCH, rows * target.processes) != rows * target.processes:
@@ -103,15 +103,15 @@ def _count_rows(recipe: Recipe, target: Target, is_split: bool) -> int:
     return rows
 
 
-def _split_rows(recipe: Recipe, rows: int, batch: int) -> Recipe:
-    return replace(recipe, trainer={**recipe.trainer, BATCH: batch, ACCUMULATION: rows // batch})
+def _split_rows(resolved: ResolvedRecipe, rows: int, batch: int) -> ResolvedRecipe:
+    return resolved.change_trainer(**{BATCH: batch, ACCUMULATION: rows // batch})
 
 
-def _choose_level(recipe: Recipe, target: Target) -> tuple[Recipe, Plan, list[Choice]]:
+def _choose_level(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRecipe, Plan, list[Choice]]:
     choices: list[Choice] = []
     before = 0
-    for settings, reason in _list_levels(recipe, target):
-        changed = replace(recipe, trainer={**recipe.trainer, **settings})
+    for settings, reason in _list_levels(resolved, target):
+        changed = resolved.change_trainer(**settings)
         plan = make_plan(changed, target)
         choices.append(Choice(settings, reason, plan.peak_bytes, before - plan.peak_bytes))
         if plan.fits:
@@ -123,9 +123,9 @@ def _choose_level(recipe: Recipe, target: Target) -> tuple[Recipe, Plan, list[Ch
     )
 
 
-def _list_levels(recipe: Recipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the levels that the recipe's own keys and the device leave; the last is there in any case."""
-    said, method = recipe.trainer, METHODS[recipe.method]
+    said, method = resolved.recipe.trainer, resolved.method
     known = read_trainer_options(method.config_module, method.config_class)
     usable = [
         (settings, reason)
@@ -137,20 +137,20 @@ def _list_levels(recipe: Recipe, target: Target) -> Iterator[tuple[Mapping[str, 
     yield from usable or [({}, "as the recipe says")]
 
 
-def _grow_batch(recipe: Recipe, target: Target, plan: Plan, rows: int) -> tuple[Recipe, Plan]:
+def _grow_batch(resolved: ResolvedRecipe, target: Target, plan: Plan, rows: int) -> tuple[ResolvedRecipe, Plan]:
     """Compute as many rows at once as fit: what a row adds is measured once, and the result is planned to be sure."""
-    start = recipe.trainer[BATCH]
+    start = resolved.recipe.trainer[BATCH]
     larger = [batch for batch in range(start + 1, rows + 1) if rows % batch == 0]
     if not larger or plan.memory_bytes is None:
-        return recipe, plan
-    second = _split_rows(recipe, rows, larger[0])
+        return resolved, plan
+    second = _split_rows(resolved, rows, larger[0])
     planned = make_plan(second, target)
     if not planned.fits:
-        return recipe, plan
+        return resolved, plan
     a_row = max((planned.peak_bytes - plan.peak_bytes) // (larger[0] - start), 1)
     room = start + (plan.memory_bytes - plan.peak_bytes) // a_row
     for batch in sorted((batch for batch in larger[1:] if batch <= room), reverse=True):
-        grown = _split_rows(recipe, rows, batch)
+        grown = _split_rows(resolved, rows, batch)
         attempt = make_plan(grown, target)
         if attempt.fits:
             return grown, attempt

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.recipe.batches import read_accumulation, read_batch
-from finetune.recipe.methods import METHODS
 from finetune.recipe.sections import Recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _SHORTEST_ROW = 256
 _LONGEST_ANSWER = 512  # TRL's default
@@ -29,26 +29,26 @@ def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | list) else str(value)
 
 
-def is_packed(recipe: Recipe) -> bool:
+def is_packed(resolved: ResolvedRecipe) -> bool:
     """Tell whether a row of a batch may hold several documents, which then need a mask."""
-    return bool(recipe.trainer.get("packing")) or METHODS[recipe.method].pretraining is not None
+    return bool(resolved.recipe.trainer.get("packing")) or resolved.method.is_pretraining
 
 
-def list_changes(recipe: Recipe) -> Iterator[Change]:
+def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
     """Yield what would take less room than a recipe does, in the order to try it in."""
-    batch, trainer, trains_all = read_batch(recipe), recipe.trainer, recipe.adapter.kind == "none"
+    recipe, method, trains_all = resolved.recipe, resolved.method, resolved.trains_all_weights
+    batch, trainer = read_batch(recipe), recipe.trainer
     if batch > 1:
         rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * read_accumulation(recipe)}
         yield Change({f"trainer.{key}": value for key, value in rows.items()}, "the same steps, a row at a time")
     if not trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
-    method = METHODS[recipe.method]
     if method.is_online:
         half = max(int(trainer.get("max_completion_length", _LONGEST_ANSWER)) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
-    elif not trainer.get("activation_offloading") and method.pretraining is None:
+    elif not trainer.get("activation_offloading") and not method.is_pretraining:
         yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
-    if method.pretraining is not None:
+    if method.is_pretraining:
         yield from _list_moments(recipe)
     elif "8bit" not in str(trainer.get("optim", "")):
         yield Change({"trainer.optim": "paged_adamw_8bit"}, "optimizer states in 8 bits, paged", keeps_training=False)
@@ -60,7 +60,7 @@ def list_changes(recipe: Recipe) -> Iterator[Change]:
     if recipe.data.max_tokens > _SHORTEST_ROW:
         half = max(recipe.data.max_tokens // 2, _SHORTEST_ROW)
         yield Change({"data.max_tokens": half}, "shorter rows", keeps_training=False)
-    if trains_all and method.pretraining is None:
+    if trains_all and not method.is_pretraining:
         adapter = {"adapter.kind": "lora", "model.quantize": "nf4", "model.dtype": "auto"}
         yield Change(adapter, "trains an adapter of a 4-bit base instead of all weights", keeps_training=False)
 
@@ -72,13 +72,14 @@ def _list_moments(recipe: Recipe) -> Iterator[Change]:
         yield Change({"optimizer.moments": "8bit"}, "moments in 8 bits", keeps_training=False)
 
 
-def apply_change(recipe: Recipe, change: Change) -> Recipe:
+def apply_change(resolved: ResolvedRecipe, change: Change) -> ResolvedRecipe:
     """Return a recipe with a change made."""
     for key, value in change.settings.items():
         section, _, name = key.partition(".")
         if section == "trainer":
-            recipe = replace(recipe, trainer={**recipe.trainer, name: value})
+            resolved = resolved.change_trainer(**{name: value})
         else:
             value = tuple(value) if isinstance(value, list) else value
-            recipe = replace(recipe, **{section: replace(vars(recipe)[section], **{name: value})})
-    return recipe
+            values = replace(vars(resolved.recipe)[section], **{name: value})
+            resolved = resolved.change(**{section: values})
+    return resolved

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.plan.hardware import UTILISATION, Card
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
+from finetune.recipe.batches import read_accumulation, read_batch
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CardTime:
     tokens_per_second: float
 
 
-def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulation: int, scorings: int = 0) -> StepWork:
+def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int = 0) -> StepWork:
     """Return the work of one step, with so many more scorings of its texts than its method has by itself.
 
     A matrix of n weights costs 2n operations a token forward and as many for the gradient of its input; the gradient of
@@ -35,7 +35,7 @@ def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulatio
     its logits a second time for their gradient. A pair is two texts; a reference scores every text once more, forward only.
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """
-    trains_all = recipe.adapter.kind == "none"
+    recipe, trains_all = resolved.recipe, resolved.trains_all_weights
     again = 1 if recipe.trainer.get("gradient_checkpointing", True) else 0
     length = recipe.data.max_tokens
     linear, table, width = count_matrix_weights(sizes)
@@ -44,18 +44,18 @@ def count_work(recipe: Recipe, sizes: Mapping[str, Any], batch: int, accumulatio
     for_linear = 2 * linear * (2 + again + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + again + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))
-    for_scoring = (scorings + _count_scorings(recipe)) * 2 * (linear + length * width * layers + table)
-    tokens = batch * accumulation * length * (2 if METHODS[recipe.method].shape == "pair" else 1)
+    for_scoring = (scorings + _count_scorings(resolved)) * 2 * (linear + length * width * layers + table)
+    tokens = read_batch(recipe) * read_accumulation(recipe) * length * (2 if resolved.method.shape == "pair" else 1)
     return StepWork(tokens, int(tokens * (for_linear + for_attention + for_logits + for_scoring)))
 
 
-def _count_scorings(recipe: Recipe) -> int:
+def _count_scorings(resolved: ResolvedRecipe) -> int:
     """Return how often a text is read to be scored rather than learnt from, once for every text that is.
 
     KTO has the model and its reference score an answer that belongs to another prompt, too.
     """
-    has_reference = METHODS[recipe.method].has_reference and not recipe.trainer.get("precompute_ref_log_probs")
-    return int(has_reference) * (2 if recipe.method == "kto" else 1) + int(recipe.method == "kto")
+    has_reference = resolved.method.has_reference and not resolved.recipe.trainer.get("precompute_ref_log_probs")
+    return int(has_reference) * (2 if resolved.method.name == "kto" else 1) + int(resolved.method.name == "kto")
 
 
 def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:

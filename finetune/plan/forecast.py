@@ -11,7 +11,6 @@ import torch
 from finetune.errors import MachineError, TrainingError
 from finetune.files.sizes import GIB
 from finetune.models.engine import ENGINE_NAMES, Engine, check_engine, find_engine
-from finetune.models.reference_model import starts_from_base
 from finetune.plan.changes import Change, apply_change, list_changes
 from finetune.plan.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.plan.hardware import (
@@ -32,11 +31,8 @@ from finetune.plan.step.answering import (
     count_reference_scorings,
 )
 from finetune.plan.step.dry_model import read_sizes
-from finetune.plan.step.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.plan.step.step_memory import StepMemory, measure_step
-from finetune.recipe.batches import read_accumulation, read_batch
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
@@ -47,8 +43,7 @@ CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allo
 class Target:
     """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for.
 
-    With several processes, each has such a device, and the plan is of one of them. `goes_on` is for a later stage of a chain:
-    the adapter of the stage before, which is not there yet, goes on, and a reference is a frozen copy of it.
+    With several processes, each has such a device, and the plan is of one of them.
     """
 
     is_gpu: bool
@@ -56,7 +51,6 @@ class Target:
     card: Card | None = None
     engine: Engine = "one"
     processes: int = 1
-    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Plan:
 
 
 def choose_target(
-    recipe: Recipe,
+    resolved: ResolvedRecipe,
     memory_bytes: int | None,
     gpu: str | None,
     engine: Engine | None = None,
@@ -99,7 +93,7 @@ def choose_target(
     engine, processes = _complete_engine(engine, processes)
     card = find_card(gpu) if gpu else None
     memory = memory_bytes if memory_bytes is not None or card is None else card.memory_bytes
-    is_gpu = card is not None or not recipe.trainer.get("use_cpu")
+    is_gpu = card is not None or not resolved.uses_cpu
     return Target(is_gpu, memory, card, engine, processes)
 
 
@@ -109,28 +103,25 @@ def _complete_engine(engine: Engine | None, processes: int | None) -> tuple[Engi
     return (engine or "ddp", processes) if processes is not None and processes > 1 else ("one", 1)
 
 
-def make_plan(recipe: Recipe, target: Target) -> Plan:
+def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
     """Forecast the memory and the time of a checked recipe's training steps, every row full.
 
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
-    check_engine(recipe, target.engine)
+    check_engine(resolved, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
-    trained, sizes = as_training_step(recipe), read_sizes(recipe.model.checkpoint)
+    trained, sizes = as_training_step(resolved), read_sizes(resolved)
     step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
-    stage, parts = add_answers(step.peak, count_cache_bytes(recipe, sizes))
-    if judge := count_judge_bytes(recipe):
+    stage, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
+    if judge := count_judge_bytes(resolved.recipe):
         parts["judge: its adapter"] = judge
-    if target.goes_on and METHODS[recipe.method].has_reference and starts_from_base(recipe):
-        parts |= {FROZEN_ADAPTER: parts[ADAPTER]} if ADAPTER in parts else {}
     tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    scorings = count_reference_scorings(recipe)
-    work = count_work(trained, sizes, read_batch(recipe), read_accumulation(recipe), scorings)
+    work = count_work(trained, sizes, count_reference_scorings(resolved))
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
@@ -145,9 +136,9 @@ def make_plan(recipe: Recipe, target: Target) -> Plan:
         engine=target.engine,
         processes=target.processes,
         step=replace(work, tokens=work.tokens * target.processes, flops=work.flops * target.processes),
-        writes_answers=METHODS[recipe.method].is_online,
+        writes_answers=resolved.method.is_online,
         times=tuple(estimate_time(work, card, target.processes) for card in cards),
-        suggestions=() if fits else tuple(change.describe() for change in list_changes(recipe)),
+        suggestions=() if fits else tuple(change.describe() for change in list_changes(resolved)),
     )
 
 
@@ -169,7 +160,7 @@ class Step:
     after: int
 
 
-def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
+def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
     """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
 
     Where nothing fits, the last and smallest plan is returned.
@@ -179,17 +170,17 @@ def find_fitting_plan(recipe: Recipe, target: Target) -> tuple[Plan, tuple[Step,
     """
     if target.memory_bytes is None:
         raise MachineError("--fit: say what has to be fitted: --memory 8GB, or --gpu NAME")
-    plan, steps = make_plan(recipe, target), list[Step]()
+    plan, steps = make_plan(resolved, target), list[Step]()
     while plan.fits is False:
-        for change in list_changes(recipe):
-            changed = apply_change(recipe, change)
+        for change in list_changes(resolved):
+            changed = apply_change(resolved, change)
             smaller = make_plan(changed, target)
             if smaller.peak_bytes < plan.peak_bytes:
                 break
         else:
             break
         steps.append(Step(change, plan.peak_bytes, smaller.peak_bytes))
-        recipe, plan = changed, smaller
+        resolved, plan = changed, smaller
     return plan, tuple(steps)
 
 
@@ -207,13 +198,13 @@ def find_target(device: torch.device) -> Target:
     return Target(True, memory, None, engine, processes)
 
 
-def check_fits(recipe: Recipe, device: torch.device) -> None:
+def check_fits(resolved: ResolvedRecipe, device: torch.device) -> None:
     """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
 
     Raises:
         TrainingError: with what takes the room, and what would take less.
     """
-    plan = make_plan(recipe, find_target(device))
+    plan = make_plan(resolved, find_target(device))
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
         raise TrainingError(

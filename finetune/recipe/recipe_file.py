@@ -37,7 +37,11 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     Raises:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
-    content = load_recipe_file(source)
+    return draft_recipe(source, load_recipe_file(source), overrides)
+
+
+def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
+    """Turn what a recipe file says into sections, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
     apply_overrides(content, overrides, problems)

@@ -22,12 +22,11 @@ from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, set_shared_type, shard_on_cpu
 from finetune.models.precision import Precision
-from finetune.models.reference_model import settle_reference, starts_from_base
+from finetune.models.reference_model import settle_reference
 from finetune.recipe.batches import KIT_OPTIONS
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
+from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.train.journal.progress import MetricsWriter, ProgressBar
 from finetune.train.online import PromptOrder
 from finetune.train.preference.prepared_rows import accept_prepared_rows, adapt_collator, choose_rows, make_kto_collator
@@ -60,7 +59,7 @@ NO_AIDS = Aids()
 
 
 def build_trainer(
-    recipe: Recipe,
+    resolved: ResolvedRecipe,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
@@ -72,11 +71,11 @@ def build_trainer(
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
-    method = METHODS[recipe.method]
+    recipe, method = resolved.recipe, resolved.method
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
     if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
-    config = make_config(recipe, splits.evaluation is not None, precision)
+    config = make_config(resolved, precision)
     score = None if aids.judge is None else aids.judge.score
     rewards = AnswerRewards(recipe.rewards, model.generation_config.eos_token_id, score) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
@@ -86,9 +85,9 @@ def build_trainer(
             args=config,
             processing_class=tokenizer,
             **(
-                _choose_rows(splits, recipe, pad_token)
-                if method.pretraining is None
-                else pack_splits(recipe, splits, tokenizer)
+                pack_splits(recipe, splits, tokenizer)
+                if method.is_pretraining
+                else _choose_rows(splits, resolved, pad_token)
             ),
             **({} if rewards is None else {"reward_funcs": rewards.make_functions()}),
         )
@@ -99,29 +98,33 @@ def build_trainer(
     if method.name != "kto":
         trainer.data_collator = adapt_collator(method, trainer.data_collator)
     if isinstance(model, PeftModel):
-        settle_reference(model, drop=starts_from_base(recipe))
-    if method.pretraining is not None:
+        settle_reference(model, drop=resolved.adapter_starts_empty)
+    if method.is_pretraining:
         set_up_pretraining(trainer, recipe, aids.states)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar())
-    trainer.add_callback(MetricsWriter(Path(recipe.output)))
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
     if rewards is not None:
-        trainer.add_callback(CompletionWriter(Path(recipe.output), rewards))
+        trainer.add_callback(CompletionWriter(resolved.output, rewards))
         if config.shuffle_dataset:
             trainer.add_callback(PromptOrder())
     return trainer
 
 
-def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> TrainingArguments:
+def add_journal(trainer: Trainer, run: Path) -> None:
+    """Show a progress bar, and write every logged step into the run directory."""
+    trainer.add_callback(ProgressBar())
+    trainer.add_callback(MetricsWriter(run))
+
+
+def make_config(resolved: ResolvedRecipe, precision: Precision) -> TrainingArguments:
     """Return the trainer's configuration for a recipe.
 
     Raises:
         RecipeError: a combination of options that transformers refuses.
     """
-    method = METHODS[recipe.method]
+    recipe, method = resolved.recipe, resolved.method
     options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
     # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
     for old, new in _RENAMED_OPTIONS.items():
@@ -135,12 +138,12 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
         # Otherwise every process keeps whole gradients until the last batch of a step.
         options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
     options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
-    if evaluates:
+    if resolved.evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.
         options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
     owned: dict[str, Any] = {
-        **(_list_row_options(recipe) if method.pretraining is None else PRETRAINING_OPTIONS),
+        **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
         "output_dir": recipe.output,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
@@ -159,23 +162,24 @@ def make_config(recipe: Recipe, evaluates: bool, precision: Precision) -> Traini
     return config
 
 
-def _list_row_options(recipe: Recipe) -> dict[str, Any]:
+def _list_row_options(resolved: ResolvedRecipe) -> dict[str, Any]:
     """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
-    if METHODS[recipe.method].is_online:
+    recipe = resolved.recipe
+    if resolved.method.is_online:
         return {"reward_weights": list(list_weights(recipe.rewards).values())}
     packs = bool(recipe.trainer.get("packing"))
-    if METHODS[recipe.method].shape != "sequence":
+    if resolved.method.shape != "sequence":
         # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.
         return {"max_length": recipe.data.max_tokens, "remove_unused_columns": False}
     length = {"max_length": recipe.data.max_tokens if packs else None}
     return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 
-def _choose_rows(splits: Splits, recipe: Recipe, pad_token: int) -> dict[str, Any]:
-    method, held = METHODS[recipe.method], splits.evaluation
+def _choose_rows(splits: Splits, resolved: ResolvedRecipe, pad_token: int) -> dict[str, Any]:
+    method, seed, held = resolved.method, resolved.recipe.seed, splits.evaluation
     return {
-        "train_dataset": choose_rows(splits.train, method, recipe.seed),
-        "eval_dataset": None if held is None else choose_rows(held, method, recipe.seed),
+        "train_dataset": choose_rows(splits.train, method, seed),
+        "eval_dataset": None if held is None else choose_rows(held, method, seed),
         # KTO needs it within the constructor already, where reference log-probabilities may be computed.
         **({"data_collator": make_kto_collator(method, pad_token)} if method.name == "kto" else {}),
     }

@@ -1,4 +1,4 @@
-"""From what a recipe says about its rows to the sources that are read."""
+"""The rows of a recipe: from what it says about them to tokens."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,12 @@ from finetune.data.settings import DataSettings, HubDataset, Source
 from finetune.files.cache import find_cache
 from finetune.mixtures.matched import match_sources
 from finetune.mixtures.published import find_mixture
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import DataSection, Recipe, SourceSection
+from finetune.recipe.sections import DataSection, SourceSection
 from finetune.rewards.rules import find_reference_rule
-from finetune.runs.lineage import find_start
+from finetune.runs.lineage import find_tokenizer_folder, find_training_base
+from finetune.runs.resolved_recipe import ResolvedRecipe
+
+_ANY_LENGTH = 2**31 - 1
 
 
 def read_source_section(source: str | SourceSection) -> Source:
@@ -44,35 +46,34 @@ def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[
     return sources, (matched.describe(),)
 
 
-_ANY_LENGTH = 2**31 - 1
-
-
-def prepare_rows(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Splits]:
+def prepare_rows(resolved: ResolvedRecipe) -> tuple[PreTrainedTokenizerBase, Splits]:
     """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
-    settings, tokenizer, template = open_data(recipe)
-    return tokenizer, load_splits(settings, tokenizer, template, recipe.seed)
+    settings, tokenizer, template = open_data(resolved)
+    return tokenizer, load_splits(settings, tokenizer, template, resolved.recipe.seed)
 
 
-def open_data(recipe: Recipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
+def open_data(resolved: ResolvedRecipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
     """Return what the rows of a recipe are read and rendered with, before any row is read."""
-    tokenizer = load_tokenizer(find_start(recipe.model).tokenizer_folder)
-    return read_data_settings(recipe), tokenizer, find_template(recipe.data.template, tokenizer)
+    base = find_training_base(resolved)
+    tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
+    return read_data_settings(resolved), tokenizer, find_template(resolved.recipe.data.template, tokenizer)
 
 
-def read_data_settings(recipe: Recipe) -> DataSettings:
-    data = recipe.data
+def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
+    """Return how the rows of a recipe are read."""
+    data = resolved.recipe.data
     train, notes = read_training_sources(data)
     return DataSettings(
         train=train,
-        shape=METHODS[recipe.method].shape,
-        needs_answer=find_reference_rule(recipe.rewards.rules),
+        shape=resolved.method.shape,
+        needs_answer=find_reference_rule(resolved.recipe.rewards.rules),
         evaluation=tuple(map(read_source_section, data.eval)),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
         system=data.system,
         # Packed rows are cut where they are full; a document itself may be of any length.
-        max_tokens=data.max_tokens if METHODS[recipe.method].pretraining is None else _ANY_LENGTH,
+        max_tokens=_ANY_LENGTH if resolved.method.is_pretraining else data.max_tokens,
         overflow=data.overflow,
         train_on=data.train_on,
         substitute=data.substitute,

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from finetune.check.chain_stages import ExportStage, TrainStage, dump_chain
-from finetune.check.chains import is_chain, load_chain
+from finetune.check.chains import load_chain
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.recipe.sections import SourceSection
+from finetune.recipe.sections import SourceSection, dump_recipe
 
 CHAIN = """
 model: {checkpoint: nano, quantize: nf4}
@@ -125,7 +125,7 @@ def test_a_stage_may_name_a_recipe(write, tmp_path):
     assert one.recipe.trainer["learning_rate"] == 1e-3
     assert one.recipe.trainer["warmup_steps"] == 5
     assert one.recipe.output == str(tmp_path / "runs" / "chain" / "one")
-    assert two.recipe.trainer["learning_rate"] == load_recipe(Path("sft_lora")).trainer["learning_rate"]
+    assert two.recipe.trainer["learning_rate"] == load_recipe(Path("sft_lora")).recipe.trainer["learning_rate"]
     assert two.recipe.model.checkpoint == "nano"  # the top of the chain stands above a named recipe
 
 
@@ -215,11 +215,16 @@ def test_each_mistake_has_its_own_sentence(write, stages, problem):
     assert any(entry.startswith(problem) for entry in found), found
 
 
-def test_a_plain_recipe_is_no_chain(write, tmp_path):
-    assert is_chain(write())
-    assert not is_chain(write("data: {train: rows.jsonl}"))
-    assert not is_chain(tmp_path / "missing.yaml")
-    assert not is_chain(write("]["))
+def test_a_plain_recipe_is_a_chain_of_one_stage(write, tmp_path):
+    assert load_chain(write()).single is None
+    path = write("data: {train: rows.jsonl}\noutput: runs/mine\n")
+    chain = load_chain(path, ["seed=3"])
+    assert chain.single.resolved == load_recipe(path, ["seed=3"])
+    assert chain.output == tmp_path / "runs" / "mine"
+    assert dump_chain(chain) == dump_recipe(chain.single.recipe)
+    for broken in (tmp_path / "missing.yaml", write("][")):
+        with pytest.raises(RecipeError):
+            load_chain(broken)
 
 
 def test_check_reads_a_chain_without_torch(write):

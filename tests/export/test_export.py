@@ -13,15 +13,16 @@ from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import ExportError, OutputError, TemplateError
 from finetune.export import merge, merged
 from finetune.export.adapter_changes import read_adapter
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
 from finetune.export.verify import LogitVerifier
 from finetune.models.opening import open_trained
-from finetune.runs.results import Origin, open_result, write_origin
+from finetune.runs.export_settings import ExportSettings
+from finetune.runs.results import Lineage, open_result, write_lineage
 from finetune.yulan import shards
 from finetune.yulan.native.modeling import load_native
 from finetune.yulan.tensors import open_tensors
 
-SETTINGS = ExportSettings("auto", 2 * 10**9)
+SETTINGS = ExportSettings("auto", "2GB")
 TOKENS = torch.tensor([[1, 104, 300, 105, 400, 500, 106, 700]])
 KINDS = {
     "lora": {"target_modules": "all-linear"},
@@ -97,7 +98,7 @@ def test_small_pieces_give_the_same_weights(make_adapter, tmp_path, monkeypatch,
 @pytest.mark.parametrize("alpha", [12, 16])  # a scale of 3, and one of 4, whose product is taken another way
 def test_the_merge_equals_pefts_to_the_last_bit(make_adapter, nano_llama, tmp_path, alpha):
     adapter = make_adapter(tmp_path / "adapter", lora_alpha=alpha)
-    export_result(open_result(adapter), tmp_path / "export", ExportSettings("bfloat16", 2 * 10**9))
+    export_result(open_result(adapter), tmp_path / "export", ExportSettings("bfloat16", "2GB"))
     ours = load_file(tmp_path / "export" / "model.safetensors")
     live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(nano_llama), adapter)
     merged = live.merge_and_unload().state_dict()
@@ -107,7 +108,7 @@ def test_the_merge_equals_pefts_to_the_last_bit(make_adapter, nano_llama, tmp_pa
 def test_sixteen_bits_are_rounded_once(make_adapter, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     for dtype in ("float32", "bfloat16"):
-        export_result(open_result(adapter), tmp_path / dtype, ExportSettings(dtype, 2 * 10**9), LogitVerifier())
+        export_result(open_result(adapter), tmp_path / dtype, ExportSettings(dtype, "2GB"), LogitVerifier())
     exact, rounded = (load_file(tmp_path / d / "model.safetensors") for d in ("float32", "bfloat16"))
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -115,7 +116,7 @@ def test_sixteen_bits_are_rounded_once(make_adapter, tmp_path):
 
 def test_an_export_holds_all_that_servers_need(make_adapter, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
-    export_result(open_result(adapter), tmp_path / "export", ExportSettings("auto", 2 * 10**6), LogitVerifier())
+    export_result(open_result(adapter), tmp_path / "export", ExportSettings("auto", "2MB"), LogitVerifier())
     names = {path.name for path in (tmp_path / "export").iterdir()}
     shards = {name for name in names if name.endswith(".safetensors")}
     assert len(shards) > 3
@@ -147,7 +148,7 @@ def test_a_lost_adapter_is_noticed(make_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.export.adapter_changes.Adapter.merge_rows", lambda self, name, start, base: base)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ExportError, match="the reopened model is not what was trained"):
-            export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, 2 * 10**9), LogitVerifier())
+            export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, "2GB"), LogitVerifier())
         assert not (tmp_path / "export").exists()
         assert not list(tmp_path.glob(".export*"))
 
@@ -251,19 +252,19 @@ def make_origin(base, **changes):
     template = (changes.pop("template_fingerprint", None)) or "0" * 16
     values = {"checkpoint": str(base), "base": str(base), "base_fingerprint": fingerprint_checkpoint(base)}
     values |= {"quantize": "none", "dtype": "float32", "template": "yulan-mini", "method": "sft"}
-    return Origin(**{**values, "template_fingerprint": template, **changes})
+    return Lineage(**{**values, "template_fingerprint": template, **changes})
 
 
 def test_an_adapter_of_another_base_is_refused(make_adapter, nano_llama, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
-    write_origin(adapter, make_origin(nano_llama, base_fingerprint="f" * 64), [])
+    write_lineage(adapter, make_origin(nano_llama, base_fingerprint="f" * 64), [])
     with pytest.raises(ExportError, match=r"was trained on other weights than .* holds now"):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
 
 
 def test_another_template_is_refused(make_adapter, nano_llama, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
-    write_origin(adapter, make_origin(nano_llama), [])
+    write_lineage(adapter, make_origin(nano_llama), [])
     with pytest.raises((ExportError, TemplateError), match="its chat template is not the one that it was trained with"):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert not (tmp_path / "export").exists()

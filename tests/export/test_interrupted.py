@@ -13,14 +13,15 @@ from finetune.files.folders import write_folder
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 
 adapter, output, reference = (Path(path) for path in sys.argv[1:4])
 number = getattr(signal, sys.argv[4])
 
 def export(folder):
-    export_result(open_result(adapter), folder, ExportSettings("auto", 10**6))
+    export_result(open_result(adapter), folder, ExportSettings("auto", "1MB"))
 
 def start(folder):
     child = os.fork()

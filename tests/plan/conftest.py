@@ -12,12 +12,10 @@ from finetune.checkpoints.finding import find_base_folder
 from finetune.files.resources import list_recipes
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
-from finetune.models.precision import choose_precision
+from finetune.models.precision import choose_run_precision
 from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.plan.step.stages import LOSS, WORKSPACE, follow_training
 from finetune.plan.step.tracker import MemoryTracker, Peak
-from finetune.recipe.methods import METHODS
-from finetune.train.journal.progress import MetricsWriter, ProgressBar
 from finetune.train.trainer import build_trainer
 
 QUIET = {"max_steps": 2, "use_cpu": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
@@ -58,17 +56,14 @@ def make_recipe(tmp_path):
 
 def build_real_trainer(recipe):
     """Build a run's trainer over rows that fill every batch: where a batch has several, every second is a token shorter."""
-    pretrains = METHODS[recipe.method].pretraining is not None
-    precision = choose_precision(
-        recipe.model.dtype, torch.device("cpu"), recipe.adapter.kind == "none", keeps_masters=pretrains
-    )
-    base = find_base_folder(recipe.model.checkpoint, recipe.model.architecture)
-    model = attach_adapter(
-        load_base(base, recipe.model, precision, torch.device("cpu"), METHODS[recipe.method].head), recipe.adapter, base
-    )
+    precision = choose_run_precision(recipe, torch.device("cpu"))
+    pretrains, section = recipe.method.is_pretraining, recipe.recipe.model
+    base = find_base_folder(section.checkpoint, section.architecture)
+    loaded = load_base(base, section, precision, torch.device("cpu"), recipe.method.head)
+    model = attach_adapter(loaded, recipe.recipe.adapter, base)
     rows = make_full_rows(recipe)
-    train = concatenate_datasets([rows.train] * recipe.trainer.get("gradient_accumulation_steps", 1))
-    if recipe.trainer.get("per_device_train_batch_size", 8) > 1 and not pretrains:  # whose rows are packed full
+    train = concatenate_datasets([rows.train] * recipe.recipe.trainer.get("gradient_accumulation_steps", 1))
+    if recipe.recipe.trainer.get("per_device_train_batch_size", 8) > 1 and not pretrains:  # whose rows are packed full
         columns = {
             name: [
                 row[: len(row) - number % 2] if isinstance(row, list) else row for number, row in enumerate(train[name])
@@ -76,13 +71,14 @@ def build_real_trainer(recipe):
             for name in train.column_names
         }
         train = train.from_dict(columns)
-    options = {**recipe.trainer, **QUIET}
-    trainer = build_trainer(
-        replace(recipe, trainer=options), model, make_stand_in_tokenizer(), replace(rows, train=train), precision
-    )
-    trainer.remove_callback(MetricsWriter)
-    trainer.remove_callback(ProgressBar)
-    return trainer
+    options = {**recipe.recipe.trainer, **QUIET}
+    rows = replace(rows, train=train)
+    return build_trainer(recipe.change(trainer=options), model, make_stand_in_tokenizer(), rows, precision)
+
+
+def set_batch(recipe, batch, accumulation):
+    """Return a recipe with this micro-batch size and this many micro-batches a step."""
+    return recipe.change_trainer(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
 
 
 def measure_run(recipe):

@@ -35,7 +35,7 @@ def plan_by_formula(monkeypatch):
     """Plan 100 bytes, and a row's: 80 kept, 20 where layers run twice, 5 where they are offloaded; less for 8-bit states."""
 
     def plan(recipe, target):
-        trainer = recipe.trainer
+        trainer = recipe.recipe.trainer
         a_row = 5 if trainer.get("activation_offloading") else 20 if trainer["gradient_checkpointing"] else 80
         fixed = 50 if "8bit" in str(trainer.get("optim", "")) else 100
         peak = fixed + a_row * trainer["per_device_train_batch_size"]
@@ -62,7 +62,7 @@ def plan_by_formula(monkeypatch):
 )
 def test_as_little_as_needed_is_changed(make_auto, plan_by_formula, memory, expected):
     recipe, choices = choose_settings(make_auto(), Target(True, memory))
-    chosen = recipe.trainer
+    chosen = recipe.recipe.trainer
     assert {key: chosen[key] for key in expected} == expected
     assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] == 12
     assert choices[-1].peak_bytes <= memory
@@ -72,10 +72,10 @@ def test_as_little_as_needed_is_changed(make_auto, plan_by_formula, memory, expe
 
 def test_what_the_recipe_says_is_kept(make_auto, plan_by_formula):
     recipe, _ = choose_settings(make_auto("trainer.optim=adamw_torch"), Target(True, 119))
-    assert recipe.trainer["optim"] == "adamw_torch"
+    assert recipe.recipe.trainer["optim"] == "adamw_torch"
     fixed = make_auto("trainer.gradient_checkpointing=true")
     recipe, _ = choose_settings(fixed, Target(True, 10_000))
-    assert recipe.trainer["gradient_checkpointing"] is True
+    assert recipe.recipe.trainer["gradient_checkpointing"] is True
     shared, _ = choose_settings(make_auto(), Target(True, 10_000, None, "ddp", 4))
     assert shared.trainer["per_device_train_batch_size"] == 3  # 12 rows by 4 processes
 
@@ -127,16 +127,16 @@ def test_plan_resolves_auto_with_the_real_plan(capsys):
 
 
 def test_what_the_command_line_asks_for_opens_the_split_of_the_file(make_recipe):
-    opened = make_recipe("sft_lora", "trainer.learning_rate=1e-3", "trainer.auto=true").trainer
+    opened = make_recipe("sft_lora", "trainer.learning_rate=1e-3", "trainer.auto=true").recipe.trainer
     assert opened["global_batch"] == 16 and not {BATCH, ACCUMULATION, "gradient_checkpointing"} & set(opened)
-    said = make_recipe("sft_lora", f"trainer.{BATCH}=2", "trainer.global_batch=12", "trainer.auto=true").trainer
+    said = make_recipe("sft_lora", f"trainer.{BATCH}=2", "trainer.global_batch=12", "trainer.auto=true").recipe.trainer
     assert (said["global_batch"], said[BATCH]) == (12, 2)
 
 
 def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
     fixed = make_auto(f"trainer.{BATCH}=2", f"trainer.{ACCUMULATION}=6")
     recipe, choices = choose_settings(fixed, Target(True, 179))
-    assert (recipe.trainer[BATCH], recipe.trainer[ACCUMULATION]) == (2, 6)
+    assert (recipe.recipe.trainer[BATCH], recipe.recipe.trainer[ACCUMULATION]) == (2, 6)
     assert [choice.settings for choice in choices] == [
         {"gradient_checkpointing": False},
         {"gradient_checkpointing": True},
@@ -148,7 +148,7 @@ def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
 def test_methods_that_compare_rows_begin_with_as_many(make_recipe, plan_by_formula):
     """KTO needs two rows at once, and was planned with one."""
     recipe, _ = choose_settings(make_recipe("kto_qlora", "trainer.auto=true"), Target(True, 179))
-    assert recipe.trainer[BATCH] == 2
+    assert recipe.recipe.trainer[BATCH] == 2
     steps = [change.settings for change in list_steps_down(recipe)]
     assert not any(f"trainer.{BATCH}" in settings for settings in steps)
 
@@ -221,10 +221,10 @@ def test_a_run_that_stepped_down_goes_on_as_it_is(make_recipe, tmp_path):
     split = [f"trainer.{BATCH}=4", f"trainer.{ACCUMULATION}=2", "trainer.gradient_checkpointing=false"]
     recipe = make_recipe("sft_lora", "trainer.auto=true", *split, f"output={tmp_path}")
     smaller = {BATCH: 2, ACCUMULATION: 4, "gradient_checkpointing": True}
-    saved = automatic.replace(recipe, trainer={**recipe.trainer, **smaller})
+    saved = automatic.recipe.change(trainer={**recipe.recipe.trainer, **smaller})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(saved), encoding="utf-8")
     assert restore_choices(recipe) == saved
-    other = automatic.replace(recipe, trainer={**recipe.trainer, ACCUMULATION: 3})
+    other = automatic.recipe.change(trainer={**recipe.recipe.trainer, ACCUMULATION: 3})
     assert restore_choices(other).trainer[ACCUMULATION] == 3  # another number of rows is another run
 
 

@@ -13,6 +13,7 @@ from finetune.pipeline import training as ladder
 from finetune.plan.doctor import describe_machine, examine_machine
 from finetune.plan.duration import count_matrix_weights, count_work, estimate_time
 from finetune.plan.hardware import CARDS, CONTEXT_BYTES, CUBLAS_BYTES, TYPICAL_CARDS, UTILISATION, find_card
+from tests.plan.conftest import set_batch
 
 
 def run(capsys, *arguments):
@@ -93,7 +94,7 @@ def test_work_follows_what_is_trained(make_recipe):
 
     def count(name, *overrides):
         recipe = make_recipe(name, "data.max_tokens=1024", *overrides)
-        return count_work(recipe, PUBLISHED_SIZES, batch=2, accumulation=3)
+        return count_work(set_batch(recipe, 2, 3), PUBLISHED_SIZES)
 
     full = count("sft_full", "trainer.gradient_checkpointing=false")
     tokens = 2 * 3 * 1024

@@ -34,7 +34,7 @@ def test_recipes_are_those_that_were_planned(tiers, path):
     text, record = path.read_text(encoding="utf-8"), RECORDS[path.stem]
     assert text == record["recipe"] == module.write_recipe(tier)
     assert len(text.splitlines()) <= 30
-    assert load_recipe(path).data.max_tokens == record["tokens"]
+    assert load_recipe(path).recipe.data.max_tokens == record["tokens"]
     assert sum(record["parts"].values()) == record["peak_bytes"] <= record["memory_bytes"]
     assert f"`tiers/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 

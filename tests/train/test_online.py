@@ -13,9 +13,10 @@ from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.preview.preview import describe_preview, preview_rows
 from finetune.errors import DataError, RecipeError, TrainingError
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
 from finetune.export.verify import LogitVerifier
 from finetune.rewards.rules import RULES, Rule
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.online import bind_template
 from finetune.train.run import run_training
@@ -145,7 +146,7 @@ def test_a_run_trains_is_logged_and_exports(make_recipe, tmp_path, method):
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in weights.items())
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert report.verify.rows > 0
     assert report.bases.trained_loss > 0

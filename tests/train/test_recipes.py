@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.check.chains import is_chain, load_chain
+from finetune.check.chains import load_chain
 from finetune.check.recipes import load_recipe
 from finetune.errors import ExportError
 from finetune.evaluate.pairs import evaluate_pairs
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
 from finetune.export.verify import LogitVerifier
 from finetune.files.resources import find_demo_data, list_recipes
 from finetune.pipeline.chain import run_chain
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import read_recipe
+from finetune.recipe.yaml_loader import load_recipe_file
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
@@ -38,25 +40,25 @@ SMALL_PRETRAINING = [
     "trainer.gradient_accumulation_steps=2",
     "trainer.disable_tqdm=true",
 ]
-CHAINS = [name for name, path in list_recipes().items() if is_chain(path)]
-EXPORT = ExportSettings("auto", 2 * 10**9)
+CHAINS = [name for name, path in list_recipes().items() if "stages" in load_recipe_file(path)]
+EXPORT = ExportSettings("auto", "2GB")
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name not in CHAINS])
 def test_shipped_recipes_train(tmp_path, name):
-    pretrains = METHODS[read_recipe(list_recipes()[name]).recipe.method].pretraining is not None
+    pretrains = METHODS[read_recipe(list_recipes()[name]).recipe.method].is_pretraining
     overrides = [*(SMALL_PRETRAINING if pretrains else SMALL), f"output={tmp_path / 'run'}"]
     recipe = load_recipe(list_recipes()[name], overrides)
-    if not torch.cuda.is_available() and str(recipe.trainer.get("optim", "")).startswith("paged"):
+    if not torch.cuda.is_available() and str(recipe.recipe.trainer.get("optim", "")).startswith("paged"):
         recipe = load_recipe(list_recipes()[name], [*overrides, "trainer.optim=adamw_torch"])
-    if METHODS[recipe.method].is_online:
+    if recipe.method.is_online:
         # nano never ends an answer by itself.
         short = ["trainer.max_completion_length=4", "trainer.gradient_accumulation_steps=1", "data.held_out=4"]
         recipe = load_recipe(list_recipes()[name], [*overrides, *short])
-    if METHODS[recipe.method].shape in ("pair", "labelled"):
+    if recipe.method.shape in ("pair", "labelled"):
         recipe = load_recipe(list_recipes()[name], [*overrides, "trainer.gradient_accumulation_steps=1"])
     run = Path(run_training(recipe).run)
-    if METHODS[recipe.method].head == "score":
+    if recipe.method.trains_reward_model:
         scores = evaluate_pairs(str(run), [find_demo_data("pairs.jsonl")], 256)
         assert 0 <= scores.accuracy <= 1
         assert scores.pairs == 120

@@ -49,7 +49,7 @@ def test_a_run_leaves_what_later_stages_need(train, nano_llama):
     # The run's own recipe gives the same run again.
     assert not read_recipe(run / "recipe.yaml").problems
     result = open_result(run)
-    assert result.origin.base == str(nano_llama)
+    assert result.lineage.base == str(nano_llama)
     assert len(result.rows) == 8
 
 

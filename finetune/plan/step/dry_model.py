@@ -37,10 +37,9 @@ from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
 from finetune.plan.changes import is_packed
 from finetune.recipe.batches import read_batch
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import ModelSection, Recipe
 from finetune.runs.lineage import find_base
-from finetune.runs.results import Result, find_earlier
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import Result
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
@@ -49,31 +48,33 @@ from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 _STEPS = 2
 
 
-def find_model_config(section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
+def find_model_config(resolved: ResolvedRecipe) -> LlamaConfig | YuLanMiniConfig:
     """Return the configuration of the model that a run would load; no weights are read.
 
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    if section.architecture == "native":
-        start = find_alias(section.checkpoint)
-        if (
-            start is not None and start.alias != "nano"
-        ):  # the class's own defaults are the published sizes: no network is needed
-            return extend_context(YuLanMiniConfig(), section)
-        earlier = find_earlier(section.checkpoint)
-        folder = find_checkpoint(section.checkpoint if earlier is None else _find_weights(earlier))
-        return extend_context(load_native_config(folder), section)
-    return extend_context(LlamaConfig(**read_sizes(section.checkpoint)), section)
+    section = resolved.recipe.model
+    if section.architecture != "native":
+        return extend_context(LlamaConfig(**read_sizes(resolved)), section)
+    if _has_published_sizes(resolved):  # which are the defaults of the class, so that no network is needed
+        return extend_context(YuLanMiniConfig(), section)
+    name = section.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
+    return extend_context(load_native_config(find_checkpoint(name)), section)
+
+
+def _has_published_sizes(resolved: ResolvedRecipe) -> bool:
+    """Tell whether a recipe names a row of the table whose sizes are known."""
+    return resolved.checkpoint is not None and resolved.checkpoint.has_published_sizes
 
 
 def build_dry_model(
-    recipe: Recipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: FakeTensorMode
+    resolved: ResolvedRecipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: FakeTensorMode
 ) -> PreTrainedModel | PeftModel:
     """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
-    section = recipe.model
+    section = resolved.recipe.model
     model_class: Any = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
-    if METHODS[recipe.method].head == "score":
+    if resolved.method.trains_reward_model:
         model_class, config.num_labels = LlamaForSequenceClassification, 1
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
@@ -84,7 +85,7 @@ def build_dry_model(
             base.hf_quantizer = AutoHfQuantizer.from_config(settings)
             base.hf_quantizer.preprocess_model(base, device_map=None)
             base.hf_quantizer.postprocess_model(base)
-        model = attach_adapter(base, recipe.adapter, Path(section.checkpoint))
+        model = attach_adapter(base, resolved.recipe.adapter, Path(section.checkpoint))
     moved: dict[int, torch.nn.Parameter] = {}
     quantized: dict[torch.Size, Any] = {}
     for module in model.modules():
@@ -150,19 +151,19 @@ def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
     layer.state.SCB = torch.empty(layer.out_features, dtype=torch.float32)
 
 
-def read_sizes(name: str) -> Mapping[str, Any]:
-    """Return the Llama configuration of a start: a table's for a published one, else what its folder or its hub page says.
+def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
+    """Return the Llama configuration of what a recipe trains: a table's, or what its folder or its hub page says.
 
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    earlier = find_earlier(name)
-    if earlier is not None:
-        return read_sizes(_find_weights(earlier))
-    start = find_alias(name)
-    if start is not None and start.alias != "nano":
+    if resolved.earlier is None and _has_published_sizes(resolved):
         return PUBLISHED_SIZES
-    if start is None and not Path(name).expanduser().is_dir():
+    name = resolved.recipe.model.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
+    row = find_alias(name)
+    if row is not None and row.has_published_sizes:
+        return PUBLISHED_SIZES
+    if row is None and not Path(name).expanduser().is_dir():
         return _to_llama(_download_config(name))
     return _to_llama(find_checkpoint(name))
 
@@ -171,9 +172,9 @@ def _find_weights(earlier: Result) -> str:
     """Return the folder of the weights that an earlier run was trained on, or its start's name where that is gone."""
     if earlier.kind == "model":
         return str(earlier.folder)
-    if earlier.origin is None:
+    if earlier.lineage is None:
         return str(find_base(earlier))
-    return earlier.origin.base if Path(earlier.origin.base).is_dir() else earlier.origin.checkpoint
+    return earlier.lineage.base if Path(earlier.lineage.base).is_dir() else earlier.lineage.checkpoint
 
 
 def _to_llama(folder: Path) -> Mapping[str, Any]:
@@ -194,13 +195,13 @@ def _download_config(name: str) -> Path:
         ) from error
 
 
-def make_full_rows(recipe: Recipe) -> Splits:
+def make_full_rows(resolved: ResolvedRecipe) -> Splits:
     """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
-    packs = is_packed(recipe)
-    length = recipe.data.max_tokens // 2 if packs else recipe.data.max_tokens
-    batch = read_batch(recipe)
+    packs, most = is_packed(resolved), resolved.recipe.data.max_tokens
+    length = most // 2 if packs else most
+    batch = read_batch(resolved.recipe)
     count = _STEPS * batch * (2 if packs else 1)
-    columns = _fill_columns(METHODS[recipe.method].shape, length)
+    columns = _fill_columns(resolved.method.shape, length)
     rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
     report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
     return Splits(rows, None, DataReport(report, None, {}, "", "", ""))

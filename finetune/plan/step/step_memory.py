@@ -34,10 +34,8 @@ from finetune.plan.step.sharing import Sharing
 from finetune.plan.step.stages import LOSS, OPTIMIZER, WORKSPACE, follow_training, list_weights, make_optimizer_states
 from finetune.plan.step.tracker import MemoryTracker, Peak
 from finetune.recipe.batches import read_accumulation, read_batch
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
-from finetune.train.journal.progress import MetricsWriter, ProgressBar
+from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.train.trainer import build_trainer
 
 # A dry run writes nothing, evaluates nothing and says nothing.
@@ -68,7 +66,7 @@ class StepMemory:
 
 
 def measure_step(
-    recipe: Recipe, is_gpu: bool, has_bf16: bool = True, engine: Engine = "one", processes: int = 1
+    resolved: ResolvedRecipe, is_gpu: bool, has_bf16: bool = True, engine: Engine = "one", processes: int = 1
 ) -> StepMemory:
     """Run a step of a recipe without content and return its memory on a GPU, or on a CPU; of one process, where it is many.
 
@@ -77,8 +75,8 @@ def measure_step(
     Raises:
         FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
     """
-    precision = choose_planned_precision(recipe, is_gpu, has_bf16, engine)
-    config = find_model_config(recipe.model)
+    precision = choose_planned_precision(resolved, is_gpu, has_bf16, engine)
+    config = find_model_config(resolved)
     quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
@@ -88,12 +86,12 @@ def measure_step(
         stack.enter_context(take_reference_as_known())
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
-        model = build_dry_model(recipe, config, precision, fake)
+        model = build_dry_model(resolved, config, precision, fake)
         stack.enter_context(fake)
-        trainer = _build_dry_trainer(recipe, model, precision, folder)
+        trainer = _build_dry_trainer(resolved, model, precision, folder)
         sharing = Sharing(engine, processes, 4 if precision == Precision(torch.float32, "no") else 2)
-        tracker = _make_tracker(recipe, is_gpu, sharing)
-        accumulates = read_accumulation(recipe) > 1
+        tracker = _make_tracker(resolved, is_gpu, sharing)
+        accumulates = read_accumulation(resolved.recipe) > 1
         prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
         # What a plan takes for a CPU is the GPU that pages.
         stack.enter_context(warnings.catch_warnings())
@@ -115,22 +113,20 @@ def _measure_loading(model: PreTrainedModel | PeftModel) -> Peak:
 
 
 def _build_dry_trainer(
-    recipe: Recipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
+    resolved: ResolvedRecipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
 ) -> Trainer:
     """Return the recipe's own trainer over full rows."""
     # States that a run goes on from have the sizes of fresh ones.
-    optimizer = replace(recipe.optimizer, states="fresh")
-    method = METHODS[recipe.method]
+    optimizer = replace(resolved.recipe.optimizer, states="fresh")
+    method = resolved.method
     known = read_trainer_options(method.config_module, method.config_class)
     options = {name: value for name, value in _DRY_OPTIONS.items() if name in known}
-    dry = replace(recipe, trainer={**recipe.trainer, **options}, optimizer=optimizer, output=folder)
+    dry = resolved.change_trainer(**options).change(optimizer=optimizer, output=folder)
     with no_dispatch():
-        rows = make_full_rows(recipe)
+        rows = make_full_rows(resolved)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
-    trainer.remove_callback(MetricsWriter)
-    trainer.remove_callback(ProgressBar)
     trainer.data_collator = _collate_without_content(trainer.data_collator)
-    if recipe.trainer.get("activation_offloading"):
+    if resolved.recipe.trainer.get("activation_offloading"):
         trainer.maybe_activation_offload_context = OffloadedActivations(model)
     with warnings.catch_warnings():
         # transformers counts the parameters of 8-bit optimizers by their addresses, which these have not.
@@ -141,12 +137,12 @@ def _build_dry_trainer(
     return trainer
 
 
-def _make_tracker(recipe: Recipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
+def _make_tracker(resolved: ResolvedRecipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
     # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
-    is_one_row = read_batch(recipe) == 1 and not is_packed(recipe)
+    is_one_row = read_batch(resolved.recipe) == 1 and not is_packed(resolved)
     substitutes = {**MASKED_SELECTION, **CHEAPER_VIEW, **answer_truths(is_one_row)}
     share = sharing.count_share if sharing.processes > 1 else None
-    if is_gpu and recipe.optimizer.moments == "cpu":
+    if is_gpu and resolved.recipe.optimizer.moments == "cpu":
         share = _leave_out_optimizer
     return MemoryTracker(GPU_WORKSPACES if is_gpu else {}, substitutes, share)
 

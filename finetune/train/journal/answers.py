@@ -15,8 +15,8 @@ from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.json_files import write_json
 from finetune.runs.results import SampleRow
+from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE
 
-ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 _QUESTIONS = (
     "Who are you? Answer in two sentences.",
     "小明有十二个苹果，吃了五个，又买了三个，现在有几个？请写出过程。",

@@ -5,9 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from finetune.runs.run_files import LOSS_PLOT_FILE
 from finetune.train.journal.progress import read_metrics
 
-PLOT_FILE = "loss.png"
 # What is drawn below the loss, where a method logs it: a title in plain words, and the names of its curves.
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     (
@@ -60,7 +60,7 @@ def draw_losses(run: Path, title: str) -> None:
         _draw_curves(panel, lines, curves)
         panel.set_title(text, fontsize="medium")
     axes[-1].set_xlabel("step")
-    figure.savefig(run / PLOT_FILE)
+    figure.savefig(run / LOSS_PLOT_FILE)
 
 
 def _draw_curves(axes: Any, lines: list[dict[str, Any]], curves: dict[str, str]) -> None:

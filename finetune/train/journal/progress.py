@@ -10,8 +10,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import TrainingError
+from finetune.runs.run_files import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 PREFLIGHT = "preflight"  # the prefix of an evaluation that only tries whether it fits
 
 

@@ -1,10 +1,32 @@
-"""Summarise a finished run from what its trainer logged."""
+"""Say what a run is about to do, and summarise what it has done."""
 
+import logging
 from pathlib import Path
 
 from transformers import Trainer
 
+from finetune.data.account import DataReport
+from finetune.models.engine import ENGINE_NAMES, find_engine
 from finetune.runs.summary import RunSummary
+
+logger = logging.getLogger(__name__)
+
+
+def describe_work(trainer: Trainer, report: DataReport) -> None:
+    """Log the rows, the effective batch size and the number of trained parameters."""
+    config = trainer.args
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    logger.info("rows: %s", report.describe())
+    logger.info(
+        "each step: %d rows (%d a device x %d accumulated x %d %s)",
+        batch,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.world_size,
+        "process" if config.world_size == 1 else f"processes, {ENGINE_NAMES[find_engine()]}",
+    )
+    logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
 
 
 def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:

@@ -13,8 +13,8 @@ from finetune.checkpoints.finding import find_states_folder
 from finetune.data.dataset import Splits
 from finetune.data.packing import PackedRows
 from finetune.errors import RecipeError
-from finetune.recipe.methods import METHODS
 from finetune.recipe.sections import Recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.train.pretraining.optimizer import OptimizerFactory, make_groups
 from finetune.train.pretraining.schedule import plan_schedule
 from finetune.train.pretraining.state_loading import StatesLoader
@@ -38,14 +38,14 @@ def pack_splits(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
     }
 
 
-def find_states(recipe: Recipe) -> OptimizerStates | None:
+def find_states(resolved: ResolvedRecipe) -> OptimizerStates | None:
     """Open the states that a recipe goes on from, or return None for a fresh start.
 
     Raises:
         CheckpointError: there are none, or they cannot be read.
     """
-    states = recipe.optimizer.states
-    if METHODS[recipe.method].pretraining is None or states == "fresh":
+    recipe, states = resolved.recipe, resolved.recipe.optimizer.states
+    if not resolved.method.is_pretraining or states == "fresh":
         return None
     return open_states(find_states_folder(recipe.model.checkpoint) if states == "published" else Path(states))
 

@@ -1,7 +1,6 @@
 """Plans of preference recipes run TRL's own trainers: against real runs, and with what a reference takes."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +18,10 @@ from finetune.plan.step.answering import as_training_step
 from finetune.plan.step.dry_model import read_sizes
 from finetune.plan.step.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.plan.step.step_memory import measure_step
-from tests.plan.conftest import measure_run
+from finetune.recipe.sections import ModelSection, Recipe
+from finetune.runs.resolved_recipe import resolve_names
+from finetune.runs.results import find_earlier
+from tests.plan.conftest import measure_run, set_batch
 
 SMALL = ("data.max_tokens=128", "trainer.gradient_accumulation_steps=1")
 ALL_WEIGHTS = ("adapter.kind=none", "model.quantize=none")
@@ -46,7 +48,7 @@ def test_prediction_matches_a_real_run(make_recipe, case):
 
 
 def test_orpo_is_planned_with_all_logits(make_recipe):
-    vocabulary = int(read_sizes("nano")["vocab_size"])
+    vocabulary = int(read_sizes(make_recipe("orpo_qlora"))["vocab_size"])
     logits = 2 * 128 * vocabulary * 4  # of both sides of one pair, in float32
     assert measure_step(make_recipe("orpo_qlora", *SMALL), is_gpu=False).loss_bytes > 2 * logits
 
@@ -60,13 +62,17 @@ def test_dpo_holds_no_logits_whole(make_recipe):
 def test_a_run_has_the_sizes_of_its_base(tmp_path, nano_llama):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{nano_llama}"}}')
-    assert read_sizes(str(tmp_path)) == read_sizes(str(nano_llama))
+    found, base = (
+        read_sizes(resolve_names(Recipe(model=ModelSection(checkpoint=str(folder))), find_earlier(str(folder))))
+        for folder in (tmp_path, nano_llama)
+    )
+    assert found == base
 
 
 def test_going_on_with_an_adapter_holds_a_frozen_copy_of_it(make_recipe, tmp_path, nano_llama):
     recipe = make_recipe("sft_lora")
-    base = load_base(nano_llama, recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
-    save_adapter(attach_adapter(base, recipe.adapter, nano_llama), tmp_path / "adapter")
+    base = load_base(nano_llama, recipe.recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
+    save_adapter(attach_adapter(base, recipe.recipe.adapter, nano_llama), tmp_path / "adapter")
     overrides = [f"model.checkpoint={tmp_path}", *SMALL]
     parts = measure_step(load_recipe(list_recipes()["dpo_lora"], overrides), is_gpu=False).peak.parts
     assert parts[FROZEN_ADAPTER] == parts[ADAPTER]
@@ -74,7 +80,8 @@ def test_going_on_with_an_adapter_holds_a_frozen_copy_of_it(make_recipe, tmp_pat
 
 def test_work_counts_both_sides_and_the_reference(make_recipe):
     def count(name, *overrides):
-        return count_work(make_recipe(name, *SMALL, "adapter.train_tokens=[]", *overrides), PUBLISHED_SIZES, 2, 3)
+        recipe = make_recipe(name, *SMALL, "adapter.train_tokens=[]", *overrides)
+        return count_work(set_batch(recipe, 2, 3), PUBLISHED_SIZES)
 
     sft, orpo, dpo = count("sft_lora"), count("orpo_qlora"), count("dpo_lora")
     assert (sft.tokens, orpo.tokens, dpo.tokens) == (768, 1536, 1536)
@@ -102,13 +109,15 @@ def test_estimates_of_online_methods_count_the_reference_and_name_what_they_leav
 ):
     overrides = [f"method={method}", *SMALL, "trainer.max_completion_length=64"]
     recipe = make_recipe("grpo_qlora", *overrides)
-    trainer = {key: value for key, value in recipe.trainer.items() if key != "beta"} | ({"beta": beta} if beta else {})
-    recipe = replace(recipe, trainer=trainer)
+    trainer = {key: value for key, value in recipe.recipe.trainer.items() if key != "beta"} | (
+        {"beta": beta} if beta else {}
+    )
+    recipe = recipe.change(trainer=trainer)
     plan = make_plan(recipe, Target(True))
-    sizes = read_sizes("nano")
+    sizes = read_sizes(recipe)
     linear, table, width = count_matrix_weights(sizes)
     scoring = 2 * (linear + 192 * width * sizes["num_hidden_layers"] + table)
-    bare = count_work(as_training_step(recipe), sizes, 4, 1)
+    bare = count_work(set_batch(as_training_step(recipe), 4, 1), sizes)
     assert plan.step.tokens == bare.tokens == 4 * 192
     assert plan.step.flops - bare.flops == scored * plan.step.tokens * scoring
     assert describe_plan(plan).endswith("nothing here was timed; the time in which answers are written comes on top)")

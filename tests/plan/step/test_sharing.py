@@ -29,7 +29,7 @@ def test_parts_sum_to_the_peak_under_every_engine(make_recipe, engine):
     plan = make_plan(recipe, choose_target(recipe, None, None, engine, 3))
     assert sum(plan.parts.values()) == plan.peak_bytes
     assert (plan.engine, plan.processes) == (engine, 3)
-    assert plan.step.tokens == 3 * 128 * recipe.trainer["gradient_accumulation_steps"]
+    assert plan.step.tokens == 3 * 128 * recipe.recipe.trainer["gradient_accumulation_steps"]
 
 
 def count_rows(shapes, processes):

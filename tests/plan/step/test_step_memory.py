@@ -97,7 +97,7 @@ def test_nf4_layout_is_that_of_quantized_weights(make_recipe, larger_start, size
     recipe = make_recipe("sft_qlora", SHORT, "adapter.train_tokens=[]", f"model.checkpoint={start}")
     predicted = measure_step(recipe, is_gpu=False).peak.parts
     real = load_base(
-        find_base_folder(start, "llama"), recipe.model, Precision(torch.float32, "no"), torch.device("cpu")
+        find_base_folder(start, "llama"), recipe.recipe.model, Precision(torch.float32, "no"), torch.device("cpu")
     )
     storages, sizes = set(), {}
     for part, tensor in list_weights(real):
@@ -113,7 +113,7 @@ def test_full_model_matches_formulas(make_recipe):
     recipe = make_recipe("sft_qlora", "model.checkpoint=base", "data.max_tokens=4096", "adapter.train_tokens=[]")
     step = measure_step(recipe, is_gpu=True)
     size = PUBLISHED_SIZES
-    hidden, inner, rank = size["hidden_size"], size["intermediate_size"], recipe.adapter.rank
+    hidden, inner, rank = size["hidden_size"], size["intermediate_size"], recipe.recipe.adapter.rank
     keys = size["num_key_value_heads"] * size["head_dim"]
     shapes = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden), *[(inner, hidden)] * 3]
     layers = size["num_hidden_layers"]

@@ -11,12 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
 from finetune.evaluate.pairs import evaluate_pairs
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
 from finetune.export.verify import LogitVerifier
 from finetune.files.resources import find_demo_data
 from finetune.models.lora import attach_adapter
 from finetune.models.opening import open_model
 from finetune.models.precision import Precision
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.preference.watch import PreferenceWatch
 from finetune.train.trainer import build_trainer
@@ -46,7 +47,7 @@ def make_trainer(make_pairs_recipe):
         config.pad_token_id, config.num_labels = tokenizer.pad_token_id, 1
         torch.manual_seed(0)
         model = (LlamaForSequenceClassification if method == "reward" else LlamaForCausalLM)(config)
-        return build_trainer(recipe, attach_adapter(model, recipe.adapter, "."), tokenizer, splits, FLOAT32)
+        return build_trainer(recipe, attach_adapter(model, recipe.recipe.adapter, "."), tokenizer, splits, FLOAT32)
 
     return make
 
@@ -231,13 +232,14 @@ def test_the_reference_of_a_continued_adapter_is_the_earlier_run(chain, monkeypa
     """TRL 1.16 leaves trained token rows out of its frozen copy, so the reference would be another model."""
     from finetune.models.loading import load_base
     from finetune.models.lora import continue_adapter
-    from finetune.runs.lineage import find_start
+    from finetune.runs.lineage import find_training_base
 
     recipe = load_recipe(chain / "dpo.yaml", [f"output={chain / 'again'}"])
     tokenizer, splits = prepare_rows(recipe)
-    begin = find_start(recipe.model)
-    base = load_base(begin.base, recipe.model, FLOAT32, torch.device("cpu"))
-    trainer = build_trainer(recipe, continue_adapter(base, recipe.adapter, begin.adapter), tokenizer, splits, FLOAT32)
+    base = load_base(find_training_base(recipe), recipe.recipe.model, FLOAT32, torch.device("cpu"))
+    trainer = build_trainer(
+        recipe, continue_adapter(base, recipe.recipe.adapter, recipe.adapter_folder), tokenizer, splits, FLOAT32
+    )
     batch = trainer.data_collator([trainer.train_dataset[0]])
     with torch.no_grad():  # training moves the adapter; its frozen copy stays
         for parameter in trainer.model.parameters():
@@ -256,10 +258,10 @@ def test_the_reference_of_a_continued_adapter_is_the_earlier_run(chain, monkeypa
 
 def test_a_chain_is_one_adapter_and_merged_once(chain, tmp_path):
     result = open_result(chain / "kto")
-    assert result.origin.describe_chain() == "nano → sft → dpo → kto"
-    assert [stage.run for stage in result.origin.earlier] == [str(chain / "sft"), str(chain / "dpo")]
-    assert result.origin.base == open_result(chain / "sft").origin.base
-    settings = ExportSettings("auto", 2 * 10**9)
+    assert result.lineage.describe_chain() == "nano → sft → dpo → kto"
+    assert [stage.run for stage in result.lineage.earlier] == [str(chain / "sft"), str(chain / "dpo")]
+    assert result.lineage.base == open_result(chain / "sft").lineage.base
+    settings = ExportSettings("auto", "2GB")
     report = export_result(result, tmp_path / "export", settings, LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert "| chain | nano → sft → dpo → kto |" in (tmp_path / "export" / "README.md").read_text()
@@ -297,8 +299,8 @@ def test_what_does_not_fit_an_earlier_run_is_told(chain, override, problem):
 
 def test_an_earlier_run_settles_the_adapter(chain):
     recipe = load_recipe(chain / "dpo.yaml")
-    assert (recipe.adapter.rank, recipe.adapter.targets) == (4, ("q_proj", "v_proj"))
-    assert recipe.adapter.train_tokens == (104, 106)
+    assert (recipe.recipe.adapter.rank, recipe.recipe.adapter.targets) == (4, ("q_proj", "v_proj"))
+    assert recipe.recipe.adapter.train_tokens == (104, 106)
     # The recipe that a run writes names all of them, and is the same recipe.
     assert load_recipe(chain / "dpo" / "recipe.yaml") == recipe
 

@@ -8,10 +8,11 @@ import torch
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import FinetuneError, RecipeError
-from finetune.export.merge import ExportSettings, export_result
+from finetune.export.merge import export_result
 from finetune.export.verify import LogitVerifier
 from finetune.files.resources import find_demo_data
 from finetune.models.opening import open_model
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 from finetune.yulan.states.optimizer_states import open_states, read_state
@@ -109,7 +110,7 @@ def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tm
     run = train("run", "model.max_positions=4096", "model.rope_theta=490000", "optimizer.learning_rate=1e-3")
     config = json.loads((run / "model" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["rope_theta"]) == (4096, 490000.0)
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rope_theta"] == 490000.0
     rows = "\n".join(find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines()[:4])
@@ -117,7 +118,7 @@ def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tm
     (tmp_path / "sft.yaml").write_text(TUNING, encoding="utf-8")
     tuned = load_recipe(tmp_path / "sft.yaml", [f"model.checkpoint={run}", f"output={tmp_path / 'tuned'}"])
     summary = run_training(tuned)
-    origin = open_result(Path(summary.run)).origin
+    origin = open_result(Path(summary.run)).lineage
     assert origin.describe_chain() == "nano → pretrain → sft"
     assert (summary.steps, origin.architecture) == (2, "llama")
 
@@ -133,16 +134,16 @@ def test_an_adapter_keeps_the_positions_that_it_was_trained_with(train, make_rec
     run = train("run", *adapter)
     assert read_metrics(run, "loss")[-1] < read_metrics(run, "loss")[0]
     result, output = open_result(run), tmp_path / "export"
-    export_result(result, output, ExportSettings("float32", 2 * 10**9), LogitVerifier())
+    export_result(result, output, ExportSettings("float32", "2GB"), LogitVerifier())
     config = json.loads((output / "config.json").read_text())
     assert (config["max_position_embeddings"], config["rope_theta"]) == (4096, 490000.0)
     ids = torch.tensor([result.rows[0].input_ids])
     with torch.inference_mode():
         trained, exported = (open_model(str(name)).model(ids).logits for name in (run, output))
     torch.testing.assert_close(trained, exported, atol=1e-4, rtol=0)
-    goes_on = make_recipe("next", *adapter[:2], f"model.checkpoint={run}").model
+    goes_on = make_recipe("next", *adapter[:2], f"model.checkpoint={run}").recipe.model
     assert (goes_on.max_positions, goes_on.rope_theta) == (4096, 490000.0)
-    further = make_recipe("next", *adapter[:2], f"model.checkpoint={run}", "model.max_positions=8192").model
+    further = make_recipe("next", *adapter[:2], f"model.checkpoint={run}", "model.max_positions=8192").recipe.model
     assert (further.max_positions, further.rope_theta) == (8192, 490000.0)
 
 
