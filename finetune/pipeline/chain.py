@@ -124,7 +124,8 @@ def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) 
 
 def _open_processes(chain: Chain) -> TrainingArguments:
     first = chain.trainings[0].resolved
-    config = make_config(first, choose_run_precision(first, choose_device(first.uses_cpu)))
+    precision = choose_run_precision(first, choose_device(first.uses_cpu))
+    config = make_config(first, first.evaluates, precision)
     logger.debug("running on %s", config.device)  # asking for the device starts the processes' talk
     return config
 

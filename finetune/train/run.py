@@ -39,7 +39,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     device = choose_device(resolved.uses_cpu)
     check_engine(resolved, find_engine())
     precision = choose_run_precision(resolved, device)
-    config = make_config(resolved, precision)
+    config = make_config(resolved, resolved.evaluates, precision)
     # A fresh run needs an empty folder; a resumed one needs the recipe, rows, base and reward model that it began with.
     checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
     setup = prepare(resolved, config, precision)

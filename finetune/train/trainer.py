@@ -75,7 +75,7 @@ def build_trainer(
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
     if method.shape in ("pair", "labelled"):
         trainer_class = accept_prepared_rows(trainer_class)
-    config = make_config(resolved, precision)
+    config = make_config(resolved, splits.evaluation is not None, precision)
     score = None if aids.judge is None else aids.judge.score
     rewards = AnswerRewards(recipe.rewards, model.generation_config.eos_token_id, score) if method.is_online else None
     start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
@@ -118,7 +118,7 @@ def add_journal(trainer: Trainer, run: Path) -> None:
     trainer.add_callback(MetricsWriter(run))
 
 
-def make_config(resolved: ResolvedRecipe, precision: Precision) -> TrainingArguments:
+def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision) -> TrainingArguments:
     """Return the trainer's configuration for a recipe.
 
     Raises:
@@ -138,7 +138,7 @@ def make_config(resolved: ResolvedRecipe, precision: Precision) -> TrainingArgum
         # Otherwise every process keeps whole gradients until the last batch of a step.
         options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
     options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
-    if resolved.evaluates:
+    if evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.
         options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))

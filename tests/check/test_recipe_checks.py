@@ -164,7 +164,7 @@ def test_a_mixture_takes_the_place_of_files_to_train_on(write, tmp_path):
     recipe = load_recipe(write("data: {mixture: phase26, sources: {web: pairs.jsonl, code: {hub: a/b}}}\n"))
     assert recipe.recipe.data.train == ()
     assert recipe.recipe.data.sources == {"web": str(tmp_path / "pairs.jsonl"), "code": SourceSection(hub="a/b")}
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe.recipe))
     assert load_recipe(tmp_path / "again.yaml").recipe.data == recipe.recipe.data
 
 

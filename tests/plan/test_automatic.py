@@ -77,7 +77,7 @@ def test_what_the_recipe_says_is_kept(make_auto, plan_by_formula):
     recipe, _ = choose_settings(fixed, Target(True, 10_000))
     assert recipe.recipe.trainer["gradient_checkpointing"] is True
     shared, _ = choose_settings(make_auto(), Target(True, 10_000, None, "ddp", 4))
-    assert shared.trainer["per_device_train_batch_size"] == 3  # 12 rows by 4 processes
+    assert shared.recipe.trainer["per_device_train_batch_size"] == 3  # 12 rows by 4 processes
 
 
 def test_what_cannot_be_chosen_is_said(make_auto, plan_by_formula):
@@ -221,18 +221,17 @@ def test_a_run_that_stepped_down_goes_on_as_it_is(make_recipe, tmp_path):
     split = [f"trainer.{BATCH}=4", f"trainer.{ACCUMULATION}=2", "trainer.gradient_checkpointing=false"]
     recipe = make_recipe("sft_lora", "trainer.auto=true", *split, f"output={tmp_path}")
     smaller = {BATCH: 2, ACCUMULATION: 4, "gradient_checkpointing": True}
-    saved = automatic.recipe.change(trainer={**recipe.recipe.trainer, **smaller})
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(saved), encoding="utf-8")
+    saved = recipe.change_trainer(**smaller)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(saved.recipe), encoding="utf-8")
     assert restore_choices(recipe) == saved
-    other = automatic.recipe.change(trainer={**recipe.recipe.trainer, ACCUMULATION: 3})
-    assert restore_choices(other).trainer[ACCUMULATION] == 3  # another number of rows is another run
+    other = recipe.change_trainer(**{ACCUMULATION: 3})
+    assert restore_choices(other).recipe.trainer[ACCUMULATION] == 3  # another number of rows is another run
 
 
 def test_without_auto_the_message_says_what_grew(small_run, tmp_path, monkeypatch, capsys):
     run_out_of_memory(monkeypatch, at_step=0, most_rows=0)
-    recipe = automatic.replace(
-        choose_settings(read_small(small_run, tmp_path), Target(False, 10**12))[0],
-        trainer={"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True},
+    recipe = choose_settings(read_small(small_run, tmp_path), Target(False, 10**12))[0].change(
+        trainer={"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True}
     )
     with pytest.raises(
         TrainingError, match=r"(?s)out of memory \(CUDA.*it grew by .* of activations kept.*trainer.auto=true"

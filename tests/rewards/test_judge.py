@@ -249,7 +249,7 @@ def test_a_judge_needs_the_whole_base_and_is_planned(make_recipe, judge_run):
         RecipeError, match=r"rewards.judge.run: the judge reads with the whole base, and FSDP2 keeps shares"
     ):
         check_engine(recipe, "fsdp2")
-    assert count_judge_bytes(recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert count_judge_bytes(recipe.recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
     assert recipe.recipe.rewards.judge.run == str(Path(judge_run).resolve())
 
 

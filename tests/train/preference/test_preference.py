@@ -307,7 +307,7 @@ def test_an_earlier_run_settles_the_adapter(chain):
 
 def test_without_an_adapter_the_reference_is_computed_once(make_pairs_recipe):
     full = ("adapter={kind: none}",)
-    assert make_pairs_recipe("full", "dpo", *full).trainer["precompute_ref_log_probs"] is True
+    assert make_pairs_recipe("full", "dpo", *full).recipe.trainer["precompute_ref_log_probs"] is True
     with pytest.raises(RecipeError, match="a second copy of all weights would be held"):
         make_pairs_recipe("full", "dpo", *full, "trainer.precompute_ref_log_probs=false")
     with pytest.raises(RecipeError, match="kto compares the answers of one batch; set at least 2; found 1"):
