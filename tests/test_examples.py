@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoints.finding import find_checkpoint
-from finetune.evaluate.chat import answer
 from finetune.files.resources import find_demo_data, list_templates
 from finetune.models.opening import open_model
 from finetune.train.journal.progress import read_metrics
@@ -64,5 +63,5 @@ def test_nano_phases_leave_a_published_checkpoint_each(tmp_path):
 def test_open_export_answers_as_chat_does(nano_llama, tmp_path):
     shutil.copytree(nano_llama, tmp_path / "export")
     shutil.copyfile(list_templates()["yulan-mini"], tmp_path / "export" / "chat_template.jinja")
-    expected = answer(open_model(str(tmp_path / "export")), [{"role": "user", "content": "Hello!"}], 64).text
+    expected = open_model(str(tmp_path / "export")).answer([{"role": "user", "content": "Hello!"}], 64).text
     assert run_example("open_export", tmp_path / "export", "Hello!").rstrip("\n") == expected.rstrip("\n")

@@ -68,7 +68,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    from finetune.evaluate.chat import answer
     from finetune.models.opening import open_model
 
     loaded = open_model(arguments.model)
@@ -76,7 +75,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
     def reply(text: str) -> Any:
         messages = [*history, {"role": "user", "content": text}]
-        return answer(loaded, messages, arguments.max_new_tokens, arguments.temperature)
+        return loaded.answer(messages, arguments.max_new_tokens, arguments.temperature)
 
     if arguments.prompt is not None:
         result = reply(arguments.prompt)

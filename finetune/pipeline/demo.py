@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.check.recipes import load_recipe
-from finetune.evaluate.chat import Answer, answer
 from finetune.evaluate.token_loss import evaluate_path
 from finetune.export.merge import export_result
 from finetune.export.proof import BaseScores, ExportReport
 from finetune.export.verify import LogitVerifier
 from finetune.files.folders import check_output_free
 from finetune.files.resources import find_demo_data, list_recipes
-from finetune.models.opening import open_model
+from finetune.models.opening import Reply, open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
@@ -71,9 +70,9 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
     )
 
 
-def _ask(model: str) -> list[Answer]:
+def _ask(model: str) -> list[Reply]:
     loaded = open_model(model)
-    return [answer(loaded, [{"role": "user", "content": question}], _LONGEST_ANSWER, 0.0) for question in _QUESTIONS]
+    return [loaded.answer(question, _LONGEST_ANSWER) for question in _QUESTIONS]
 
 
 def _read_comparison(report: ExportReport) -> dict[str, object]:

@@ -44,6 +44,11 @@ def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str]
     """Turn what a recipe file says into sections, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
+    if "stages" in content:
+        content.pop("stages")
+        problems.append(
+            "stages: this is a chain of stages; run all of them with `finetune train`, or name a recipe of one"
+        )
     apply_overrides(content, overrides, problems)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))

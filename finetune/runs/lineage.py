@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
+from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
-from finetune.recipe.sections import ModelSection, TrainedArchitecture
-from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
 from finetune.files.json_files import read_json
-from finetune.runs.results import Result
+from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 from finetune.yulan.layout import find_architecture
-
 
 
 def find_training_base(resolved: ResolvedRecipe) -> Path:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from finetune.errors import CheckpointError, ExportError
 from finetune.evaluate.token_loss import evaluate_rows
 from finetune.export.merge import export_result
-from finetune.runs.export_settings import ExportSettings
 from finetune.export.verify import LogitVerifier
 from finetune.models.opening import open_model
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.train.run import run_training
 
@@ -60,9 +60,7 @@ def test_a_start_without_a_native_form_is_refused(make_recipe, nano_llama, tmp_p
 def test_the_dequantized_base_is_the_one_that_was_trained_on(train, tmp_path):
     """The merge into full precision answers differently from the adapter that was tried: reported against every peer."""
     run = open_result(train("run", "model.quantize=nf4", "trainer.learning_rate=1e-2"))
-    report = export_result(
-        run, tmp_path / "same", ExportSettings("auto", "2GB", base="dequantized"), LogitVerifier()
-    )
+    report = export_result(run, tmp_path / "same", ExportSettings("auto", "2GB", base="dequantized"), LogitVerifier())
     assert report.bases.dequantized.loss == pytest.approx(report.bases.trained_loss, abs=1e-5)
     assert report.bases.dequantized.kl < 1e-9
     assert report.bases.dequantized.top1_agreement == 1.0

@@ -196,7 +196,6 @@ def test_accelerate_launch_gives_the_same_losses(train, make_recipe, tmp_path, r
 
 
 def test_the_model_learns_and_stops_by_itself(train, tmp_path):
-    from finetune.evaluate.chat import answer
     from finetune.models.opening import open_model
 
     lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
@@ -205,7 +204,7 @@ def test_the_model_learns_and_stops_by_itself(train, tmp_path):
     loaded = open_model(str(train("run", *overrides)))
     rows = [json.loads(line) for line in lines]
     question, expected = rows[0]["messages"][-2:]
-    found = answer(loaded, [*rows[0]["messages"][:-2], question], 64)
+    found = loaded.answer([*rows[0]["messages"][:-2], question], 64)
     assert found.stopped_by == "<|eot_id|>"
     assert found.text == expected["content"]
 

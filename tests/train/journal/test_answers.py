@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.evaluate.chat import answer
 from finetune.models.opening import open_model
 from finetune.train.run import run_training
 
@@ -27,8 +26,8 @@ def test_a_run_keeps_its_answers_before_and_after(train, tmp_path, nano_llama):
         assert row[first]["content"] not in sample["prompt"]
     # The very answers that the start and the result give in a chat, though they were generated in one padded batch.
     question = [{"role": "user", "content": "Who are you? Answer in two sentences."}]
-    assert samples[0]["before"] == answer(open_model(str(nano_llama)), question, 12).text.strip()
-    assert samples[0]["after"] == answer(open_model(str(run)), question, 12).text.strip()
+    assert samples[0]["before"] == open_model(str(nano_llama)).answer(question, 12).text.strip()
+    assert samples[0]["after"] == open_model(str(run)).answer(question, 12).text.strip()
     assert any(sample["before"] != sample["after"] for sample in samples)
     page = (run / "answers.md").read_text(encoding="utf-8")
     assert page.startswith("# Answers before and after\n\nThe likeliest token each time, at most 12 tokens.")
