@@ -6,23 +6,23 @@ from pathlib import Path
 from finetune.check.recipes import load_recipe as load_checked_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
-from finetune.evaluate.pairs import PairScores, evaluate_pairs, hold_pairs
-from finetune.evaluate.token_loss import Scores, evaluate_path
-from finetune.export.merge import export_result
-from finetune.export.proof import ExportReport
-from finetune.export.verify import LogitVerifier
+from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
+from finetune.evaluation.token_loss import Scores, evaluate_path
+from finetune.exporting.merge import export_result
+from finetune.exporting.proof import ExportReport
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.sizes import parse_memory, parse_size
 from finetune.models.opening import LoadedModel
 from finetune.models.opening import open_model as open_named_model
-from finetune.pipeline.training import train_on_device
-from finetune.plan.automatic import choose_settings
-from finetune.plan.forecast import Plan, choose_target, make_plan
+from finetune.pipeline.memory_ladder import train_on_device
+from finetune.planning.automatic import choose_settings
+from finetune.planning.forecast import Plan, choose_target, make_plan
 from finetune.recipe.sections import DtypeChoice
 from finetune.runs.export_settings import BaseChoice, ExportSettings
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 from finetune.runs.summary import RunSummary
-from finetune.train.training_rows import prepare_rows
+from finetune.training.training_rows import prepare_rows
 from finetune.yulan.folding import FoldReport, fold_checkpoint
 
 AnyRecipe = ResolvedRecipe | str | Path

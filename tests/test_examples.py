@@ -11,7 +11,7 @@ import pytest
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.files.resources import find_demo_data, list_templates
 from finetune.models.opening import open_model
-from finetune.train.journal.progress import read_metrics
+from finetune.training.journal.progress import read_metrics
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.states.optimizer_states import open_states
 
@@ -33,7 +33,7 @@ def test_compare_checkpoints(tmp_path, nano):
     lines = find_demo_data("demo_eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     table = run_example("compare_checkpoints", tmp_path / "rows.jsonl", "nano", nano).splitlines()
-    assert [line.split()[0] for line in table] == ["start", "nano", str(nano)]
+    assert [line.split()[0] for line in table] == ["checkpoint", "nano", str(nano)]
     assert table[1].split()[1:] == table[2].split()[1:]
 
 

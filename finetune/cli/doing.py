@@ -37,14 +37,14 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from finetune.export.merge import describe_export, export_result
+    from finetune.exporting.merge import describe_export, export_result
     from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
     settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
     verifier = None
     if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
-        from finetune.export.verify import LogitVerifier
+        from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
     report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
@@ -52,8 +52,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from finetune.evaluate.pairs import evaluate_pairs, hold_pairs
-    from finetune.evaluate.token_loss import evaluate_path
+    from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
+    from finetune.evaluation.token_loss import evaluate_path
 
     if hold_pairs(arguments.data):
         found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)

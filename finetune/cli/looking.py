@@ -72,7 +72,7 @@ def _describe_mixture(recipe: Recipe) -> str:
 def run_preview(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
     from finetune.data.preview.preview import describe_preview, preview_rows
-    from finetune.train.training_rows import prepare_rows
+    from finetune.training.training_rows import prepare_rows
 
     def preview_stage(stage: TrainStage) -> tuple[Any, str]:
         tokenizer, splits = prepare_rows(stage.resolved)
@@ -93,7 +93,7 @@ def run_lint(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
     from finetune.data.lint.findings import describe_fix, describe_lint
     from finetune.data.lint.lint_rows import lint_data
-    from finetune.train.training_rows import open_data
+    from finetune.training.training_rows import open_data
 
     def lint_stage(stage: TrainStage) -> tuple[Any, str]:
         folder = arguments.fix / stage.name if arguments.fix is not None else None
@@ -114,12 +114,18 @@ def run_plan(arguments: argparse.Namespace) -> int:
     chain = load_chain(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     with load_for_plan():
-        from finetune.plan.automatic import choose_settings, describe_choices
-        from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
+        from finetune.planning.automatic import choose_settings, describe_choices
+        from finetune.planning.forecast import (
+            choose_target,
+            describe_plan,
+            describe_steps,
+            find_fitting_plan,
+            make_plan,
+        )
 
     engine, processes = arguments.engine, arguments.processes
     if arguments.accelerate is not None:
-        from finetune.plan.step.sharing import read_sharing
+        from finetune.planning.step.sharing import read_sharing
 
         found, count = read_sharing(arguments.accelerate)
         engine, processes = engine or found, processes or count
@@ -140,7 +146,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    from finetune.plan.doctor import describe_machine, examine_machine
+    from finetune.planning.doctor import describe_machine, examine_machine
 
     report = examine_machine()
     return print_result(arguments, asdict(report), describe_machine(report))

@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
 from finetune.errors import OutputError, TrainingError
-from finetune.export.merge import export_result
-from finetune.export.verify import LogitVerifier
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import hash_file
 from finetune.files.folders import check_output_free, translate_os_errors
 from finetune.files.json_files import read_json, write_json
 from finetune.models.precision import choose_device, choose_run_precision
-from finetune.pipeline.training import restore_choices, train_on_device
+from finetune.pipeline.memory_ladder import restore_choices, train_on_device
 from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe
 from finetune.runs.run_files import (
@@ -37,9 +37,9 @@ from finetune.runs.run_files import (
 )
 from finetune.runs.summary import RunSummary, describe_run
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
-from finetune.train.run import check_finished_run
-from finetune.train.trainer import make_config
-from finetune.train.training_rows import prepare_rows
+from finetune.training.run import check_finished_run
+from finetune.training.trainer import make_config
+from finetune.training.training_rows import prepare_rows
 from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)

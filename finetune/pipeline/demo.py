@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.check.recipes import load_recipe
-from finetune.evaluate.token_loss import evaluate_path
-from finetune.export.merge import export_result
-from finetune.export.proof import BaseScores, ExportReport
-from finetune.export.verify import LogitVerifier
+from finetune.evaluation.token_loss import evaluate_path
+from finetune.exporting.merge import export_result
+from finetune.exporting.proof import BaseScores, ExportReport
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.folders import check_output_free
 from finetune.files.resources import find_demo_data, list_recipes
 from finetune.models.opening import Reply, open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 logger = logging.getLogger(__name__)
 

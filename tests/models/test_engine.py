@@ -12,8 +12,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 from finetune.errors import MachineError, RecipeError
-from finetune.export.merge import export_result
-from finetune.export.verify import LogitVerifier
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.resources import find_demo_data, find_resource_folder
 from finetune.models.engine import check_engine, find_engine
 from finetune.runs.export_settings import ExportSettings

@@ -8,11 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.check.recipes import load_recipe
-from finetune.export.merge import export_result
-from finetune.export.verify import LogitVerifier
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 RECIPE = """
 data:

@@ -7,13 +7,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from finetune.errors import CheckpointError, ExportError
-from finetune.evaluate.token_loss import evaluate_rows
-from finetune.export.merge import export_result
-from finetune.export.verify import LogitVerifier
+from finetune.evaluation.token_loss import evaluate_rows
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.models.opening import open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the model will really see: rows as text with what is trained marked, counts, lengths."""
 
+import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,20 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """A few rows, and the account of all."""
+    """A few rows, and the account of all. A notebook shows it with the trained text marked."""
 
     rows: list[PreviewRow]
     counts: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        return "".join(_render_row(row) for row in self.rows)
+
+
+def _render_row(row: PreviewRow) -> str:
+    """Return a row as HTML for a notebook; every text in it is escaped."""
+    title = html.escape(f"{row.origin} {row.side}: {sum(row.trained):,} of {len(row.token_ids):,} tokens trained")
+    pieces = (f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text) for text, trained in row.pieces)
+    return f"<p><b>{title}</b></p><pre style='white-space: pre-wrap'>{''.join(pieces)}</pre>"
 
 
 def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
