@@ -124,9 +124,9 @@ class _ChainReader:
         else:
             self._problems.append("export: no stage before it trains, so there is nothing to export")
         try:
-            parse_size(settings.max_shard_size)
+            parse_size(settings.max_shard_size, "export.max_shard_size")
         except FinetuneError as error:
-            self._problems.append(str(error).replace("--max-shard-size", "export.max_shard_size"))
+            self._problems.append(str(error))
         run = Path(before[-1].recipe.output) if before else self._output
         return ExportStage(name, settings, run, self._output / name)
 
