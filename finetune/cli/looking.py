@@ -96,8 +96,8 @@ def run_preview(arguments: argparse.Namespace) -> int:
 
 
 def run_lint(arguments: argparse.Namespace) -> int:
-    from finetune.data.lint.findings import describe_fix, describe_lint
-    from finetune.data.lint.lint_rows import lint_data
+    from finetune.data.lint.lint_data import lint_data
+    from finetune.data.lint.lint_report import describe_fix, describe_lint
     from finetune.train.training_rows import open_data
 
     def lint_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:

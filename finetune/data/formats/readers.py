@@ -1,4 +1,4 @@
-"""How each format reads a row: one function for each."""
+"""Read a raw row: one function for each format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,7 +84,7 @@ def read_prompt_row(row: Mapping[str, Any]) -> Row:
 
 
 def read_preference_row(row: Mapping[str, Any]) -> Row:
-    """Read a pair whose prompt is given apart, as ShareGPT turns, or as the beginning that both conversations share."""
+    """Read a pair. Its prompt has a key of its own, or is the beginning that both conversations share."""
     chosen = _read_turns(row["chosen"], "assistant", "chosen")
     rejected = _read_turns(row["rejected"], "assistant", "rejected")
     shared = 0

@@ -10,7 +10,7 @@ import pytest
 from finetune.data.formats.row_formats import choose_format, read_row
 from finetune.data.formats.rows import Row
 from finetune.data.reading.raw_files import list_files, read_file
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 WORSE = {"role": "assistant", "content": "B"}
@@ -62,9 +62,9 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "argu
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_formats_are_found_and_read(name, raw, expected):
-    entry = choose_format("auto", {}, raw, "f, line 1")
+    entry = choose_format("auto", {}, raw, Place("f", 1))
     assert entry.name == name
-    assert read_row(entry, {}, raw, "f, line 1") == expected
+    assert read_row(entry, {}, raw, Place("f", 1)) == expected
 
 
 def test_sharegpt_tool_calls_become_openai_ones():
@@ -75,7 +75,7 @@ def test_sharegpt_tool_calls_become_openai_ones():
         {"from": "gpt", "value": "A"},
     ]
     raw = {"conversations": turns, "tools": json.dumps([TOOL])}
-    row = read_row(choose_format("auto", {}, raw, "w"), {}, raw, "w")
+    row = read_row(choose_format("auto", {}, raw, Place("w")), {}, raw, Place("w"))
     assert [message["role"] for message in row.messages] == ["user", "assistant", "tool", "assistant"]
     (call,) = row.messages[1]["tool_calls"]
     assert call.get("function", call) == {"name": "add", "arguments": {"a": 1}}
@@ -99,7 +99,7 @@ def test_sharegpt_tool_calls_become_openai_ones():
 )
 def test_faulty_rows_name_place_and_reason(raw, message):
     with pytest.raises(DataError, match=f"^f, line 7: .*{message}"):
-        read_row(choose_format("auto", {}, raw, "f, line 7"), {}, raw, "f, line 7")
+        read_row(choose_format("auto", {}, raw, Place("f", 7)), {}, raw, Place("f", 7))
 
 
 ROWS = [{"prompt": "Q", "completion": "A"}, {"prompt": "二", "completion": "B"}]
