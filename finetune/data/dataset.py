@@ -78,6 +78,7 @@ class _Prepared:
     report: DataReport
 
     def select(self, name: str) -> Dataset | None:
+        """Return the rows of a split, or None where it has none."""
         chosen = self.chosen[name]
         if len(chosen) == len(self.rows):
             return self.rows
@@ -127,6 +128,7 @@ def _prepare(
     chosen, reports = account.split(held, reader.count)
     _check_not_empty(reports, settings)
     assert rows is not None, "the training split has rows"
+    losses = describe_losses(reports["train"], reports["evaluation"], settings)
     report = DataReport(
         train=reports["train"],
         evaluation=reports["evaluation"] if held else None,
@@ -134,13 +136,7 @@ def _prepare(
         template=template.name,
         template_fingerprint=template.fingerprint,
         fingerprint=content.finish(chosen),
-        notes=(
-            *settings.notes,
-            *describe_losses(reports["train"], reports["evaluation"], settings),
-            *reader.describe(),
-            *encoder.describe(),
-            *account.describe_labels(),
-        ),
+        notes=(*settings.notes, *losses, *reader.describe(), *encoder.describe(), *account.describe_labels()),
         left_out=dict(reader.left_out),
     )
     return _Prepared(rows, chosen, report)

@@ -130,13 +130,11 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> l
     return read_tokens(rendered, tokenize_rendered(tokenizer, rendered))
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, tools: Tools = None
-) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages) -> list[int]:
     """Return the token ids of a prompt, up to where the assistant's answer begins."""
     hidden: dict[str, str] = {}
-    safe = hide_spellings([messages, tools], compile_spellings(list_control_spellings(tokenizer)), hidden)
-    text = _render_one(tokenizer, template, safe[0], safe[1], add_generation_prompt=True)
+    safe = hide_spellings(messages, compile_spellings(list_control_spellings(tokenizer)), hidden)
+    text = _render_one(tokenizer, template, safe, add_generation_prompt=True)
     return encode_rendered(tokenizer, Rendered([text], [[]], [hidden]))[0].token_ids
 
 

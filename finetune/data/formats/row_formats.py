@@ -27,35 +27,28 @@ from finetune.errors import DataError, Place
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the kind of its rows, its required and optional keys, and the function that reads a row."""
+    """One format: the kind of its rows, the keys that every row needs, and the function that reads a row."""
 
     name: str
     row_kind: RowKind
     required: tuple[str, ...]
-    optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Row]
 
 
 FORMATS: Mapping[str, Format] = {
     entry.name: entry
     for entry in (
-        Format(
-            "sharegpt_preference",
-            "preference",
-            ("conversations", "chosen", "rejected"),
-            ("system", "tools"),
-            read_preference_row,
-        ),
-        Format("preference", "preference", ("chosen", "rejected"), ("prompt", "tools"), read_preference_row),
-        Format("labelled_messages", "labelled", ("messages", "label"), ("tools",), read_labelled_row),
-        Format("labelled", "labelled", ("prompt", "completion", "label"), (), read_labelled_row),
-        Format("messages", "conversation", ("messages",), ("tools",), read_openai_row),
-        Format("sharegpt", "conversation", ("conversations",), ("system", "tools"), read_sharegpt_row),
-        Format("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history"), read_alpaca_row),
-        Format("prompt_completion", "conversation", ("prompt", "completion"), ("tools",), read_prompt_completion_row),
-        Format("text", "text", ("text",), (), read_plain_text_row),
-        Format("tokens", "tokens", ("input_ids",), (), read_tokens_row),
-        Format("prompt", "prompt", ("prompt",), ("answer",), read_prompt_row),
+        Format("sharegpt_preference", "preference", ("conversations", "chosen", "rejected"), read_preference_row),
+        Format("preference", "preference", ("chosen", "rejected"), read_preference_row),
+        Format("labelled_messages", "labelled", ("messages", "label"), read_labelled_row),
+        Format("labelled", "labelled", ("prompt", "completion", "label"), read_labelled_row),
+        Format("messages", "conversation", ("messages",), read_openai_row),
+        Format("sharegpt", "conversation", ("conversations",), read_sharegpt_row),
+        Format("alpaca", "conversation", ("instruction", "output"), read_alpaca_row),
+        Format("prompt_completion", "conversation", ("prompt", "completion"), read_prompt_completion_row),
+        Format("text", "text", ("text",), read_plain_text_row),
+        Format("tokens", "tokens", ("input_ids",), read_tokens_row),
+        Format("prompt", "prompt", ("prompt",), read_prompt_row),
     )
 }
 

@@ -44,11 +44,13 @@ class _RowWriter:
         self._files: dict[tuple[Split, str], IO[str]] = {}
 
     def write(self, row: LintRow) -> None:
+        """Write a row into the file for its source."""
         source = row.place.file
         file = self._files.get((row.split, source)) or self._open(row.split, source)
         file.write(json.dumps(row.raw, ensure_ascii=False, default=_to_text) + "\n")
 
     def close(self) -> None:
+        """Close all files."""
         for file in self._files.values():
             file.close()
 
