@@ -17,7 +17,8 @@ class SplitReport:
     """The numbers of one split: `rows_read` + `parts` = `rows` + `dropped`.
 
     `parts` is how many rows were added by splitting long texts. `answers_cut` counts the `truncated` rows whose answer lost its
-    end. `longest`, `median` and `histogram` count tokens; a pair counts its longer side. `histogram` holds `(upper length, rows)`.
+    end. `longest`, `median` and `histogram` count tokens, for a pair those of its longer side. `histogram` holds
+    `(upper length, rows)`.
     """
 
     rows_read: int
@@ -56,10 +57,10 @@ class DataReport:
 
     def describe(self) -> str:
         """Return the numbers of all rows as one line."""
-        account = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        tokens = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
         if not self.train.trained_tokens:
-            account = f"prompts of {self.train.tokens:,} tokens"
-        parts = [f"{self.train.rows:,} for training ({account})"]
+            tokens = f"prompts of {self.train.tokens:,} tokens"
+        parts = [f"{self.train.rows:,} for training ({tokens})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -195,7 +196,7 @@ def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(bins.items())
 
 
-def describe_losses(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
+def describe_long_rows(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
     """Return sentences about the rows that were left out or cut because they are too long."""
     splits = [split for split in (train, held_out) if split is not None]
     dropped, truncated = sum(s.dropped for s in splits), sum(s.truncated for s in splits)

@@ -12,7 +12,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.account import Account, DataReport, SplitReport, describe_losses
+from finetune.data.account import Account, DataReport, SplitReport, describe_long_rows
 from finetune.data.encoding.columns import ColumnHash, make_record_batch
 from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import ChatTemplate
@@ -128,7 +128,7 @@ def _prepare(
     chosen, reports = account.split(held, reader.count)
     _check_not_empty(reports, settings)
     assert rows is not None, "the training split has rows"
-    losses = describe_losses(reports["train"], reports["evaluation"], settings)
+    long_rows = describe_long_rows(reports["train"], reports["evaluation"], settings)
     report = DataReport(
         train=reports["train"],
         evaluation=reports["evaluation"] if held else None,
@@ -136,7 +136,7 @@ def _prepare(
         template=template.name,
         template_fingerprint=template.fingerprint,
         fingerprint=content.finish(chosen),
-        notes=(*settings.notes, *losses, *reader.describe(), *encoder.describe(), *account.describe_labels()),
+        notes=(*settings.notes, *long_rows, *reader.describe(), *encoder.describe(), *account.describe_labels()),
         left_out=dict(reader.left_out),
     )
     return _Prepared(rows, chosen, report)

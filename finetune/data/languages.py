@@ -1,8 +1,8 @@
 """Tell the language of a text by its scripts, to find answers in another language than their question.
 
-All languages in Latin letters count as one, because their script does not tell them apart. A unit is one Han, kana, Hangul or Thai
-letter, or one word of a script that puts spaces between words. Han letters beside kana count as Japanese. Code, formulas and
-addresses are left out: they are written in Latin letters in every language.
+All languages in Latin letters count as one, because their script does not tell them apart. A unit is one Han, kana, Hangul or
+Thai letter, or one word of a script that puts spaces between words. Han letters beside kana count as Japanese. Code, formulas
+and addresses are left out: they are written in Latin letters in every language.
 """
 
 import re

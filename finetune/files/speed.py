@@ -1,4 +1,4 @@
-"""Ways to save time that a reader would not expect, each with the benchmark that measures it."""
+"""Ways to save time that a reader would not expect. Each says what it saves, and which benchmark's table relies on it."""
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +12,11 @@ Batch = TypeVar("Batch", bound=Sequence[object])
 def pause_garbage_search() -> Iterator[None]:
     """Stop Python's automatic search for reference cycles within the block.
 
-    Python searches after every 700 new objects. Preparing rows makes millions of objects and no cycles, so the search takes a
-    fifth of the time. Measured by `benchmarks/prepare.py` (the ways "finetune").
-    Use it with `collect_between`, which bounds the memory of what cycles there are.
+    Python searches after every 700 new objects. Preparing rows makes millions of objects and hardly any cycles, so nearly all
+    of these searches find nothing. Use it with `collect_between`, which bounds the memory that remaining cycles hold.
+
+    The lines "finetune" of `benchmarks/prepare.py` are measured with it. It saved 7 % for 15,000 rows on one core: 5.75 s of CPU
+    time with it and 6.19 s without (medians of five runs). Larger processes save more: a search looks at every object.
     """
     was_enabled = gc.isenabled()
     gc.disable()

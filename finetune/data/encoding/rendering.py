@@ -78,7 +78,8 @@ def encode_conversations(
 class Rendered:
     """Conversations as texts, with their trained spans in characters.
 
-    `hidden` maps the lone surrogates in each text to the spellings of control tokens that they stand for. It is empty for most rows.
+    `hidden` maps the lone surrogates in each text to the spellings of control tokens that they stand for. It is empty for
+    most rows.
     """
 
     texts: list[str]

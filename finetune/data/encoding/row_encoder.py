@@ -72,8 +72,8 @@ class TokenRow:
 class RowEncoder:
     """Turns rows into tokens with one tokenizer and template.
 
-    `train_on` chooses the trained turns of rows of the shape `sequence`. `rows_with_spellings` counts the conversations whose text
-    holds the spelling of a control token.
+    `train_on` chooses the trained turns of rows of the shape `sequence`. `rows_with_spellings` counts the conversations whose
+    text holds the spelling of a control token.
     """
 
     def __init__(
@@ -196,11 +196,15 @@ class RowEncoder:
         if self._shape == "prompt":
             return describe_bos_fault(row.token_ids, self._tokenizer)
         last = len(row.token_ids)
-        free = row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
+        may_lack_stop = (
+            row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
+        )
         is_sound = (
             all(ids[0] == self._tokenizer.bos_token_id and ids.count(ids[0]) == 1 for ids in row.sides)
             and bool(row.spans)
-            and all(row.token_ids[end - 1] in self._stop_tokens or (free and end == last) for _, end in row.spans)
+            and all(
+                row.token_ids[end - 1] in self._stop_tokens or (may_lack_stop and end == last) for _, end in row.spans
+            )
         )
         if is_sound and row.rejected is None:
             return None
@@ -210,7 +214,7 @@ class RowEncoder:
             )
         for ids in row.sides:
             labels = make_labels(row).tolist() if ids is row.token_ids else _label_answer(ids, row.spans[0][0])
-            if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=free):
+            if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=may_lack_stop):
                 return fault if row.rejected is None else f"{'chosen' if ids is row.token_ids else 'rejected'}: {fault}"
         return None
 

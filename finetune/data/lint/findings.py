@@ -48,8 +48,8 @@ KINDS: Mapping[str, Kind] = {
 class LintRow:
     """One row as it was read, or `fault`: the kind of finding and its text for a row without messages and tokens.
 
-    `messages` ends with the answer, for a pair with the chosen one; `rejected` holds the other answer of a pair. Plain text is one
-    message of the assistant. `raw` is the row as it stands in its file.
+    `messages` ends with the answer, for a pair with the chosen one; `rejected` holds the other answer of a pair. Plain text is
+    one message of the assistant. `raw` is the row as it stands in its file.
     """
 
     place: Place

@@ -36,8 +36,8 @@ def sign_text(text: str) -> RMinHash | None:
 class NearIndex:
     """The signatures of the rows so far, with their places.
 
-    The signatures have 16 bands of 8 slots. Two texts that share 0.8 of their word groups are found 19 times in 20; two that share
-    0.9 are missed once in 10,000 times.
+    The signatures have 16 bands of 8 slots. Two texts that share 0.8 of their word groups are found 19 times in 20; two that
+    share 0.9 are missed once in 10,000 times.
     """
 
     places: list[Place] = field(default_factory=list)

@@ -19,8 +19,8 @@ _BAR_WIDTH = 40
 class PreviewRow:
     """One row, or one side of a pair.
 
-    `origin` is its place as text. `trained` holds 1 for each trained token, else 0, shape `(tokens,)`. `pieces` is the text in runs
-    that are trained or not. `side` says which side of a pair it is, or which label or reference answer it has.
+    `origin` is its place as text. `trained` holds 1 for each trained token, else 0, shape `(tokens,)`. `pieces` is the text in
+    runs that are trained or not. `side` says which side of a pair it is, or which label or reference answer it has.
     """
 
     origin: str

@@ -103,7 +103,10 @@ def _measure_rows(source: Source) -> list[int]:
 
 
 def _count_bytes(value: object) -> int:
-    """Return the UTF-8 bytes of all text in a row. In mixed scripts they follow the number of tokens better than characters do."""
+    """Return the UTF-8 bytes of all text in a row.
+
+    Where scripts are mixed, bytes follow the number of tokens better than characters do.
+    """
     if isinstance(value, str):
         return len(value.encode(errors="replace"))
     if isinstance(value, Mapping):
