@@ -16,7 +16,7 @@ def pause_garbage_search() -> Iterator[None]:
     of these searches find nothing. Use it with `collect_between`, which bounds the memory that remaining cycles hold.
 
     The lines "finetune" of `benchmarks/prepare.py` are measured with it. It saved 7 % for 15,000 rows on one core: 5.75 s of CPU
-    time with it and 6.19 s without (medians of five runs). Larger processes save more: a search looks at every object.
+    time with it and 6.19 s without (medians of five runs).
     """
     was_enabled = gc.isenabled()
     gc.disable()
