@@ -6,8 +6,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
+import finetune
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.files.resources import find_demo_data, list_templates
 from finetune.models.opening import open_model
@@ -16,6 +19,26 @@ from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.states.optimizer_states import open_states
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
+    notebook = nbformat.read(EXAMPLES[0].with_name("quickstart.ipynb"), as_version=4)
+    shown = [list_shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    # Fewer steps than in the notebook; everything else is as it stands there.
+    source = notebook.cells[1].source
+    notebook.cells[1].source = source.replace('"trainer.num_train_epochs=4"', '"trainer.max_steps=2"')
+    assert notebook.cells[1].source != source
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [list_shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"] == shown
+    assert "image/png" in shown[4] and "text/html" in shown[1]
+    text = EXAMPLES[0].with_name("quickstart.ipynb").read_text(encoding="utf-8")
+    assert "<mark>" in text and str(Path(finetune.__file__).parents[1]) not in text
+
+
+def list_shown(outputs):
+    """Return the kinds of what a cell shows; what libraries say on standard error is not part of it."""
+    kinds = [sorted(output.data) if "data" in output else [output.name] for output in outputs]
+    return [kind for names in kinds for kind in names if kind != "stderr"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

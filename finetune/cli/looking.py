@@ -91,8 +91,8 @@ def run_preview(arguments: argparse.Namespace) -> int:
 
 def run_lint(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
-    from finetune.data.lint.findings import describe_fix, describe_lint
-    from finetune.data.lint.lint_rows import lint_data
+    from finetune.data.lint.lint_data import lint_data
+    from finetune.data.lint.lint_report import describe_fix, describe_lint
     from finetune.training.training_rows import open_data
 
     def lint_stage(stage: TrainStage) -> tuple[Any, str]:

@@ -44,8 +44,8 @@ def hold_pairs(files: Sequence[Path]) -> bool:
         DataError: it cannot be read.
     """
     for _, rows in read_source(Source(files[0])):
-        for where, row in rows:
-            return choose_format("auto", {}, row, where).row_kind == "preference"
+        for place, row in rows:
+            return choose_format("auto", {}, row, place).row_kind == "preference"
     return False
 
 

@@ -182,7 +182,7 @@ def _list_rows(subject: Subject) -> Sequence[SampleRow]:
         return subject.result.rows
     tokenizer = load_tokenizer(subject.tokenizer_folder)
     raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
-    conversations = [read_row(FORMATS["messages"], {}, row, where).messages for where, row in raw]
+    conversations = [read_row(FORMATS["messages"], {}, row, place).messages for place, row in raw]
     return [
         SampleRow(encoded.token_ids, encoded.token_ids)
         for encoded in encode_conversations(tokenizer, subject.template, conversations)

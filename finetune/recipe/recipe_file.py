@@ -125,7 +125,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, with its nearest known key."""
-    return describe_unknown_name(key, known).replace("unknown", "unknown key", 1)
+    return describe_unknown_name(key, known, "unknown key")
 
 
 class _MismatchError(Exception):

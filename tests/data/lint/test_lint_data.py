@@ -8,11 +8,13 @@ import pyarrow.parquet
 import pytest
 
 from finetune.data.dataset import load_splits
+from finetune.data.encoding.spellings import list_control_spellings
 from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.row_formats import FORMATS
 from finetune.data.lint.findings import KINDS
-from finetune.data.lint.lint_rows import lint_data, list_control_spellings, read_lint_rows
+from finetune.data.lint.lint_data import lint_data
+from finetune.data.lint.lint_reader import read_lint_rows
 from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import OutputError
@@ -108,7 +110,7 @@ def test_rows_have_the_tokens_that_training_counts(tokenizer, shared):
     template = find_template("yulan-mini", tokenizer)
     rows = list(read_lint_rows(settings, tokenizer, template))
     splits = load_splits(settings, tokenizer, template, seed=0)
-    assert [row.where for row in rows] == splits.train["origin"]
+    assert [str(row.place) for row in rows] == splits.train["origin"]
     assert [row.tokens for row in rows] == [len(token_ids) for token_ids in splits.train["input_ids"]]
     assert sum(row.trained_tokens for row in rows) == splits.report.train.trained_tokens
     assert [row.raw for row in rows] == [raw for _, raw in read_file(path)]
@@ -241,7 +243,7 @@ def test_nothing_is_written_into_a_full_folder_or_after_an_error(lint, tmp_path,
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Why so?", "completion": "Because it is."}])
     with pytest.raises(OutputError, match="is not empty"):
         lint(path, fixed=tmp_path)
-    monkeypatch.setattr("finetune.data.lint.findings.describe_mojibake", lambda messages: 1 / 0)
+    monkeypatch.setattr("finetune.data.lint.lint_pass.describe_mojibake", lambda messages: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lint(path, fixed=tmp_path / "fixed")
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
