@@ -25,11 +25,11 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from finetune.check.recipes import resolve_names
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
 from finetune.planning.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.recipe.sections import AdapterSection, DataSection, Recipe
-from finetune.runs.resolved_recipe import resolve_names
 from finetune.training.trainer import build_trainer
 
 SFT, DPO, TWO_MODELS = "SFT of the same tokens", "DPO", "DPO, a reference model of its own"

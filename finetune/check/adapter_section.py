@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from finetune.errors import describe_unknown_name
-from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection, Recipe
+from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
 
 
-def check_adapter_section(recipe: Recipe) -> Iterator[str]:
-    adapter, quantize = recipe.adapter, recipe.model.quantize
+def check_adapter_section(adapter: AdapterSection, quantize: str) -> Iterator[str]:
+    """Yield what is wrong with an adapter on a base that is held as `quantize`."""
     if adapter.trains_all_weights:
         for key, value in vars(adapter).items():
             if key != "kind" and value != vars(AdapterSection())[key]:

@@ -8,12 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune.errors import FinetuneError
 from finetune.files.json_files import read_json
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import Draft
 from finetune.recipe.sections import LINEAR_LAYERS, Recipe
-from finetune.runs.results import Result, find_earlier
+from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 
 Form = Mapping[str, Any]
@@ -35,19 +34,13 @@ FORM_KEYS = (
 _MAY_CHANGE = ("model.max_positions", "model.rope_theta")
 
 
-def adopt_earlier_run(draft: Draft) -> tuple[Draft, Result | None]:
-    """Return a draft with the settings of the run that its `model.checkpoint` names, and that run's result."""
-    try:
-        earlier = find_earlier(draft.recipe.model.checkpoint)
-    except FinetuneError as error:
-        return replace(draft, problems=(*draft.problems, f"model.checkpoint: {error}")), None
-    if earlier is None:
-        return draft, None
+def adopt_earlier_run(draft: Draft, earlier: Result) -> Draft:
+    """Return a draft with the settings of the run that it continues, and its problems with them."""
     problems = list(_list_misfits(draft.recipe, earlier))
     if problems or not earlier.is_adapter:
-        return replace(draft, problems=(*draft.problems, *problems)), earlier
+        return draft.add_problems(*problems)
     recipe, problems = adopt_form(draft.recipe, read_form(earlier), str(earlier.folder), draft.given, draft.given)
-    return replace(draft, recipe=recipe, problems=(*draft.problems, *problems)), earlier
+    return replace(draft, recipe=recipe).add_problems(*problems)
 
 
 def adopt_form(

@@ -14,8 +14,8 @@ from typing import Any
 from finetune.check.adoption import adopt_earlier_run, adopt_form, list_method_misfits, read_stage_form
 from finetune.check.chain_stages import Chain, Content, ExportStage, Stage, TrainStage
 from finetune.check.data_section import find_file
-from finetune.check.preference_methods import check_early_reference
-from finetune.check.recipes import find_recipe, list_problems, resolve_draft, settle_recipe
+from finetune.check.preference_methods import check_continued_reference
+from finetune.check.recipes import find_recipe, list_problems, resolve_draft, resolve_names, settle_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import list_templates
 from finetune.files.sizes import parse_size
@@ -32,7 +32,8 @@ from finetune.recipe.recipe_file import (
 from finetune.recipe.sections import Recipe
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.export_settings import ExportSettings, list_refusals
-from finetune.runs.resolved_recipe import ResolvedRecipe, resolve_names
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import open_result
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _OWN_KEYS = ("name", "recipe", "export")
@@ -63,7 +64,8 @@ def resolve_stage(stage: TrainStage) -> ResolvedRecipe:
     """
     if stage.follows is None:
         return stage.resolved
-    draft, earlier = adopt_earlier_run(Draft(stage.follows, stage.run_recipe, (), stage.resolved.given))
+    earlier = open_result(stage.follows)
+    draft = adopt_earlier_run(Draft(stage.follows, stage.run_recipe, (), stage.resolved.given), earlier)
     if draft.problems:
         raise RecipeError(stage.name, list(draft.problems))
     return resolve_names(draft.recipe, earlier, draft.given)
@@ -226,7 +228,7 @@ def _list_following_problems(resolved: ResolvedRecipe, earlier: ResolvedRecipe) 
     """Yield why a stage cannot continue from the one before, which would show only when that has been trained."""
     yield from list_method_misfits(earlier.method.name, resolved.method.name, "the stage before trains", "method")
     if not earlier.trains_all_weights:
-        yield from check_early_reference(resolved.recipe, resolved.method)
+        yield from check_continued_reference(resolved.recipe.trainer, resolved.recipe.adapter, resolved.method)
 
 
 def _list_export_problems(settings: ExportSettings, earlier: ResolvedRecipe) -> Iterator[str]:

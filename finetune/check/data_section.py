@@ -11,13 +11,13 @@ from finetune.errors import describe_unknown_name
 from finetune.files.resources import list_templates
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
-from finetune.recipe.sections import DataSection, Recipe, SourceSection
+from finetune.recipe.sections import DataSection, SourceSection
 
 _SHORTEST_ROW = 8
 
 
-def check_data_section(recipe: Recipe, folder: Path) -> Iterator[str]:
-    data = recipe.data
+def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the section; files are looked for in the recipe's own folder first."""
     if data.mixture is not None or data.sources:
         yield from _check_mixture(data, folder)
     elif not data.train:

@@ -4,33 +4,31 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.recipe.methods import METHODS
+from finetune.recipe.methods import METHODS, Pretraining
 from finetune.recipe.sections import OptimizerSection, Recipe, ScheduleSection
 
 _STATES = ("published", "fresh")
 
 
-def check_pretraining(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """Yield the problems of the sections optimizer and schedule, and of what does not go with these methods.
+def check_pretraining(recipe: Recipe, pretraining: Pretraining, folder: Path) -> Iterator[str]:
+    """Yield the problems of the sections optimizer and schedule, and of what does not go with packed rows.
 
-    A folder of states is looked for in the recipe's own, `folder`, first.
+    A folder of optimizer states is looked for in the recipe's own, `folder`, first.
     """
-    method = METHODS.get(recipe.method)
-    if method is None:
-        return
-    if not method.is_pretraining:
-        yield from _check_unused(recipe)
-        return
     yield from _check_rows(recipe)
-    resolved = resolve_pretraining(recipe, folder)
+    resolved = resolve_pretraining(recipe, pretraining, folder)
     yield from _check_optimizer(recipe, resolved.optimizer.states)
     yield from _check_schedule(resolved.schedule, resolved.optimizer.states)
 
 
-def _check_unused(recipe: Recipe) -> Iterator[str]:
+def check_unused(optimizer: OptimizerSection, schedule: ScheduleSection) -> Iterator[str]:
+    """Yield the keys of these sections that a recipe sets, though its method does not read them."""
     names = " and ".join(name for name, method in METHODS.items() if method.is_pretraining)
-    for section, default in (("optimizer", OptimizerSection()), ("schedule", ScheduleSection())):
-        for key, value in vars(getattr(recipe, section)).items():
+    for section, values, default in (
+        ("optimizer", optimizer, OptimizerSection()),
+        ("schedule", schedule, ScheduleSection()),
+    ):
+        for key, value in vars(values).items():
             if value != vars(default)[key]:
                 yield f"{section}.{key}: belongs to the methods {names}; remove it, or set the method"
 
@@ -93,11 +91,8 @@ def _check_schedule(schedule: ScheduleSection, states: str) -> Iterator[str]:
         yield "schedule.count: a fresh start has no count to go on from; remove it, or set optimizer.states"
 
 
-def resolve_pretraining(recipe: Recipe, folder: Path) -> Recipe:
+def resolve_pretraining(recipe: Recipe, pretraining: Pretraining, folder: Path) -> Recipe:
     """Write out what `auto` stands for, and make a folder of states absolute."""
-    pretraining = METHODS[recipe.method].pretraining
-    if pretraining is None:
-        return recipe
     states, decay = recipe.optimizer.states, recipe.schedule.decay
     if states == "auto":
         states = pretraining.states

@@ -7,19 +7,19 @@ from pathlib import Path
 from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
-from finetune.check.preference_methods import check_preference, settle_trainer
-from finetune.check.pretraining_methods import check_pretraining, resolve_pretraining
+from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
+from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
-from finetune.errors import RecipeError, describe_unknown_name
+from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import list_recipes, list_templates
 from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.recipe_file import Draft, describe_unknown_key, read_recipe
-from finetune.recipe.sections import Recipe
+from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
 from finetune.recipe.trl_options import read_trainer_options
-from finetune.runs.resolved_recipe import ResolvedRecipe, resolve_names
-from finetune.runs.results import Result
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import Result, find_earlier
 
 
 def load_recipe(source: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
@@ -39,10 +39,21 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
     Raises:
         RecipeError: with every problem that was found.
     """
-    draft, earlier = adopt_earlier_run(draft)
+    try:
+        earlier = find_earlier(draft.recipe.model.checkpoint)
+    except FinetuneError as error:
+        earlier, draft = None, draft.add_problems(f"model.checkpoint: {error}")
+    if earlier is not None:
+        draft = adopt_earlier_run(draft, earlier)
     if problems := list_problems(draft, earlier):
         raise RecipeError(name, problems)
     return resolve_names(settle_recipe(draft), earlier, draft.given)
+
+
+def resolve_names(recipe: Recipe, earlier: Result | None = None, given: frozenset[str] = frozenset()) -> ResolvedRecipe:
+    """Return a recipe without problems with its method and the row of its base checkpoint."""
+    checkpoint = find_alias(recipe.model.checkpoint)
+    return ResolvedRecipe(recipe, METHODS[recipe.method], checkpoint, earlier, given)
 
 
 def list_problems(draft: Draft, earlier: Result | None) -> list[str]:
@@ -58,27 +69,34 @@ def find_recipe(source: Path) -> Path:
 
 
 def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
-    recipe = draft.recipe
+    recipe, folder, method = draft.recipe, draft.source.parent, METHODS.get(draft.recipe.method)
     # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
-    yield from _check_method(recipe, earlier)
-    yield from _check_checkpoint(recipe)
-    yield from check_data_section(recipe, draft.source.parent)
-    yield from check_adapter_section(recipe)
-    yield from check_pretraining(recipe, draft.source.parent)
+    if method is None:
+        yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
+    else:
+        yield from _check_trainer(recipe.trainer, method)
+        yield from check_shape(recipe.data, method)
+        yield from check_batch(recipe.trainer, method)
+        continues_adapter = earlier is not None and earlier.is_adapter
+        yield from check_reference(recipe.trainer, recipe.adapter, method, continues_adapter=continues_adapter)
+        if method.trains_reward_model and recipe.model.architecture == "native":
+            yield "model.architecture: a reward model is trained on the Llama form; remove this key"
+    yield from _check_checkpoint(recipe.model)
+    yield from check_data_section(recipe.data, folder)
+    yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
+    if method is not None and method.pretraining is not None:
+        yield from check_pretraining(recipe, method.pretraining, folder)
+    elif method is not None:
+        yield from check_unused(recipe.optimizer, recipe.schedule)
+    if method is not None and method.is_online:
+        yield from check_rewards(recipe, method, earlier)
+    elif method is not None and recipe.rewards != RewardsSection():
+        online = " or ".join(name for name, other in METHODS.items() if other.is_online)
+        yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
-
-
-def _check_method(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
-    method = METHODS.get(recipe.method)
-    if method is None:
-        yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
-        return
-    yield from _check_trainer(recipe.trainer, method)
-    yield from check_preference(recipe, method, earlier)
-    yield from check_rewards(recipe, method, earlier)
 
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
@@ -104,12 +122,12 @@ def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]
             yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
 
 
-def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
-    name = recipe.model.checkpoint
-    start = find_alias(name)
-    if recipe.model.architecture == "native" and start is not None and start.architecture == "llama":
+def _check_checkpoint(model: ModelSection) -> Iterator[str]:
+    name = model.checkpoint
+    row = find_alias(name)
+    if model.architecture == "native" and row is not None and row.architecture == "llama":
         yield f"model.architecture: {name} is published as Llama, so there is nothing native to train; remove this key"
-    if Path(name).expanduser().is_dir() or start or is_hub_id(name):
+    if Path(name).expanduser().is_dir() or row or is_hub_id(name):
         return
     if name.startswith((".", "/", "~")):
         yield f"model.checkpoint: there is no folder {name}"
@@ -138,7 +156,8 @@ def settle_recipe(draft: Draft) -> Recipe:
     if judge.run:
         judge = replace(judge, run=str(Path(judge.run).expanduser().resolve()))
     output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
-    settled = settle_trainer(recipe, METHODS[recipe.method])
+    method = METHODS[recipe.method]
+    trainer = settle_trainer(recipe.trainer, recipe.adapter, method)
     rewards = replace(recipe.rewards, judge=judge)
-    resolved = replace(settled, model=model, data=data, rewards=rewards, output=str(output.resolve()))
-    return resolve_pretraining(resolved, folder)
+    settled = replace(recipe, model=model, data=data, trainer=trainer, rewards=rewards, output=str(output.resolve()))
+    return settled if method.pretraining is None else resolve_pretraining(settled, method.pretraining, folder)

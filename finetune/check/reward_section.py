@@ -11,18 +11,14 @@ from finetune.errors import FinetuneError
 from finetune.files.resources import list_templates
 from finetune.recipe.methods import Method
 from finetune.recipe.recipe_file import describe_unknown_key
-from finetune.recipe.sections import JudgeSection, Recipe, RewardsSection
+from finetune.recipe.sections import JudgeSection, Recipe
 from finetune.rewards.rules import RULES
 from finetune.runs.results import Lineage, Result, open_result
 
 
 def check_rewards(recipe: Recipe, method: Method, earlier: Result | None) -> Iterator[str]:
-    """Yield what is wrong with the rewards of a recipe, and with the rows of a method that asks prompts."""
+    """Yield what is wrong with the rewards of a method whose model writes the answers, and with its prompts."""
     rewards = recipe.rewards
-    if not method.is_online:
-        if rewards != RewardsSection():
-            yield f"rewards: has no effect on {method.name}; remove it, or set method: grpo or rloo"
-        return
     if not rewards.rules and rewards.judge == JudgeSection():
         yield (
             f"rewards.rules: is missing; {method.name} needs rules with their weights, such as {{final_answer: 1.0}}, "

@@ -69,12 +69,6 @@ def _name_autocast(dtype: str) -> AutocastDtype:
     return names[dtype]
 
 
-def choose_run_precision(resolved: ResolvedRecipe, device: torch.device) -> Precision:
-    """Return the precision of a run on a device."""
-    pretrains = resolved.method.is_pretraining
-    return choose_precision(resolved.recipe.model.dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
-
-
 def choose_planned_precision(
     resolved: ResolvedRecipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one"
 ) -> Precision:

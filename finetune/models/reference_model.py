@@ -13,10 +13,8 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 REFERENCE, _TRAINED = "ref", "default"
 
 
-def describe_reference(resolved: ResolvedRecipe, rows: int) -> str | None:
-    """Return what the reference model of a recipe is and costs, or None where its loss has none."""
-    if not resolved.method.has_reference:
-        return None
+def describe_reference(resolved: ResolvedRecipe, rows: int) -> str:
+    """Return what the reference model of a recipe is and costs."""
     once = f"computed once before step 1, with one pass over {rows:,} rows, and kept with the prepared rows"
     if resolved.trains_all_weights:
         return f"reference: log-probabilities of the start, {once}; so no second copy of the weights is held"

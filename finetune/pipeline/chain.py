@@ -21,7 +21,7 @@ from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import hash_file
 from finetune.files.folders import check_output_free, translate_os_errors
 from finetune.files.json_files import read_json, write_json
-from finetune.models.precision import choose_device, choose_run_precision
+from finetune.models.precision import choose_device, choose_precision
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
 from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe
@@ -124,7 +124,7 @@ def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) 
 
 def _open_processes(chain: Chain) -> TrainingArguments:
     first = chain.trainings[0].resolved
-    precision = choose_run_precision(first, choose_device(first.uses_cpu))
+    precision = choose_precision(first.recipe.model.dtype, choose_device(first.uses_cpu), first.trains_all_weights)
     config = make_config(first, first.evaluates, precision)
     logger.debug("running on %s", config.device)  # asking for the device starts the processes' talk
     return config

@@ -30,6 +30,10 @@ class Draft:
     problems: tuple[str, ...]
     given: frozenset[str] = frozenset()
 
+    def add_problems(self, *problems: str) -> "Draft":
+        """Return the draft with more problems."""
+        return dataclasses.replace(self, problems=(*self.problems, *problems))
+
 
 def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     """Read a recipe file and apply `section.key=value` overrides.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints.checkpoint_table import Checkpoint, find_alias
+from finetune.checkpoints.checkpoint_table import Checkpoint
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.sections import Recipe
 from finetune.runs.results import Result
@@ -65,9 +65,3 @@ class ResolvedRecipe:
     def change_trainer(self, **options: Any) -> "ResolvedRecipe":
         """Return it with some options of the section trainer set."""
         return self.change(trainer={**self.recipe.trainer, **options})
-
-
-def resolve_names(recipe: Recipe, earlier: Result | None = None, given: frozenset[str] = frozenset()) -> ResolvedRecipe:
-    """Return a checked recipe with its method and the row of its base checkpoint."""
-    checkpoint = find_alias(recipe.model.checkpoint)
-    return ResolvedRecipe(recipe, METHODS[recipe.method], checkpoint, earlier, given)

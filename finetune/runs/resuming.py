@@ -15,19 +15,24 @@ from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
-    """Return the checkpoint to resume from, or None for a fresh run; a resumed run must be the same run.
+def check_fresh_output(run: Path) -> None:
+    """Refuse to begin a run in a folder that is not empty.
 
     Raises:
-        OutputError: a fresh run would write into a folder that is not empty.
+        OutputError: it is not, or is no folder.
+    """
+    try:
+        check_output_free(run)
+    except OutputError as error:
+        raise OutputError(f"{error}; or go on with the run in it by --resume") from None
+
+
+def find_resume_point(recipe: Recipe, run: Path) -> str:
+    """Return the checkpoint to resume from; the recipe must be the one that the run began with.
+
+    Raises:
         TrainingError: there is nothing to resume, or the recipe has changed since.
     """
-    if not resume:
-        try:
-            check_output_free(run)
-        except OutputError as error:
-            raise OutputError(f"{error}; or go on with the run in it by --resume") from None
-        return None
     saved = run / RECIPE_FILE
     if not saved.is_file():
         raise TrainingError(f"{run}: there is no run to resume (no {RECIPE_FILE}); start it without --resume")

@@ -7,12 +7,12 @@ from transformers import Trainer, set_seed
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
-from finetune.models.precision import choose_device, choose_run_precision
+from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
 from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point
+from finetune.runs.resuming import check_fresh_output, check_same_inputs, check_same_recipe, find_resume_point
 from finetune.runs.run_files import RECIPE_FILE
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.answers import AnswerSheet, is_sharded
@@ -38,10 +38,14 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     # The device, the precision and the trainer's options: what is wrong with them is said before any work is done.
     device = choose_device(resolved.uses_cpu)
     check_engine(resolved, find_engine())
-    precision = choose_run_precision(resolved, device)
+    precision = choose_precision(
+        recipe.model.dtype, device, resolved.trains_all_weights, keeps_masters=resolved.method.is_pretraining
+    )
     config = make_config(resolved, resolved.evaluates, precision)
     # A fresh run needs an empty folder; a resumed one needs the recipe, rows, base and reward model that it began with.
-    checkpoint = find_resume_point(recipe, run, resume) if config.process_index == 0 or resume else None
+    checkpoint = find_resume_point(recipe, run) if resume else None
+    if not resume and config.process_index == 0:
+        check_fresh_output(run)
     setup = prepare(resolved, config, precision)
     if checkpoint is not None:
         check_same_inputs(run, setup.rows_fingerprint, setup.base, fingerprint_judge(recipe.rewards.judge))

@@ -81,9 +81,9 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
         tokenizer.chat_template = template.source
         if recipe.rewards.judge.run:
             check_judge(recipe.rewards.judge.run, base, template)
-        states = find_states(resolved)
+        states = find_states(recipe) if resolved.method.is_pretraining else None
         splits = load_splits(read_data_settings(resolved), tokenizer, template, recipe.seed)
-    reference = describe_reference(resolved, splits.report.train.rows)
+    reference = describe_reference(resolved, splits.report.train.rows) if resolved.method.has_reference else None
     for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
     return Setup(resolved, precision, base, tokenizer, template, splits, states)

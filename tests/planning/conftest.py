@@ -12,7 +12,7 @@ from finetune.checkpoints.finding import find_base_folder
 from finetune.files.resources import list_recipes
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
-from finetune.models.precision import choose_run_precision
+from finetune.models.precision import choose_precision
 from finetune.planning.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.planning.step.stages import LOSS, WORKSPACE, follow_training
 from finetune.planning.step.tracker import MemoryTracker, Peak
@@ -56,7 +56,12 @@ def make_recipe(tmp_path):
 
 def build_real_trainer(recipe):
     """Build a run's trainer over rows that fill every batch: where a batch has several, every second is a token shorter."""
-    precision = choose_run_precision(recipe, torch.device("cpu"))
+    precision = choose_precision(
+        recipe.recipe.model.dtype,
+        torch.device("cpu"),
+        recipe.trains_all_weights,
+        keeps_masters=recipe.method.is_pretraining,
+    )
     pretrains, section = recipe.method.is_pretraining, recipe.recipe.model
     base = find_base_folder(section.checkpoint, section.architecture)
     loaded = load_base(base, section, precision, torch.device("cpu"), recipe.method.head)

@@ -14,7 +14,6 @@ from finetune.data.dataset import Splits
 from finetune.data.packing import PackedRows
 from finetune.errors import RecipeError
 from finetune.recipe.sections import Recipe
-from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
 from finetune.training.pretraining.schedule import plan_schedule
 from finetune.training.pretraining.state_loading import StatesLoader
@@ -38,14 +37,14 @@ def pack_splits(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
     }
 
 
-def find_states(resolved: ResolvedRecipe) -> OptimizerStates | None:
+def find_states(recipe: Recipe) -> OptimizerStates | None:
     """Open the states that a recipe goes on from, or return None for a fresh start.
 
     Raises:
         CheckpointError: there are none, or they cannot be read.
     """
-    recipe, states = resolved.recipe, resolved.recipe.optimizer.states
-    if not resolved.method.is_pretraining or states == "fresh":
+    states = recipe.optimizer.states
+    if states == "fresh":
         return None
     return open_states(find_states_folder(recipe.model.checkpoint) if states == "published" else Path(states))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from finetune.check.recipes import load_recipe
+from finetune.check.recipes import load_recipe, resolve_names
 from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.cli.main import main
 from finetune.files.resources import list_recipes
@@ -19,7 +19,6 @@ from finetune.planning.step.dry_model import read_sizes
 from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.planning.step.step_memory import measure_step
 from finetune.recipe.sections import ModelSection, Recipe
-from finetune.runs.resolved_recipe import resolve_names
 from finetune.runs.results import find_earlier
 from tests.planning.conftest import measure_run, set_batch
 
