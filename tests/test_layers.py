@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.recipe.methods import METHODS
+
 PACKAGE = Path(__file__).parents[1] / "finetune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room may import the rooms above it in this list, and its own modules.
@@ -127,3 +129,28 @@ def test_rooms_stay_small(folder):
 def test_module_names_do_not_collide():
     names = Counter(path.stem for path in MODULES if not path.stem.startswith("__"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def list_compared_names(tree):
+    """Yield every string that is compared, or that looks something up, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            parts = [node.slice]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.match_case):
+            parts = [node.pattern]
+        else:
+            continue
+        for constant in (inner for part in parts for inner in ast.walk(part) if isinstance(inner, ast.Constant)):
+            yield constant.value, constant.lineno
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if m != PACKAGE / "recipe" / "methods.py"], ids=name_module)
+def test_no_module_compares_the_name_of_a_method(path):
+    """What is special about a method is a field of its row; "reward" is also the name of what TRL logs."""
+    names = set(METHODS) - {"reward"}
+    found = [line for value, line in list_compared_names(ast.parse(path.read_text(encoding="utf-8"))) if value in names]
+    assert not found, f"{name_module(path)} compares the name of a method in lines {found}"

@@ -9,7 +9,6 @@ from finetune.recipe.sections import Recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _SHORTEST_ROW = 256
-_LONGEST_ANSWER = 512  # TRL's default
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
     if not trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
     if method.is_online:
-        half = max(int(trainer.get("max_completion_length", _LONGEST_ANSWER)) // 2, _SHORTEST_ROW)
+        half = max(int(resolved.read_option("max_completion_length")) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
     elif not trainer.get("activation_offloading") and not method.is_pretraining:
         yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")

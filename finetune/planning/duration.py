@@ -50,12 +50,10 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
 
 
 def _count_scorings(resolved: ResolvedRecipe) -> int:
-    """Return how often a text is read to be scored rather than learnt from, once for every text that is.
-
-    KTO has the model and its reference score an answer that belongs to another prompt, too.
-    """
+    """Return how often a row's texts are scored rather than learnt from, by the model and by its reference model."""
     has_reference = resolved.method.has_reference and not resolved.recipe.trainer.get("precompute_ref_log_probs")
-    return int(has_reference) * (2 if resolved.method.name == "kto" else 1) + int(resolved.method.name == "kto")
+    extra = resolved.method.scored_texts
+    return int(has_reference) * (1 + extra) + extra
 
 
 def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:

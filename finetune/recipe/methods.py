@@ -19,13 +19,25 @@ class Pretraining:
     decay: Literal["none", "1-sqrt"]
 
 
+# What a row of tokens becomes before TRL's collator reads it; `training/preference/prepared_rows.py` does it.
+RowAdapter = Literal["none", "join_prompts", "write_out_sides", "add_mismatched_answers"]
+
+
 @dataclass(frozen=True)
 class Method:
     """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
 
-    `columns` are those of the prepared rows that the trainer is given. `has_reference` says whether its loss compares with
-    the start, `smallest_batch` how many rows of one device it compares at least. `words` are the values of options whose class does not say them. `defaults` are ours and a recipe may change them;
-    `owned` maps the options that a recipe may not set to the place where that is decided.
+    `columns`: those of the prepared rows that the trainer is given.
+    `has_reference`: its loss compares with a reference model, which is the model as it is before step 1.
+    `reference_columns`: where TRL keeps the reference model's log-probabilities of a row that were computed before step 1.
+    `smallest_batch`: how many rows of one micro-batch it compares at least.
+    `adapt_rows`, `maps_rows`, `shuffles_once`, `collator_class`: what its TRL trainer needs of rows that are tokens already: how
+    they are written out, whether its constructor maps over them, whether it reads them in one order, and the collator of its
+    module that its constructor must be handed.
+    `scored_texts`: how many texts a row adds that are scored and not learnt from.
+    `words`: the values of options whose class does not say them.
+    `defaults` are ours and a recipe may change them; `owned` maps the options that a recipe may not set to the place where that
+    is decided.
     """
 
     name: str
@@ -37,7 +49,13 @@ class Method:
     config_class: str
     head: Head = "language"
     has_reference: bool = False
+    reference_columns: tuple[str, ...] = ()
     smallest_batch: int = 1
+    adapt_rows: RowAdapter = "none"
+    maps_rows: bool = False
+    shuffles_once: bool = False
+    collator_class: str = ""
+    scored_texts: int = 0
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
@@ -138,6 +156,8 @@ def _make_experimental(
         name=name,
         shape="pair",
         columns=_PAIR_COLUMNS,
+        adapt_rows="write_out_sides",
+        maps_rows=True,
         trainer_module=f"trl.experimental.{module}.{module}_trainer",
         trainer_class=f"{class_prefix}Trainer",
         config_module=f"trl.experimental.{module}.{module}_config",
@@ -182,6 +202,7 @@ METHODS: Mapping[str, Method] = {
             config_module="trl.trainer.dpo_config",
             config_class="DPOConfig",
             has_reference=True,
+            reference_columns=("ref_chosen_logps", "ref_rejected_logps"),
             defaults=SHARED_DEFAULTS,
             words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
             owned=own(
@@ -197,7 +218,12 @@ METHODS: Mapping[str, Method] = {
             config_module="trl.trainer.kto_config",
             config_class="KTOConfig",
             has_reference=True,
+            reference_columns=("ref_logps", "ref_KL_logps"),
             smallest_batch=2,
+            adapt_rows="add_mismatched_answers",
+            shuffles_once=True,
+            collator_class="DataCollatorForUnpairedPreference",
+            scored_texts=1,
             defaults=SHARED_DEFAULTS,
             owned={
                 **own("max_length", "dataset_num_proc", *REFERENCE_OPTIONS),
@@ -225,6 +251,7 @@ METHODS: Mapping[str, Method] = {
             config_module="trl.trainer.reward_config",
             config_class="RewardConfig",
             head="score",
+            adapt_rows="join_prompts",
             defaults=SHARED_DEFAULTS,
             owned=own("max_length", "pad_token", "eos_token", "chat_template_path", "dataset_num_proc"),
         ),

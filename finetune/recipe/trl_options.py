@@ -30,11 +30,12 @@ _SCALARS: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class TrainerOption:
-    """One option: its annotation as written, and its allowed words where there are only some."""
+    """One option: its annotation as written, its allowed words where there are only some, and its default where it is plain."""
 
     name: str
     annotation: str
     choices: tuple[str, ...] = ()
+    default: Any = None
 
     def describe_mismatch(self, value: Any) -> str | None:
         """Return what `value` should have been, or None where it fits."""
@@ -63,7 +64,9 @@ def read_trainer_options(module: str, class_name: str) -> Mapping[str, TrainerOp
         annotation = ast.unparse(field.annotation)
         name = ast.unparse(field.target)
         words = [enums[member] for member in _split_union(annotation) if member in enums]
-        options[name] = TrainerOption(name, annotation, words[0] if words else _read_choices(field))
+        options[name] = TrainerOption(
+            name, annotation, words[0] if words else _read_choices(field), _read_default(field.value)
+        )
     return options
 
 
@@ -133,6 +136,16 @@ def _read_choices(field: ast.AnnAssign) -> tuple[str, ...]:
                 if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
                     return tuple(str(item.value) for item in value.elts if isinstance(item, ast.Constant))
     return ()
+
+
+def _read_default(value: ast.expr | None) -> Any:
+    """Return a default that is written as a literal, by itself or in `field(default=...)`; None for any other."""
+    if isinstance(value, ast.Call):
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
 
 
 def _split_union(annotation: str) -> list[str]:

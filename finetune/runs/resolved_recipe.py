@@ -7,6 +7,7 @@ from typing import Any
 from finetune.checkpoints.checkpoint_table import Checkpoint
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.sections import Recipe
+from finetune.recipe.trl_options import read_trainer_options
 from finetune.runs.results import Result
 
 
@@ -56,6 +57,12 @@ class ResolvedRecipe:
     def uses_cpu(self) -> bool:
         """Whether the recipe asks for the CPU where there is a GPU."""
         return bool(self.recipe.trainer.get("use_cpu"))
+
+    def read_option(self, name: str) -> Any:
+        """Return an option of the section trainer, or the default that the method's configuration class gives it."""
+        if name in self.recipe.trainer:
+            return self.recipe.trainer[name]
+        return read_trainer_options(self.method.config_module, self.method.config_class)[name].default
 
     def change(self, **values: Any) -> "ResolvedRecipe":
         """Return it with other values of the recipe's sections; what the names stand for stays as it is."""

@@ -33,7 +33,7 @@ from finetune.training.preference.prepared_rows import (
     accept_prepared_rows,
     adapt_collator,
     choose_rows,
-    make_kto_collator,
+    make_collator,
 )
 from finetune.training.preference.watch import PreferenceWatch
 from finetune.training.pretraining.packed_training import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
@@ -100,7 +100,7 @@ def build_trainer(
         raise RecipeError("trainer", [str(error)]) from error
     _restore_parameters(model, start)
     set_shared_type(trainer, precision.shared)
-    if method.name != "kto":
+    if not method.collator_class:
         trainer.data_collator = adapt_collator(method, trainer.data_collator)
     if isinstance(model, PeftModel):
         settle_reference(model, drop=resolved.adapter_starts_empty)
@@ -182,11 +182,12 @@ def _list_row_options(resolved: ResolvedRecipe) -> dict[str, Any]:
 
 def _choose_rows(splits: Splits, resolved: ResolvedRecipe, pad_token: int) -> dict[str, Any]:
     method, seed, held = resolved.method, resolved.recipe.seed, splits.evaluation
+    collator = make_collator(method, pad_token)
     return {
         "train_dataset": choose_rows(splits.train, method, seed),
         "eval_dataset": None if held is None else choose_rows(held, method, seed),
-        # KTO needs it within the constructor already, where reference log-probabilities may be computed.
-        **({"data_collator": make_kto_collator(method, pad_token)} if method.name == "kto" else {}),
+        # KTO needs it within the constructor already, where the reference model's log-probabilities may be computed.
+        **({} if collator is None else {"data_collator": collator}),
     }
 
 

@@ -28,14 +28,16 @@ class Walk:
             return
         if event == "return" and code.co_name == "build_trainer":
             self.is_done = True
-        elif event == "call" and not code.co_name.startswith(("<", "__")) and self._carries(frame):
-            if self.stays[-1:] != [module]:
-                self.stays.append(module)
+        elif event == "call" and self._enters(frame) and self.stays[-1:] != [module]:
+            self.stays.append(module)
 
-    def _carries(self, frame):
+    def _enters(self, frame):
+        """Tell whether a function of a module is handed a recipe; its own methods are no stay elsewhere."""
+        if frame.f_code.co_name.startswith(("<", "__")):
+            return False
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
         if names[:1] == ("self",) and isinstance(frame.f_locals["self"], CARRIERS):
-            return False  # its own method is no stay elsewhere
+            return False
         return frame.f_code.co_name == "run_train" or any(isinstance(frame.f_locals[n], CARRIERS) for n in names)
 
 

@@ -7,23 +7,20 @@ from typing import Any
 
 from finetune.planning.step.tracker import Peak
 from finetune.recipe.batches import read_accumulation, read_batch
-from finetune.recipe.methods import METHODS
+from finetune.recipe.methods import DEFAULT_METHOD
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
-# TRL's own defaults, from trl/trainer/grpo_config.py and rloo_config.py of 1.16.
-_COMPLETION_TOKENS = 512
-_BETA = {"grpo": 0.0, "rloo": 0.05}
 _HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
 
-def read_answer_tokens(recipe: Recipe) -> int:
+def read_answer_tokens(resolved: ResolvedRecipe) -> int:
     """Return the most tokens of an answer."""
-    return int(recipe.trainer.get("max_completion_length", _COMPLETION_TOKENS))
+    return int(resolved.read_option("max_completion_length"))
 
 
 def as_training_step(resolved: ResolvedRecipe) -> ResolvedRecipe:
@@ -35,20 +32,17 @@ def as_training_step(resolved: ResolvedRecipe) -> ResolvedRecipe:
     if not resolved.method.is_online:
         return resolved
     recipe = resolved.recipe
-    supervised = METHODS["sft"]
+    supervised = DEFAULT_METHOD
     known = set(read_trainer_options(supervised.config_module, supervised.config_class)) - set(supervised.owned)
     trainer = {key: value for key, value in recipe.trainer.items() if key in known and key != "loss_type"}
     trainer["per_device_train_batch_size"] = read_batch(recipe)
-    length = recipe.data.max_tokens + read_answer_tokens(recipe)
+    length = recipe.data.max_tokens + read_answer_tokens(resolved)
     return resolved.change(method=supervised.name, data=replace(recipe.data, max_tokens=length), trainer=trainer)
 
 
 def count_reference_scorings(resolved: ResolvedRecipe) -> int:
     """Return how often the reference reads the answers of an online method: once, where their distance counts."""
-    recipe = resolved.recipe
-    if not resolved.method.is_online:
-        return 0
-    return int(float(recipe.trainer.get("beta", _BETA[recipe.method])) != 0)
+    return int(resolved.method.is_online and float(resolved.read_option("beta")) != 0)
 
 
 def count_cache_bytes(resolved: ResolvedRecipe, sizes: Mapping[str, Any]) -> int:
@@ -60,7 +54,7 @@ def count_cache_bytes(resolved: ResolvedRecipe, sizes: Mapping[str, Any]) -> int
     answers = int(recipe.trainer.get("generation_batch_size") or read_batch(recipe) * steps)
     heads = int(sizes["num_key_value_heads"])
     head = int(sizes.get("head_dim") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
-    tokens = recipe.data.max_tokens + read_answer_tokens(recipe)
+    tokens = recipe.data.max_tokens + read_answer_tokens(resolved)
     return answers * tokens * int(sizes["num_hidden_layers"]) * 2 * heads * head * _CACHE_BYTES
 
 

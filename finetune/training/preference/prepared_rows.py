@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from finetune.data.encoding.gates import IGNORED_LABEL
-from finetune.recipe.methods import Method
+from finetune.recipe.methods import Method, RowAdapter
 
 Row = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -39,22 +39,24 @@ def accept_prepared_rows(trainer_class: type[Trainer]) -> type[Trainer]:
 def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
     """Return the columns that a method's trainer is given; in an order of the seed where it reads them one after the other."""
     chosen = rows.select_columns(list(method.columns))
-    if method.name == "kto":
+    if method.shuffles_once:
         chosen = chosen.shuffle(seed=seed)
-    if method.name not in _MAPPED:
+    if not method.maps_rows:
         return chosen
     return PreparedRows(chosen.data, info=chosen.info, indices_table=chosen._indices, fingerprint=chosen._fingerprint)
 
 
-def make_kto_collator(method: Method, pad_token: int) -> Collate:
-    """Return TRL's collator for labelled answers, with a mismatched answer added to each row."""
-    collator = importlib.import_module(method.trainer_module).DataCollatorForUnpairedPreference
+def make_collator(method: Method, pad_token: int) -> Collate | None:
+    """Return the collator that a trainer's constructor must be handed, or None where it makes its own."""
+    if not method.collator_class:
+        return None
+    collator = getattr(importlib.import_module(method.trainer_module), method.collator_class)
     return adapt_collator(method, collator(pad_token_id=pad_token))
 
 
 def adapt_collator(method: Method, collate: Collate) -> Collate:
     """Return a collator that gives TRL's own the columns that it reads."""
-    adapt = _ADAPT.get(method.name)
+    adapt = _ADAPTERS[method.adapt_rows]
     return collate if adapt is None else lambda rows: collate(adapt(rows))
 
 
@@ -85,12 +87,9 @@ def _add_mismatched_answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{**row, "KL_completion_ids": answers[number - 1]} for number, row in enumerate(rows)]
 
 
-# Those whose constructors map over the rows.
-_MAPPED = ("orpo", "cpo", "simpo")
-_ADAPT: Mapping[str, Callable[[Sequence[Row]], list[dict[str, Any]]]] = {
-    "kto": _add_mismatched_answers,
-    "orpo": _write_out_sides,
-    "cpo": _write_out_sides,
-    "simpo": _write_out_sides,
-    "reward": _join_prompts,
+_ADAPTERS: Mapping[RowAdapter, Callable[[Sequence[Row]], list[dict[str, Any]]] | None] = {
+    "none": None,
+    "join_prompts": _join_prompts,
+    "write_out_sides": _write_out_sides,
+    "add_mismatched_answers": _add_mismatched_answers,
 }
