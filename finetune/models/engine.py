@@ -4,12 +4,11 @@ import os
 from typing import Literal
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
+from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
@@ -80,21 +79,10 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
-def shard_on_cpu(config: TrainingArguments) -> None:
-    """Let FSDP2 shard between processes on the CPU too.
-
-    accelerate reads FSDP's settings for GPUs only and would quietly keep whole copies, though torch shards over gloo as well
-    (accelerate 1.15, `AcceleratorState.__init__`).
-    """
-    if find_engine() != "fsdp2" or config.device.type != "cpu":
-        return
-    plugin = FullyShardedDataParallelPlugin()
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-    state = AcceleratorState(precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
-    if precision != "no":
-        plugin.set_mixed_precision(precision)
-    state.fsdp_plugin = plugin
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+def let_cpu_shard(config: TrainingArguments) -> None:
+    """Let FSDP2 shard between processes on the CPU too, where this process was launched so."""
+    if find_engine() == "fsdp2" and config.device.type == "cpu":
+        shard_on_cpu("bf16" if config.bf16 else "fp16" if config.fp16 else "no")
 
 
 def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:

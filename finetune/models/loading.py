@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from finetune.compat import keep_weights_differentiable
 from finetune.errors import MachineError
 from finetune.models.engine import find_engine
 from finetune.models.precision import Precision
@@ -61,7 +62,7 @@ def load_base(
     if section.architecture == "native" and find_engine() == "fsdp2":
         flatten_alphas(model)
     if section.quantize == "nf4":
-        _keep_weights_differentiable(model)
+        keep_weights_differentiable(model)
     return model if section.quantize != "none" else model.to(device)
 
 
@@ -83,18 +84,6 @@ def extend_context(config: LlamaConfig | YuLanMiniConfig, section: ModelSection)
     if section.rope_theta is not None:
         config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": section.rope_theta}
     return config
-
-
-def _keep_weights_differentiable(model: PreTrainedModel) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel.
-
-    On processors with AVX512-BF16 it does so at the first evaluation, for good, and the kernel has no gradient: training
-    would then fail, or go on without the gradient of the layers before (bitsandbytes 0.50, `Linear4bit.forward`).
-    """
-    layer = importlib.import_module("bitsandbytes.nn").Linear4bit
-    for module in model.modules():
-        if isinstance(module, layer):
-            module.support_avx512bf16_for_cpu = False
 
 
 def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: bool = False) -> BitsAndBytesConfig | None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from finetune.compat import complete_head
 from finetune.errors import TrainingError
 from finetune.files.json_files import read_json, write_json
 from finetune.recipe.sections import AdapterSection
@@ -49,7 +49,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     tuned = get_peft_model(model, config)
     # Whoever adds another adapter of this form, as TRL does for its reference, must not change the base once more.
     config.init_lora_weights = True
-    return _complete_head(tuned)
+    return complete_head(tuned)
 
 
 def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Path) -> PeftModel:
@@ -61,7 +61,7 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     config.lora_dropout = section.dropout
     if not _speaks(model) and config.task_type != "SEQ_CLS":
         return _continue_without_head(model, config, folder)
-    return _complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
+    return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
 
 
 def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
@@ -72,14 +72,6 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
     tuned: PeftModel = get_peft_model(model, config)
     weights = {name: tensor for name, tensor in load_file(folder / PEFT_WEIGHTS_FILE).items() if "lm_head" not in name}
     set_peft_model_state_dict(tuned, weights)
-    return tuned
-
-
-def _complete_head(tuned: PeftModel) -> PeftModel:
-    """Give a head of which rows are trained the `bias` that TRL's loss reads; PEFT's wrapper passes on the weight only."""
-    head = tuned.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        head.register_parameter("bias", None)
     return tuned
 
 

@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from finetune.compat import replace_chat_template
 from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_prompt
 
 
@@ -26,10 +27,10 @@ def bind_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) ->
     """
     bound = copy.copy(tokenizer)
 
-    def apply_chat_template(conversation: Sequence[Messages], **_: Any) -> dict[str, list[list[int]]]:
+    def encode(conversation: Sequence[Messages], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [encode_prompt(tokenizer, template, messages) for messages in conversation]}
 
-    bound.apply_chat_template = apply_chat_template
+    replace_chat_template(bound, encode)
     return bound
 
 

@@ -1,7 +1,6 @@
 """Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl.trainer import utils as trainer_utils
 
+from finetune.compat import prepare_trl, skip_row_preparation
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
-from finetune.models.engine import find_engine, set_shared_type, shard_on_cpu
+from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
 from finetune.recipe.batches import KIT_OPTIONS
@@ -30,7 +29,6 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.journal.progress import MetricsWriter, ProgressBar
 from finetune.training.online import PromptOrder
 from finetune.training.preference.prepared_rows import (
-    accept_prepared_rows,
     adapt_collator,
     choose_rows,
     make_collator,
@@ -38,13 +36,6 @@ from finetune.training.preference.prepared_rows import (
 from finetune.training.preference.watch import PreferenceWatch
 from finetune.training.pretraining.packed_training import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.yulan.states.optimizer_states import OptimizerStates
-
-# TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
-# width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
-LOGIT_COLUMNS = 8192
-# ORPO and CPO live there; a test of ours says when they move, so that nobody else need be told at every run.
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -76,10 +67,11 @@ def build_trainer(
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
+    prepare_trl()
     recipe, method = resolved.recipe, resolved.method
     trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
     if method.shape in ("pair", "labelled"):
-        trainer_class = accept_prepared_rows(trainer_class)
+        trainer_class = skip_row_preparation(trainer_class)
     config = make_config(resolved, splits.evaluation is not None, precision)
     score = None if aids.judge is None else aids.judge.score
     rewards = AnswerRewards(recipe.rewards, model.generation_config.eos_token_id, score) if method.is_online else None
@@ -163,7 +155,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         config: TrainingArguments = config_class(**options, **owned)
     except (ValueError, TypeError) as error:
         raise RecipeError("trainer", [str(error)]) from error
-    shard_on_cpu(config)
+    let_cpu_shard(config)
     return config
 
 

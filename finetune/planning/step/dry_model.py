@@ -15,7 +15,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +27,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES, find_alias
 from finetune.checkpoints.finding import find_checkpoint
+from finetune.compat import keep_in_place, load_fake_tensors, make_without_weights
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.settings import RowShape
@@ -45,6 +45,7 @@ from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 
+FakeTensor, _ = load_fake_tensors()
 _STEPS = 2
 
 
@@ -69,7 +70,7 @@ def _has_published_sizes(resolved: ResolvedRecipe) -> bool:
 
 
 def build_dry_model(
-    resolved: ResolvedRecipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: FakeTensorMode
+    resolved: ResolvedRecipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: Any
 ) -> PreTrainedModel | PeftModel:
     """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
     section = resolved.recipe.model
@@ -78,7 +79,7 @@ def build_dry_model(
         model_class, config.num_labels = LlamaForSequenceClassification, 1
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
-        base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        base = make_without_weights(model_class, config, dtype=precision.weights, attn_implementation=attention)
         base.tie_weights()  # which is left out with the initialization, and would count the native form's table twice
         if section.quantize != "none":
             settings = make_quantization(section.quantize, precision.weights)
@@ -96,12 +97,11 @@ def build_dry_model(
         if isinstance(module, Linear8bitLt):
             with fake:
                 _quantize_layer_to_int8(module)
-    # It is where it has to be, and tensors without content cannot be moved by torch's own method.
-    model.to = lambda *arguments, **options: model
+    keep_in_place(model)
     return model
 
 
-def _move_to_fake_cpu(module: torch.nn.Module, fake: FakeTensorMode, moved: dict[int, torch.nn.Parameter]) -> None:
+def _move_to_fake_cpu(module: torch.nn.Module, fake: Any, moved: dict[int, torch.nn.Parameter]) -> None:
     """Replace a module's tensors by ones that run as the CPU's would: autocast, kernels and placement follow the device."""
     cpu = torch.device("cpu")
     for name, parameter in module._parameters.items():

@@ -1,21 +1,14 @@
 """What GPU kernels allocate, where the CPU's, which a plan runs through, allocate more or less."""
 
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import bitsandbytes  # noqa: F401 - registers the operations below
 import torch
-from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import masking_utils
-from trl.kernels import chunked_logprob
-from trl.trainer import dpo_trainer, kto_trainer
-from trl.trainer import utils as trainer_utils
 
+from finetune.compat import do_nothing, identify_storage, replace_attribute, run_losses_in_place
 from finetune.planning.step.stages import list_weights
 from finetune.planning.step.tracker import KernelWorkspace, Substitute
 from finetune.yulan.native import native_loss as native_loss
@@ -55,10 +48,6 @@ GPU_WORKSPACES: Mapping[Any, KernelWorkspace] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _measure_flash_backward,
     torch.ops.bitsandbytes.gemm_4bit.default: _measure_dequantized,
 }
-
-
-def _fold_nothing(*arguments: Any, **options: Any) -> None:
-    """Stand in for a Triton kernel that works in place."""
 
 
 def answer_truths(answer: bool) -> dict[Any, Substitute]:
@@ -103,13 +92,13 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._stay = {tensor.untyped_storage()._cdata for _, tensor in list_weights(model)}
+        self._stay = {identify_storage(tensor) for _, tensor in list_weights(model)}
         self._leaving: deque[torch.Tensor] = deque(maxlen=_STASHED_TENSORS)
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Size, torch.dtype]:
         small = tensor.numel() * tensor.element_size() < _SMALLEST_OFFLOADED
-        if small or tensor.untyped_storage()._cdata in self._stay:
+        if small or identify_storage(tensor) in self._stay:
             return tensor
         self._leaving.append(tensor)
         return tensor.shape, tensor.dtype
@@ -123,66 +112,6 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
 
 @contextlib.contextmanager
 def allocate_as_gpu() -> Iterator[None]:
-    """Run the losses as on a GPU, where Triton kernels and products with float32 sums work in place and torch would copy."""
-    with (
-        mock.patch.object(chunked_logprob, "_forward_tile", _fold_nothing),
-        mock.patch.object(chunked_logprob, "_backward_tile", _fold_nothing),
-        mock.patch.object(chunked_logprob, "_addmm_fp32", _fold_nothing),
-        mock.patch.object(trainer_utils, "_use_triton", _answer_yes),
-        mock.patch.object(native_loss, "add_product", _fold_nothing),
-    ):
+    """Run the losses as on a GPU, where kernels work in place and torch's own operations on a CPU would copy."""
+    with run_losses_in_place(), replace_attribute(native_loss, "add_product", do_nothing):
         yield
-
-
-@contextlib.contextmanager
-def build_masks_as_in_run() -> Iterator[None]:
-    """Let transformers decide about masks as in a run; for tensors without content it would always build them."""
-    with mock.patch.object(masking_utils, "is_tracing", _answer_no):
-        yield
-
-
-@contextlib.contextmanager
-def leave_adapters_in_place() -> Iterator[None]:
-    """Let PEFT add an adapter without moving it: it is where it has to be, and tensors without content cannot be moved."""
-    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _move_nothing):
-        yield
-
-
-# What DPO and KTO add to every row where the log-probabilities of the start are computed once, before step 1.
-_REFERENCE_COLUMNS = {
-    dpo_trainer: (dpo_trainer.DPOTrainer, ("ref_chosen_logps", "ref_rejected_logps")),
-    kto_trainer: (kto_trainer.KTOTrainer, ("ref_logps", "ref_KL_logps")),
-}
-
-
-@contextlib.contextmanager
-def take_reference_as_known() -> Iterator[None]:
-    """Let preference trainers find the reference's log-probabilities in their rows; a run computes them before its steps."""
-    with contextlib.ExitStack() as stack:
-        for module, (trainer_class, columns) in _REFERENCE_COLUMNS.items():
-            stack.enter_context(mock.patch.object(module, "hash_module", _hash_nothing))
-            add_columns = functools.partialmethod(_add_columns, columns)
-            stack.enter_context(mock.patch.object(trainer_class, "_precompute_ref_logps", add_columns))
-        yield
-
-
-def _hash_nothing(model: torch.nn.Module) -> str:
-    return ""
-
-
-def _add_columns(trainer: Any, columns: Sequence[str], rows: Dataset, name: str, batch_size: int) -> Dataset:
-    for column in columns:
-        rows = rows.add_column(column, [0.0] * len(rows))
-    return rows
-
-
-def _move_nothing(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
-    """Stand in for the move of an adapter."""
-
-
-def _answer_yes(device: object) -> bool:
-    return True
-
-
-def _answer_no(tensor: object = None) -> bool:
-    return False

@@ -10,6 +10,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.compat import wrap_backward
 from finetune.models.reference_model import REFERENCE
 from finetune.planning.step import tracker as stage
 from finetune.planning.step.tracker import MemoryTracker
@@ -151,20 +152,21 @@ def _watch_backbone(model: torch.nn.Module, tracker: MemoryTracker, stack: conte
 
 def _watch_backward(trainer: Trainer, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
     """Count what the forward pass left behind as kept, and every gradient as such once its parameter has it."""
-    run_backward = trainer.accelerator.backward
 
-    @functools.wraps(run_backward)
-    def backward(loss: torch.Tensor, **options: Any) -> None:
-        tracker.adopt_live(stage.FORWARD, KEPT)
-        run_backward(loss, **options)
-        tracker.stage = stage.STEP
+    def wrap(run_backward: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(run_backward)
+        def backward(loss: torch.Tensor, **options: Any) -> None:
+            tracker.adopt_live(stage.FORWARD, KEPT)
+            run_backward(loss, **options)
+            tracker.stage = stage.STEP
+
+        return backward
 
     def count_gradient(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             tracker.adopt(parameter.grad, GRADIENTS)
 
-    trainer.accelerator.backward = backward
-    stack.callback(setattr, trainer.accelerator, "backward", run_backward)
+    stack.enter_context(wrap_backward(trainer, wrap))
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             handle = parameter.register_post_accumulate_grad_hook(count_gradient)

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from bitsandbytes import functional as quantization
 from peft import PeftModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes as no_dispatch
 from transformers import PreTrainedModel, Trainer
 
+from finetune.compat import (
+    build_masks_as_in_run,
+    keep_gradients,
+    leave_adapters_in_place,
+    leave_all_modes,
+    load_fake_tensors,
+    replace_offloading,
+    take_reference_as_known,
+)
 from finetune.models.engine import Engine
 from finetune.models.precision import Precision, choose_planned_precision
 from finetune.planning.changes import is_packed
@@ -26,9 +33,6 @@ from finetune.planning.step.kernels import (
     OffloadedActivations,
     allocate_as_gpu,
     answer_truths,
-    build_masks_as_in_run,
-    leave_adapters_in_place,
-    take_reference_as_known,
 )
 from finetune.planning.step.sharing import Sharing
 from finetune.planning.step.stages import (
@@ -85,12 +89,16 @@ def measure_step(
     precision = choose_planned_precision(resolved, is_gpu, has_bf16, engine)
     config = find_model_config(resolved)
     quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    _, make_mode = load_fake_tensors()
+    fake = make_mode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(build_masks_as_in_run())
         stack.enter_context(leave_adapters_in_place())
-        stack.enter_context(take_reference_as_known())
+        if resolved.method.reference_columns:
+            method = resolved.method
+            columns = method.reference_columns
+            stack.enter_context(take_reference_as_known(method.trainer_module, method.trainer_class, columns))
         if is_gpu:
             stack.enter_context(allocate_as_gpu())
         model = build_dry_model(resolved, config, precision, fake)
@@ -129,18 +137,18 @@ def _build_dry_trainer(
     known = read_trainer_options(method.config_module, method.config_class)
     options = {name: value for name, value in _DRY_OPTIONS.items() if name in known}
     dry = resolved.change_trainer(**options).change(optimizer=optimizer, output=folder)
-    with no_dispatch():
+    with leave_all_modes():
         rows = make_full_rows(resolved)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
     trainer.data_collator = _collate_without_content(trainer.data_collator)
     if resolved.recipe.trainer.get("activation_offloading"):
-        trainer.maybe_activation_offload_context = OffloadedActivations(model)
+        replace_offloading(trainer, OffloadedActivations(model))
     with warnings.catch_warnings():
         # transformers counts the parameters of 8-bit optimizers by their addresses, which these have not.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with no_dispatch():
+        with leave_all_modes():
             trainer.create_optimizer()
-    trainer.model.zero_grad = lambda set_to_none=True: None  # the trainer would clear them as its first act
+    keep_gradients(trainer.model)
     return trainer
 
 
@@ -162,7 +170,7 @@ def _collate_without_content(collate: Any) -> Any:
     """Return a collator that builds a real batch, and hands on its shapes."""
 
     def collate_shapes(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        with no_dispatch():
+        with leave_all_modes():
             batch = collate(rows)
         return {
             name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune.compat import identify_storage, load_fake_tensors
+
+FakeTensor, _ = load_fake_tensors()
 # What a kernel allocates for itself while it runs: its arguments and outputs -> bytes.
 KernelWorkspace = Callable[[Sequence[Any], Any], int]
 # The bytes that a process keeps of a tensor that counts for a part.
@@ -148,7 +150,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _log(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = identify_storage(tensor)
         known = self._live.get(key)
         if known is not None:
             return known[0]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
 
+from finetune.compat import copy_rows
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.recipe.methods import Method, RowAdapter
 
@@ -20,20 +20,11 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class PreparedRows(Dataset):
-    """Rows of which nothing is left to prepare: whatever would be mapped over them is done."""
+    """Rows of which nothing is left to prepare: the constructors of ORPO and CPO map over the rows that they are given."""
 
     def map(self, *arguments: Any, **options: Any) -> "PreparedRows":
         """Return the rows as they are."""
         return self
-
-
-def accept_prepared_rows(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Return TRL's trainer class without its own preparation of rows."""
-
-    def keep(self: Trainer, dataset: Dataset, *arguments: Any, **options: Any) -> Dataset:
-        return dataset
-
-    return type(trainer_class.__name__, (trainer_class,), {"_prepare_dataset": keep})
 
 
 def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
@@ -41,9 +32,7 @@ def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
     chosen = rows.select_columns(list(method.columns))
     if method.shuffles_once:
         chosen = chosen.shuffle(seed=seed)
-    if not method.maps_rows:
-        return chosen
-    return PreparedRows(chosen.data, info=chosen.info, indices_table=chosen._indices, fingerprint=chosen._fingerprint)
+    return copy_rows(PreparedRows, chosen) if method.maps_rows else chosen
 
 
 def make_collator(method: Method, pad_token: int) -> Collate | None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from finetune.compat import replace_loading
 from finetune.recipe.sections import OptimizerSection
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.states.optimizer_states import StateGroup
@@ -138,5 +139,4 @@ def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Paramete
     optimizer.register_step_pre_hook(take_gradients)
     optimizer.register_step_post_hook(hand_over)
     optimizer.register_state_dict_post_hook(save_masters)
-    # Not by a hook: bitsandbytes loads by a method of its own, which calls none.
-    optimizer.load_state_dict = load_all  # type: ignore[method-assign, assignment]
+    replace_loading(optimizer, load_all)

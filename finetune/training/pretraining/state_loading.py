@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.compat import find_share
 from finetune.training.pretraining.moments import get_moments, put_moments
 from finetune.yulan.states.optimizer_states import OptimizerStates, ParameterState, StateGroup, read_state
 from finetune.yulan.states.state_files import write_states
@@ -67,7 +67,7 @@ def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor whose parameter may be sharded; only that part of a file is copied."""
     if not isinstance(parameter, DTensor):
         return full.to(parameter.device, copy=True)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = find_share(parameter.shape, parameter.device_mesh, parameter.placements)
     part = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     local = part.to(parameter.device, copy=True)
     return DTensor.from_local(

@@ -1,0 +1,239 @@
+"""Every place where a library is patched, or where a private name of one is used.
+
+Each function says for which version it was written and why. `tests/test_compat.py` fails when a name that is used here is gone,
+and names for each entry the test that fails when the patch no longer does what it should. Libraries are imported inside the
+functions, and nothing is patched before one of them is called: a recipe can be checked without loading any.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+# TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
+# width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
+LOGIT_COLUMNS = 8192
+
+
+@contextlib.contextmanager
+def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module, a class or an object another attribute for a while.
+
+    Raises:
+        AttributeError: it has no such attribute, so a patch would change nothing.
+    """
+    before = getattr(owner, name)
+    is_own = name in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+# --- TRL 1.16 ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_trl() -> None:
+    """Set the width of TRL's tiles of logits, and keep its notice about the experimental namespace to this kit's authors.
+
+    TRL has no option for the width. ORPO and CPO live in that namespace; a test of ours says when they move.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    _load("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
+
+
+def skip_row_preparation(trainer_class: type[Any]) -> type[Any]:
+    """Return TRL's trainer class without its own preparation of rows, which would render and tokenize texts again.
+
+    The SFT trainer has an option for this; those of preference methods prepare whatever they are given.
+    """
+
+    def keep(self: Any, dataset: Any, *arguments: Any, **options: Any) -> Any:
+        return dataset
+
+    return type(trainer_class.__name__, (trainer_class,), {"_prepare_dataset": keep})
+
+
+def replace_chat_template(tokenizer: Any, encode: Callable[..., Any]) -> None:
+    """Let TRL's online trainers get the tokens of a conversation from `encode`.
+
+    They call `apply_chat_template`, which turns a control token's spelling in a question into the token itself, and renders
+    templates without their generation marks differently.
+    """
+    tokenizer.apply_chat_template = encode
+
+
+def replace_offloading(trainer: Any, context: Any) -> None:
+    """Let a trainer enter another context than TRL's offloading of activations, which needs a GPU."""
+    trainer.maybe_activation_offload_context = context
+
+
+@contextlib.contextmanager
+def run_losses_in_place() -> Iterator[None]:
+    """Let TRL's losses allocate as on a GPU: Triton kernels and products with float32 sums work in place there."""
+    kernels, utils = _load("trl.kernels.chunked_logprob"), _load("trl.trainer.utils")
+    with contextlib.ExitStack() as stack:
+        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+            stack.enter_context(replace_attribute(kernels, name, do_nothing))
+        stack.enter_context(replace_attribute(utils, "_use_triton", lambda device: True))
+        yield
+
+
+@contextlib.contextmanager
+def take_reference_as_known(trainer_module: str, trainer_class: str, columns: Sequence[str]) -> Iterator[None]:
+    """Let a preference trainer find the reference model's log-probabilities in `columns` of its rows, all of them 0.
+
+    A run computes them with one pass over all rows before step 1, which a plan leaves out.
+    """
+
+    def add_columns(trainer: Any, rows: Any, name: str, batch_size: int) -> Any:
+        for column in columns:
+            rows = rows.add_column(column, [0.0] * len(rows))
+        return rows
+
+    module = _load(trainer_module)
+    with (
+        replace_attribute(module, "hash_module", lambda model: ""),
+        replace_attribute(getattr(module, trainer_class), "_precompute_ref_logps", add_columns),
+    ):
+        yield
+
+
+# --- datasets 5.2 -----------------------------------------------------------------------------------------------------
+
+
+def copy_rows(dataset_class: type[Any], rows: Any) -> Any:
+    """Return rows as an object of a subclass of `datasets.Dataset`, with the same order; nothing is copied but names."""
+    return dataset_class(rows.data, info=rows.info, indices_table=rows._indices, fingerprint=rows._fingerprint)
+
+
+# --- transformers 5.23 ------------------------------------------------------------------------------------------------
+
+
+def make_without_weights(model_class: Any, config: Any, **options: Any) -> Any:
+    """Return a model of a configuration; `from_pretrained` needs weights, and a constructor takes no attention kernel."""
+    return model_class._from_config(config, **options)
+
+
+@contextlib.contextmanager
+def build_masks_as_in_run() -> Iterator[None]:
+    """Let transformers decide about attention masks as in a run; for tensors without content it would always build them."""
+    with replace_attribute(_load("transformers.masking_utils"), "is_tracing", lambda tensor=None: False):
+        yield
+
+
+# --- PEFT 0.21 --------------------------------------------------------------------------------------------------------
+
+
+def complete_head(tuned: Any) -> Any:
+    """Give a head of which rows are trained the `bias` that TRL's loss reads; PEFT's wrapper passes on the weight only."""
+    head = tuned.get_output_embeddings()
+    if isinstance(head, _load("peft.utils.other").TrainableTokensWrapper):
+        head.register_parameter("bias", None)
+    return tuned
+
+
+@contextlib.contextmanager
+def leave_adapters_in_place() -> Iterator[None]:
+    """Let PEFT add an adapter without moving it to its layer's device: tensors without content cannot be moved."""
+    layer = _load("peft.tuners.tuners_utils").BaseTunerLayer
+    with replace_attribute(layer, "_move_adapter_to_device_of_base_layer", do_nothing):
+        yield
+
+
+# --- bitsandbytes 0.50 ------------------------------------------------------------------------------------------------
+
+
+def keep_weights_differentiable(model: Any) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel.
+
+    On processors with AVX512-BF16 it does so at the first evaluation, for good, and the kernel has no gradient: training
+    would then fail, or go on without the gradient of the layers before (`Linear4bit.forward`).
+    """
+    layer = _load("bitsandbytes.nn").Linear4bit
+    for module in model.modules():
+        if isinstance(module, layer):
+            module.support_avx512bf16_for_cpu = False
+
+
+def replace_loading(optimizer: Any, load: Callable[..., None]) -> None:
+    """Load an optimizer's state by another function; bitsandbytes loads by a method of its own, which calls no hooks."""
+    optimizer.load_state_dict = load
+
+
+# --- accelerate 1.15 --------------------------------------------------------------------------------------------------
+
+
+def shard_on_cpu(precision: str) -> None:
+    """Let FSDP2 shard between processes on the CPU too; `precision` is `no`, `bf16` or `fp16`.
+
+    accelerate reads FSDP's settings for GPUs only and would quietly keep whole copies, though torch shards over gloo as well
+    (`AcceleratorState.__init__`).
+    """
+    states, utils = _load("accelerate.state"), _load("accelerate.utils")
+    plugin = utils.FullyShardedDataParallelPlugin()
+    state = states.AcceleratorState(
+        precision, cpu=True, dynamo_plugin=utils.TorchDynamoPlugin(), _from_accelerator=True
+    )
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    state.fsdp_plugin = plugin
+    shared = states.PartialState._shared_state
+    state.distributed_type = shared["distributed_type"] = utils.DistributedType.FSDP
+
+
+@contextlib.contextmanager
+def wrap_backward(trainer: Any, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+    """Wrap the function that a trainer starts its backward passes with; there is no callback for that moment."""
+    with replace_attribute(trainer.accelerator, "backward", wrap(trainer.accelerator.backward)):
+        yield
+
+
+# --- torch 2.13 -------------------------------------------------------------------------------------------------------
+
+
+def load_fake_tensors() -> tuple[Any, Any]:
+    """Return torch's tensors without content and the mode that makes them, which have no public home."""
+    module = _load("torch._subclasses.fake_tensor")
+    return module.FakeTensor, module.FakeTensorMode
+
+
+def leave_all_modes() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which tensors have content again, within a mode that makes them without."""
+    context: contextlib.AbstractContextManager[Any] = _load("torch.utils._python_dispatch")._disable_current_modes()
+    return context
+
+
+def identify_storage(tensor: Any) -> int:
+    """Return a number that tensors which share a storage have in common; tensors without content have no addresses."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def find_share(shape: Any, mesh: Any, placements: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return shape and offset of what this process holds of a sharded tensor."""
+    module = _load("torch.distributed.tensor._utils")
+    found: tuple[Sequence[int], Sequence[int]] = module.compute_local_shape_and_global_offset(shape, mesh, placements)
+    return found
+
+
+def keep_in_place(model: Any) -> None:
+    """Let `model.to` do nothing: the model is where it has to be, and tensors without content cannot be moved."""
+    model.to = lambda *arguments, **options: model
+
+
+def keep_gradients(model: Any) -> None:
+    """Let `model.zero_grad` do nothing: a trainer clears gradients as its first act, and a plan's step has some already."""
+    model.zero_grad = do_nothing
+
+
+def do_nothing(*arguments: Any, **options: Any) -> None:
+    """Stand in for what works in place, or has nothing to do."""
+
+
+def _load(module: str) -> Any:
+    return importlib.import_module(module)
