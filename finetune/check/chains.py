@@ -14,9 +14,9 @@ from typing import Any
 from finetune.check.chain_stages import Chain, Content, ExportSection, ExportStage, Stage, TrainStage
 from finetune.check.data_section import find_file
 from finetune.check.preference_methods import check_early_reference
-from finetune.check.recipes import find_recipe, list_problems, resolve_recipe
+from finetune.check.recipes import list_problems, resolve_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
-from finetune.files.resources import list_templates
+from finetune.files.resources import find_recipe, list_templates
 from finetune.files.sizes import parse_size
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import Draft, apply_override, apply_overrides, expand_shorthand, read_section

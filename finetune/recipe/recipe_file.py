@@ -46,9 +46,22 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
 
 
 def expand_shorthand(content: dict[str, Any]) -> None:
-    """Write out `trainer: auto`."""
+    """Write out `trainer: auto`, and take out sections with nothing in them: they say nothing."""
     if content.get("trainer") == "auto":
         content["trainer"] = {"auto": True}
+    if content.get("trainer", {}) is None:
+        del content["trainer"]
+    _drop_empty_sections(content, Recipe)
+
+
+def _drop_empty_sections(content: dict[str, Any], section: type[Any]) -> None:
+    for name, hint in get_type_hints(section).items():
+        if not dataclasses.is_dataclass(hint) or name not in content:
+            continue
+        if content[name] is None:
+            del content[name]
+        elif isinstance(content[name], dict):
+            _drop_empty_sections(content[name], hint)  # type: ignore[arg-type]
 
 
 def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
