@@ -21,6 +21,7 @@ ROOMS = (
     "models",
     "rewards",
     "check",
+    "guide",
     "train",
     "plan",
     "export",

@@ -161,7 +161,7 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
             return None if member is type(None) and value is None else _convert_scalar(value, member)
         except _MismatchError:
             continue
-    names = [_TYPE_NAMES[member] for member in members if not (member is int and float in members)]
+    names = [TYPE_NAMES[member] for member in members if not (member is int and float in members)]
     raise _MismatchError(" or ".join(names))
 
 
@@ -199,7 +199,7 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     return _convert_scalar(value, members[0])
 
 
-_TYPE_NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -213,7 +213,7 @@ def _convert_scalar(value: Any, member: Any) -> Any:
         return float(value)
     # bool is a kind of int in Python, never in a recipe.
     if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
-        raise _MismatchError(_TYPE_NAMES[member])
+        raise _MismatchError(TYPE_NAMES[member])
     if isinstance(value, float) and not math.isfinite(value):
         raise _MismatchError("a finite number")
     return value
