@@ -21,8 +21,8 @@ every other key as a comment. On the command line a key is set by `-s section.ke
 refused before anything is loaded. A file that a recipe names is looked for beside the recipe first, then in the current folder.
 """
 _TRAINER = """Any option of the class in this table goes through by its name, and is checked against the installed version. The kit's own
-defaults stand beside it; further, `gradient_checkpointing` is true, and rows to evaluate on are evaluated at the end of
-every epoch.
+defaults stand beside it. Further, `gradient_checkpointing` is true; with rows to evaluate on, `eval_strategy` is `epoch` and
+`per_device_eval_batch_size` that of the training.
 """
 _OWNED = """These options are refused, because the kit decides them:
 """

@@ -11,7 +11,7 @@ KEYS: Mapping[str, str] = {
     "model": "The base checkpoint, and how its weights are held in memory.",
     "model.checkpoint": (
         "The base checkpoint: an alias that `finetune checkpoints` lists, a hub id with an optional @revision, or a folder. "
-        "A run directory continues the adapter of that run."
+        "A run directory continues that run: its adapter, or its weights."
     ),
     "model.architecture": (
         "llama trains the model as Llama weights; native trains an intermediate checkpoint as it is stored, with all its "
@@ -36,7 +36,7 @@ KEYS: Mapping[str, str] = {
     "data.sources": (
         "Your own files for the data sets or categories of data.mixture, such as {code: mine.parquet, fineweb-edu: web/*.jsonl}."
     ),
-    "data.eval": "The rows to evaluate on, written like data.train; they are never trained on.",
+    "data.eval": "The rows to evaluate on, written like data.train.",
     "data.held_out": (
         "Rows that are taken out of data.train to evaluate on, chosen by the seed: a share below 1, or a number of rows."
     ),
@@ -119,11 +119,12 @@ KEYS: Mapping[str, str] = {
     "schedule": "Length and learning rate over time of the methods pretrain and anneal; for other methods set trainer.num_train_epochs, trainer.lr_scheduler_type and so on.",
     "schedule.unit": "What every number of this section counts: optimizer steps, or tokens.",
     "schedule.count": (
-        "Where the count begins: run at the first step of this run, states at the step that the optimizer state came from."
+        "What warmup, decay_start and decay_end count from: run, the first step of this run; states, the beginning of the training "
+        "that the optimizer state comes from, in steps."
     ),
     "schedule.length": "How long the run is, in schedule.unit; null takes the data once.",
     "schedule.warmup": "How long the learning rate rises from 0 to its full value, in schedule.unit.",
-    "schedule.decay": "How the learning rate falls to 0; auto is none for pretrain and 1-sqrt for anneal.",
+    "schedule.decay": "How the learning rate falls to 0; none keeps it. auto is none for pretrain and 1-sqrt for anneal.",
     "schedule.decay_start": "Where the learning rate begins to fall, in schedule.unit; null is the end of the warm-up.",
     "schedule.decay_end": "Where the learning rate reaches 0, in schedule.unit; null is the end of the run.",
     "trainer": (
@@ -138,7 +139,7 @@ KEYS: Mapping[str, str] = {
     "answers": (
         "The most tokens of each answer that the run keeps from before and after the training, to a few prompts; 0 keeps none."
     ),
-    "output": "The run directory; an empty text stands for runs/ and the name of the recipe file.",
+    "output": "The run directory; an empty text stands for runs/NAME in the current folder, after the recipe file.",
     "seed": "The seed of held-out and drawn rows, of their order, and of new weights.",
     "stages": "Makes the recipe a chain: a list of stages, each of which continues the one before; other keys hold for every stage.",
     "stages.name": "The name of a stage, which is the name of its folder in the output.",
