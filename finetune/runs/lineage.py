@@ -1,14 +1,15 @@
 """Find again what a result belongs to: its base by content, its tokenizer, its template; and what a run begins with."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
-from finetune.files.json_files import read_json
 from finetune.recipe.sections import ModelSection, TrainedArchitecture
+from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.files.json_files import read_json
 from finetune.runs.results import Result, find_earlier
 from finetune.yulan.layout import find_architecture
 
@@ -45,6 +46,8 @@ def find_start(section: ModelSection) -> Start:
     if earlier.kind == "adapter":
         return Start(find_base(earlier), earlier)
     return Start(find_base_folder(str(earlier.folder), section.architecture), earlier)
+
+
 
 
 def find_base(result: Result) -> Path:

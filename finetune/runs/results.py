@@ -5,14 +5,15 @@ and by content; its template; the runs that it went on from) and `rows.json` (a 
 is compared). Reading them needs no torch.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import FinetuneError
-from finetune.files.json_files import read_json, write_json
-from finetune.recipe.methods import METHODS
 from finetune.recipe.sections import TrainedArchitecture
+from finetune.recipe.methods import METHODS
+from finetune.files.json_files import read_json, write_json
 
 ORIGIN_FILE = "finetune.json"
 ROWS_FILE = "rows.json"
@@ -140,3 +141,7 @@ def _open_folder(folder: Path, kind: ResultKind) -> Result:
 
 def _read_origin(content: dict[str, Any]) -> Origin:
     return Origin(**{**content, "earlier": tuple(Stage(**stage) for stage in content.get("earlier", ()))})
+
+
+
+

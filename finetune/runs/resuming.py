@@ -5,10 +5,10 @@ import json
 import logging
 from pathlib import Path
 
-from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
 from finetune.files.folders import check_output_free
 from finetune.recipe.sections import Recipe, dump_recipe
+from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
