@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.check.recipes import load_recipe
 from finetune.files.resources import list_recipes
-from finetune.plan.step.stages import ADAPTER
-from finetune.plan.step.step_memory import measure_step
+from finetune.planning.step.stages import ADAPTER
+from finetune.planning.step.step_memory import measure_step
 
 # Small steps would drown in what Python and the C library take for themselves.
 TOKENS = 2048
@@ -43,7 +43,7 @@ CHILD = """
 import ctypes, gc, sys
 from pathlib import Path
 from finetune.check.recipes import load_recipe
-from tests.plan.conftest import build_real_trainer
+from tests.planning.conftest import build_real_trainer
 
 def read(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024

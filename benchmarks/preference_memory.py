@@ -27,9 +27,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
-from finetune.plan.step.dry_model import make_full_rows, make_stand_in_tokenizer
+from finetune.planning.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.recipe.sections import AdapterSection, DataSection, Recipe
-from finetune.train.trainer import build_trainer
+from finetune.runs.resolved_recipe import resolve_names
+from finetune.training.trainer import build_trainer
 
 SFT, DPO, TWO_MODELS = "SFT of the same tokens", "DPO", "DPO, a reference model of its own"
 WAYS = (SFT, DPO, TWO_MODELS)
@@ -79,8 +80,8 @@ def measure_way(way: str, tokens: int) -> dict[str, int]:
         model: PreTrainedModel | PeftModel = make_model()
         parameters = model.num_parameters()
         model = attach_adapter(model, recipe.adapter, Path(folder))
-        precision = Precision(torch.float32, "no")
-        trainer = build_trainer(recipe, model, make_stand_in_tokenizer(), make_full_rows(recipe), precision)
+        resolved, precision = resolve_names(recipe), Precision(torch.float32, "no")
+        trainer = build_trainer(resolved, model, make_stand_in_tokenizer(), make_full_rows(resolved), precision)
         if way == TWO_MODELS:
             trainer.ref_model = make_model().eval().requires_grad_(False)
             add_fused_lm_head(trainer.ref_model)

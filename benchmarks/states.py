@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import initialization
 
-from finetune.train.pretraining.optimizer import OptimizerFactory
-from finetune.train.pretraining.state_loading import list_named_parameters, load_parameter
+from finetune.training.pretraining.optimizer import OptimizerFactory
+from finetune.training.pretraining.state_loading import list_named_parameters, load_parameter
 from finetune.yulan.layout import list_native_tensors
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from finetune.check.recipes import load_recipe
 from finetune.files.sizes import GIB
-from finetune.plan.forecast import Plan, Target, make_plan
+from finetune.planning.forecast import Plan, Target, make_plan
 
 ROOT = Path(__file__).parents[1]
 TIERS_FOLDER, RESULT = ROOT / "recipes" / "tiers", Path(__file__).with_suffix(".json")

@@ -3,7 +3,7 @@
 python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 350 are the default
 
 The first phase is twice as long, since it begins with random weights. Every phase reads new texts (made by
-recipes/data/corpus.py), goes on from the weights and the optimizer states of the one before, and leaves a run directory whose
+recipes/data/corpus.py), continues from the weights and the optimizer state of the one before, and leaves a run directory whose
 `model/` is a folder in the published layout: train, fold or export any of them.
 """
 
@@ -11,19 +11,18 @@ import runpy
 import sys
 from pathlib import Path
 
-from finetune.check.recipes import load_recipe
-from finetune.files.resources import find_demo_data
-from finetune.train.run import run_training
+import finetune
 
 # Our phases, each in the proportions of one of YuLan-Mini's 27.
 STABLE = {"nano-phase1": "phase1", "nano-phase2": "phase13", "nano-phase3": "phase25"}
 ANNEALED = {"nano": "phase27"}
 RECIPE = Path(__file__).with_name("nano_phase.yaml")
+CORPUS = Path(__file__).parents[1] / "recipes" / "data" / "corpus.py"
 
 
 def main(output: Path, steps: int) -> None:
     """Train every phase; print the loss on the same held-out texts after each."""
-    corpus = runpy.run_path(str(find_demo_data("corpus.py")))
+    corpus = runpy.run_path(str(CORPUS))
     before = None
     for seed, (name, mixture) in enumerate({**STABLE, **ANNEALED}.items(), 1):
         folder = output.resolve() / "corpus" / name
@@ -37,7 +36,7 @@ def main(output: Path, steps: int) -> None:
             settings += [f"schedule.length={steps}", f"model.checkpoint={before}", "optimizer.states=published"]
         if name in ANNEALED:
             settings += ["method=anneal", "schedule.decay=1-sqrt", "optimizer.save_states=false"]
-        summary = run_training(load_recipe(RECIPE, settings))
+        summary = finetune.train(finetune.load_recipe(RECIPE, settings))
         print(f"{name:<12} {summary.steps:>5} steps  held-out loss {summary.eval_loss:.4f}  {summary.seconds:.0f} s")
         before = output.resolve() / name / "model"
 

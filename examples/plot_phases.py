@@ -3,12 +3,11 @@
 python examples/plot_phases.py runs/nano-phases nano_phases.png
 """
 
+import json
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-
-from finetune.train.journal.progress import read_metrics
 
 STABLE, ANNEALED, FAINT = "#1f6f8b", "#c8553d", "#8a929c"
 
@@ -22,7 +21,7 @@ def main(folder: Path, file: Path) -> None:
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     start, joint, ends = 0.0, [], []
     for run in runs:
-        lines = read_metrics(run)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         colour = ANNEALED if run.name == "nano" else STABLE
         length = max(line["num_input_tokens_seen"] for line in lines) / 1000
         held = [

@@ -1,7 +1,27 @@
-"""Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models."""
+"""Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models.
 
+The public functions are loaded when they are first used: importing this package loads neither torch nor anything else of size.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.api import evaluate, export, fold, load_recipe, open_model, plan, preview, train
 
 # Set before any library reads it: nothing is sent anywhere unless the user asks.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+__all__ = ["evaluate", "export", "fold", "load_recipe", "open_model", "plan", "preview", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("finetune.api"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

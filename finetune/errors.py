@@ -2,8 +2,8 @@
 
     FinetuneError           anything below; the command line prints it without a traceback and exits with 2
     ├── RecipeError         a recipe with one or more problems
-    ├── CheckpointError     a start that cannot be found or read, or cannot be folded
-    ├── DataError           a data file or row
+    ├── CheckpointError     a base checkpoint that cannot be found, read or folded
+    ├── DataError           a data file or row that cannot be used
     ├── TemplateError       a chat template that cannot be used
     ├── TrainingError       a run that must not start, or cannot go on
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
@@ -16,6 +16,11 @@ Anything else that is raised is a bug of ours and keeps its traceback.
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+# The kinds of findings that `finetune lint` makes of rows that cannot be read.
+FaultKind = Literal["unreadable", "role_order", "empty_text"]
 
 
 class FinetuneError(Exception):
@@ -36,8 +41,39 @@ class CheckpointError(FinetuneError):
     """A checkpoint cannot be found, read or folded."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in a data file or in a data set of the hub: a line, a row, or the whole file where `line` is None.
+
+    Lines and rows are counted from 1. Text files have lines; `unit="row"` is for files without lines and for JSON lists.
+    """
+
+    file: str
+    line: int | None = None
+    unit: Literal["line", "row"] = "line"
+
+    def __str__(self) -> str:
+        """Return the place for a person, such as `data/my.jsonl, line 18`."""
+        return self.file if self.line is None else f"{self.file}, {self.position}"
+
+    @property
+    def position(self) -> str:
+        """The place within its file, such as `line 18`."""
+        return f"{self.unit} {self.line}"
+
+
 class DataError(FinetuneError):
-    """A data file or one of its rows cannot be used."""
+    """A data file or one of its rows cannot be used.
+
+    The message is `<place>: <fault>`. `place` is None where the message is about no single file or row. `kind` is the kind of
+    finding that `finetune lint` makes of it.
+    """
+
+    def __init__(self, fault: str, place: Place | None = None, kind: FaultKind = "unreadable") -> None:
+        self.fault = fault
+        self.place = place
+        self.kind = kind
+        super().__init__(fault if place is None else f"{place}: {fault}")
 
 
 class TemplateError(FinetuneError):
@@ -66,10 +102,10 @@ def find_close_match(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def describe_unknown_name(name: str, known: Iterable[str]) -> str:
-    """Say that `name` is unknown, with the nearest known name or, where none is near, all of them."""
+def describe_unknown_name(name: str, known: Iterable[str], unknown: str = "unknown") -> str:
+    """Say that `name` is `unknown`, with the nearest known name or, where none is near, all of them."""
     names = sorted(known)
     match = find_close_match(name, names)
     if match:
-        return f"unknown; did you mean {match!r}?"
-    return f"unknown; known are {', '.join(names)}"
+        return f"{unknown}; did you mean {match!r}?"
+    return f"{unknown}; known are {', '.join(names)}"

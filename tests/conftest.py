@@ -10,7 +10,7 @@ import pytest
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.files.resources import find_demo_data
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 RECIPE = """
 model: {checkpoint: nano}

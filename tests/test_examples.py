@@ -6,17 +6,39 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
+import finetune
 from finetune.checkpoints.finding import find_checkpoint
-from finetune.evaluate.chat import answer
 from finetune.files.resources import find_demo_data, list_templates
 from finetune.models.opening import open_model
-from finetune.train.journal.progress import read_metrics
+from finetune.training.journal.progress import read_metrics
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.states.optimizer_states import open_states
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
+    notebook = nbformat.read(EXAMPLES[0].with_name("quickstart.ipynb"), as_version=4)
+    shown = [list_shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    # Fewer steps than in the notebook; everything else is as it stands there.
+    source = notebook.cells[1].source
+    notebook.cells[1].source = source.replace('"trainer.num_train_epochs=4"', '"trainer.max_steps=2"')
+    assert notebook.cells[1].source != source
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [list_shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"] == shown
+    assert "image/png" in shown[4] and "text/html" in shown[1]
+    text = EXAMPLES[0].with_name("quickstart.ipynb").read_text(encoding="utf-8")
+    assert "<mark>" in text and str(Path(finetune.__file__).parents[1]) not in text
+
+
+def list_shown(outputs):
+    """Return the kinds of what a cell shows; what libraries say on standard error is not part of it."""
+    kinds = [sorted(output.data) if "data" in output else [output.name] for output in outputs]
+    return [kind for names in kinds for kind in names if kind != "stderr"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -34,7 +56,7 @@ def test_compare_checkpoints(tmp_path, nano):
     lines = find_demo_data("demo_eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     table = run_example("compare_checkpoints", tmp_path / "rows.jsonl", "nano", nano).splitlines()
-    assert [line.split()[0] for line in table] == ["start", "nano", str(nano)]
+    assert [line.split()[0] for line in table] == ["checkpoint", "nano", str(nano)]
     assert table[1].split()[1:] == table[2].split()[1:]
 
 
@@ -64,5 +86,5 @@ def test_nano_phases_leave_a_published_checkpoint_each(tmp_path):
 def test_open_export_answers_as_chat_does(nano_llama, tmp_path):
     shutil.copytree(nano_llama, tmp_path / "export")
     shutil.copyfile(list_templates()["yulan-mini"], tmp_path / "export" / "chat_template.jinja")
-    expected = answer(open_model(str(tmp_path / "export")), [{"role": "user", "content": "Hello!"}], 64).text
+    expected = open_model(str(tmp_path / "export")).answer([{"role": "user", "content": "Hello!"}], 64).text
     assert run_example("open_export", tmp_path / "export", "Hello!").rstrip("\n") == expected.rstrip("\n")

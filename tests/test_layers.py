@@ -22,11 +22,12 @@ ROOMS = (
     "rewards",
     "check",
     "guide",
-    "train",
-    "plan",
-    "export",
-    "evaluate",
+    "training",
+    "planning",
+    "exporting",
+    "evaluation",
     "pipeline",
+    "api",
     "cli",
     "__main__",
 )
@@ -67,7 +68,8 @@ def name_module(path):
 def test_imports_point_to_earlier_rooms(path):
     room = name_room(path)
     if path == PACKAGE / "__init__.py":
-        assert not list(list_imports(ast.parse(path.read_text())))
+        # For type checkers alone: tests/test_api.py holds that nothing is loaded.
+        assert list(list_imports(ast.parse(path.read_text(encoding="utf-8")))) == ["finetune.api"]
         return
     assert room in RANK, f"{room} has no place in ROOMS"
     for name in list_imports(ast.parse(path.read_text(encoding="utf-8"))):

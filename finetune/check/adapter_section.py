@@ -8,7 +8,7 @@ from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection, Recipe
 
 def check_adapter_section(recipe: Recipe) -> Iterator[str]:
     adapter, quantize = recipe.adapter, recipe.model.quantize
-    if adapter.kind == "none":
+    if adapter.trains_all_weights:
         for key, value in vars(adapter).items():
             if key != "kind" and value != vars(AdapterSection())[key]:
                 yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"

@@ -2,37 +2,34 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from finetune.recipe.sections import Recipe, to_plain
+from finetune.recipe.sections import Recipe, dump_plain, to_plain
+from finetune.runs.export_settings import ExportSettings
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ExportSection:
-    """How a chain's export is written: the options of `finetune export`, by their names."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_shard_size: str = "2GB"
-    base: Literal["full", "dequantized", "auto"] = "full"
-    verify: bool = True
-
-
-@dataclass(frozen=True)
 class TrainStage:
-    """A stage that trains. `recipe` is complete but for its start, which is the run before, if there is one (`follows`)."""
+    """A stage that trains, and the run directory that it continues from (`follows`), which may not be there yet.
+
+    Until it is, the recipe names the base checkpoint of the first stage, which plans and previews take.
+    """
 
     name: str
-    recipe: Recipe
+    resolved: ResolvedRecipe
     follows: Path | None
-    goes_on: bool = False  # with the adapter of the run before
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the stage says, with all that it inherits."""
+        return self.resolved.recipe
 
     @property
     def run_recipe(self) -> Recipe:
-        """The recipe with the run before as its start, which is there once that has finished."""
+        """The recipe that the stage is run by: its base checkpoint is the run before, once that has finished."""
         if self.follows is None:
             return self.recipe
         return replace(self.recipe, model=replace(self.recipe.model, checkpoint=str(self.follows)))
@@ -43,7 +40,7 @@ class ExportStage:
     """A stage that exports the newest run before it into a folder of its name."""
 
     name: str
-    settings: ExportSection
+    settings: ExportSettings
     run: Path
     output: Path
 
@@ -53,7 +50,10 @@ Stage = TrainStage | ExportStage
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages in their order, and the one folder that all of them leave their results in."""
+    """Stages in their order, and the one folder that all of them leave their results in.
+
+    A recipe without `stages:` is a chain of one stage without a name, whose run directory is that folder.
+    """
 
     source: Path
     output: Path
@@ -64,9 +64,17 @@ class Chain:
         """The stages that train."""
         return [stage for stage in self.stages if isinstance(stage, TrainStage)]
 
+    @property
+    def single(self) -> TrainStage | None:
+        """The only stage of a recipe that has no `stages:`."""
+        first = self.stages[0]
+        return first if isinstance(first, TrainStage) and not first.name else None
+
 
 def to_plain_chain(chain: Chain) -> Content:
     """Return a chain as dicts, lists and scalars, every stage written out in full; reading it gives the same chain."""
+    if chain.single is not None:
+        return to_plain(chain.single.recipe)
     stages: list[Content] = []
     for stage in chain.stages:
         if isinstance(stage, ExportStage):
@@ -82,4 +90,4 @@ def to_plain_chain(chain: Chain) -> Content:
 
 def dump_chain(chain: Chain) -> str:
     """Return a chain as YAML; see `to_plain_chain`."""
-    return yaml.safe_dump(to_plain_chain(chain), sort_keys=False, allow_unicode=True, width=100)
+    return dump_plain(to_plain_chain(chain))

@@ -11,53 +11,69 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.check.chain_stages import Chain, Content, ExportSection, ExportStage, Stage, TrainStage
+from finetune.check.adoption import adopt_earlier_run, adopt_form, list_method_misfits, read_stage_form
+from finetune.check.chain_stages import Chain, Content, ExportStage, Stage, TrainStage
 from finetune.check.data_section import find_file
 from finetune.check.preference_methods import check_early_reference
-from finetune.check.recipes import list_problems, resolve_recipe
+from finetune.check.recipes import list_problems, resolve_draft, settle_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import find_recipe, list_templates
 from finetune.files.sizes import parse_size
-from finetune.recipe.methods import METHODS
-from finetune.recipe.recipe_file import Draft, apply_override, apply_overrides, expand_shorthand, read_section
+from finetune.recipe.methods import DEFAULT_METHOD, METHODS
+from finetune.recipe.recipe_file import (
+    Draft,
+    apply_override,
+    apply_overrides,
+    draft_recipe,
+    expand_shorthand,
+    list_keys,
+    read_section,
+)
 from finetune.recipe.sections import Recipe
 from finetune.recipe.yaml_loader import load_recipe_file
+from finetune.runs.export_settings import ExportSettings, list_refusals
+from finetune.runs.resolved_recipe import ResolvedRecipe, resolve_names
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# What an adapter and its base keep when training goes on with them.
-_ADOPTED = {
-    "adapter": ("kind", "rank", "alpha", "rslora", "dora", "train_tokens", "targets"),
-    "model": ("quantize", "architecture"),
-}
 _OWN_KEYS = ("name", "recipe", "export")
 
 
-def is_chain(source: Path) -> bool:
-    """Tell whether a recipe file has stages; a file that cannot be read has none, and says why when it is loaded."""
-    try:
-        return "stages" in load_recipe_file(find_recipe(source))
-    except RecipeError:
-        return False
-
-
 def load_chain(source: Path, overrides: Sequence[str] = ()) -> Chain:
-    """Read a chain, check every stage of it, and return it with every path made absolute.
+    """Read a chain or a plain recipe, check every stage of it, and return it with every path made absolute.
 
-    `stages.NAME.section.key=value` overrides one stage, `section.key=value` every stage that trains; the start is the first's.
+    `stages.NAME.section.key=value` overrides one stage, `section.key=value` every stage that trains; the base checkpoint is
+    that of the first stage.
 
     Raises:
         RecipeError: with every problem of every stage.
     """
-    return _ChainReader(source, overrides).read()
+    file = find_recipe(source)
+    content = load_recipe_file(file)
+    if "stages" in content:
+        return _ChainReader(source, file, content, overrides).read()
+    resolved = resolve_draft(draft_recipe(file, content, overrides), str(source))
+    return Chain(file, resolved.output, (TrainStage("", resolved, None),))
+
+
+def resolve_stage(stage: TrainStage) -> ResolvedRecipe:
+    """Return what a stage is run by, once the run that it continues has finished.
+
+    Raises:
+        RecipeError: the run before is not what the stage can continue.
+    """
+    if stage.follows is None:
+        return stage.resolved
+    draft, earlier = adopt_earlier_run(Draft(stage.follows, stage.run_recipe, (), stage.resolved.given))
+    if draft.problems:
+        raise RecipeError(stage.name, list(draft.problems))
+    return resolve_names(draft.recipe, earlier, draft.given)
 
 
 class _ChainReader:
     """Collects the problems of a chain while its stages are put together."""
 
-    def __init__(self, source: Path, overrides: Sequence[str]) -> None:
-        self._source = source
-        self._file = find_recipe(source)
-        self._content = load_recipe_file(self._file)
+    def __init__(self, source: Path, file: Path, content: Content, overrides: Sequence[str]) -> None:
+        self._source, self._file, self._content = source, file, content
         self._problems: list[str] = []
         self._overrides = [override for override in overrides if not override.startswith(("output=", "stages."))]
         self._own = [override.removeprefix("stages.") for override in overrides if override.startswith("stages.")]
@@ -118,15 +134,15 @@ class _ChainReader:
         if not isinstance(options, dict):
             self._problems.append("export: must be a section of keys and values, such as {dtype: bfloat16}")
             options = {}
-        settings = read_section(ExportSection, options, "export.", self._problems)
+        settings = read_section(ExportSettings, options, "export.", self._problems)
         if before:
-            self._problems += _list_export_problems(settings, before[-1].recipe)
+            self._problems += _list_export_problems(settings, before[-1].resolved)
         else:
             self._problems.append("export: no stage before it trains, so there is nothing to export")
         try:
-            parse_size(settings.max_shard_size)
+            parse_size(settings.max_shard_size, "export.max_shard_size")
         except FinetuneError as error:
-            self._problems.append(str(error).replace("--max-shard-size", "export.max_shard_size"))
+            self._problems.append(str(error))
         run = Path(before[-1].recipe.output) if before else self._output
         return ExportStage(name, settings, run, self._output / name)
 
@@ -146,35 +162,45 @@ class _ChainReader:
             _merge(content, {"model": {"checkpoint": before[0].recipe.model.checkpoint}})
         content["output"] = str(self._output / name)
         problems: list[str] = []
-        draft = Draft(self._file, read_section(Recipe, content, "", problems), tuple(problems))
-        if found := list_problems(draft):
-            self._problems += found
-            return TrainStage(name, draft.recipe, None)
-        recipe = resolve_recipe(draft)
-        if not before:
-            return TrainStage(name, recipe, None)
-        recipe = self._adopt(recipe, before[-1].recipe, item)
-        self._problems += _list_following_problems(recipe, before[-1].recipe)
-        goes_on = before[-1].recipe.adapter.kind != "none"
-        return TrainStage(name, recipe, Path(before[-1].recipe.output), goes_on)
+        recipe = read_section(Recipe, content, "", problems)
+        given = frozenset(list_keys(content))
+        # The keys that other stages share with this one do not contradict the adapter that it continues.
+        own = frozenset(list_keys(item)) | {text.partition("=")[0] for text in self._list_own_overrides(name)}
+        follows = before[-1] if before else None
+        if follows is not None:
+            recipe = self._adopt(recipe, follows.recipe, given, own)
+        draft = Draft(self._file, recipe, tuple(problems), given)
+        try:
+            resolved = resolve_draft(draft, name) if follows is None else self._resolve_later(draft, before[0])
+        except RecipeError as error:
+            self._problems += error.problems
+            return TrainStage(name, ResolvedRecipe(recipe, METHODS.get(recipe.method, DEFAULT_METHOD)), None)
+        if follows is None:
+            return TrainStage(name, resolved, None)
+        self._problems += _list_following_problems(resolved, follows.resolved)
+        continues = not follows.resolved.trains_all_weights
+        return TrainStage(name, replace(resolved, awaits_adapter=continues), follows.resolved.output)
 
-    def _adopt(self, recipe: Recipe, earlier: Recipe, item: Content) -> Recipe:
-        """Return a later stage's recipe with the form of the adapter that it goes on with; the stage itself may not change it."""
-        if earlier.adapter.kind == "none":
+    def _resolve_later(self, draft: Draft, first: TrainStage) -> ResolvedRecipe:
+        """Resolve a later stage; what the first one continues stands in for the run before, which is not there yet."""
+        earlier = first.resolved.earlier
+        if problems := list_problems(draft, None):
+            raise RecipeError(str(self._source), problems)
+        return resolve_names(settle_recipe(draft), earlier, draft.given)
+
+    def _adopt(self, recipe: Recipe, earlier: Recipe, given: frozenset[str], own: frozenset[str]) -> Recipe:
+        """Return a later stage's recipe with the form of the adapter that it continues."""
+        if earlier.adapter.trains_all_weights:
             return recipe
-        for section, names in _ADOPTED.items():
-            own, kept = item.get(section), {name: getattr(vars(earlier)[section], name) for name in names}
-            for name in names:
-                if isinstance(own, dict) and name in own and getattr(vars(recipe)[section], name) != kept[name]:
-                    self._problems.append(
-                        f"{section}.{name}: the adapter of the stage before goes on as it is; remove it"
-                    )
-            recipe = replace(recipe, **{section: replace(vars(recipe)[section], **kept)})
-        return replace(recipe, adapter=replace(recipe.adapter, init="default"))
+        recipe, problems = adopt_form(recipe, read_stage_form(earlier), "the stage before", given, own)
+        self._problems += problems
+        return recipe
+
+    def _list_own_overrides(self, name: str) -> list[str]:
+        return [text.removeprefix(f"{name}.") for text in self._own if text.startswith(f"{name}.")]
 
     def _override(self, name: str, content: Content, shared: Sequence[str]) -> None:
-        own = [text.removeprefix(f"{name}.") for text in self._own if text.startswith(f"{name}.")]
-        apply_overrides(content, (*shared, *own), self._problems)
+        apply_overrides(content, (*shared, *self._list_own_overrides(name)), self._problems)
 
     def _read_named_recipe(self, item: Content) -> Content:
         """Return what the recipe file of a stage says, its data found beside that file."""
@@ -196,23 +222,19 @@ class _ChainReader:
         return content
 
 
-def _list_following_problems(recipe: Recipe, earlier: Recipe) -> Iterator[str]:
-    """Yield why a stage cannot go on from the one before, which would show only when that has been trained."""
-    method = METHODS[recipe.method]
-    if METHODS[earlier.method].head == "score" != method.head:
-        yield f"method: the stage before trains a reward model, which cannot speak; {recipe.method} needs a language model"
-    if earlier.adapter.kind != "none":
-        yield from check_early_reference(recipe, method)
+def _list_following_problems(resolved: ResolvedRecipe, earlier: ResolvedRecipe) -> Iterator[str]:
+    """Yield why a stage cannot continue from the one before, which would show only when that has been trained."""
+    yield from list_method_misfits(earlier.method.name, resolved.method.name, "the stage before trains", "method")
+    if not earlier.trains_all_weights:
+        yield from check_early_reference(resolved.recipe, resolved.method)
 
 
-def _list_export_problems(settings: ExportSection, earlier: Recipe) -> Iterator[str]:
+def _list_export_problems(settings: ExportSettings, earlier: ResolvedRecipe) -> Iterator[str]:
     """Yield why the stage before cannot be exported so, which would show only when that has been trained."""
-    if METHODS[earlier.method].head == "score":
+    if earlier.method.trains_reward_model:
         yield "export: the stage before trains a reward model, and an export is a Llama that speaks; remove this stage"
-    if settings.base == "dequantized" and earlier.model.quantize == "none":
-        yield "export.base: dequantized is for adapters of quantized stages; set full"
-    if settings.base == "auto" and not settings.verify and earlier.model.quantize != "none":
-        yield "export.base: auto chooses by measuring, which verify: false leaves out; remove one of the two"
+    quantize = "none" if earlier.trains_all_weights else earlier.recipe.model.quantize
+    yield from list_refusals(settings, quantize, verifies=settings.verify, is_stage=True)
 
 
 def _find_sources(value: Any, folder: Path) -> Any:

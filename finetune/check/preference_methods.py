@@ -6,22 +6,22 @@ from dataclasses import replace
 from finetune.data.formats.row_formats import FORMATS, describe_wrong_kind
 from finetune.recipe.methods import Method
 from finetune.recipe.sections import Recipe
-from finetune.runs.results import find_earlier
+from finetune.runs.results import Result
 
 
-def check_preference(recipe: Recipe, method: Method) -> Iterator[str]:
+def check_preference(recipe: Recipe, method: Method, earlier: Result | None) -> Iterator[str]:
     """Yield what a recipe says that its method cannot do."""
     yield from _check_shape(recipe, method)
     yield from _check_batch(recipe, method)
-    yield from _check_reference(recipe, method)
-    if method.head == "score" and recipe.model.architecture == "native":
+    yield from _check_reference(recipe, method, earlier)
+    if method.trains_reward_model and recipe.model.architecture == "native":
         yield "model.architecture: a reward model is trained on the Llama form; remove this key"
 
 
 def settle_trainer(recipe: Recipe, method: Method) -> Recipe:
     """Fill in the method's own defaults; without an adapter the reference is what was computed of the start."""
     defaults = dict(method.defaults)
-    if method.has_reference and recipe.adapter.kind == "none":
+    if method.has_reference and recipe.adapter.trains_all_weights:
         defaults["precompute_ref_log_probs"] = True
     return replace(recipe, trainer={**defaults, **recipe.trainer})
 
@@ -38,17 +38,16 @@ def _check_shape(recipe: Recipe, method: Method) -> Iterator[str]:
         yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
 
 
-def _check_reference(recipe: Recipe, method: Method) -> Iterator[str]:
+def _check_reference(recipe: Recipe, method: Method, earlier: Result | None) -> Iterator[str]:
     precomputes = recipe.trainer.get("precompute_ref_log_probs")
     if not method.has_reference:
         return
-    if recipe.adapter.kind == "none" and precomputes is False:
+    if recipe.adapter.trains_all_weights and precomputes is False:
         yield (
             "trainer.precompute_ref_log_probs: without it a second copy of all weights would be held as the reference; "
             "remove this key"
         )
-    earlier = find_earlier(recipe.model.checkpoint)
-    if earlier is not None and earlier.kind == "adapter":
+    if earlier is not None and earlier.is_adapter:
         yield from check_early_reference(recipe, method)
 
 

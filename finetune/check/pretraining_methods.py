@@ -18,7 +18,7 @@ def check_pretraining(recipe: Recipe, folder: Path) -> Iterator[str]:
     method = METHODS.get(recipe.method)
     if method is None:
         return
-    if method.pretraining is None:
+    if not method.is_pretraining:
         yield from _check_unused(recipe)
         return
     yield from _check_rows(recipe)
@@ -28,7 +28,7 @@ def check_pretraining(recipe: Recipe, folder: Path) -> Iterator[str]:
 
 
 def _check_unused(recipe: Recipe) -> Iterator[str]:
-    names = " and ".join(name for name, method in METHODS.items() if method.pretraining is not None)
+    names = " and ".join(name for name, method in METHODS.items() if method.is_pretraining)
     for section, default in (("optimizer", OptimizerSection()), ("schedule", ScheduleSection())):
         for key, value in vars(getattr(recipe, section)).items():
             if value != vars(default)[key]:
@@ -53,7 +53,7 @@ def _check_optimizer(recipe: Recipe, states: str) -> Iterator[str]:
             f"optimizer.states: {states} are those of the native form; "
             "set model.architecture: native, or optimizer.states: fresh"
         )
-    if not is_fresh and recipe.adapter.kind != "none":
+    if not is_fresh and not recipe.adapter.trains_all_weights:
         yield (
             f"optimizer.states: {states} are those of all weights; set adapter.kind: none, or optimizer.states: fresh"
         )
@@ -63,13 +63,13 @@ def _check_optimizer(recipe: Recipe, states: str) -> Iterator[str]:
             yield f"optimizer.{key}: the states bring their own; remove it, or set optimizer.states: fresh"
         elif value is not None and value < 0:
             yield f"optimizer.{key}: must be at least 0; found {value}"
-    is_plain = recipe.model.architecture != "native" or recipe.adapter.kind != "none"
+    is_plain = recipe.model.architecture != "native" or not recipe.adapter.trains_all_weights
     if is_fresh and is_plain and optimizer.learning_rate is None:
         yield (
             "optimizer.learning_rate: is missing; only all weights of the native form have a published one "
             "(2e-5 to 2e-4 is usual for all weights of a folded model, 1e-4 to 2e-4 for an adapter)"
         )
-    if optimizer.save_states and (recipe.model.architecture != "native" or recipe.adapter.kind != "none"):
+    if optimizer.save_states and (recipe.model.architecture != "native" or not recipe.adapter.trains_all_weights):
         yield "optimizer.save_states: needs all weights of the native form: model.architecture: native, adapter.kind: none"
 
 

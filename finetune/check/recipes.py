@@ -18,50 +18,60 @@ from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
+from finetune.runs.resolved_recipe import ResolvedRecipe, resolve_names
+from finetune.runs.results import Result
 
 
-def load_recipe(source: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, check it wholly, and return it with every path made absolute.
+def load_recipe(source: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """Read a recipe, check it wholly, and return it with every path made absolute and every name looked up.
 
     A shipped recipe is also found by its name (`sft_qlora`) or as `recipes/sft_qlora.yaml`, from wherever the command runs.
 
     Raises:
         RecipeError: with every problem that was found, not only the first.
     """
-    draft = adopt_earlier_run(read_recipe(find_recipe(source), overrides))
-    if problems := list_problems(draft):
-        raise RecipeError(str(source), problems)
-    return resolve_recipe(draft)
+    return resolve_draft(read_recipe(find_recipe(source), overrides), str(source))
 
 
-def list_problems(draft: Draft) -> list[str]:
-    """Return everything that is wrong with a recipe."""
-    return [*draft.problems, *_check_recipe(draft)]
+def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
+    """Check a recipe as it was read, and look up what it names; `name` is what it is called in messages.
+
+    Raises:
+        RecipeError: with every problem that was found.
+    """
+    draft, earlier = adopt_earlier_run(draft)
+    if problems := list_problems(draft, earlier):
+        raise RecipeError(name, problems)
+    return resolve_names(settle_recipe(draft), earlier, draft.given)
 
 
-def _check_recipe(draft: Draft) -> Iterator[str]:
+def list_problems(draft: Draft, earlier: Result | None) -> list[str]:
+    """Return everything that is wrong with a recipe; `earlier` is the result of the run that it continues."""
+    return [*draft.problems, *_check_recipe(draft, earlier)]
+
+
+def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     recipe = draft.recipe
     # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
-    yield from _check_method(recipe)
+    yield from _check_method(recipe, earlier)
     yield from _check_checkpoint(recipe)
     yield from check_data_section(recipe, draft.source.parent)
     yield from check_adapter_section(recipe)
     yield from check_pretraining(recipe, draft.source.parent)
-    if recipe.method in METHODS:
-        yield from check_rewards(recipe, METHODS[recipe.method])
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
 
-def _check_method(recipe: Recipe) -> Iterator[str]:
+def _check_method(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
     method = METHODS.get(recipe.method)
     if method is None:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
         return
     yield from _check_trainer(recipe.trainer, method)
-    yield from check_preference(recipe, method)
+    yield from check_preference(recipe, method, earlier)
+    yield from check_rewards(recipe, method, earlier)
 
 
 def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
@@ -103,7 +113,7 @@ def _check_checkpoint(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def resolve_recipe(draft: Draft) -> Recipe:
+def settle_recipe(draft: Draft) -> Recipe:
     """Return a recipe without problems, with absolute paths and the method's defaults."""
     recipe, folder = draft.recipe, draft.source.parent
     data = replace(

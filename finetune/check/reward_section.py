@@ -13,10 +13,10 @@ from finetune.recipe.methods import Method
 from finetune.recipe.recipe_file import describe_unknown_key
 from finetune.recipe.sections import JudgeSection, Recipe, RewardsSection
 from finetune.rewards.rules import RULES
-from finetune.runs.results import Origin, Result, find_earlier, is_judge, open_result
+from finetune.runs.results import Lineage, Result, open_result
 
 
-def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
+def check_rewards(recipe: Recipe, method: Method, earlier: Result | None) -> Iterator[str]:
     """Yield what is wrong with the rewards of a recipe, and with the rows of a method that asks prompts."""
     rewards = recipe.rewards
     if not method.is_online:
@@ -42,7 +42,7 @@ def check_rewards(recipe: Recipe, method: Method) -> Iterator[str]:
     if recipe.trainer.get("auto"):
         yield f"trainer.auto: does not know the room that writing answers takes; set the sizes for {method.name} by hand"
     if rewards.judge != JudgeSection():
-        yield from _check_judge(recipe)
+        yield from _check_judge(recipe, earlier)
     yield from _check_prompts(recipe)
 
 
@@ -51,7 +51,7 @@ def _check_prompts(recipe: Recipe) -> Iterator[str]:
         yield f"data.overflow: {recipe.data.overflow} would cut prompts before their end; use drop, or error"
 
 
-def _check_judge(recipe: Recipe) -> Iterator[str]:
+def _check_judge(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
     """Yield what is wrong with a recipe's judge."""
     judge = recipe.rewards.judge
     if judge.weight <= 0:
@@ -66,22 +66,22 @@ def _check_judge(recipe: Recipe) -> Iterator[str]:
     except FinetuneError as error:
         yield f"rewards.judge.run: {error}"
         return
-    if not is_judge(result):
+    if not result.is_reward_model:
         yield f"rewards.judge.run: {judge.run} is no reward model; train one with method: reward"
         return
     yield from _check_borrowing(recipe, result)
-    if result.origin is not None:
-        yield from _check_same_form(recipe, result.origin)
+    if result.lineage is not None:
+        yield from _check_same_form(recipe, result.lineage, earlier)
 
 
 def _check_borrowing(recipe: Recipe, result: Result) -> Iterator[str]:
     """Name what keeps a judge from reading with the base of the run."""
-    if result.kind == "model":
+    if not result.is_adapter:
         yield (
             f"rewards.judge.run: all weights of {recipe.rewards.judge.run} were trained, so it would be a second model in "
             "memory; train the reward model with adapter.kind: lora"
         )
-    if recipe.adapter.kind == "none":
+    if recipe.adapter.trains_all_weights:
         yield "adapter.kind: the judge reads with the base, which must stay as it is; set lora, or use rewards.rules alone"
     if recipe.adapter.init == "pissa":
         yield "adapter.init: pissa changes the base, which the judge reads with; remove this key"
@@ -89,7 +89,7 @@ def _check_borrowing(recipe: Recipe, result: Result) -> Iterator[str]:
         yield "model.architecture: the judge reads with the Llama form of the base; remove this key"
 
 
-def _check_same_form(recipe: Recipe, judge: Origin) -> Iterator[str]:
+def _check_same_form(recipe: Recipe, judge: Lineage, earlier: Result | None) -> Iterator[str]:
     """Compare base and template by names and records; a run compares their content before it loads any weights."""
     name, checkpoint, template = recipe.rewards.judge.run, recipe.model.checkpoint, recipe.data.template
     if judge.quantize != recipe.model.quantize:
@@ -103,8 +103,7 @@ def _check_same_form(recipe: Recipe, judge: Origin) -> Iterator[str]:
             f"model.rope_theta: the judge {name} was trained with {theirs}, and reads with the base of this run; set the same, "
             f"or leave both out; found {recipe.model.rope_theta}"
         )
-    earlier = find_earlier(checkpoint)
-    start = earlier.origin if earlier is not None and earlier.kind == "adapter" else None
+    start = earlier.lineage if earlier is not None and earlier.is_adapter else None
     if start is None:
         differs = is_another_start(judge.checkpoint, checkpoint)
     else:

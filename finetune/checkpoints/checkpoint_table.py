@@ -27,6 +27,11 @@ class Checkpoint:
     humaneval: float | None = None
     note: str = ""
 
+    @property
+    def has_published_sizes(self) -> bool:
+        """Whether it has the sizes that all published checkpoints share."""
+        return self.alias != "nano"
+
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint("phase5", "yulan-team/YuLan-Mini-Phase5", "stable", 5, 4096, False, "yulanmini", 53.85, 3.41, 12.26),

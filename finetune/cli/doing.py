@@ -22,38 +22,27 @@ def run_fold(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from finetune.check.chains import is_chain, load_chain
-    from finetune.check.recipes import load_recipe
+    from finetune.check.chains import load_chain
 
-    # Before the seconds that importing torch takes.
-    if is_chain(arguments.recipe):
-        chain = load_chain(arguments.recipe, arguments.set)
-        from finetune.models.engine import leave_processes
-        from finetune.pipeline.chain import describe_chain, run_chain
-
-        done = run_chain(chain, arguments.resume, arguments.force)
-        leave_processes()
-        return print_result(arguments, asdict(done), describe_chain(done))
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    # Whatever is wrong with the recipe is said before the seconds that importing torch takes.
+    chain = load_chain(arguments.recipe, arguments.set)
     from finetune.models.engine import leave_processes
-    from finetune.pipeline.training import train_on_device
-    from finetune.runs.summary import describe_run
+    from finetune.pipeline.chain import describe_chain, run_chain
 
-    summary = train_on_device(recipe, arguments.resume, arguments.force)
+    done = run_chain(chain, arguments.resume, arguments.force)
     leave_processes()
-    text = f"{describe_run(summary)}\nexport it: finetune export {summary.run} -o DIR"
-    return print_result(arguments, asdict(summary), text)
+    return print_result(arguments, done.to_json(), describe_chain(done))
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from finetune.export.merge import ExportSettings, describe_export, export_result
-    from finetune.files.sizes import parse_size
+    from finetune.exporting.merge import describe_export, export_result
+    from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
-    settings = ExportSettings(arguments.dtype, parse_size(arguments.max_shard_size), arguments.base)
+    settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
     verifier = None
     if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
-        from finetune.export.verify import LogitVerifier
+        from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
     report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
@@ -61,8 +50,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from finetune.evaluate.pairs import evaluate_pairs, hold_pairs
-    from finetune.evaluate.token_loss import evaluate_path
+    from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
+    from finetune.evaluation.token_loss import evaluate_path
 
     if hold_pairs(arguments.data):
         found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
@@ -77,7 +66,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    from finetune.evaluate.chat import answer
     from finetune.models.opening import open_model
 
     loaded = open_model(arguments.model)
@@ -85,7 +73,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
     def reply(text: str) -> Any:
         messages = [*history, {"role": "user", "content": text}]
-        return answer(loaded, messages, arguments.max_new_tokens, arguments.temperature)
+        return loaded.answer(messages, arguments.max_new_tokens, arguments.temperature)
 
     if arguments.prompt is not None:
         result = reply(arguments.prompt)

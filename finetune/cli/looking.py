@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.libraries import load_for_plan
 from finetune.errors import RecipeError
 
 if TYPE_CHECKING:
+    from finetune.check.chain_stages import TrainStage
     from finetune.recipe.sections import Recipe
-from finetune.cli.printing import SUCCESS, USER_ERROR, load_recipes, open_chain, print_each, print_result, to_json
+from finetune.cli.printing import SUCCESS, USER_ERROR, print_each, print_result, to_json
 
 
 def run_checkpoints(arguments: argparse.Namespace) -> int:
@@ -46,27 +47,18 @@ def run_mixtures(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     from finetune.check.chain_stages import dump_chain, to_plain_chain
-    from finetune.check.chains import is_chain, load_chain
-    from finetune.check.recipes import load_recipe
-    from finetune.recipe.sections import dump_recipe, to_plain
+    from finetune.check.chains import load_chain
 
     try:
-        if is_chain(arguments.recipe):
-            chain = load_chain(arguments.recipe, arguments.set)
-            recipes = [stage.recipe for stage in chain.trainings]
-            plain, text = to_plain_chain(chain), dump_chain(chain)
-        else:
-            recipes = [load_recipe(arguments.recipe, arguments.set)]
-            plain, text = to_plain(recipes[0]), dump_recipe(recipes[0])
+        chain = load_chain(arguments.recipe, arguments.set)
     except RecipeError as error:
         if not arguments.json:
             raise
         print(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False))
         return USER_ERROR
-    notes = "".join(map(_describe_mixture, recipes))
-    return print_result(
-        arguments, {"ok": True, "problems": [], "recipe": plain}, f"{text}\n{notes}{arguments.recipe}: fine"
-    )
+    notes = "".join(_describe_mixture(stage.recipe) for stage in chain.trainings)
+    result = {"ok": True, "problems": [], "recipe": to_plain_chain(chain)}
+    return print_result(arguments, result, f"{dump_chain(chain)}\n{notes}{arguments.recipe}: fine")
 
 
 def _describe_mixture(recipe: Recipe) -> str:
@@ -78,75 +70,83 @@ def _describe_mixture(recipe: Recipe) -> str:
 
 
 def run_preview(arguments: argparse.Namespace) -> int:
+    from finetune.check.chains import load_chain
     from finetune.data.preview.preview import describe_preview, preview_rows
-    from finetune.train.training_rows import prepare_rows
+    from finetune.training.training_rows import prepare_rows
 
-    def preview_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
-        tokenizer, splits = prepare_rows(recipe)
+    def preview_stage(stage: TrainStage) -> tuple[Any, str]:
+        tokenizer, splits = prepare_rows(stage.resolved)
         preview = preview_rows(splits, tokenizer, arguments.rows)
         if arguments.html is not None:
             from finetune.data.preview.page import collect_page, render_page, write_page
 
-            file = arguments.html.with_stem(f"{arguments.html.stem}-{stage}") if stage else arguments.html
+            file = arguments.html
+            file = file.with_stem(f"{file.stem}-{stage.name}") if stage.name else file
             write_page(file, render_page(collect_page(splits, tokenizer, arguments.rows, arguments.recipe.name)))
             print(f"wrote {file}", file=sys.stderr)
         return to_json(preview), describe_preview(preview, in_colour=sys.stdout.isatty())
 
-    return print_each(arguments, preview_recipe)
+    return print_each(arguments, load_chain(arguments.recipe, arguments.set), preview_stage)
 
 
 def run_lint(arguments: argparse.Namespace) -> int:
-    from finetune.data.lint.findings import describe_fix, describe_lint
-    from finetune.data.lint.lint_rows import lint_data
-    from finetune.train.training_rows import open_data
+    from finetune.check.chains import load_chain
+    from finetune.data.lint.lint_data import lint_data
+    from finetune.data.lint.lint_report import describe_fix, describe_lint
+    from finetune.training.training_rows import open_data
 
-    def lint_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
-        folder = arguments.fix / stage if arguments.fix is not None else None
-        report = lint_data(*open_data(recipe), folder)
+    def lint_stage(stage: TrainStage) -> tuple[Any, str]:
+        folder = arguments.fix / stage.name if arguments.fix is not None else None
+        report = lint_data(*open_data(stage.resolved), folder)
         text = describe_lint(report)
         if folder is not None:
             text += f"\n\n{describe_fix(report)}: {folder}"
         return report.to_json(), text
 
-    return print_each(arguments, lint_recipe)
+    return print_each(arguments, load_chain(arguments.recipe, arguments.set), lint_stage)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
+    from finetune.check.chains import load_chain
     from finetune.files.sizes import parse_memory
 
-    chain = open_chain(arguments)
-    recipes = load_recipes(arguments, chain)
-    continued = {stage.name for stage in chain.trainings if stage.goes_on} if chain is not None else set()
+    # Whatever is wrong with the recipe is said before the seconds that loading torch takes.
+    chain = load_chain(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     with load_for_plan():
-        from finetune.plan.automatic import choose_settings, describe_choices
-        from finetune.plan.forecast import choose_target, describe_plan, describe_steps, find_fitting_plan, make_plan
+        from finetune.planning.automatic import choose_settings, describe_choices
+        from finetune.planning.forecast import (
+            choose_target,
+            describe_plan,
+            describe_steps,
+            find_fitting_plan,
+            make_plan,
+        )
 
     engine, processes = arguments.engine, arguments.processes
     if arguments.accelerate is not None:
-        from finetune.plan.step.sharing import read_sharing
+        from finetune.planning.step.sharing import read_sharing
 
         found, count = read_sharing(arguments.accelerate)
         engine, processes = engine or found, processes or count
 
-    def plan_recipe(recipe: Recipe, stage: str) -> tuple[Any, str]:
-        target = choose_target(recipe, memory, arguments.gpu, engine, processes)
-        target = replace(target, goes_on=stage in continued)
-        recipe, choices = choose_settings(recipe, target)
+    def plan_stage(stage: TrainStage) -> tuple[Any, str]:
+        target = choose_target(stage.resolved, memory, arguments.gpu, engine, processes)
+        resolved, choices = choose_settings(stage.resolved, target)
         notes = f"\n\n{describe_choices(choices)}" if choices else ""
         if not arguments.fit:
-            plan = make_plan(recipe, target)
+            plan = make_plan(resolved, target)
             result = {**plan.to_json(), "choices": [asdict(choice) for choice in choices]}
             return result, f"{describe_plan(plan)}{notes}"
-        plan, steps = find_fitting_plan(recipe, target)
+        plan, steps = find_fitting_plan(resolved, target)
         result = {**plan.to_json(), "changes": [asdict(step) for step in steps]}
         return result, f"{describe_plan(plan)}\n\n{describe_steps(steps)}"
 
-    return print_each(arguments, plan_recipe, recipes)
+    return print_each(arguments, chain, plan_stage)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    from finetune.plan.doctor import describe_machine, examine_machine
+    from finetune.planning.doctor import describe_machine, examine_machine
 
     report = examine_machine()
     return print_result(arguments, asdict(report), describe_machine(report))

@@ -1,4 +1,4 @@
-"""The account of all rows: how many were read, kept, dropped, cut, and how long they are."""
+"""Count all rows: how many were read, kept, dropped and cut, and how long they are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,12 +9,17 @@ import numpy
 from finetune.data.encoding.gates import check_rows
 from finetune.data.encoding.row_encoder import RowEncoder, TokenRow, cut_row, split_text_row
 from finetune.data.settings import DataSettings
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The account of one split: `rows_read` + `parts` = `rows` + `dropped`; lengths are in tokens, a pair's that of its longer side."""
+    """The numbers of one split: `rows_read` + `parts` = `rows` + `dropped`.
+
+    `parts` is how many rows were added by splitting long texts. `answers_cut` counts the `truncated` rows whose answer lost its
+    end. `longest`, `median` and `histogram` count tokens, for a pair those of its longer side. `histogram` holds
+    `(upper length, rows)`.
+    """
 
     rows_read: int
     rows: int
@@ -31,7 +36,11 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The account of all rows; `formats` says for each file how its rows were read."""
+    """The numbers of all rows.
+
+    `formats` maps each file to the format of its rows. `left_out` counts the rows that were not read into a split, by reason.
+    `notes` are sentences for a person. `fingerprint` is a hash of the tokens, `template_fingerprint` one of the template.
+    """
 
     train: SplitReport
     evaluation: SplitReport | None
@@ -47,11 +56,11 @@ class DataReport:
         return asdict(self)
 
     def describe(self) -> str:
-        """Return one line for a person."""
-        account = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        """Return the numbers of all rows as one line."""
+        tokens = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
         if not self.train.trained_tokens:
-            account = f"prompts of {self.train.tokens:,} tokens"
-        parts = [f"{self.train.rows:,} for training ({account})"]
+            tokens = f"prompts of {self.train.tokens:,} tokens"
+        parts = [f"{self.train.rows:,} for training ({tokens})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
         for name in ("dropped", "truncated", "answers_cut"):
@@ -62,12 +71,17 @@ class DataReport:
 
 
 class Account:
-    """Apply the policy for long rows and remember a few numbers of each row, not the rows."""
+    """Applies `data.overflow` to long rows, and keeps a few numbers of each row instead of the row.
+
+    The lists hold one entry for each kept row: `numbers` its number among the rows read, `lengths` the tokens of its longer side,
+    `tokens` the tokens of both sides, `trained` its trained tokens, and `cut` 0 for a whole row, 1 for one that is cut, 2 for one
+    whose answer lost its end. `liked` holds the labels of labelled rows only.
+    """
 
     def __init__(self, settings: DataSettings, encoder: RowEncoder) -> None:
         self._settings = settings
         self._encoder = encoder
-        self._faults: list[tuple[str, str]] = []
+        self._faults: list[tuple[Place, str]] = []
         self._read = self._long = 0
         self._worst: tuple[int, str] = (0, "")
         self.numbers: list[int] = []
@@ -78,7 +92,7 @@ class Account:
         self.liked: list[bool] = []
 
     def keep(self, encoded: Sequence[TokenRow]) -> list[TokenRow]:
-        """Return what is kept of a batch, cut or split where the policy says so."""
+        """Return the rows of a batch that are kept, cut or split as `data.overflow` says."""
         limit, overflow = self._settings.max_tokens, self._settings.overflow
         kept: list[TokenRow] = []
         for row in encoded:
@@ -87,11 +101,11 @@ class Account:
                 kept.append(row)
                 continue
             self._long += 1
-            self._worst = max(self._worst, (row.full_length, row.source.origin))
+            self._worst = max(self._worst, (row.full_length, str(row.source.place)))
             if overflow == "split" and row.source.kind == "text":
                 kept += split_text_row(row, limit)
             elif overflow == "truncate" and row.spans and (cut := cut_row(row, limit)).spans:
-                # A row whose answer starts beyond the limit would train nothing.
+                # A row whose answer begins after the limit has no spans left, and would train nothing.
                 kept.append(cut)
         for row in kept:
             self._note(row)
@@ -99,7 +113,7 @@ class Account:
 
     def _note(self, row: TokenRow) -> None:
         if fault := self._encoder.find_fault(row):
-            self._faults.append((row.source.origin, fault))
+            self._faults.append((row.source.place, fault))
         self.numbers.append(row.source.number)
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
@@ -110,10 +124,10 @@ class Account:
         self.cut.append(0 if not row.is_cut else 2 if loses_end else 1)
 
     def check(self) -> None:
-        """Refuse faulty rows, and long ones where no policy says what to do with them.
+        """Check all rows that were kept.
 
         Raises:
-            DataError: naming the rows.
+            DataError: rows are faulty, rows are too long and `overflow` is `error`, or all labels are the same.
         """
         check_rows(self._faults)
         if self._long and self._settings.overflow == "error":
@@ -131,9 +145,9 @@ class Account:
             )
 
     def describe_labels(self) -> tuple[str, ...]:
-        """Return how many answers are liked, and what evens them out.
+        """Return a sentence about the weights to set where liked and disliked answers are not balanced.
 
-        Source: KTO (arXiv 2402.01306), equation 8: the weighted sides should be 1:1 to 4:3.
+        Source: KTO (arXiv 2402.01306), equation 8: the ratio of the weighted sides should lie between 1:1 and 4:3.
         """
         liked, others = sum(self.liked), len(self.liked) - sum(self.liked)
         if not self.liked or 1 <= liked / others <= 4 / 3:
@@ -144,7 +158,10 @@ class Account:
         )
 
     def split(self, held: set[int], read: int) -> tuple[dict[str, Any], dict[str, SplitReport]]:
-        """Return the places of the rows of each split among those kept, and their reports; `read` counts all rows."""
+        """Return the indices of each split's rows among the kept rows (int64 arrays), and the reports of the splits.
+
+        `held` holds the numbers of the rows for evaluation. `read` is the number of all rows that were read.
+        """
         is_held = numpy.fromiter((number in held for number in self.numbers), dtype=bool, count=len(self.numbers))
         chosen = {"train": numpy.flatnonzero(~is_held), "evaluation": numpy.flatnonzero(is_held)}
         counts = {"train": read - len(held), "evaluation": len(held)}
@@ -171,7 +188,7 @@ class Account:
 
 
 def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return `(upper length, rows)` for bins that double in width."""
+    """Return `(upper length, rows)` for each bin; the upper lengths are powers of two from 16 tokens on."""
     bins: dict[int, int] = {}
     for length in lengths:
         upper = max(16, 1 << (length - 1).bit_length())
@@ -179,8 +196,8 @@ def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(bins.items())
 
 
-def describe_losses(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
-    """Return what a person should know of the rows that did not fit."""
+def describe_long_rows(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
+    """Return sentences about the rows that were left out or cut because they are too long."""
     splits = [split for split in (train, held_out) if split is not None]
     dropped, truncated = sum(s.dropped for s in splits), sum(s.truncated for s in splits)
     notes = []

@@ -1,10 +1,8 @@
-"""Files to rows to tokens: the splits that a run trains and evaluates on, with an account of every row."""
+"""Prepare the splits that a run trains and evaluates on: read files, encode rows, cut long rows, count everything."""
 
-import gc
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.account import Account, DataReport, SplitReport, describe_losses
+from finetune.data.account import Account, DataReport, SplitReport, describe_long_rows
 from finetune.data.encoding.columns import ColumnHash, make_record_batch
 from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import ChatTemplate
@@ -26,18 +24,21 @@ from finetune.data.reading.sources import hash_source
 from finetune.data.settings import DataSettings
 from finetune.errors import DataError
 from finetune.files.folders import write_folder
+from finetune.files.speed import collect_between, pause_garbage_search
 
-# Raised whenever the same files and settings would give other tokens than before.
-_CACHE_VERSION = 4
-_NO_CONTENT = ("cache", "workers")
+# Raise it whenever the same files and settings would give other columns than before.
+_CACHE_VERSION = 5
+# These settings do not change the rows.
+_NOT_IN_KEY = ("cache", "workers")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows as tokens: columns `input_ids`, `labels` (-100 where untrained), `origin` (file and line), `is_cut`.
+    """The rows for training and evaluation as tokens; `evaluation` is None where no rows are held out.
 
-    Pairs also have `prompt_ids`, `chosen_ids`, `rejected_ids`, labelled answers `prompt_ids`, `completion_ids`, `label`.
-    Prompts also have `prompt` (messages) and `answer` (the reference, or None).
+    All rows have the columns `input_ids`, `labels` (-100 where a token is not trained), `is_cut`, `place` (the fields of `Place`)
+    and `origin` (the same place as text). Pairs add `prompt_ids`, `chosen_ids` and `rejected_ids`. Labelled answers add
+    `prompt_ids`, `completion_ids` and `label`. Prompts add `prompt` (messages) and `answer` (the reference answer, or None).
     """
 
     train: Dataset
@@ -48,10 +49,11 @@ class Splits:
 def load_splits(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int
 ) -> Splits:
-    """Read, split, render and tokenize the rows of a recipe, or find them in the cache.
+    """Return the rows of a recipe as tokens, from the cache where the same files and settings were prepared before.
 
     Raises:
-        DataError: files or rows that cannot be used, with their lines; rows that are too long, where no policy says what to do.
+        DataError: files or rows cannot be used, or rows are too long and `overflow` is `error`.
+        TemplateError: the template refuses a conversation.
     """
     check_padding(tokenizer, list_stop_tokens(tokenizer, template))
     if settings.cache is None:
@@ -69,11 +71,14 @@ def load_splits(
 
 @dataclass(frozen=True)
 class _Prepared:
+    """All kept rows; `chosen` maps each split to the indices of its rows, an int64 array."""
+
     rows: Dataset
     chosen: dict[str, Any]
     report: DataReport
 
     def select(self, name: str) -> Dataset | None:
+        """Return the rows of a split, or None where it has none."""
         chosen = self.chosen[name]
         if len(chosen) == len(self.rows):
             return self.rows
@@ -94,7 +99,7 @@ def _open_cached(folder: Path) -> Splits:
 
 def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int) -> str:
     digest = hashlib.sha256(f"{_CACHE_VERSION} {seed} {template.spans} {template.name}".encode())
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name not in _NO_CONTENT}
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(settings) if entry.name not in _NOT_IN_KEY}
     digest.update(repr(sorted(values.items(), key=lambda pair: pair[0])).encode())
     digest.update(template.source.encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -116,21 +121,14 @@ def _prepare(
     account = Account(settings, encoder)
     content = ColumnHash()
     batches = (account.keep(encoded) for encoded in encode_rows(encoder, reader.read(), settings.workers))
-    with _collect_by_hand():
+    with pause_garbage_search():
         rows = _write_rows(batches, file, content)
     account.check()
     held = choose_held_out(settings, reader, seed)
     chosen, reports = account.split(held, reader.count)
-    limit = f"exceed data.max_tokens: {settings.max_tokens}"
-    if rows is None or not len(chosen["train"]):
-        raise DataError(f"no row is left for training: all {reader.count - len(held):,} {limit}")
-    if held and not len(chosen["evaluation"]):
-        raise DataError(f"no held-out row is left: all {len(held):,} {limit}")
-    if 0 < reports["train"].rows == reports["train"].answers_cut:
-        raise DataError(
-            f"every answer loses its end and its stop token: all {reports['train'].rows:,} rows are cut at data.max_tokens: "
-            f"{settings.max_tokens}, so the model would never learn to stop; raise data.max_tokens"
-        )
+    _check_not_empty(reports, settings)
+    assert rows is not None, "the training split has rows"
+    long_rows = describe_long_rows(reports["train"], reports["evaluation"], settings)
     report = DataReport(
         train=reports["train"],
         evaluation=reports["evaluation"] if held else None,
@@ -138,35 +136,35 @@ def _prepare(
         template=template.name,
         template_fingerprint=template.fingerprint,
         fingerprint=content.finish(chosen),
-        notes=(
-            *settings.notes,
-            *describe_losses(reports["train"], reports["evaluation"], settings),
-            *reader.describe(),
-            *encoder.describe(),
-            *account.describe_labels(),
-        ),
+        notes=(*settings.notes, *long_rows, *reader.describe(), *encoder.describe(), *account.describe_labels()),
         left_out=dict(reader.left_out),
     )
     return _Prepared(rows, chosen, report)
 
 
-@contextmanager
-def _collect_by_hand() -> Iterator[None]:
-    """Stop Python from looking for unused cycles after every 700 objects: of rows, which have none, that takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _check_not_empty(reports: Mapping[str, SplitReport], settings: DataSettings) -> None:
+    """Check that rows are left for both splits, and that not every answer has lost its stop token.
+
+    Raises:
+        DataError: a split would be empty or useless.
+    """
+    train, held_out = reports["train"], reports["evaluation"]
+    limit = f"exceed data.max_tokens: {settings.max_tokens}"
+    if not train.rows:
+        raise DataError(f"no row is left for training: all {train.rows_read:,} {limit}")
+    if held_out.rows_read and not held_out.rows:
+        raise DataError(f"no held-out row is left: all {held_out.rows_read:,} {limit}")
+    if train.rows == train.answers_cut:
+        raise DataError(
+            f"every answer loses its end and its stop token: all {train.rows:,} rows are cut at data.max_tokens: "
+            f"{settings.max_tokens}, so the model would never learn to stop; raise data.max_tokens"
+        )
 
 
 def _write_rows(batches: Iterator[list[TokenRow]], file: Path | None, content: ColumnHash) -> Dataset | None:
-    """Write batches to an Arrow file as they come, or keep them in memory; return None where there are no rows."""
+    """Write each batch to an Arrow file, or keep it in memory where `file` is None; return None where there are no rows."""
     kept, writer = [], None
-    for rows in batches:
-        gc.collect(1)
+    for rows in collect_between(batches):
         if not rows:
             continue
         batch = make_record_batch(rows)

@@ -1,14 +1,11 @@
-"""What language a text is in, told by its scripts alone: enough to see an answer that leaves the language of its question.
+"""Tell the language of a text by its scripts, to find answers in another language than their question.
 
-Latin letters count as one language, since English, French and their like cannot be told apart by script. A Han, kana, Hangul or
-Thai letter counts as one unit, and so does a whole word of a script that puts spaces between words. Han beside kana is Japanese.
-Code, formulas and addresses are cut out first: they are written in Latin letters in every language.
+All languages in Latin letters count as one, because their script does not tell them apart. A unit is one Han, kana, Hangul or
+Thai letter, or one word of a script that puts spaces between words. Han letters beside kana count as Japanese. Code, formulas
+and addresses are left out: they are written in Latin letters in every language.
 """
 
 import re
-from collections.abc import Mapping
-
-Shares = Mapping[str, float]
 
 _UNITS = {
     "Chinese": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"),
@@ -38,7 +35,7 @@ _CODE_LINE = re.compile(
     re.IGNORECASE,
 )
 _KANA_SHARE = 0.1
-# Below this much prose a share says nothing.
+# With fewer units of prose, the shares of scripts say nothing.
 _FEWEST_QUESTION_UNITS, _FEWEST_ANSWER_UNITS = 4, 8
 _MAIN_SHARE, _SECOND_SHARE, _FEWEST_SECOND_UNITS = 0.7, 0.3, 12
 _ABOUT_LANGUAGES = re.compile(
@@ -49,25 +46,25 @@ _ABOUT_LANGUAGES = re.compile(
 
 
 def cut_prose(text: str) -> str:
-    """Return the text without its code, formulas, mark-up and addresses."""
+    """Return a text without code, formulas, mark-up and addresses."""
     lines = _NOT_PROSE.sub(" ", text).split("\n")
     return "\n".join(line for line in lines if not _CODE_LINE.search(line))
 
 
 def count_units(text: str) -> dict[str, int]:
-    """Count letters or words of each script in a text, code included; see the module for what a unit is."""
+    """Return the units of each script in a text, code included. The module's docstring defines a unit."""
     if text.isascii():
         words = len(_UNITS["Latin"].findall(text))
         return {"Latin": words} if words else {}
     counts = {name: len(pattern.findall(text)) for name, pattern in _UNITS.items()}
     kana, han = counts["Japanese"], counts["Chinese"]
-    if kana > _KANA_SHARE * (kana + han):  # a few kana stand in Chinese texts too
+    if kana > _KANA_SHARE * (kana + han):  # Chinese texts hold a few kana too
         counts |= {"Japanese": kana + han, "Chinese": 0}
     return {name: count for name, count in counts.items() if count}
 
 
 def name_language(text: str) -> str:
-    """Return the script that most of a text is in, `mixed` where none has seven tenths, or `none` where there are no letters."""
+    """Return the script with at least seven tenths of the units, else `mixed`, or `none` for a text without letters."""
     counts = count_units(text)
     total = sum(counts.values())
     if not total:
@@ -77,14 +74,14 @@ def name_language(text: str) -> str:
 
 
 def is_about_languages(question: str) -> bool:
-    """Say whether a question speaks of languages or asks for a translation, so that its answer may be in another."""
+    """Tell whether a question is about languages or asks for a translation: its answer may be in another language."""
     return _ABOUT_LANGUAGES.search(question) is not None
 
 
 def describe_language_change(question: str, answer: str) -> str | None:
-    """Say that an answer is in another language than its question, or None.
+    """Return that an answer is in another language than its question, or None.
 
-    A question that speaks of languages or asks for a translation may well be answered in another.
+    It is None for a question that is about languages, and for texts that are too short to tell.
     """
     if (question.isascii() and answer.isascii()) or is_about_languages(question):
         return None
@@ -100,7 +97,7 @@ def describe_language_change(question: str, answer: str) -> str | None:
 
 
 def describe_mixture(question: str, answer: str) -> str | None:
-    """Say that an answer changes scripts within itself, or None: a second script has at least three tenths of its prose."""
+    """Return that an answer mixes scripts, or None. A second script must have at least three tenths of its prose."""
     if answer.isascii() or is_about_languages(question):
         return None
     counts = sorted(count_units(cut_prose(answer)).items(), key=lambda item: -item[1])

@@ -1,4 +1,4 @@
-"""Documents in full rows: one stream of tokens, cut every so many, in which no document sees another."""
+"""Pack documents into rows of equal length without padding; attention does not cross documents."""
 
 from typing import Any
 
@@ -8,15 +8,17 @@ from datasets import Dataset
 
 from finetune.data.encoding.gates import IGNORED_LABEL
 
-_DOCUMENTS_AT_ONCE = 1000
+_BATCH_DOCUMENTS = 1000
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of `length` tokens each; positions start again at 0 with every document, and with every row.
+    """Rows of `length` tokens, cut from all documents joined into one stream.
 
-    A document goes on in the next row where one is full. The first token of a run of positions is never trained: what
-    stands before it is another document, or not in the row. The last row is left out where it is not full, or filled
-    with padding (a document of its own, untrained) where it is all there is or is to be kept.
+    Each row holds `input_ids`, `position_ids` and `labels`, int64 arrays of shape `(length,)`. Positions start at 0 with every
+    document and with every row. A document continues in the next row where a row is full. The first token at position 0 is never
+    trained, because the tokens before it are not in the row or belong to another document.
+    A last row that is not full is left out. It is filled with untrained padding instead, a document of its own, where it is the
+    only row or `keeps_last` is set.
     """
 
     def __init__(self, documents: Dataset, length: int, pad_token: int, *, keeps_last: bool = False) -> None:
@@ -38,7 +40,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
         first, last = numpy.searchsorted(self._starts, (start, start + self._length))
         is_start = numpy.zeros(self._length, bool)
         is_start[0] = is_start[self._starts[first:last] - start] = True
-        is_start[len(tokens) : len(tokens) + 1] = True  # padding, where there is any
+        is_start[len(tokens) : len(tokens) + 1] = True  # the padding is a document of its own
         places = numpy.arange(self._length)
         positions = places - numpy.maximum.accumulate(numpy.where(is_start, places, 0))
         is_trained = ~is_start
@@ -52,9 +54,9 @@ class PackedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def _join(documents: Dataset) -> tuple[Any, Any, Any]:
-    """Return all tokens in one array, whether each is trained, and where documents start."""
+    """Return all tokens (int32), whether each is trained (bool), both `(tokens,)`, and where documents start `(documents,)`."""
     tokens, trained, lengths = [], [], []
-    for batch in documents.with_format("arrow").iter(_DOCUMENTS_AT_ONCE):
+    for batch in documents.with_format("arrow").iter(_BATCH_DOCUMENTS):
         ids, labels = (batch.column(name).combine_chunks() for name in ("input_ids", "labels"))
         tokens.append(ids.flatten().to_numpy().astype(numpy.int32))
         trained.append(labels.flatten().to_numpy() != IGNORED_LABEL)

@@ -1,4 +1,4 @@
-"""What a recipe says about its rows."""
+"""The settings of the data pipeline, as a recipe gives them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
-# What a row becomes: one text with trained spans, a prompt with two answers, an answer with its label, or a prompt alone.
+# What a method trains on: one text with trained spans, a prompt with a chosen and a rejected answer, a prompt with one answer
+# and its label, or a prompt alone.
 RowShape = Literal["sequence", "pair", "labelled", "prompt"]
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the hub; without a revision it is the newest one."""
+    """A data set of the Hugging Face hub. `revision` is None for the newest one."""
 
     name: str
     config: str | None = None
@@ -22,12 +23,13 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and how much of it is taken: a number of rows, a weight among the sources that have one, or all.
+    """A file, folder, glob or data set of the hub that rows are read from, and how many of its rows are taken.
 
-    A weight is a share of all rows or, for sources that `weigh_text`, of all text.
+    All rows are taken where neither `rows` nor `weight` is given. `weight` is relative to the weights of the other sources;
+    it divides the rows or, for sources that `weigh_text`, the bytes of text.
     """
 
-    place: Path | HubDataset
+    location: Path | HubDataset
     weight: float | None = None
     rows: int | None = None
     weigh_text: bool = False
@@ -35,10 +37,13 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Sources and what becomes of their rows; `held_out` is a share below 1 or a number of rows, `cache` a folder or None.
+    """The sources, and how their rows are read, split, cut and encoded.
 
-    `needs_answer` names what compares answers with the reference that each prompt must then carry.
-    `notes` are what a person should know of the sources; `workers` processes encode the rows.
+    `columns` maps a format's keys to the keys of the files. `substitute` maps placeholders such as `{{name}}` to texts.
+    `held_out` is a share below 1, or a number of rows, to take from `train` for evaluation.
+    `needs_answer` names the reward that compares answers with references; each prompt must then have a reference answer.
+    `notes` are sentences about the sources for the report. `workers` is the number of processes that encode rows.
+    `cache` is the folder for prepared rows, or None to keep them in memory.
     """
 
     train: tuple[Source, ...]

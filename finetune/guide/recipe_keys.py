@@ -8,7 +8,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from finetune.check.chain_stages import ExportSection
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
 from finetune.files.resources import list_templates
@@ -18,6 +17,7 @@ from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
 from finetune.recipe.sections import LINEAR_LAYERS, Recipe, SourceSection
 from finetune.rewards.rules import RULES
+from finetune.runs.export_settings import ExportSettings
 
 SOURCE, TRAINER, STAGES, EXPORT = "source", "trainer", "stages", "export"
 # What a key takes, where its type does not tell.
@@ -71,7 +71,7 @@ def list_chain_keys() -> tuple[Key, ...]:
 
 def list_export_keys() -> tuple[Key, ...]:
     """Return the options of a stage that exports."""
-    return tuple(_list_fields(ExportSection, f"{EXPORT}."))
+    return tuple(_list_fields(ExportSettings, f"{EXPORT}."))
 
 
 def walk_keys(keys: tuple[Key, ...]) -> Iterator[Key]:

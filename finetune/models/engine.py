@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from finetune.errors import MachineError, RecipeError
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]
 ENGINE_NAMES = {"one": "", "ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
@@ -41,13 +40,13 @@ def find_engine() -> Engine:
     return "ddp"
 
 
-def check_engine(recipe: Recipe, engine: Engine) -> None:
+def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
     """Refuse what an engine cannot share out, before anything is loaded.
 
     Raises:
         RecipeError: with the keys to change.
     """
-    problems = []
+    recipe, problems = resolved.recipe, []
     if engine in ("fsdp2", "zero3") and recipe.adapter.train_tokens:
         problems.append(
             f"adapter.train_tokens: PEFT replaces rows of whole tables, and {ENGINE_NAMES[engine]} keeps shares of them; "
@@ -64,7 +63,7 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
         problems.append(
             f"trainer.optim: {recipe.trainer['optim']} cannot step shares of tensors; set adamw_torch, whose states are shared"
         )
-    if METHODS[recipe.method].pretraining is not None and engine.startswith("zero"):
+    if resolved.method.is_pretraining and engine.startswith("zero"):
         problems.append(
             f"method: {recipe.method} steps an optimizer of its own, which DeepSpeed would replace; launch with "
             "recipes/accelerate/fsdp2.yaml"

@@ -1,6 +1,5 @@
 """Attach the trained part of a run to its base, and save it so that it fits the base as published."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import read_json, write_json
 from finetune.recipe.sections import AdapterSection
+from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
 _PISSA = "pissa_niter_16"
-WEIGHTS_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # A trained row differs from the others by its size. Rows that never occurred keep their initial size, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
@@ -27,7 +27,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     Raises:
         TrainingError: a token to be trained lies outside the table.
     """
-    if section.kind == "none":
+    if section.trains_all_weights:
         return model
     rows = model.get_input_embeddings().weight.shape[0]
     if beyond := [token for token in section.train_tokens if token >= rows]:
@@ -70,7 +70,7 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
     if isinstance(tokens, dict):
         config.trainable_token_indices = {name: rows for name, rows in tokens.items() if name != "lm_head"}
     tuned: PeftModel = get_peft_model(model, config)
-    weights = {name: tensor for name, tensor in load_file(folder / WEIGHTS_FILE).items() if "lm_head" not in name}
+    weights = {name: tensor for name, tensor in load_file(folder / PEFT_WEIGHTS_FILE).items() if "lm_head" not in name}
     set_peft_model_state_dict(tuned, weights)
     return tuned
 
@@ -119,15 +119,15 @@ def subtract_start(folder: Path, start: Path) -> None:
 
     Source: PiSSA (arXiv 2404.02948), appendix C.
     """
-    trained, initial = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
+    trained, initial = load_file(folder / PEFT_WEIGHTS_FILE), load_file(start / PEFT_WEIGHTS_FILE)
     for name, tensor in trained.items():
         if "lora_A" in name:
             trained[name] = torch.cat([tensor, initial[name]], dim=0)
         elif "lora_B" in name:
             trained[name] = torch.cat([tensor, -initial[name]], dim=1)
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / PEFT_CONFIG_FILE)
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
     config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
-    save_file(trained, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(trained, folder / PEFT_WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(folder / PEFT_CONFIG_FILE, config)

@@ -1,13 +1,15 @@
-"""Open a run or a model for use, with the template that it was trained with."""
+"""Open a run or a model for use, and answer in the template that it was trained with."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
-from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
@@ -15,7 +17,16 @@ from finetune.models.loading import load_base
 from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
-from finetune.runs.results import Result, is_judge, is_result, open_result
+from finetune.runs.results import Result, is_result, open_result
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered; `stopped_by` is the stop token that ended it, or `max_tokens`."""
+
+    text: str
+    tokens: int
+    stopped_by: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,41 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     stop_tokens: tuple[int, ...]
+
+    def answer(
+        self, messages: str | Sequence[Mapping[str, str]], max_new_tokens: int = 512, temperature: float = 0.0
+    ) -> Reply:
+        """Generate the assistant's next turn, to a question or to a whole conversation.
+
+        Temperature 0 takes the likeliest token each time.
+
+        Raises:
+            FinetuneError: the number of new tokens or the temperature makes no sense.
+        """
+        if max_new_tokens < 1 or temperature < 0:
+            raise FinetuneError(
+                f"an answer needs at least 1 new token and a temperature of 0 or more; found {max_new_tokens} and {temperature}"
+            )
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt = torch.tensor([encode_prompt(self.tokenizer, self.template, messages)], device=self.model.device)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=list(self.stop_tokens),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+            )
+        tokens: list[int] = output[0, prompt.shape[1] :].tolist()
+        stopped = tokens[-1] in self.stop_tokens
+        text = self.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        ended_by = self.tokenizer.convert_ids_to_tokens(tokens[-1]) if stopped else "max_tokens"
+        return Reply(str(text), len(tokens), ended_by)
 
 
 def open_model(name: str) -> LoadedModel:
@@ -49,14 +95,14 @@ def open_trained(result: Result) -> LoadedModel:
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.
     """
-    if is_judge(result):
+    if result.is_reward_model:
         raise FinetuneError(
             f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
             "`finetune evaluate` tells how often it is right on pairs"
         )
     device = choose_device()
-    origin = result.origin
-    precision = choose_precision("auto" if origin is None else origin.dtype, device, False)
+    lineage = result.lineage
+    precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
     model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device)
     if result.kind == "adapter":

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 
 from finetune.models.engine import Engine, find_engine
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
 
@@ -70,16 +69,27 @@ def _name_autocast(dtype: str) -> AutocastDtype:
     return names[dtype]
 
 
-def choose_planned_precision(recipe: Recipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one") -> Precision:
+def choose_run_precision(resolved: ResolvedRecipe, device: torch.device) -> Precision:
+    """Return the precision of a run on a device."""
+    pretrains = resolved.method.is_pretraining
+    return choose_precision(resolved.recipe.model.dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
+
+
+def choose_planned_precision(
+    resolved: ResolvedRecipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one"
+) -> Precision:
     """Return the precision that a run would choose on the machine that is planned for, not on this one.
 
     float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
     """
-    trains_all, dtype = recipe.adapter.kind == "none", recipe.model.dtype
+    trains_all, dtype, pretrains = (
+        resolved.trains_all_weights,
+        resolved.recipe.model.dtype,
+        resolved.method.is_pretraining,
+    )
     cpu = torch.device("cpu")
     if not is_gpu:
-        return choose_precision(dtype, cpu, trains_all, keeps_masters=METHODS[recipe.method].pretraining is not None)
-    pretrains = METHODS[recipe.method].pretraining is not None
+        return choose_precision(dtype, cpu, trains_all, keeps_masters=pretrains)
     if trains_all and pretrains and engine == "one" and has_bf16 and dtype in ("auto", "bfloat16"):
         return Precision(torch.bfloat16, "no")
     # Processes that exchange the gradients of pre-training hold float32 weights.

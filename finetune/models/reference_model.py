@@ -8,29 +8,21 @@ Where all weights are trained, the log-probabilities of the start are computed o
 import torch
 from peft import PeftModel
 
-from finetune.recipe.methods import METHODS
-from finetune.recipe.sections import Recipe
-from finetune.runs.results import find_earlier
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 REFERENCE, _TRAINED = "ref", "default"
 
 
-def starts_from_base(recipe: Recipe) -> bool:
-    """Tell whether the adapter of a recipe changes nothing at the start, so that the base alone is the start."""
-    earlier = find_earlier(recipe.model.checkpoint)
-    return recipe.adapter.init == "default" and (earlier is None or earlier.kind == "model")
-
-
-def describe_reference(recipe: Recipe, rows: int) -> str | None:
-    """Return what a recipe's reference is and costs, or None where its loss has none."""
-    if not METHODS[recipe.method].has_reference:
+def describe_reference(resolved: ResolvedRecipe, rows: int) -> str | None:
+    """Return what the reference model of a recipe is and costs, or None where its loss has none."""
+    if not resolved.method.has_reference:
         return None
     once = f"computed once before step 1, with one pass over {rows:,} rows, and kept with the prepared rows"
-    if recipe.adapter.kind == "none":
+    if resolved.trains_all_weights:
         return f"reference: log-probabilities of the start, {once}; so no second copy of the weights is held"
-    if recipe.trainer.get("precompute_ref_log_probs"):
+    if resolved.recipe.trainer.get("precompute_ref_log_probs"):
         return f"reference: log-probabilities of the start, {once}"
-    if starts_from_base(recipe):
+    if resolved.adapter_starts_empty:
         return "reference: the base with the adapter off; it takes no memory"
     return "reference: a frozen copy of the adapter as it is now; of the base there is no second copy"
 

@@ -13,31 +13,36 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetune.check.adoption import adopt_earlier_run
 from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
-from finetune.errors import OutputError, RecipeError, TrainingError
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.verify import LogitVerifier
+from finetune.check.chains import resolve_stage
+from finetune.errors import OutputError, TrainingError
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import hash_file
 from finetune.files.folders import check_output_free, translate_os_errors
-from finetune.files.json_files import write_json
-from finetune.files.sizes import parse_size
-from finetune.models.precision import choose_device, choose_precision
-from finetune.pipeline.training import restore_choices, train_on_device
-from finetune.recipe.recipe_file import Draft
-from finetune.recipe.sections import Recipe
+from finetune.files.json_files import read_json, write_json
+from finetune.models.precision import choose_device, choose_run_precision
+from finetune.pipeline.memory_ladder import restore_choices, train_on_device
 from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe
+from finetune.runs.run_files import (
+    ADAPTER_FOLDER,
+    CHAIN_RECORD_FILE,
+    EXPORT_REPORT_FILE,
+    MODEL_FOLDER,
+    PEFT_WEIGHTS_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    find_result_folder,
+)
 from finetune.runs.summary import RunSummary, describe_run
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
-from finetune.train.run import check_finished_run
-from finetune.train.trainer import make_config
-from finetune.train.training_rows import prepare_rows
+from finetune.training.run import check_finished_run
+from finetune.training.trainer import make_config
+from finetune.training.training_rows import prepare_rows
 from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)
-
-_CHAIN_FILE, _RECORD_FILE = "recipe.yaml", "chain.json"
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,19 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class ChainSummary:
-    """What a finished chain reports; `export` is the last export, if the chain has one."""
+    """What a finished chain reports; `export` is the last export, if the chain has one.
+
+    A recipe without `stages:` is a chain of one stage without a name, and reports that stage alone.
+    """
 
     output: str
     stages: list[StageSummary]
     export: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        first = self.stages[0]
+        return asdict(self) if first.name else first.result
 
 
 def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainSummary:
@@ -65,6 +78,9 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
     Raises:
         FinetuneError: anything of the user's that stops a stage; the finished ones stay, for `--resume`.
     """
+    if chain.single is not None:
+        summary = train_on_device(chain.single.resolved, resume, force)
+        return ChainSummary(str(chain.output), [StageSummary("", summary.run, False, asdict(summary))], None)
     # The processes of a launcher decide together, and only the first of them writes.
     processes = _open_processes(chain)
     if processes.process_index == 0:
@@ -73,9 +89,8 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
     with _leave_nothing_before_stage_one(chain, processes):
         if processes.process_index == 0:
             for stage in chain.trainings:
-                prepare_rows(
-                    stage.recipe
-                )  # kept for its stage; a bad row of the last one is told before the first trains
+                # The rows are kept for their stage; a bad row of the last one is told before the first trains.
+                prepare_rows(stage.resolved)
         processes.distributed_state.wait_for_everyone()
         summaries = _run_stages(chain, processes, force)
     exports = [str(stage.output) for stage in chain.stages if isinstance(stage, ExportStage)]
@@ -102,22 +117,21 @@ def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) 
     try:
         yield
     except BaseException:
-        if processes.process_index == 0 and [path.name for path in chain.output.iterdir()] == [_CHAIN_FILE]:
+        if processes.process_index == 0 and [path.name for path in chain.output.iterdir()] == [RECIPE_FILE]:
             shutil.rmtree(chain.output, ignore_errors=True)
         raise
 
 
 def _open_processes(chain: Chain) -> TrainingArguments:
-    recipe = chain.trainings[0].recipe
-    device = choose_device(bool(recipe.trainer.get("use_cpu")))
-    precision = choose_precision(recipe.model.dtype, device, recipe.adapter.kind == "none")
-    config = make_config(recipe, bool(recipe.data.eval or recipe.data.held_out), precision)
+    first = chain.trainings[0].resolved
+    precision = choose_run_precision(first, choose_device(first.uses_cpu))
+    config = make_config(first, first.evaluates, precision)
     logger.debug("running on %s", config.device)  # asking for the device starts the processes' talk
     return config
 
 
 def _open_output(chain: Chain, resume: bool) -> None:
-    file = chain.output / _CHAIN_FILE
+    file = chain.output / RECIPE_FILE
     if not resume:
         try:
             check_output_free(chain.output)
@@ -128,69 +142,58 @@ def _open_output(chain: Chain, resume: bool) -> None:
             file.write_text(dump_chain(chain), encoding="utf-8")
     elif not file.is_file():
         raise TrainingError(
-            f"{chain.output}: there is no chain to resume (no {_CHAIN_FILE}); start it without --resume"
+            f"{chain.output}: there is no chain to resume (no {RECIPE_FILE}); start it without --resume"
         )
     else:
         check_same_recipe(file, dump_chain(chain), "chain")
 
 
 def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) -> StageSummary:
-    recipe = _settle_recipe(stage)
-    run = Path(recipe.output)
+    resolved = resolve_stage(stage)
+    run = resolved.output
     state = processes.distributed_state
     summary = _read_summary(run)
     checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
     state.wait_for_everyone()  # all have looked before one changes anything
     if summary is not None:
-        check_finished_run(restore_choices(recipe))
+        check_finished_run(restore_choices(resolved))
         logger.info("%s: finished already", run)
         return StageSummary(stage.name, str(run), True, summary)
     if processes.process_index == 0 and run.is_dir():
         # A result that was written just before the stop is written again from the last checkpoint.
-        for part in (run / "adapter", run / "model") if checkpoint else (run,):
+        for part in (run / ADAPTER_FOLDER, run / MODEL_FOLDER) if checkpoint else (run,):
             shutil.rmtree(part, ignore_errors=True)
     state.wait_for_everyone()
-    return StageSummary(stage.name, str(run), False, asdict(train_on_device(recipe, checkpoint is not None, force)))
-
-
-def _settle_recipe(stage: TrainStage) -> Recipe:
-    """Return the recipe that a stage runs by: that of the file, with what the run before has settled."""
-    draft = adopt_earlier_run(Draft(Path(stage.recipe.output), stage.run_recipe, (), frozenset()))
-    if draft.problems:
-        raise RecipeError(stage.name, list(draft.problems))
-    return draft.recipe
+    return StageSummary(stage.name, str(run), False, asdict(train_on_device(resolved, checkpoint is not None, force)))
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
     """Return what a finished run reported, or None where it has not finished."""
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    has_result = (run / "adapter").is_dir() or (run / "model").is_dir()
-    return dict(record["result"]) if record["status"] == "finished" and has_result else None
+    is_finished = record["status"] == "finished" and find_result_folder(run) is not None
+    return dict(record["result"]) if is_finished else None
 
 
 def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) -> StageSummary:
-    record_file = chain.output / _RECORD_FILE
+    record_file = chain.output / CHAIN_RECORD_FILE
     result = open_result(stage.run)
     # By content: an export is of these weights and these options, or it is made again.
-    weights = (
-        [result.folder / "adapter_model.safetensors"] if result.kind == "adapter" else list_weight_files(result.folder)
-    )
+    weights = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
     identity = {"weights": [hash_file(file) for file in weights], "settings": dict(vars(stage.settings))}
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    record = read_json(record_file) or {}
     is_done = stage.output.is_dir() and record.get(stage.name) == identity
     processes.distributed_state.wait_for_everyone()
     if processes.process_index == 0 and not is_done:
         shutil.rmtree(stage.output, ignore_errors=True)
-        settings = ExportSettings(stage.settings.dtype, parse_size(stage.settings.max_shard_size), stage.settings.base)
-        export_result(result, stage.output, settings, LogitVerifier() if stage.settings.verify else None)
+        export_result(result, stage.output, stage.settings, LogitVerifier() if stage.settings.verify else None)
         write_json(record_file, {**record, stage.name: identity})
     processes.distributed_state.wait_for_everyone()
     if is_done:
         logger.info("%s: finished already", stage.output)
-    report = json.loads((stage.output / "export.json").read_text(encoding="utf-8"))
+    report = read_json(stage.output / EXPORT_REPORT_FILE)
     return StageSummary(stage.name, str(stage.output), is_done, report)
 
 
@@ -200,7 +203,12 @@ def describe_chain(summary: ChainSummary) -> str:
     for stage in summary.stages:
         result, note = stage.result, " (finished before)" if stage.was_done else ""
         if "steps" in result:
-            lines.append(f"{stage.name}{note}: {describe_run(RunSummary(**result))}")
+            text = describe_run(RunSummary(**result))
+            lines.append(
+                f"{stage.name}{note}: {text}"
+                if stage.name
+                else f"{text}\nexport it: finetune export {stage.path} -o DIR"
+            )
             continue
         verify = result["verify"]
         compared = "not compared" if verify is None else f"same likeliest token {verify['top1_agreement']:.1%}"

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.check.recipes import load_recipe
-from finetune.evaluate.chat import Answer, answer
-from finetune.evaluate.token_loss import evaluate_path
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.proof import BaseScores, ExportReport
-from finetune.export.verify import LogitVerifier
+from finetune.evaluation.token_loss import evaluate_path
+from finetune.exporting.merge import export_result
+from finetune.exporting.proof import BaseScores, ExportReport
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.folders import check_output_free
 from finetune.files.resources import find_demo_data, list_recipes
-from finetune.files.sizes import parse_size
-from finetune.models.opening import open_model
+from finetune.models.opening import Reply, open_model
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +44,17 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
     """
     check_output_free(output)
     rows = [find_demo_data("demo_eval.jsonl")]
-    recipe = load_recipe(list_recipes()["demo"], [f"output={output / 'run'}", *overrides])
+    resolved = load_recipe(list_recipes()["demo"], [f"output={output / 'run'}", *overrides])
+    longest = resolved.recipe.data.max_tokens
     logger.info("1/4  before: nano is a tiny random network in YuLan-Mini's layout")
-    before = evaluate_path("nano", rows, recipe.data.max_tokens)
+    before = evaluate_path("nano", rows, longest)
     answers_before = _ask("nano")
     logger.info("2/4  training a LoRA adapter on its 4-bit weights")
-    run = Path(run_training(recipe).run)
+    run = Path(run_training(resolved).run)
     logger.info("3/4  merging into the full-precision base, and comparing")
-    settings = ExportSettings("auto", parse_size("2GB"))
-    report = export_result(open_result(run), output / "export", settings, LogitVerifier())
+    report = export_result(open_result(run), output / "export", ExportSettings(), LogitVerifier())
     logger.info("4/4  after: the exported model, opened as anybody would")
-    after = evaluate_path(str(report.output), rows, recipe.data.max_tokens)
+    after = evaluate_path(str(report.output), rows, longest)
     answers_after = _ask(str(report.output))
     return DemoResult(
         run=str(run),
@@ -71,9 +70,9 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
     )
 
 
-def _ask(model: str) -> list[Answer]:
+def _ask(model: str) -> list[Reply]:
     loaded = open_model(model)
-    return [answer(loaded, [{"role": "user", "content": question}], _LONGEST_ANSWER, 0.0) for question in _QUESTIONS]
+    return [loaded.answer(question, _LONGEST_ANSWER) for question in _QUESTIONS]
 
 
 def _read_comparison(report: ExportReport) -> dict[str, object]:

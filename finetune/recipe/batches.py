@@ -38,5 +38,5 @@ def list_batch_problems(trainer: Mapping[str, object], method: Method) -> Iterat
         yield f"trainer.{GLOBAL_BATCH}: is split up by auto: true; set that, or {BATCH} and {ACCUMULATION}"
     if is_auto is True and ACCUMULATION in trainer and BATCH not in trainer:
         yield f"trainer.{ACCUMULATION}: follows from {GLOBAL_BATCH} where auto is true; remove this key"
-    if is_auto is True and method.pretraining is not None:
+    if is_auto is True and method.is_pretraining:
         yield f"trainer.{AUTO}: the batch belongs to the schedule of {method.name}; set {BATCH} and {ACCUMULATION}"

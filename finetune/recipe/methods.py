@@ -44,6 +44,16 @@ class Method:
     pretraining: Pretraining | None = None
 
     @property
+    def is_pretraining(self) -> bool:
+        """Whether rows are packed full, and the optimizer and the schedule are the kit's."""
+        return self.pretraining is not None
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether the model gives a text a score, and cannot generate."""
+        return self.head == "score"
+
+    @property
     def is_online(self) -> bool:
         """Whether the model writes the answers that it is trained on, so that a row is only a prompt."""
         return self.shape == "prompt"
@@ -224,3 +234,5 @@ METHODS: Mapping[str, Method] = {
         _make_pretraining("anneal", Pretraining(states="published", decay="1-sqrt")),
     )
 }
+# The method of a recipe that names none.
+DEFAULT_METHOD = METHODS["sft"]

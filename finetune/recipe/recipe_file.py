@@ -37,9 +37,18 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     Raises:
         RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
     """
-    content = load_recipe_file(source)
+    return draft_recipe(source, load_recipe_file(source), overrides)
+
+
+def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
+    """Turn what a recipe file says into sections, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
+    if "stages" in content:
+        content.pop("stages")
+        problems.append(
+            "stages: this is a chain of stages; run all of them with `finetune train`, or name a recipe of one"
+        )
     apply_overrides(content, overrides, problems)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
@@ -129,7 +138,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, with its nearest known key."""
-    return describe_unknown_name(key, known).replace("unknown", "unknown key", 1)
+    return describe_unknown_name(key, known, "unknown key")
 
 
 class _MismatchError(Exception):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 TrainedArchitecture = Literal["llama", "native"]
+DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 # What `adapter.targets: all-linear` stands for.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,7 +20,7 @@ class ModelSection:
     checkpoint: str = "base"
     architecture: TrainedArchitecture = "llama"
     quantize: Literal["none", "int8", "nf4"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DtypeChoice = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     max_positions: int | None = None
     rope_theta: float | None = None
@@ -75,6 +76,11 @@ class AdapterSection:
     dora: bool = False
     init: Literal["default", "pissa"] = "default"
     train_tokens: tuple[int, ...] = ()
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether there is no adapter."""
+        return self.kind == "none"
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,12 @@ class Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML with every default written out; reading it gives the same recipe."""
-    return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return dump_plain(to_plain(recipe))
+
+
+def dump_plain(content: Mapping[str, Any]) -> str:
+    """Return dicts, lists and scalars as YAML, in their own order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:

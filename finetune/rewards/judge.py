@@ -17,11 +17,11 @@ from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, TrainingError
 from finetune.files.cache import hash_file
 from finetune.models.loading import load_base
-from finetune.models.lora import WEIGHTS_FILE
 from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.sections import JudgeSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
-from finetune.runs.results import Result, is_judge, open_result
+from finetune.runs.results import Result, open_result
+from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
 _HEAD = "base_model.model.score.weight"
 
@@ -81,11 +81,11 @@ def open_judge(result: Result) -> Judge:
     Raises:
         FinetuneError: it is no reward model, or its base or template is not the one that it was trained with.
     """
-    origin = result.origin
-    if origin is None or not is_judge(result):
+    lineage = result.lineage
+    if lineage is None or not result.is_reward_model:
         raise FinetuneError(f"{result.folder}: is no reward model; train one with method: reward")
     device = choose_device()
-    precision = choose_precision(origin.dtype, device, False)
+    precision = choose_precision(lineage.dtype, device, False)
     base = find_base(result) if result.kind == "adapter" else result.folder
     model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head="score")
     if result.kind == "adapter":
@@ -103,24 +103,24 @@ def check_judge(run: str, base: Path, template: ChatTemplate) -> None:
     Raises:
         TrainingError: one of them is another.
     """
-    origin = open_result(Path(run)).origin
-    if origin is None:
+    lineage = open_result(Path(run)).lineage
+    if lineage is None:
         raise TrainingError(f"rewards.judge.run: {run} does not say which base it belongs to")
-    if origin.base_fingerprint != fingerprint_checkpoint(base):
+    if lineage.base_fingerprint != fingerprint_checkpoint(base):
         raise TrainingError(
-            f"rewards.judge.run: {run} was trained on {origin.checkpoint} ({origin.base}), and this run trains {base}, which "
+            f"rewards.judge.run: {run} was trained on {lineage.checkpoint} ({lineage.base}), and this run trains {base}, which "
             "holds other weights; the judge reads with the base of this run, so train both from the same checkpoint"
         )
-    if origin.template_fingerprint != template.fingerprint:
+    if lineage.template_fingerprint != template.fingerprint:
         raise TrainingError(
-            f"rewards.judge.run: {run} reads texts in the template {origin.template}, and this run writes them in "
+            f"rewards.judge.run: {run} reads texts in the template {lineage.template}, and this run writes them in "
             f"{template.name}; set data.template to the one that the judge was trained with"
         )
 
 
 def fingerprint_judge(section: JudgeSection) -> str | None:
     """Return a hash of the weights of a recipe's judge, or None where it has none."""
-    return hash_file(open_result(Path(section.run)).folder / WEIGHTS_FILE) if section.run else None
+    return hash_file(open_result(Path(section.run)).folder / PEFT_WEIGHTS_FILE) if section.run else None
 
 
 def borrow_base(base: PreTrainedModel, run: str, pad_token: int, rows_at_once: int) -> BorrowingJudge:
@@ -135,5 +135,5 @@ def borrow_base(base: PreTrainedModel, run: str, pad_token: int, rows_at_once: i
     # The head is applied here: a language model has none for scores, and PEFT would look for one.
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     model = PeftModel.from_pretrained(copy.deepcopy(base, shared), folder, config=config)
-    head = load_file(folder / WEIGHTS_FILE)[_HEAD][0].float().to(base.device)
+    head = load_file(folder / PEFT_WEIGHTS_FILE)[_HEAD][0].float().to(base.device)
     return BorrowingJudge(model.eval(), head, pad_token, rows_at_once)

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.errors import TrainingError
 from finetune.recipe.sections import RewardsSection
 from finetune.rewards.rules import RULES, Answer
+from finetune.runs.run_files import COMPLETIONS_FILE
 
-COMPLETIONS_FILE = "completions.jsonl"
 _SHOWN_ANSWERS = 4
 
 # What a reward run's score is called beside the rules' names.

@@ -1,28 +1,34 @@
-"""What a result says of itself: the base it belongs to, the runs before it, and real rows as the model saw them.
+"""The result of a run on disk: what was trained, where it comes from, and real rows as the model saw them.
 
-The folder of a result (`adapter/` or `model/` of a run directory) carries `finetune.json` (the base it belongs to, by path
-and by content; its template; the runs that it went on from) and `rows.json` (a few real rows as token ids, on which an export
-is compared). Reading them needs no torch.
+The folder of a result (`adapter/` or `model/` of a run directory) holds `finetune.json`, its lineage, and `rows.json`, a few
+rows as token ids on which an export is compared. Reading them needs no torch.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import FinetuneError
-from finetune.recipe.sections import TrainedArchitecture
-from finetune.recipe.methods import METHODS
 from finetune.files.json_files import read_json, write_json
+from finetune.recipe.methods import METHODS, Method
+from finetune.recipe.sections import TrainedArchitecture
+from finetune.runs.run_files import (
+    ADAPTER_FOLDER,
+    LINEAGE_FILE,
+    MODEL_FOLDER,
+    PEFT_CONFIG_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    SAMPLE_ROWS_FILE,
+    find_result_folder,
+)
 
-ORIGIN_FILE = "finetune.json"
-ROWS_FILE = "rows.json"
 ResultKind = Literal["adapter", "model"]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """An earlier run that a result went on from: what it started from, its method, its folder."""
+class EarlierRun:
+    """A run that a result continues: its base checkpoint, its method, its folder."""
 
     checkpoint: str
     method: str
@@ -30,11 +36,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a result comes from: the start as the recipe named it, the folder of weights it was trained on, its template.
+class Lineage:
+    """Where a result comes from: its base checkpoint as the recipe named it, the folder of weights, the template.
 
-    `checkpoint` is what the base is found by; `earlier` holds the runs before this one, the oldest first. An adapter's folder
-    has no configuration of its own, so `max_positions` and `rope_theta` tell where it was trained with others than its base's.
+    The base is found again by `checkpoint`. `earlier` holds the runs before this one, the oldest first. An adapter's folder
+    has no configuration of its own; `max_positions` and `rope_theta` say where it was trained with others than its base's.
     """
 
     checkpoint: str
@@ -46,14 +52,14 @@ class Origin:
     template_fingerprint: str
     method: str
     architecture: TrainedArchitecture = "llama"
-    earlier: tuple[Stage, ...] = ()
+    earlier: tuple[EarlierRun, ...] = ()
     max_positions: int | None = None
     rope_theta: float | None = None
 
     def describe_chain(self) -> str:
-        """Return the start and every method that followed, such as `base → sft → dpo`."""
-        stages = [*((stage.checkpoint, stage.method) for stage in self.earlier), (self.checkpoint, self.method)]
-        return " → ".join([stages[0][0], *(method for _, method in stages)])
+        """Return the base checkpoint and every method that followed, such as `base → sft → dpo`."""
+        runs = [*((run.checkpoint, run.method) for run in self.earlier), (self.checkpoint, self.method)]
+        return " → ".join([runs[0][0], *(method for _, method in runs)])
 
 
 @dataclass(frozen=True)
@@ -66,23 +72,39 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Result:
-    """A trained adapter or model on disk; `origin` is None for a folder that PEFT wrote elsewhere."""
+    """A trained adapter or model on disk; `lineage` is None for a folder that PEFT wrote elsewhere."""
 
     kind: ResultKind
     folder: Path
-    origin: Origin | None
+    lineage: Lineage | None
     rows: tuple[SampleRow, ...]
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, which needs its base."""
+        return self.kind == "adapter"
 
-def write_origin(folder: Path, origin: Origin, rows: list[SampleRow]) -> None:
+    @property
+    def method(self) -> Method | None:
+        """The method that trained it, or None where its folder does not say."""
+        return METHODS.get(self.lineage.method) if self.lineage is not None else None
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it gives texts a score, and cannot generate."""
+        return self.method is not None and self.method.trains_reward_model
+
+
+def write_lineage(folder: Path, lineage: Lineage, rows: list[SampleRow]) -> None:
     """Write `finetune.json` and `rows.json` beside the weights of a result."""
-    write_json(folder / ORIGIN_FILE, asdict(origin))
-    write_json(folder / ROWS_FILE, [asdict(row) for row in rows])
+    write_json(folder / LINEAGE_FILE, asdict(lineage))
+    write_json(folder / SAMPLE_ROWS_FILE, [asdict(row) for row in rows])
 
 
 def is_result(path: Path) -> bool:
-    """Tell whether a path is a run directory or a folder of a result, rather than a checkpoint."""
-    return any((path / name).exists() for name in ("adapter", "model", "run.json", "adapter_config.json", ORIGIN_FILE))
+    """Tell whether a path is a run directory or the folder of a result, rather than a checkpoint."""
+    marks = (ADAPTER_FOLDER, MODEL_FOLDER, RECORD_FILE, PEFT_CONFIG_FILE, LINEAGE_FILE)
+    return any((path / name).exists() for name in marks)
 
 
 def find_earlier(checkpoint: str) -> Result | None:
@@ -95,12 +117,6 @@ def find_earlier(checkpoint: str) -> Result | None:
     return open_result(path) if path.is_dir() and is_result(path) else None
 
 
-def is_judge(result: Result) -> bool:
-    """Tell whether a result is a reward model, which scores texts and cannot speak."""
-    origin = result.origin
-    return origin is not None and origin.method in METHODS and METHODS[origin.method].head == "score"
-
-
 def open_result(path: Path) -> Result:
     """Open a run directory, or an adapter folder of ours or of PEFT's.
 
@@ -109,16 +125,15 @@ def open_result(path: Path) -> Result:
     """
     if not path.is_dir():
         raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
-    if (path / "adapter_config.json").is_file():
+    if (path / PEFT_CONFIG_FILE).is_file():
         return _open_folder(path, "adapter")
-    if (path / ORIGIN_FILE).is_file():
+    if (path / LINEAGE_FILE).is_file():
         return _open_folder(path, "model")
-    for kind in ("adapter", "model"):
-        if (path / kind).is_dir():
-            return _open_folder(path / kind, kind)
-    if (path / "run.json").is_file():
+    if (folder := find_result_folder(path)) is not None:
+        return _open_folder(folder, "adapter" if folder.name == ADAPTER_FOLDER else "model")
+    if (path / RECORD_FILE).is_file():
         raise FinetuneError(
-            f"{path}: this run has not finished; go on with `finetune train {path / 'recipe.yaml'} --resume`"
+            f"{path}: this run has not finished; go on with `finetune train {path / RECIPE_FILE} --resume`"
         )
     raise FinetuneError(
         f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
@@ -126,22 +141,18 @@ def open_result(path: Path) -> Result:
 
 
 def _open_folder(folder: Path, kind: ResultKind) -> Result:
-    origin = read_json(folder / ORIGIN_FILE)
-    rows = read_json(folder / ROWS_FILE) or []
+    lineage = read_json(folder / LINEAGE_FILE)
+    rows = read_json(folder / SAMPLE_ROWS_FILE) or []
     try:
         return Result(
             kind,
             folder,
-            _read_origin(origin) if origin is not None else None,
+            _read_lineage(lineage) if lineage is not None else None,
             tuple(SampleRow(**row) for row in rows),
         )
     except TypeError as error:
-        raise FinetuneError(f"{folder / ORIGIN_FILE}: was written by another version of this kit ({error})") from error
+        raise FinetuneError(f"{folder / LINEAGE_FILE}: was written by another version of this kit ({error})") from error
 
 
-def _read_origin(content: dict[str, Any]) -> Origin:
-    return Origin(**{**content, "earlier": tuple(Stage(**stage) for stage in content.get("earlier", ()))})
-
-
-
-
+def _read_lineage(content: dict[str, Any]) -> Lineage:
+    return Lineage(**{**content, "earlier": tuple(EarlierRun(**run) for run in content.get("earlier", ()))})

@@ -1,21 +1,22 @@
-"""Going on with a stopped run: only with the same recipe, rows and base, and from a checkpoint that is whole."""
+"""Resume a stopped run: only with the same recipe, rows and base, and from a checkpoint that is whole."""
 
 import difflib
-import json
 import logging
 from pathlib import Path
 
+from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
 from finetune.files.folders import check_output_free
+from finetune.files.json_files import read_json
 from finetune.recipe.sections import Recipe, dump_recipe
-from finetune.checkpoints.finding import fingerprint_checkpoint
+from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
-    """Return the checkpoint to go on from, after making sure that it is the same run.
+    """Return the checkpoint to resume from, or None for a fresh run; a resumed run must be the same run.
 
     Raises:
         OutputError: a fresh run would write into a folder that is not empty.
@@ -27,10 +28,10 @@ def find_resume_point(recipe: Recipe, run: Path, resume: bool) -> str | None:
         except OutputError as error:
             raise OutputError(f"{error}; or go on with the run in it by --resume") from None
         return None
-    saved = run / "recipe.yaml"
+    saved = run / RECIPE_FILE
     if not saved.is_file():
-        raise TrainingError(f"{run}: there is no run to resume (no recipe.yaml); start it without --resume")
-    if (run / "adapter").is_dir() or (run / "model").is_dir():
+        raise TrainingError(f"{run}: there is no run to resume (no {RECIPE_FILE}); start it without --resume")
+    if find_result_folder(run) is not None:
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
     check_same_recipe(saved, dump_recipe(recipe), "run")
     checkpoint = find_complete_checkpoint(run)
@@ -67,7 +68,7 @@ def check_same_inputs(run: Path, rows_fingerprint: str, base: Path, judge: str |
     Raises:
         TrainingError: a data file, the checkpoint or the judge has changed meanwhile.
     """
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record = read_json(run / RECORD_FILE)
     now = {
         "the rows": (record["data"]["fingerprint"], rows_fingerprint),
         "the base": (record["base_fingerprint"], fingerprint_checkpoint(base)),

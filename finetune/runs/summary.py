@@ -1,9 +1,6 @@
 """What a finished run reports of itself."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from transformers import Trainer
 
 
 @dataclass(frozen=True)
@@ -32,5 +29,3 @@ def describe_run(summary: RunSummary) -> str:
         if reward is not None:
             facts.append(f"{name} {reward:.3f}")
     return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
-
-

@@ -19,6 +19,7 @@ import torch
 
 from finetune.errors import CheckpointError
 from finetune.files.folders import write_folder
+from finetune.files.json_files import write_json
 from finetune.yulan.layout import (
     NativeConfig,
     check_tensors,
@@ -240,8 +241,8 @@ def write_llama_config(folder: Path, config: NativeConfig, dtype: torch.dtype) -
         name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content
     }
     stops = [EOS_TOKEN, END_OF_TURN] if config.vocab_size > END_OF_TURN else [EOS_TOKEN]
-    _write_json(folder / "config.json", content)
-    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
+    write_json(folder / "config.json", content)
+    write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops})
 
 
 def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -285,8 +286,4 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("auto_map", None) is not None:
-            _write_json(path, content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            write_json(path, content)

@@ -14,6 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from finetune.files.folders import write_folder
+from finetune.files.json_files import write_json
 from finetune.yulan.layout import NativeConfig, list_native_tensors, parse_native_config
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 
@@ -94,7 +95,7 @@ def build_nano(output: Path, text_files: Sequence[Path]) -> None:
     """
     config = parse_native_config(CONFIG, output)
     with write_folder(output) as folder:
-        _write_json(folder / "config.json", CONFIG)
+        write_json(folder / "config.json", CONFIG)
         _write_tokenizer(folder, _read_texts(text_files))
         weights = _make_weights(config)
         specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
@@ -159,9 +160,9 @@ def _write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONFIG["max_position_embeddings"],
     }
-    _write_json(folder / "tokenizer_config.json", content)
+    write_json(folder / "tokenizer_config.json", content)
     tokens = {"bos_token_id": 1, "eos_token_id": [2, 106], "pad_token_id": 102}
-    _write_json(folder / "generation_config.json", tokens)
+    write_json(folder / "generation_config.json", tokens)
 
 
 def _read_texts(paths: Sequence[Path]) -> list[str]:
@@ -182,7 +183,3 @@ def _walk_texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _walk_texts(inner)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

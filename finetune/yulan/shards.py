@@ -20,6 +20,7 @@ from typing import Protocol, Self, TypeVar
 
 import torch
 
+from finetune.files.json_files import write_json
 from finetune.yulan.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -130,7 +131,7 @@ def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, m
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / INDEX_FILE, index)
     return total
 
 

@@ -1,5 +1,6 @@
 """Chains as they are read: what a stage inherits, what it may say, and that every problem is told with its stage."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from finetune.check.chain_stages import ExportStage, TrainStage, dump_chain
-from finetune.check.chains import is_chain, load_chain
+from finetune.check.chains import load_chain, resolve_stage
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.recipe.sections import SourceSection
+from finetune.recipe.sections import LINEAR_LAYERS, SourceSection, dump_recipe
+from finetune.runs.results import Lineage, write_lineage
 
 CHAIN = """
 model: {checkpoint: nano, quantize: nf4}
@@ -125,7 +127,7 @@ def test_a_stage_may_name_a_recipe(write, tmp_path):
     assert one.recipe.trainer["learning_rate"] == 1e-3
     assert one.recipe.trainer["warmup_steps"] == 5
     assert one.recipe.output == str(tmp_path / "runs" / "chain" / "one")
-    assert two.recipe.trainer["learning_rate"] == load_recipe(Path("sft_lora")).trainer["learning_rate"]
+    assert two.recipe.trainer["learning_rate"] == load_recipe(Path("sft_lora")).recipe.trainer["learning_rate"]
     assert two.recipe.model.checkpoint == "nano"  # the top of the chain stands above a named recipe
 
 
@@ -215,11 +217,16 @@ def test_each_mistake_has_its_own_sentence(write, stages, problem):
     assert any(entry.startswith(problem) for entry in found), found
 
 
-def test_a_plain_recipe_is_no_chain(write, tmp_path):
-    assert is_chain(write())
-    assert not is_chain(write("data: {train: rows.jsonl}"))
-    assert not is_chain(tmp_path / "missing.yaml")
-    assert not is_chain(write("]["))
+def test_a_plain_recipe_is_a_chain_of_one_stage(write, tmp_path):
+    assert load_chain(write()).single is None
+    path = write("data: {train: rows.jsonl}\noutput: runs/mine\n")
+    chain = load_chain(path, ["seed=3"])
+    assert chain.single.resolved == load_recipe(path, ["seed=3"])
+    assert chain.output == tmp_path / "runs" / "mine"
+    assert dump_chain(chain) == dump_recipe(chain.single.recipe)
+    for broken in (tmp_path / "missing.yaml", write("][")):
+        with pytest.raises(RecipeError):
+            load_chain(broken)
 
 
 def test_check_reads_a_chain_without_torch(write):
@@ -233,3 +240,52 @@ def test_check_reads_a_chain_without_torch(write):
     found = yaml.safe_load(done.stdout)
     assert found["ok"]
     assert [stage["name"] for stage in found["recipe"]["stages"]] == ["first", "second", "early", "third", "final"]
+
+
+CONTINUED = """
+model: {checkpoint: nano, max_positions: 512}
+data: {train: rows.jsonl}
+stages:
+  - {name: first, adapter: {rank: 4}}
+  - {name: second, model: {max_positions: 2048, rope_theta: 980000.0}}
+"""
+
+
+def test_a_later_stage_keeps_its_own_positions(write, tmp_path):
+    """It lost `max_positions` and `rope_theta` without a word: its run took those of the adapter that it continues."""
+    first, second = load_chain(write(CONTINUED)).trainings
+    assert (first.recipe.model.max_positions, first.recipe.model.rope_theta) == (512, None)
+    assert (second.recipe.model.max_positions, second.recipe.model.rope_theta) == (2048, 980000.0)
+    write_adapter(second.follows, max_positions=512)
+    run = resolve_stage(second).recipe
+    assert run.model.checkpoint == str(tmp_path / "runs" / "chain" / "first")
+    assert (run.model.max_positions, run.model.rope_theta, run.adapter.rank) == (2048, 980000.0, 4)
+
+
+def test_a_later_stage_adopts_positions_that_it_does_not_set(write):
+    path = write(CONTINUED.replace("model: {max_positions: 2048, rope_theta: 980000.0}", "seed: 3"))
+    second = load_chain(path, ["model.max_positions=null", "stages.first.model.max_positions=777"]).trainings[1]
+    assert second.recipe.model.max_positions is None  # set for every stage by the command line
+    path.write_text(path.read_text().replace(", max_positions: 512", ""), encoding="utf-8")
+    second = load_chain(path, ["stages.first.model.max_positions=777"]).trainings[1]
+    assert second.recipe.model.max_positions == 777
+    write_adapter(second.follows, max_positions=777)
+    assert resolve_stage(second).recipe.model.max_positions == 777
+
+
+def test_a_later_stage_may_not_change_the_adapter_that_it_continues(write):
+    path = write(CONTINUED.replace("{max_positions: 2048, rope_theta: 980000.0}", "{quantize: nf4}"))
+    assert list_problems(path, "stages.second.adapter.rank=8") == [
+        "second: adapter.rank: the stage before was trained with 4, and goes on with it; remove this key; found 8",
+        "second: model.quantize: the stage before was trained with none, and goes on with it; remove this key; found nf4",
+    ]
+
+
+def write_adapter(run, max_positions):
+    """Write what a finished run leaves, without its weights."""
+    folder = run / "adapter"
+    folder.mkdir(parents=True)
+    config = {"r": 4, "lora_alpha": 32, "target_modules": list(LINEAR_LAYERS)}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    lineage = Lineage("nano", "base", "0", "none", "float32", "chatml", "0", "sft", max_positions=max_positions)
+    write_lineage(folder, lineage, [])

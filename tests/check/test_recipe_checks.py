@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check.chains import is_chain, load_chain
+from finetune.check.chains import load_chain
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
 from finetune.files.resources import list_recipes
@@ -41,7 +41,7 @@ def list_problems(path, *overrides):
 @pytest.mark.parametrize("name", list_recipes())
 def test_shipped_recipes_are_fine(name):
     path = list_recipes()[name]
-    recipes = [stage.recipe for stage in load_chain(path).trainings] if is_chain(path) else [load_recipe(path)]
+    recipes = [stage.recipe for stage in load_chain(path).trainings]
     assert {recipe.method for recipe in recipes} <= set(METHODS)
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
 
@@ -51,18 +51,18 @@ def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(Path(name))
     assert recipe == load_recipe(list_recipes()["demo"])
-    assert recipe.output == str(tmp_path / "runs" / "demo")
+    assert recipe.recipe.output == str(tmp_path / "runs" / "demo")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "demo.yaml").write_text("seed: 7\ndata: {train: demo.yaml}\n")
     if name != "demo":
-        assert load_recipe(Path(name)).seed == 7  # a file of one's own wins
+        assert load_recipe(Path(name)).recipe.seed == 7  # a file of one's own wins
 
 
 def test_paths_become_absolute(write, tmp_path):
     recipe = load_recipe(write("data: {train: pairs.jsonl}\nmodel: {checkpoint: .}\n"))
-    assert recipe.data.train == (str(tmp_path / "pairs.jsonl"),)
-    assert recipe.model.checkpoint == str(tmp_path)
-    assert recipe.output == str(tmp_path / "runs" / "recipe")
+    assert recipe.recipe.data.train == (str(tmp_path / "pairs.jsonl"),)
+    assert recipe.recipe.model.checkpoint == str(tmp_path)
+    assert recipe.recipe.output == str(tmp_path / "runs" / "recipe")
 
 
 def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
@@ -72,8 +72,8 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
     (elsewhere / "pairs.jsonl").write_text(DATA)
     (elsewhere / "mine.jsonl").write_text(DATA)
     monkeypatch.chdir(elsewhere)
-    assert load_recipe(path).data.train == (str(tmp_path / "pairs.jsonl"),)
-    assert load_recipe(path, ["data.train=mine.jsonl"]).data.train == (str(elsewhere / "mine.jsonl"),)
+    assert load_recipe(path).recipe.data.train == (str(tmp_path / "pairs.jsonl"),)
+    assert load_recipe(path, ["data.train=mine.jsonl"]).recipe.data.train == (str(elsewhere / "mine.jsonl"),)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_mistakes_in_a_mixture(write, data):
 
 def test_a_mixture_takes_the_place_of_files_to_train_on(write, tmp_path):
     recipe = load_recipe(write("data: {mixture: phase26, sources: {web: pairs.jsonl, code: {hub: a/b}}}\n"))
-    assert recipe.data.train == ()
-    assert recipe.data.sources == {"web": str(tmp_path / "pairs.jsonl"), "code": SourceSection(hub="a/b")}
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "again.yaml").data == recipe.data
+    assert recipe.recipe.data.train == ()
+    assert recipe.recipe.data.sources == {"web": str(tmp_path / "pairs.jsonl"), "code": SourceSection(hub="a/b")}
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe.recipe))
+    assert load_recipe(tmp_path / "again.yaml").recipe.data == recipe.recipe.data
 
 
 def test_all_problems_come_together(write):
@@ -224,4 +224,4 @@ def test_states_are_found_beside_the_recipe(tmp_path, monkeypatch):
     )
     (tmp_path / "sub" / "recipe.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(Path("sub/recipe.yaml")).optimizer.states == str(tmp_path / "sub" / "states")
+    assert load_recipe(Path("sub/recipe.yaml")).recipe.optimizer.states == str(tmp_path / "sub" / "states")

@@ -16,7 +16,7 @@ from finetune.data.formats.row_formats import FORMATS, choose_format, read_row
 from finetune.data.preview.preview import describe_preview, preview_rows
 from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 from finetune.files.resources import find_resource_folder
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -67,9 +67,9 @@ def load(tokenizer, tmp_path):
     ],
 )
 def test_formats(raw, columns, name, texts):
-    entry = choose_format("auto", columns, raw, "file, line 1")
+    entry = choose_format("auto", columns, raw, Place("file", 1))
     assert entry.name == name
-    messages = read_row(entry, columns, raw, "file, line 1").messages
+    messages = read_row(entry, columns, raw, Place("file", 1)).messages
     assert [message["content"] for message in messages] == texts
     assert [message["role"] for message in messages if message["role"] != "system"] == ["user", "assistant"] * (
         len([message for message in messages if message["role"] != "system"]) // 2
@@ -105,14 +105,14 @@ def test_formats(raw, columns, name, texts):
 )
 def test_faulty_rows_say_where_and_what(raw, message):
     with pytest.raises(DataError) as caught:
-        read_row(choose_format("auto", {}, raw, "f"), {}, raw, "data/x.jsonl, line 18")
+        read_row(choose_format("auto", {}, raw, Place("f")), {}, raw, Place("data/x.jsonl", 18))
     assert str(caught.value).startswith("data/x.jsonl, line 18: ")
     assert message in str(caught.value)
 
 
 def test_unknown_keys_propose_a_mapping():
     with pytest.raises(DataError) as caught:
-        choose_format("auto", {}, {"Question": "q", "Response": "a", "id": 1}, "x.csv, line 2")
+        choose_format("auto", {}, {"Question": "q", "Response": "a", "id": 1}, Place("x.csv", 2))
     assert "x.csv, line 2: the keys Question, Response, id fit no format" in str(caught.value)
     assert "data.columns: {prompt: Question, completion: Response}" in str(caught.value)
 
@@ -149,12 +149,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
         path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
     found = list(read_file(path))
     assert [row for _, row in found] == rows
-    assert all(where.startswith(f"{path}, ") for where, _ in found)
+    assert all(str(place).startswith(f"{path}, ") for place, _ in found)
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     (tmp_path / "x.jsonl").write_text(f"\n{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n")
-    assert [where.rpartition(", ")[2] for where, _ in read_file(tmp_path / "x.jsonl")] == ["line 2", "line 4"]
+    assert [place.position for place, _ in read_file(tmp_path / "x.jsonl")] == ["line 2", "line 4"]
 
 
 @pytest.mark.parametrize(

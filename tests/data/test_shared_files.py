@@ -12,7 +12,7 @@ from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 FILES = {
     "HumanEval.jsonl.gz": ("columns: {prompt: prompt, completion: canonical_solution}", 164),

@@ -12,10 +12,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 from finetune.errors import MachineError, RecipeError
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.verify import LogitVerifier
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.files.resources import find_demo_data, find_resource_folder
 from finetune.models.engine import check_engine, find_engine
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 
 CONFIGS = find_resource_folder("recipes") / "accelerate"
@@ -56,7 +57,7 @@ def launch(make_recipe, tmp_path):
 
 
 def export(run, folder):
-    report = export_result(open_result(run), folder, ExportSettings("float32", 10**9), LogitVerifier())
+    report = export_result(open_result(run), folder, ExportSettings("float32", "1GB"), LogitVerifier())
     return report, load_file(folder / "model.safetensors")
 
 

@@ -8,10 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.check.recipes import load_recipe
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.verify import LogitVerifier
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 RECIPE = """
 data:
@@ -74,6 +75,6 @@ def test_gsm8k_trains_exports_and_verifies(shared, nano, tmp_path, store, quanti
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert report.verify.top1_agreement == 1.0

@@ -37,7 +37,7 @@ stages:
 KILLED = """
 import os, signal, sys
 from finetune.pipeline import chain
-from finetune.train import run as training
+from finetune.training import run as training
 from finetune.check.chains import load_chain
 from transformers import TrainerCallback
 

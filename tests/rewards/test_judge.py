@@ -17,12 +17,12 @@ from finetune.models.engine import check_engine
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
-from finetune.plan.step.answering import count_judge_bytes
+from finetune.planning.step.answering import count_judge_bytes
 from finetune.recipe.sections import JudgeSection, RewardsSection
 from finetune.rewards.judge import borrow_base, check_judge, open_judge
 from finetune.rewards.reward_functions import AnswerRewards
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 TRAINER = """
   max_steps: 2
@@ -97,9 +97,9 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     judge_run = copy_judge("judge", quantize=quantize)
     overrides = [f"rewards.judge.run={judge_run}", f"adapter.train_tokens={tokens}", f"model.quantize={quantize}"]
     recipe = make_recipe("run", *overrides)
-    base = load_base(nano_llama, recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
+    base = load_base(nano_llama, recipe.recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
     judge = borrow_base(base, str(judge_run), pad_token=102, rows_at_once=2)
-    model = attach_adapter(base, recipe.adapter, nano_llama)
+    model = attach_adapter(base, recipe.recipe.adapter, nano_llama)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -249,8 +249,8 @@ def test_a_judge_needs_the_whole_base_and_is_planned(make_recipe, judge_run):
         RecipeError, match=r"rewards.judge.run: the judge reads with the whole base, and FSDP2 keeps shares"
     ):
         check_engine(recipe, "fsdp2")
-    assert count_judge_bytes(recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert recipe.rewards.judge.run == str(Path(judge_run).resolve())
+    assert count_judge_bytes(recipe.recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert recipe.recipe.rewards.judge.run == str(Path(judge_run).resolve())
 
 
 def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys):

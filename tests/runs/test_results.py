@@ -7,12 +7,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from finetune.errors import CheckpointError, ExportError
-from finetune.evaluate.token_loss import evaluate_rows
-from finetune.export.merge import ExportSettings, export_result
-from finetune.export.verify import LogitVerifier
+from finetune.evaluation.token_loss import evaluate_rows
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
 from finetune.models.opening import open_model
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
-from finetune.train.run import run_training
+from finetune.training.run import run_training
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ from finetune.train.run import run_training
 )
 def test_every_kind_of_training_exports_and_verifies(train, tmp_path, overrides):
     run = train("run", *overrides, "trainer.learning_rate=1e-2")
-    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9), LogitVerifier())
+    report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert report.verify.top1_agreement == 1.0
     if "adapter.kind=none" not in overrides:
@@ -59,9 +60,7 @@ def test_a_start_without_a_native_form_is_refused(make_recipe, nano_llama, tmp_p
 def test_the_dequantized_base_is_the_one_that_was_trained_on(train, tmp_path):
     """The merge into full precision answers differently from the adapter that was tried: reported against every peer."""
     run = open_result(train("run", "model.quantize=nf4", "trainer.learning_rate=1e-2"))
-    report = export_result(
-        run, tmp_path / "same", ExportSettings("auto", 2 * 10**9, base="dequantized"), LogitVerifier()
-    )
+    report = export_result(run, tmp_path / "same", ExportSettings("auto", "2GB", base="dequantized"), LogitVerifier())
     assert report.bases.dequantized.loss == pytest.approx(report.bases.trained_loss, abs=1e-5)
     assert report.bases.dequantized.kl < 1e-9
     assert report.bases.dequantized.top1_agreement == 1.0
@@ -69,7 +68,7 @@ def test_the_dequantized_base_is_the_one_that_was_trained_on(train, tmp_path):
     assert report.verify.max_abs <= 1e-4
     exported = evaluate_rows(open_model(str(tmp_path / "same")), Dataset.from_list([asdict(row) for row in run.rows]))
     assert exported.loss == pytest.approx(report.bases.trained_loss, abs=1e-4)
-    automatic = export_result(run, tmp_path / "auto", ExportSettings("auto", 2 * 10**9, base="auto"), LogitVerifier())
+    automatic = export_result(run, tmp_path / "auto", ExportSettings("auto", "2GB", base="auto"), LogitVerifier())
     lower = "full" if report.bases.full.loss <= report.bases.dequantized.loss else "dequantized"
     assert automatic.base == lower
     assert f"merged into the {'dequantized' if lower == 'dequantized' else 'full-precision'} base (this folder)" in (
@@ -79,7 +78,7 @@ def test_the_dequantized_base_is_the_one_that_was_trained_on(train, tmp_path):
 
 def test_only_the_named_token_rows_are_trained(train, nano_llama, tmp_path):
     run = train("run", "adapter.train_tokens=[104,106]", "trainer.learning_rate=1e-2")
-    export_result(open_result(run), tmp_path / "export", ExportSettings("auto", 2 * 10**9))
+    export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"))
     before, after = load_file(nano_llama / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         changed = (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist()
@@ -87,10 +86,10 @@ def test_only_the_named_token_rows_are_trained(train, nano_llama, tmp_path):
 
 
 def test_a_base_that_cannot_be_chosen_is_refused(train, tmp_path):
-    settings = ExportSettings("auto", 2 * 10**9, base="dequantized")
+    settings = ExportSettings("auto", "2GB", base="dequantized")
     with pytest.raises(ExportError, match="--base dequantized is for adapters of quantized runs"):
         export_result(open_result(train("plain")), tmp_path / "export", settings)
-    settings = ExportSettings("auto", 2 * 10**9, base="auto")
+    settings = ExportSettings("auto", "2GB", base="auto")
     with pytest.raises(ExportError, match="--base auto chooses by measuring, which --no-verify skips"):
         export_result(open_result(train("quantized", "model.quantize=nf4")), tmp_path / "export", settings)
     assert not (tmp_path / "export").exists()

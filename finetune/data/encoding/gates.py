@@ -1,19 +1,20 @@
-"""What every row must hold before it may be trained; each gate is an error, never a warning."""
+"""Check what every row must hold before it may be trained. Each fault is an error, never a warning."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.errors import DataError, TemplateError
+from finetune.errors import DataError, Place, TemplateError
 
+# What a label holds where the token is not trained: PyTorch's cross entropy ignores this value.
 IGNORED_LABEL = -100
 
 
 def check_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
-    """Refuse a padding token that ends answers: its loss is masked, so the model would never learn to stop.
+    """Refuse a padding token that is a stop token: its loss is masked, so the model would never learn to stop.
 
     Raises:
-        TemplateError: pad is one of the stop tokens.
+        TemplateError: the padding token is one of the stop tokens.
     """
     if tokenizer.pad_token_id in stop_tokens:
         raise TemplateError(
@@ -30,9 +31,11 @@ def describe_row_fault(
     *,
     is_cut: bool,
 ) -> str | None:
-    """Return what forbids to train a row, or None: bos not once, nothing trained, an answer without its stop token.
+    """Return why a row must not be trained, or None.
 
-    The last answer of a row that was cut by `data.overflow: truncate` has lost its stop token, which is counted elsewhere.
+    A row must have bos once, at its start; at least one trained token; and a stop token at the end of every answer. The last
+    answer of a row that `is_cut` (by `data.overflow: truncate`) may lack its stop token; `SplitReport.answers_cut` counts these.
+    `token_ids` and `labels` have shape `(tokens,)`.
     """
     if fault := describe_bos_fault(token_ids, tokenizer):
         return fault
@@ -48,7 +51,7 @@ def describe_row_fault(
 
 
 def describe_bos_fault(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with the start of a row, or None."""
+    """Return why a row does not have bos once, at its start, or None."""
     bos = tokenizer.bos_token_id
     count = token_ids.count(bos)
     if token_ids[0] == bos and count == 1:
@@ -56,15 +59,16 @@ def describe_bos_fault(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerB
     return f"holds {tokenizer.bos_token} {count} times, expected once at the start; remove it from the text or the template"
 
 
-def check_rows(faults: Sequence[tuple[str, str]]) -> None:
-    """Raise one message for all faulty rows, given as `(where, fault)`.
+def check_rows(faults: Sequence[tuple[Place, str]]) -> None:
+    """Raise one message for all faulty rows, given as `(place, fault)`.
 
     Raises:
-        DataError: there is at least one.
+        DataError: there is at least one faulty row.
     """
+    if len(faults) == 1:
+        place, fault = faults[0]
+        raise DataError(fault, place)
     if faults:
-        shown = "\n".join(f"  {where}: {fault}" for where, fault in faults[:5])
+        shown = "\n".join(f"  {place}: {fault}" for place, fault in faults[:5])
         more = f"\n  … and {len(faults) - 5:,} more rows" if len(faults) > 5 else ""
-        raise DataError(
-            f"{len(faults):,} rows cannot be trained:\n{shown}{more}" if len(faults) > 1 else ": ".join(faults[0])
-        )
+        raise DataError(f"{len(faults):,} rows cannot be trained:\n{shown}{more}")

@@ -1,4 +1,4 @@
-"""Render conversations by a chat template, with the places of what is trained, and turn them into tokens."""
+"""Render conversations with a chat template, find their trained spans, and turn them into tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Tools = list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, and how its trained spans are found: by its generation marks, or by rendering prefixes."""
+    """A chat template. Its trained spans are found by its generation marks, or by rendering prefixes of a conversation."""
 
     name: str
     source: str
@@ -41,13 +41,13 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the source; two templates with the same one render the same."""
+        """A hash of the source: templates with the same fingerprint render the same."""
         return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens; `trained` says for each whether it is learnt."""
+    """A conversation as tokens. `trained` says for each token whether it is trained; both have shape `(tokens,)`."""
 
     token_ids: list[int]
     trained: list[bool]
@@ -59,7 +59,7 @@ def encode_conversations(
     conversations: Sequence[Messages],
     tools: Sequence[Tools] = (),
 ) -> list[Encoded]:
-    """Render and tokenize conversations together; a token is trained when any of its characters is.
+    """Render and tokenize conversations. A token is trained where any of its characters is.
 
     Raises:
         TemplateError: the template refuses a conversation.
@@ -76,7 +76,11 @@ def encode_conversations(
 
 @dataclass(frozen=True)
 class Rendered:
-    """Conversations as texts; `hidden` says for each row what its half characters stand for (empty for nearly all)."""
+    """Conversations as texts, with their trained spans in characters.
+
+    `hidden` maps the lone surrogates in each text to the spellings of control tokens that they stand for. It is empty for
+    most rows.
+    """
 
     texts: list[str]
     spans: list[list[Span]]
@@ -109,7 +113,7 @@ def render_conversations(
 
 
 def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> list[Any]:
-    """Tokenize rendered conversations: all plain ones in one call, and those with spellings of control tokens apart."""
+    """Tokenize rendered conversations: those with hidden spellings one by one, all others in one call."""
     plain = [text for text, marks in zip(rendered.texts, rendered.hidden, strict=True) if not marks]
     encodings = iter(encode_texts(tokenizer, plain) if plain else [])
     rows = zip(rendered.texts, rendered.spans, rendered.hidden, strict=True)
@@ -117,7 +121,7 @@ def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) ->
 
 
 def read_tokens(rendered: Rendered, tokenized: Sequence[Any]) -> list[TokenSpans]:
-    """Return tokens with their trained spans from what `tokenize_rendered` returned; it does not use the tokenizer."""
+    """Return tokens with their trained spans, from the result of `tokenize_rendered`. It does not use the tokenizer."""
     rows = zip(tokenized, rendered.texts, rendered.spans, strict=True)
     return [found if isinstance(found, TokenSpans) else find_spans(found, text, spans) for found, text, spans in rows]
 
@@ -127,13 +131,11 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> l
     return read_tokens(rendered, tokenize_rendered(tokenizer, rendered))
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, tools: Tools = None
-) -> list[int]:
-    """Return the tokens after which the assistant's answer is generated."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages) -> list[int]:
+    """Return the token ids of a prompt, up to where the assistant's answer begins."""
     hidden: dict[str, str] = {}
-    safe = hide_spellings([messages, tools], compile_spellings(list_control_spellings(tokenizer)), hidden)
-    text = _render_one(tokenizer, template, safe[0], safe[1], add_generation_prompt=True)
+    safe = hide_spellings(messages, compile_spellings(list_control_spellings(tokenizer)), hidden)
+    text = _render_one(tokenizer, template, safe, add_generation_prompt=True)
     return encode_rendered(tokenizer, Rendered([text], [[]], [hidden]))[0].token_ids
 
 
@@ -179,7 +181,7 @@ def _render_one(
 
 
 def _render_jinja(**options: Any) -> tuple[list[str], list[list[Span]]]:
-    # Only here, as in `tokenizer.py`: an export loads transformers while its weights are on their way.
+    # Imported here, as in `tokenizer.py`: an export loads transformers while it reads weights.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, spans = render_jinja_template(**options)
@@ -194,7 +196,7 @@ def _explain(template: ChatTemplate, error: Exception) -> TemplateError:
 def _find_spans(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: Messages, text: str, tools: Tools
 ) -> list[Span]:
-    """Find each answer in a rendering: it begins where the prompt for it ends.
+    """Find the answers in a rendering, in characters. Each begins where the prompt before it ends.
 
     Raises:
         TemplateError: a shorter conversation does not render to the beginning of a longer one.
@@ -207,6 +209,6 @@ def _find_spans(
         after = _render_one(tokenizer, template, messages[: position + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
             raise TemplateError("it renders an earlier turn differently once another follows")
-        # White space behind the stop token belongs to what follows.
+        # White space after the stop token belongs to the next turn.
         spans.append((len(before), len(after.rstrip())))
     return spans

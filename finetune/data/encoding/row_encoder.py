@@ -1,4 +1,4 @@
-"""Rows to tokens in batches: one thread renders while another tokenizes."""
+"""Turn rows into tokens in batches: one thread renders a batch while another tokenizes the batch before."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.formats.messages import Message
 from finetune.data.formats.rows import Row, RowKind
 from finetune.data.settings import RowShape, TrainOn
-from finetune.errors import TemplateError
+from finetune.errors import Place, TemplateError
 
 BATCH_ROWS = 1000
 _Tokenized = tuple[list[Any], list[TokenSpans]]
@@ -32,20 +32,21 @@ _Tokenized = tuple[list[Any], list[TokenSpans]]
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as read, its place, and its number among all rows that were read."""
+    """A row as read, with its place and its number (from 0) among all rows that were read."""
 
     number: int
-    origin: str
+    place: Place
     kind: RowKind
     row: Row
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row as tokens; `spans` are its trained runs, `full_length` the tokens of its longest side before a cut.
+    """A row as tokens.
 
-    A pair has its chosen side in `token_ids` and the other in `rejected`; both begin with the prompt, which ends where the one
-    span begins. A labelled answer has one span too.
+    `spans` holds the trained runs as `(first, after the last)`. `full_length` is the length in tokens before the row was cut,
+    for a pair that of its longer side. A pair has its chosen side in `token_ids` and the other side in `rejected`; both begin
+    with the prompt. Pairs and labelled answers have one span, which begins where the prompt ends.
     """
 
     source: SourceRow
@@ -58,18 +59,22 @@ class TokenRow:
 
     @property
     def sides(self) -> list[list[int]]:
-        """The texts that the model reads: one, or both of a pair."""
+        """The token ids that the model reads: one list, or two for a pair."""
         return [self.token_ids] if self.rejected is None else [self.token_ids, self.rejected]
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are learnt from, of both sides."""
+        """The number of trained tokens, on both sides of a pair."""
         answer = 0 if self.rejected is None or not self.spans else len(self.rejected) - self.spans[0][0]
         return answer + sum(end - start for start, end in self.spans)
 
 
 class RowEncoder:
-    """Turn rows into tokens with one tokenizer, template and choice of what is trained."""
+    """Turns rows into tokens with one tokenizer and template.
+
+    `train_on` chooses the trained turns of rows of the shape `sequence`. `rows_with_spellings` counts the conversations whose
+    text holds the spelling of a control token.
+    """
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class RowEncoder:
         self.rows_with_spellings = 0
 
     def encode(self, rows: Iterable[SourceRow]) -> Iterator[list[TokenRow]]:
-        """Yield batches of rows in their order.
+        """Yield batches of up to `BATCH_ROWS` rows, in their order.
 
         Raises:
             TemplateError: the template refuses a conversation.
@@ -96,7 +101,7 @@ class RowEncoder:
         with ThreadPoolExecutor(1) as executor:
             while batch := list(islice(remaining, BATCH_ROWS)):
                 rendered = self._render(batch)
-                # The tokenizer works outside of Python's lock, on all cores that it may use; the spans are found here meanwhile.
+                # The tokenizer releases Python's lock and uses several cores; meanwhile this thread finds spans and renders.
                 pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
                 if len(pending) > 1:
                     yield self._finish(*pending.popleft())
@@ -121,7 +126,7 @@ class RowEncoder:
         )
 
     def _list_sides(self, source: SourceRow) -> list[list[Message]]:
-        """Return the conversations of a row: one, or one for each answer of a pair."""
+        """Return the conversations of a row: one, or two for a pair that is trained on both sides."""
         row = source.row
         sides = [[*row.messages, *row.chosen]]
         if source.kind == "preference" and self._shape != "sequence":
@@ -129,6 +134,7 @@ class RowEncoder:
         return sides
 
     def _choose_spans(self, spans: list[Span], text: str, messages: Sequence[Message]) -> list[Span]:
+        """Return those of the marked spans, in characters, that `train_on` and the messages' own `train` select."""
         if self._shape != "sequence":
             return spans[-1:]
         if self._train_on == "all":
@@ -161,40 +167,44 @@ class RowEncoder:
                 side = next(whole.get(source.kind, chats))
                 rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
                 continue
-            # White space behind the token that ends the answer belongs to what would follow.
-            sides = [_cut_behind_answer(next(chats)) for _ in self._list_sides(source)]
+            # White space after the stop token belongs to the next turn.
+            sides = [_cut_after_answer(next(chats)) for _ in self._list_sides(source)]
             rows += [self._join_pair(source, *sides)] if self._shape == "pair" else _label_sides(source, sides)
         return rows
 
     def _join_pair(self, source: SourceRow, chosen: TokenSpans, rejected: TokenSpans) -> TokenRow:
-        # A tokenizer may join the prompt's last token with an answer's first; the prompt is what both sides share.
+        # A tokenizer may merge the prompt's last characters with an answer's first; the prompt is what both sides share.
         start = min(chosen.spans[0][0], rejected.spans[0][0])
         if chosen.token_ids[:start] != rejected.token_ids[:start]:
             raise TemplateError(
-                f"{self._template.name}: {source.origin}: the prompt is rendered differently before its two answers"
+                f"{self._template.name}: {source.place}: the prompt is rendered differently before its two answers"
             )
         longest = max(len(chosen.token_ids), len(rejected.token_ids))
         span = (start, len(chosen.token_ids))
         return TokenRow(source, chosen.token_ids, [span], longest, rejected=rejected.token_ids)
 
     def describe(self) -> tuple[str, ...]:
-        """Return what a person should know of the rows' texts."""
+        """Return a sentence for the report where texts spell control tokens."""
         count = self.rows_with_spellings
         return (f"{count:,} rows spell control tokens in their text; there they are plain text",) if count else ()
 
     def find_fault(self, row: TokenRow) -> str | None:
-        """Return what forbids to train a row, or None."""
+        """Return why a row must not be trained, or None."""
         if row.source.kind == "tokens":
             highest, size = max(row.token_ids), len(self._tokenizer)
             return None if highest < size else f"holds token {highest}; the tokenizer has {size:,}, from 0 on"
         if self._shape == "prompt":
             return describe_bos_fault(row.token_ids, self._tokenizer)
         last = len(row.token_ids)
-        free = row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
+        may_lack_stop = (
+            row.is_cut or (self._shape == "sequence" and self._train_on == "all") or row.source.kind == "text"
+        )
         is_sound = (
             all(ids[0] == self._tokenizer.bos_token_id and ids.count(ids[0]) == 1 for ids in row.sides)
             and bool(row.spans)
-            and all(row.token_ids[end - 1] in self._stop_tokens or (free and end == last) for _, end in row.spans)
+            and all(
+                row.token_ids[end - 1] in self._stop_tokens or (may_lack_stop and end == last) for _, end in row.spans
+            )
         )
         if is_sound and row.rejected is None:
             return None
@@ -204,17 +214,17 @@ class RowEncoder:
             )
         for ids in row.sides:
             labels = make_labels(row).tolist() if ids is row.token_ids else _label_answer(ids, row.spans[0][0])
-            if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=free):
+            if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=may_lack_stop):
                 return fault if row.rejected is None else f"{'chosen' if ids is row.token_ids else 'rejected'}: {fault}"
         return None
 
 
-def _cut_behind_answer(side: TokenSpans) -> TokenSpans:
+def _cut_after_answer(side: TokenSpans) -> TokenSpans:
     return TokenSpans(side.token_ids[: side.spans[-1][1]], side.spans)
 
 
 def _label_sides(source: SourceRow, sides: Sequence[TokenSpans]) -> list[TokenRow]:
-    """Return a labelled answer, or both answers of a pair as one that is liked and one that is not."""
+    """Return a row with its label, or the two answers of a pair as one liked and one disliked row."""
     labels = [source.row.label] if len(sides) == 1 else [True, False]
     return [
         TokenRow(source, side.token_ids, side.spans, len(side.token_ids), label=label)
@@ -227,7 +237,10 @@ def _label_answer(token_ids: Sequence[int], start: int) -> list[int]:
 
 
 def cut_row(row: TokenRow, limit: int) -> TokenRow:
-    """Return the beginning of a row; a trained run that starts beyond the limit is gone, and so is a difference of a pair."""
+    """Return the first `limit` tokens of a row.
+
+    Spans that begin after the limit are dropped. A pair loses its span where its cut sides are equal or hold no answer.
+    """
     spans = [(start, min(end, limit)) for start, end in row.spans if start < limit]
     token_ids, rejected = row.token_ids[:limit], None if row.rejected is None else row.rejected[:limit]
     if token_ids == rejected or (rejected is not None and spans and len(rejected) <= spans[0][0]):
@@ -236,7 +249,7 @@ def cut_row(row: TokenRow, limit: int) -> TokenRow:
 
 
 def split_text_row(row: TokenRow, limit: int) -> list[TokenRow]:
-    """Return the pieces of a long text, each with bos at its start; every token of the text is in one of them."""
+    """Return a long text as pieces of up to `limit` tokens, each with bos at its start; no token is lost."""
     bos, tokens = row.token_ids[0], row.token_ids[1:]
     pieces = [[bos, *tokens[start : start + limit - 1]] for start in range(0, len(tokens), limit - 1)]
     return [
@@ -246,7 +259,7 @@ def split_text_row(row: TokenRow, limit: int) -> list[TokenRow]:
 
 
 def make_labels(row: TokenRow) -> Any:
-    """Return the labels of a row, shape `(tokens,)`."""
+    """Return the labels of a row, int32, shape `(tokens,)`: the token ids within spans, -100 elsewhere."""
     labels = numpy.full(len(row.token_ids), IGNORED_LABEL, dtype=numpy.int32)
     for start, end in row.spans:
         labels[start:end] = row.token_ids[start:end]

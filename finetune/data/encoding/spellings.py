@@ -1,4 +1,9 @@
-"""Rendered text to tokens with trained spans, where nothing that a person wrote can become a control token."""
+"""Turn rendered text into tokens with trained spans, so that no text of a row becomes a control token.
+
+A row may hold the spelling of a control token, such as `</s>`. Before rendering, each spelling is replaced by one lone surrogate
+(half a character). After rendering, all spellings come from the template and become control tokens; the surrogates are
+replaced by the spellings again and become plain text.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +18,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-# Half characters cannot occur in text that UTF-8 can hold (rows with them are refused), so they can stand for a spelling.
-_FIRST_HALF_CHARACTER = 0xD800
+# UTF-8 text holds no lone surrogates, and rows with them are refused, so they are free to stand for spellings.
+_FIRST_SURROGATE = 0xD800
 
 
 @dataclass(frozen=True)
 class TokenSpans:
-    """A text as tokens; `spans` are the trained runs of tokens, `(first, after the last)`."""
+    """A text as tokens. `spans` holds the trained runs of tokens as `(first, after the last)`."""
 
     token_ids: list[int]
     spans: list[Span]
 
 
 def list_control_spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts that the tokenizer reads as control tokens, the longest first."""
+    """Return the spellings of the tokenizer's control tokens, the longest first."""
     return _list_spellings(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
 
 
-# Its table of added tokens takes 15 ms to fetch, which is more than a row may cost.
+# Cached: the tokenizer takes 15 ms to return its added tokens, and this is called for every row.
 @lru_cache(maxsize=4)
 def _list_spellings(tokenizer: PreTrainedTokenizerBase, _size: int, special: tuple[str, ...]) -> tuple[str, ...]:
     added = tokenizer.added_tokens_decoder.values()
@@ -40,12 +45,12 @@ def _list_spellings(tokenizer: PreTrainedTokenizerBase, _size: int, special: tup
 
 @lru_cache(maxsize=8)
 def compile_spellings(spellings: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern that finds each of the spellings."""
+    """Return a pattern that matches any of the spellings."""
     return re.compile("|".join(map(re.escape, spellings)))
 
 
 def hide_spellings(value: Any, pattern: re.Pattern[str], hidden: dict[str, str]) -> Any:
-    """Replace each spelling in the texts of a value by one half character; `hidden` collects what each stands for."""
+    """Replace each spelling in the texts of a value by a lone surrogate; `hidden` maps surrogates to spellings."""
     if isinstance(value, str):
         return pattern.sub(lambda match: _hide(match.group(), hidden), value)
     if isinstance(value, Mapping):
@@ -59,13 +64,13 @@ def _hide(spelling: str, hidden: dict[str, str]) -> str:
     for mark, known in hidden.items():
         if known == spelling:
             return mark
-    mark = chr(_FIRST_HALF_CHARACTER + len(hidden))
+    mark = chr(_FIRST_SURROGATE + len(hidden))
     hidden[mark] = spelling
     return mark
 
 
 def holds_spelling(messages: Sequence[Mapping[str, Any]], tools: object, pattern: re.Pattern[str]) -> bool:
-    """Say whether any text of a conversation holds a control token's spelling."""
+    """Tell whether any text of a conversation holds the spelling of a control token."""
     for message in messages:
         content = message.get("content")
         if content and pattern.search(content):
@@ -76,7 +81,7 @@ def holds_spelling(messages: Sequence[Mapping[str, Any]], tools: object, pattern
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Any]:
-    """Tokenize texts in one call, outside of Python's lock; what it returns is read by `find_spans`."""
+    """Tokenize texts in one call, which releases Python's lock; `find_spans` reads the result."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -85,13 +90,13 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def find_spans(encoding: Any, text: str, spans: Sequence[Span]) -> TokenSpans:
-    """Return the tokens of a text with its trained runs; a token is trained when any of its characters is."""
+    """Return the tokens of a text; `spans` are its trained characters. A token is trained where any of its characters is."""
     found = [_find_tokens(encoding, len(text), start, end) for start, end in spans if end > start]
     return TokenSpans(encoding.ids, found)
 
 
 def _find_tokens(encoding: Any, length: int, start: int, end: int) -> Span:
-    # Asking for three characters is far cheaper than fetching the offsets of every token.
+    # Three look-ups of a character are much cheaper than the offsets of every token.
     first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
     after = len(encoding) if end == length else encoding.char_to_token(end)
     if first is not None and last is not None and after is not None and after > last:
@@ -100,7 +105,7 @@ def _find_tokens(encoding: Any, length: int, start: int, end: int) -> Span:
 
 
 def mark_span(offsets: Sequence[Span], start: int, end: int) -> Span:
-    """Return the run of tokens that hold any character of `[start, end)`."""
+    """Return the run of tokens that hold any character from `start` up to `end`."""
     first = next((number for number, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
     after = first
     while after < len(offsets) and offsets[after][0] < end:
@@ -111,7 +116,7 @@ def mark_span(offsets: Sequence[Span], start: int, end: int) -> Span:
 def encode_hidden(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], hidden: Mapping[str, str]
 ) -> TokenSpans:
-    """Tokenize a text whose half characters stand for spellings: those become plain characters, the template's stay tokens."""
+    """Tokenize a text with hidden spellings: they become plain text, and the template's own spellings control tokens."""
     pattern = compile_spellings(list_control_spellings(tokenizer))
     token_ids: list[int] = []
     offsets: list[Span] = []
@@ -132,7 +137,7 @@ def encode_hidden(
 def _encode_plain(
     tokenizer: PreTrainedTokenizerBase, text: str, hidden: Mapping[str, str]
 ) -> tuple[list[int], list[Span]]:
-    """Tokenize without any control token; the offsets are those of the text before its spellings were put back."""
+    """Tokenize a text as plain text, its hidden spellings put back. The offsets count characters of `text`."""
     origin: list[int] = []
     pieces: list[str] = []
     for number, character in enumerate(text):
@@ -145,12 +150,12 @@ def _encode_plain(
         encoding = backend.encode("".join(pieces), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = False
-    # A token of no characters (there are none in byte-level tokenizers) would have no last one.
+    # `max`: a token without characters would have no last one. Byte-level tokenizers have no such token.
     return encoding.ids, [(origin[start], origin[max(start, end - 1)] + 1) for start, end in encoding.offsets]
 
 
 def encode_plain_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenSpans]:
-    """Tokenize documents: bos, the text without any control token, eos; all but bos is trained."""
+    """Tokenize documents as plain text between bos and eos. All tokens but bos are trained."""
     if not texts:
         return []
     backend = tokenizer.backend_tokenizer

@@ -1,6 +1,6 @@
-"""Chat templates, and the one function that turns a conversation into tokens.
+"""Find and check chat templates, and list their stop tokens.
 
-Training, evaluation, chat and export all go through here, so that a model is asked in the very form it was trained in.
+Training, evaluation, chat and export use the same template, so that a model is asked in the form it was trained in.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SAMPLE: Messages = (
 
 
 def find_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """Return the template of a recipe: `auto`, a shipped name, or a jinja file.
+    """Return the template that a recipe names: `auto`, a shipped name, or a jinja file.
 
-    `auto` takes the tokenizer's own template where what is trained can be told in it, else `yulan-mini`.
+    `auto` takes the tokenizer's own template where its trained spans can be found, else `yulan-mini`.
 
     Raises:
-        TemplateError: the template cannot be rendered, or does not mark what is trained, or trains no stop token.
+        TemplateError: the template cannot be rendered, does not mark what is trained, or trains no stop token.
     """
     shipped = list_templates()
     if choice == "auto":
@@ -74,7 +74,11 @@ def _find_own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | Non
 
 
 def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """Try the template on a small conversation and return it."""
+    """Render a small conversation, check its tokens, and return the template.
+
+    Raises:
+        TemplateError: see `find_template`.
+    """
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
     trained = [token for token, is_trained in zip(encoded.token_ids, encoded.trained, strict=True) if is_trained]
     if not trained:
@@ -98,13 +102,13 @@ def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's eos, and the one that the template trains."""
+    """Return the ids of the tokens that end an answer: the tokenizer's eos, and the last token that the template trains."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
     last = max(position for position, is_trained in enumerate(encoded.trained) if is_trained)
     return sorted({int(tokenizer.eos_token_id), encoded.token_ids[last]})
 
 
 def list_template_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
-    """Return the control tokens that the template writes, without bos: those a base model may never have seen."""
+    """Return the ids of the template's control tokens except bos. A base model may never have seen them."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
     return sorted(set(encoded.token_ids) & _list_control_tokens(tokenizer) - {int(tokenizer.bos_token_id)})

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer, with its own `<pad>` and padding on the right.
+    """Load a checkpoint's tokenizer; set padding on the right with `<pad>` where it has no padding token.
 
     Raises:
-        CheckpointError: the folder holds no tokenizer that can be read without running its code.
+        CheckpointError: the tokenizer cannot be read without running code from the folder, or has no padding token.
     """
     import transformers
 
     try:
-        # By attribute: transformers then loads its registry of architectures, which takes seconds, only here.
+        # An attribute of the module: importing the name at the top would load the registry of architectures, for seconds.
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
@@ -31,7 +31,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer_file(folder: Path) -> PreTrainedTokenizerBase:
-    """Load `tokenizer.json` itself where there is one: enough for templates and control tokens, and quick.
+    """Load the tokenizer from `tokenizer.json` alone where there is one, which is quick.
+
+    The result is enough for chat templates and control tokens.
 
     Raises:
         CheckpointError: see `load_tokenizer`.

@@ -1,4 +1,4 @@
-"""Encode rows in several processes, where one Python cannot keep all cores busy."""
+"""Encode rows in several processes: the template is rendered in Python, which uses one core a process."""
 
 import multiprocessing
 import os
@@ -11,18 +11,19 @@ from itertools import islice
 
 from finetune.data.encoding.row_encoder import BATCH_ROWS, RowEncoder, SourceRow, TokenRow
 from finetune.data.formats.rows import Row
-from finetune.errors import MachineError
+from finetune.errors import MachineError, Place
 
 _Encoded = tuple[list[TokenRow], int]
-# What a process of the pool encodes with; it is sent once, at its start, and not with every batch.
+# The encoder of a worker process. It is sent once, when the process starts, and not with every batch.
 _own_encoder: list[RowEncoder] = []
+_NOWHERE, _EMPTY_ROW = Place(""), Row()
 
 
 def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) -> Iterator[list[TokenRow]]:
-    """Yield batches of rows in their order, encoded by `workers` processes; one is this process itself.
+    """Yield batches of rows in their order, encoded by `workers` processes. With one worker, this process encodes them.
 
     Raises:
-        MachineError: a process was ended from outside, most likely for want of memory.
+        MachineError: a process was ended from outside, most likely for lack of memory.
         TemplateError: the template refuses a conversation.
     """
     if workers == 1:
@@ -30,7 +31,7 @@ def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) ->
         return
     remaining = iter(rows)
     pending: deque[tuple[list[SourceRow], Future[_Encoded]]] = deque()
-    # Forking would copy the threads' locks of torch and of the tokenizer in whatever state they are.
+    # A fork would copy the locks of torch's and the tokenizer's threads, and might copy them locked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
         while batch := list(islice(remaining, BATCH_ROWS)):
@@ -42,16 +43,16 @@ def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) ->
 
 
 def _start_worker(encoder: RowEncoder) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each process is the share of each
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     _own_encoder.append(encoder)
 
 
 def _encode_batch(batch: list[SourceRow]) -> _Encoded:
-    """Return the rows without their texts, which need not travel back, and how many spell control tokens."""
+    """Return the rows without their source, which need not be sent back, and how many spell control tokens."""
     encoder = _own_encoder[0]
     before = encoder.rows_with_spellings
     rows = [row for rows in encoder.encode(batch) for row in rows]
-    bare = [replace(row, source=SourceRow(row.source.number, "", row.source.kind, Row())) for row in rows]
+    bare = [replace(row, source=SourceRow(row.source.number, _NOWHERE, row.source.kind, _EMPTY_ROW)) for row in rows]
     return bare, encoder.rows_with_spellings - before
 
 

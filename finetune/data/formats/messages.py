@@ -1,10 +1,10 @@
-"""Messages as people store them: OpenAI's and ShareGPT's, with tool calls and tool results, checked for their order."""
+"""Read messages in OpenAI's and ShareGPT's keys, with tool calls and tool results, and check their order."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.errors import find_close_match
+from finetune.errors import FaultKind, find_close_match
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -19,11 +19,19 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+# Which roles may follow a role; "start" is the beginning of the conversation.
 _FOLLOWERS = {"start": ("user",), "user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "tool")}
 
 
 class RowError(Exception):
-    """What is wrong with a row; the caller knows where it stands."""
+    """A row that cannot be used. The text names the fault without the place, which the caller adds.
+
+    `kind` is the kind of finding that `finetune lint` makes of it.
+    """
+
+    def __init__(self, fault: str, kind: FaultKind = "unreadable") -> None:
+        self.kind = kind
+        super().__init__(fault)
 
 
 def read_messages(value: object, name: str = "messages") -> list[Message]:
@@ -32,11 +40,11 @@ def read_messages(value: object, name: str = "messages") -> list[Message]:
 
 
 def read_message(message: object, where: str) -> Message:
-    """Read one message: its role, its text or tool calls, and whether it is trained."""
+    """Read one message: its role, its text or tool calls, and `train: False` where it is not to be trained."""
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {describe(message)}; expected an object with role and content")
     if "from" in message and "value" in message and "role" not in message:
-        return read_sharegpt_row(message, where)
+        return _read_sharegpt_message(message, where)
     has_calls = bool(message.get("tool_calls"))
     missing = [key for key in ("role", "content") if key not in message and not (key == "content" and has_calls)]
     if missing:
@@ -62,7 +70,7 @@ def _unknown_role(role: object, where: str) -> RowError:
     return RowError(expected + (f" (did you mean {hint!r}?)" if hint else ""))
 
 
-def read_sharegpt_row(message: Mapping[str, Any], where: str) -> Message:
+def _read_sharegpt_message(message: Mapping[str, Any], where: str) -> Message:
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise RowError(f"{where} is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
@@ -113,7 +121,7 @@ def _read_weight(message: Mapping[str, Any], where: str) -> dict[str, bool]:
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """Read the list of tools of a row, which is often stored as JSON in a text."""
+    """Read the list of tools of a row. Files often store it as JSON in a text."""
     if value in (None, "", []):
         return None
     tools = parse_json(value, "tools") if isinstance(value, str) else value
@@ -128,54 +136,59 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
 
 
 def add_system(messages: list[Message], system: str | None) -> list[Message]:
-    """Return messages that begin with a system line: their own where they have one."""
+    """Return the messages with `system` as their system message, unless they have one."""
     if system is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
 def check_order(messages: Sequence[Message], *, ends_with: str = "assistant") -> None:
-    """Check that turns follow each other as a conversation does.
+    """Check that the roles alternate, that only the first message is a system message, and which role comes last.
 
     Raises:
-        RowError: naming the message that is out of place.
+        RowError: the conversation is empty, or a message is out of order.
     """
     if not messages:
-        raise RowError("the conversation is empty")
+        raise RowError("the conversation is empty", "empty_text")
     before = "start"
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "system":
             if number > 1:
-                raise RowError(f"message {number} is a system message; it may only come first")
+                raise RowError(f"message {number} is a system message; it may only come first", "role_order")
             continue
         expected = _FOLLOWERS[before]
         if before == "assistant" and messages[number - 2].get("tool_calls"):
             expected = ("tool",)
         if role not in expected:
             raise RowError(
-                f"message {number} is of the {role}; turns must alternate, so it should be of the {' or '.join(expected)}"
+                f"message {number} is of the {role}; turns must alternate, so it should be of the {' or '.join(expected)}",
+                "role_order",
             )
         before = role
     if before != ends_with:
         last = "user" if before == "start" else before
         needed = "the assistant's answer" if ends_with == "assistant" else f"the {ends_with}"
-        raise RowError(f"the conversation ends with the {last}; it must end with {needed}")
+        raise RowError(f"the conversation ends with the {last}; it must end with {needed}", "role_order")
 
 
 def read_text(value: object, name: str) -> str:
-    """Return a text that is not empty and can be written as UTF-8."""
+    """Return `value` where it is a text that is not empty and can be written as UTF-8.
+
+    Raises:
+        RowError: it is anything else.
+    """
     if not isinstance(value, str):
         raise RowError(f"{name} is {describe(value)}; expected text")
     if not value.strip():
-        raise RowError(f"{name} is empty")
+        raise RowError(f"{name} is empty", "empty_text")
     if not value.isascii():
         check_characters(value, name)
     return value
 
 
 def check_characters(text: str, name: str) -> None:
-    """Refuse half characters, which no tokenizer takes and which we use as marks."""
+    """Refuse lone surrogates (half characters): no tokenizer takes them, and `spellings.py` uses them as marks."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -184,14 +197,18 @@ def check_characters(text: str, name: str) -> None:
 
 
 def read_list(value: object, name: str) -> list[Any]:
-    """Return a list."""
+    """Return `value` where it is a list.
+
+    Raises:
+        RowError: it is anything else.
+    """
     if not isinstance(value, list):
         raise RowError(f"{name} is {describe(value)}; expected a list")
     return value
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Parse JSON that is stored inside a text."""
+    """Parse JSON that is stored in a text."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -199,6 +216,6 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def describe(value: object) -> str:
-    """Name the kind of a value for a person."""
+    """Name the type of a JSON value for a person."""
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
     return kinds.get(type(value), "an object")

@@ -1,4 +1,7 @@
-"""How each format reads a row: one function for each."""
+"""Read a raw row: one function for each format.
+
+Every function raises `RowError` for a value that it cannot use. The optional keys of a format are those read with `get`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +20,12 @@ from finetune.data.formats.rows import Row
 
 
 def read_openai_row(row: Mapping[str, Any]) -> Row:
+    """Read `messages`, each with `role` and `content`."""
     return Row(read_messages(row["messages"]), tools=read_tools(row.get("tools")))
 
 
 def read_sharegpt_row(row: Mapping[str, Any]) -> Row:
+    """Read `conversations`, each turn with `from` and `value`."""
     return Row(_read_sharegpt_turns(row), tools=read_tools(row.get("tools")))
 
 
@@ -32,6 +37,7 @@ def _read_sharegpt_turns(row: Mapping[str, Any]) -> list[Message]:
 
 
 def read_alpaca_row(row: Mapping[str, Any]) -> Row:
+    """Read a question in `instruction` and `input`, its answer in `output`, and earlier turns in `history`."""
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": read_text(row["system"], "system")})
@@ -46,6 +52,7 @@ def read_alpaca_row(row: Mapping[str, Any]) -> Row:
 
 
 def read_prompt_completion_row(row: Mapping[str, Any]) -> Row:
+    """Read a question and its answer: two texts, or two lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
     tools = read_tools(row.get("tools"))
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -61,10 +68,12 @@ def _pair(question: object, answer: object, name: str) -> list[Message]:
 
 
 def read_plain_text_row(row: Mapping[str, Any]) -> Row:
+    """Read a document."""
     return Row(text=read_text(row["text"], "text"))
 
 
 def read_tokens_row(row: Mapping[str, Any]) -> Row:
+    """Read token ids, which are trained as they are."""
     ids = read_list(row["input_ids"], "input_ids")
     wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
     if wrong is not None or len(ids) < 2:
@@ -75,6 +84,7 @@ def read_tokens_row(row: Mapping[str, Any]) -> Row:
 
 
 def read_prompt_row(row: Mapping[str, Any]) -> Row:
+    """Read a prompt (a text or messages) and its reference answer, if it has one."""
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
@@ -84,7 +94,7 @@ def read_prompt_row(row: Mapping[str, Any]) -> Row:
 
 
 def read_preference_row(row: Mapping[str, Any]) -> Row:
-    """Read a pair whose prompt is given apart, as ShareGPT turns, or as the beginning that both conversations share."""
+    """Read a pair. Its prompt has a key of its own, or is the beginning that both conversations share."""
     chosen = _read_turns(row["chosen"], "assistant", "chosen")
     rejected = _read_turns(row["rejected"], "assistant", "rejected")
     shared = 0
@@ -105,6 +115,7 @@ def _read_turns(value: object, role: str, name: str) -> list[Message]:
 
 
 def read_labelled_row(row: Mapping[str, Any]) -> Row:
+    """Read a conversation, or a question and its answer, with a `label` that is true for a liked answer."""
     if not isinstance(row["label"], bool):
         raise RowError(f"label is {describe(row['label'])}; expected true or false")
     read = read_openai_row(row) if "messages" in row else read_prompt_completion_row(row)

@@ -1,16 +1,14 @@
-"""The table of row formats: how a raw row becomes a conversation, a preference pair, a labelled answer, a prompt or a text.
+"""The table of row formats, and how the format of a file is found.
 
-It is pure Python, so that a recipe can be checked without importing anything heavy.
-A format is one function and one row of the table; detection takes the first whose keys a row has, so the narrow ones come first.
+A format is one row of the table and one function in `readers.py`. Detection takes the first format whose required keys a row has,
+so formats that require more keys come first. This module imports nothing heavy, so that a recipe is checked quickly.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.formats.messages import (
-    RowError,
-)
+from finetune.data.formats.messages import RowError
 from finetune.data.formats.readers import (
     read_alpaca_row,
     read_labelled_row,
@@ -24,45 +22,38 @@ from finetune.data.formats.readers import (
 )
 from finetune.data.formats.rows import Row, RowKind, check_row
 from finetune.data.settings import RowShape
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: its row kind, the keys it needs and may have, and the function that reads a row."""
+    """One format: the kind of its rows, the keys that every row needs, and the function that reads a row."""
 
     name: str
     row_kind: RowKind
     required: tuple[str, ...]
-    optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Row]
 
 
 FORMATS: Mapping[str, Format] = {
     entry.name: entry
     for entry in (
-        Format(
-            "sharegpt_preference",
-            "preference",
-            ("conversations", "chosen", "rejected"),
-            ("system", "tools"),
-            read_preference_row,
-        ),
-        Format("preference", "preference", ("chosen", "rejected"), ("prompt", "tools"), read_preference_row),
-        Format("labelled_messages", "labelled", ("messages", "label"), ("tools",), read_labelled_row),
-        Format("labelled", "labelled", ("prompt", "completion", "label"), (), read_labelled_row),
-        Format("messages", "conversation", ("messages",), ("tools",), read_openai_row),
-        Format("sharegpt", "conversation", ("conversations",), ("system", "tools"), read_sharegpt_row),
-        Format("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history"), read_alpaca_row),
-        Format("prompt_completion", "conversation", ("prompt", "completion"), ("tools",), read_prompt_completion_row),
-        Format("text", "text", ("text",), (), read_plain_text_row),
-        Format("tokens", "tokens", ("input_ids",), (), read_tokens_row),
-        Format("prompt", "prompt", ("prompt",), ("answer",), read_prompt_row),
+        Format("sharegpt_preference", "preference", ("conversations", "chosen", "rejected"), read_preference_row),
+        Format("preference", "preference", ("chosen", "rejected"), read_preference_row),
+        Format("labelled_messages", "labelled", ("messages", "label"), read_labelled_row),
+        Format("labelled", "labelled", ("prompt", "completion", "label"), read_labelled_row),
+        Format("messages", "conversation", ("messages",), read_openai_row),
+        Format("sharegpt", "conversation", ("conversations",), read_sharegpt_row),
+        Format("alpaca", "conversation", ("instruction", "output"), read_alpaca_row),
+        Format("prompt_completion", "conversation", ("prompt", "completion"), read_prompt_completion_row),
+        Format("text", "text", ("text",), read_plain_text_row),
+        Format("tokens", "tokens", ("input_ids",), read_tokens_row),
+        Format("prompt", "prompt", ("prompt",), read_prompt_row),
     )
 }
 
 
-# The kinds of rows that each shape can be made of: a pair serves supervised training by its chosen answer, and KTO by both.
+# The kinds of rows that each shape can be made from. Supervised training uses the chosen answer of a pair, KTO both answers.
 SHAPES: Mapping[RowShape, tuple[RowKind, ...]] = {
     "sequence": ("conversation", "preference", "labelled", "text", "tokens"),
     "pair": ("preference",),
@@ -78,7 +69,7 @@ _SHAPE_NEEDS: Mapping[RowShape, str] = {
 
 
 def describe_wrong_kind(entry: Format, shape: RowShape) -> str | None:
-    """Return what a method that trains on `shape` needs instead of a format, or None where the format fits."""
+    """Return why a method that trains on `shape` cannot use a format and what it needs, or None where it can."""
     if entry.row_kind in SHAPES[shape]:
         return None
     return (
@@ -86,11 +77,11 @@ def describe_wrong_kind(entry: Format, shape: RowShape) -> str | None:
     )
 
 
-def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> Format:
-    """Return the named format, or for `auto` the first whose keys the row has after renaming.
+def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any], place: Place) -> Format:
+    """Return the format that `choice` names or, for `auto`, the first whose required keys the row has after renaming.
 
     Raises:
-        DataError: no format fits; the message shows the keys and how to map them.
+        DataError: no format fits; the message shows the row's keys and how to map them.
     """
     names = set(rename_columns(row, columns))
     if choice != "auto":
@@ -100,32 +91,34 @@ def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any
             return entry
     expected = "; ".join(f"{entry.name}: {', '.join(entry.required)}" for entry in FORMATS.values())
     raise DataError(
-        f"{where}: the keys {', '.join(map(str, row)) or '(none)'} fit no format ({expected}); "
-        f"map them in the recipe, such as data.columns: {_propose_columns(row)}"
+        f"the keys {', '.join(map(str, row)) or '(none)'} fit no format ({expected}); "
+        f"map them in the recipe, such as data.columns: {_propose_columns(row)}",
+        place,
     )
 
 
-def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> Row:
-    """Return a row, checked: roles in order, no empty text, an answer at the end.
+def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], place: Place) -> Row:
+    """Read a row and check it: its roles are in order, no text is empty, and it ends with an answer.
 
     Raises:
-        DataError: with the file, the line, what was found and what was expected.
+        DataError: the row has a fault; the message says what was found and what was expected.
     """
     named = rename_columns(row, columns)
     if missing := [key for key in entry.required if key not in named]:
-        origin = {key: columns.get(key, key) for key in missing}
+        theirs = columns.get(missing[0], missing[0])
         found = ", ".join(map(str, row)) or "nothing"
-        raise DataError(f"{where}: has no {origin[missing[0]]!r}, which the format {entry.name} needs; found {found}")
+        fault = f"has no {theirs!r}, which the format {entry.name} needs; found {found}"
+        raise DataError(fault, place)
     try:
         read = entry.read(named)
         check_row(entry.row_kind, read)
     except RowError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(str(error), place, error.kind) from error
     return read
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Give a row the names that a format knows; `columns` maps our name to the file's."""
+    """Rename a row's keys to those of its format; `columns` maps the format's keys to the file's."""
     renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     taken = set(columns.values())
     return {**{key: value for key, value in row.items() if key not in taken}, **renamed}

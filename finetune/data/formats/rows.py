@@ -1,21 +1,21 @@
-"""A row as read from any format, its checks, and the prompt that it holds."""
+"""The row that every format is read into, and its checks."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.data.formats.messages import (
-    Message,
-    RowError,
-    check_order,
-)
-from finetune.errors import DataError
+from finetune.data.formats.messages import Message, RowError, check_order
+from finetune.errors import DataError, Place
 
 RowKind = Literal["conversation", "preference", "labelled", "text", "tokens", "prompt"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as read. `messages` is the whole conversation, or the prompt of `chosen` and `rejected` or of a reference `answer`."""
+    """A row as read; its kind decides which fields are filled.
+
+    `messages` is the whole conversation of a `conversation` or `labelled` row. It is the prompt of a `preference` row, whose two
+    answers are `chosen` and `rejected`, and of a `prompt` row, whose reference answer is `answer`.
+    """
 
     messages: list[Message] = field(default_factory=list)
     chosen: list[Message] = field(default_factory=list)
@@ -27,11 +27,11 @@ class Row:
     tools: list[dict[str, Any]] | None = None
 
 
-def as_prompt(row: Row, where: str) -> Row:
-    """Return a row as a prompt: of a conversation its last answer becomes the reference, of a pair the chosen one.
+def as_prompt(row: Row, place: Place) -> Row:
+    """Return a row as a prompt with its reference answer: a conversation's last answer, or a pair's chosen answer.
 
     Raises:
-        DataError: the row holds no question, or tool calls, which a prompt cannot carry.
+        DataError: the prompt does not end with the user, or the row holds tools, which a prompt cannot have.
     """
     messages, answers = row.messages, row.chosen
     if not answers and messages and messages[-1]["role"] == "assistant":
@@ -41,17 +41,17 @@ def as_prompt(row: Row, where: str) -> Row:
         if row.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
             raise RowError("holds tools; a prompt is plain turns")
     except RowError as error:
-        raise DataError(f"{where}: cannot be asked: {error}") from error
+        raise DataError(f"cannot be asked: {error}", place, error.kind) from error
     answer = str(answers[-1]["content"]) if answers else row.answer
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     return Row(turns, answer=answer or None)
 
 
 def check_pair(row: Row) -> None:
-    """Refuse a pair whose sides are not two answers to one prompt.
+    """Check that the two sides of a pair are one answer each to the same prompt.
 
     Raises:
-        RowError: the sides differ before their last answer, so there is no shared prompt.
+        RowError: the sides differ before their last answer.
     """
     if row.chosen[0]["role"] != "assistant":
         raise RowError(
@@ -66,12 +66,17 @@ def check_pair(row: Row) -> None:
 
 
 def check_row(kind: RowKind, row: Row) -> None:
+    """Check the order of a row's messages, on both sides of a pair.
+
+    Raises:
+        RowError: a message is out of order.
+    """
     if kind == "preference":
         for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
             try:
                 check_order([*row.messages, *answer])
             except RowError as error:
-                raise RowError(f"{name}: {error}") from error
+                raise RowError(f"{name}: {error}", error.kind) from error
     elif kind == "prompt":
         check_order(row.messages, ends_with="user")
     elif kind not in ("text", "tokens"):

@@ -1,4 +1,4 @@
-"""What can be wrong with the text of one row; each check returns a short description, or None."""
+"""Check the text of one row. Each check returns a short description of what it found, or None."""
 
 import re
 import unicodedata
@@ -10,9 +10,9 @@ from finetune.data.formats.messages import Message
 from finetune.data.languages import cut_prose
 
 _SHOWN = 80
-# The replacement character, C1 controls, and what UTF-8 and GBK make of each other's padding.
+# The replacement character, C1 controls, and common results of decoding GBK as UTF-8 or UTF-8 as GBK or Latin-1.
 _LOST_TEXT = re.compile(r"[\ufffd\x80-\x9f]|锟斤拷|烫烫烫|屯屯屯|ï»¿")
-# Dots, dashes and stars are repeated in outlines, rules and tables; others only by mistake.
+# Dots, dashes and stars repeat in outlines, rules and tables; other punctuation only by mistake.
 _REPEATED = re.compile(
     r"([,;:!?~，。、；：！？])\1{3,}|[!?！？]{6,}|…{5,}|(?<!\.)\.{13,}|([,;:，。、；：])(?:\s*\2){4,}"
 )
@@ -20,7 +20,7 @@ _HAN_WORD_LETTERS, _LONGEST_WORD = 2, 100
 
 
 def shorten(text: str, start: int = 0) -> str:
-    """Return one line of at most 80 characters, from a little before `start`."""
+    """Return one line of about 80 characters from `text`, beginning a little before `start`."""
     begin = max(0, start - _SHOWN // 4)
     line = " ".join(text[begin : begin + 4 * _SHOWN].split())
     line = "".join(character if character.isprintable() else "\ufffd" for character in line)
@@ -29,7 +29,7 @@ def shorten(text: str, start: int = 0) -> str:
 
 
 def describe_short_answer(messages: Sequence[Message]) -> str | None:
-    """Say that an answer is a single word: up to two Chinese letters, or one word in a script with spaces."""
+    """Look for an answer of a single word: up to two Chinese letters, or one word in a script with spaces."""
     for message in messages:
         if message["role"] == "assistant" and _is_one_word(message["content"]):
             return f"the answer is {shorten(message['content'])!r}"
@@ -46,7 +46,7 @@ def _is_one_word(text: str) -> bool:
 
 
 def describe_mojibake(messages: Sequence[Message]) -> str | None:
-    """Say that a text was decoded with the wrong encoding, or has lost characters."""
+    """Look for text that was decoded with the wrong encoding, or has lost characters."""
     for number, message in enumerate(messages, 1):
         text = message["content"]
         if not text.isascii() and (found := _LOST_TEXT.search(text) or BADNESS_RE.search(text)):
@@ -55,7 +55,7 @@ def describe_mojibake(messages: Sequence[Message]) -> str | None:
 
 
 def describe_repeated_punctuation(messages: Sequence[Message]) -> str | None:
-    """Say that an answer repeats punctuation as no writer does; code is not looked at."""
+    """Look for an answer that repeats punctuation by mistake; code in it is ignored."""
     for message in messages:
         if message["role"] != "assistant" or not _REPEATED.search(message["content"]):
             continue
@@ -66,7 +66,7 @@ def describe_repeated_punctuation(messages: Sequence[Message]) -> str | None:
 
 
 def describe_control_token(messages: Sequence[Message], control_tokens: Sequence[str]) -> str | None:
-    """Say that a text holds the spelling of a control token."""
+    """Look for the spelling of a control token."""
     for number, message in enumerate(messages, 1):
         for token in control_tokens:
             if (start := message["content"].find(token)) >= 0:
@@ -75,7 +75,7 @@ def describe_control_token(messages: Sequence[Message], control_tokens: Sequence
 
 
 def describe_equal_answers(messages: Sequence[Message], rejected: Sequence[Message]) -> str | None:
-    """Say that the chosen and the rejected answer are the same but for white space and the form of characters."""
+    """Tell whether both answers of a pair are the same except for white space and Unicode normalisation."""
     chosen = messages[len(messages) - len(rejected) :]
     if [_normalise(message) for message in chosen] != [_normalise(message) for message in rejected]:
         return None

@@ -1,4 +1,4 @@
-"""The preview as one HTML page that needs nothing else: no network, no other file."""
+"""Write the preview as one HTML page that needs no network and no other file."""
 
 import base64
 import hashlib
@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.account import DataReport
 from finetune.data.dataset import Splits
 from finetune.data.preview.preview import list_sides
-from finetune.errors import OutputError
+from finetune.errors import OutputError, Place
 from finetune.files.folders import translate_os_errors
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _GENERATOR = "finetune preview"
 _HEAD_BYTES = 1000
-# Shows the token under the pointer, or the one that was touched. It only ever reads and writes text, never mark-up.
+# Shows the token under the pointer, or the one that was touched. It reads and writes text only, never mark-up.
 _SCRIPT = """
 const bar = document.getElementById("token");
 let last = null;
@@ -44,7 +44,7 @@ for (const kind of ["pointerover", "click"]) document.addEventListener(kind, sho
 
 @dataclass(frozen=True)
 class PagePiece:
-    """One token as text, or the few tokens that make up one character."""
+    """One token as text, or the tokens that together make up one character."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -60,18 +60,18 @@ class PageColumn:
 
     @property
     def tokens(self) -> int:
-        """The length in tokens."""
+        """The number of tokens."""
         return sum(len(piece.token_ids) for piece in self.pieces)
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are learnt."""
+        """The number of trained tokens."""
         return sum(len(piece.token_ids) for piece in self.pieces if piece.is_trained)
 
 
 @dataclass(frozen=True)
 class PageRow:
-    """One row: one column, or two side by side."""
+    """One row: its place as text, and one column, or two side by side."""
 
     origin: str
     columns: tuple[PageColumn, ...]
@@ -79,7 +79,7 @@ class PageRow:
 
 @dataclass(frozen=True)
 class PageSource:
-    """How many rows of a file are trained and evaluated on."""
+    """A file, the format of its rows, and how many of them are for training and held out."""
 
     name: str
     format: str
@@ -89,7 +89,7 @@ class PageSource:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page shows."""
+    """What the page shows."""
 
     title: str
     rows: tuple[PageRow, ...]
@@ -98,19 +98,19 @@ class Page:
 
 
 def collect_page(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int, title: str) -> Page:
-    """Take the first rows of the training split, and the account of all."""
+    """Return a page of the first `count` rows for training, and the numbers of all rows."""
     sources = list(_count_sources(splits))
     names = _shorten_names([source.name for source in sources])
     rows = []
     for row in splits.train.select(range(min(count, len(splits.train)))):
-        file, comma, place = row["origin"].rpartition(", ")
-        rows.append(PageRow(f"{names.get(file, file)}{comma}{place}", _read_columns(row, tokenizer)))
+        place = Place(**row["place"])
+        rows.append(PageRow(str(replace(place, file=names[place.file])), _read_columns(row, tokenizer)))
     sources = [replace(source, name=names[source.name]) for source in sources]
     return Page(title, tuple(rows), tuple(sources), splits.report)
 
 
 def _read_columns(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[PageColumn, ...]:
-    """Return the text of a row, or of both sides of a preference row."""
+    """Return the text of a row, or the texts of both sides of a preference row."""
     return tuple(
         PageColumn(side, tuple(split_tokens(tokenizer, token_ids, [bool(mark) for mark in trained])))
         for side, token_ids, trained in list_sides(row)
@@ -118,7 +118,7 @@ def _read_columns(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _shorten_names(names: Sequence[str]) -> dict[str, str]:
-    """Leave folders out where the files can be told apart without them: the page may be sent to others."""
+    """Map names to names without folders where those are unique: the page may be sent to others."""
     short = {name: Path(name).name for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
@@ -126,10 +126,10 @@ def _shorten_names(names: Sequence[str]) -> dict[str, str]:
 def split_tokens(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], trained: Sequence[bool]
 ) -> Iterator[PagePiece]:
-    """Yield the text of each token; joined they are the text of all.
+    """Yield the text of each token, so that the joined texts are the text of all tokens.
 
-    Each is decoded behind the one before it, as some tokenizers drop the space that a text begins with. Tokens that hold parts of
-    one character come as one piece.
+    Each token is decoded after the one before it, because some tokenizers drop a space at the beginning of a text. Tokens that
+    hold parts of one character become one piece.
     """
     before, start = 0, 0
     for end in range(1, len(token_ids) + 1):
@@ -149,11 +149,11 @@ def _count_sources(splits: Splits) -> Iterator[PageSource]:
 
 
 def _count_files(rows: Dataset | None) -> Counter[str]:
-    return Counter() if rows is None else Counter(origin.rpartition(", ")[0] for origin in rows["origin"])
+    return Counter() if rows is None else Counter(place["file"] for place in rows["place"])
 
 
 def render_page(page: Page) -> str:
-    """Return the page as HTML; every text in it is escaped, and no script but its own can run."""
+    """Return the page as HTML. All text in it is escaped, and only its own script can run."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["groupby_order"] = _group_pieces
     report = page.report
@@ -193,10 +193,10 @@ def _scale(histogram: Sequence[tuple[int, int]]) -> list[tuple[int, int, str]]:
 
 
 def write_page(file: Path, text: str) -> None:
-    """Write a page whole or not at all; an older page of ours at this path is replaced, anything else is not.
+    """Write a page whole or not at all. An older page of ours at this path is replaced; anything else is kept.
 
     Raises:
-        OutputError: the path is taken by something else, or cannot be written.
+        OutputError: something else is at this path, or it cannot be written.
     """
     if file.is_dir() or (file.exists() and not _is_page(file)):
         raise OutputError(f"{file}: exists and was not written by `{_GENERATOR}`; choose another name, or remove it")

@@ -1,7 +1,9 @@
-"""What the model will really see: rows as text with what is trained marked, counts, lengths."""
+"""Show rows as the model sees them: their text with the trained parts marked, and the numbers of all rows."""
 
+import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +19,11 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row, or one side of a pair; `trained` holds 1 for every token that is learnt, `side` says which answer it is."""
+    """One row, or one side of a pair.
+
+    `origin` is its place as text. `trained` holds 1 for each trained token, else 0, shape `(tokens,)`. `pieces` is the text in
+    runs that are trained or not. `side` says which side of a pair it is, or which label or reference answer it has.
+    """
 
     origin: str
     text: str
@@ -29,14 +35,26 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """A few rows, and the account of all."""
+    """A few rows, and the numbers of all rows. A notebook shows the rows with the trained text marked."""
 
     rows: list[PreviewRow]
     counts: dict[str, Any]
 
+    def _repr_html_(self) -> str:
+        return "".join(_render_row(row) for row in self.rows)
+
+
+def _render_row(row: PreviewRow) -> str:
+    """Return a row as HTML for a notebook; every text in it is escaped."""
+    # Without its folder: a notebook is passed on to others.
+    place = f"{Path(row.origin).name} {row.side}".rstrip()
+    title = html.escape(f"{place}: {sum(row.trained):,} of {len(row.token_ids):,} tokens trained")
+    pieces = (f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text) for text, trained in row.pieces)
+    return f"<p><b>{title}</b></p><pre style='white-space: pre-wrap'>{''.join(pieces)}</pre>"
+
 
 def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
-    """Return the first rows of the training split as the model will see them."""
+    """Return the first `count` rows for training as the model sees them."""
     rows = []
     for row in splits.train.select(range(min(count, len(splits.train)))):
         for side, token_ids, trained in list_sides(row):
@@ -46,7 +64,7 @@ def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int)
 
 
 def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield the texts of a row with their marks: both answers of a pair, that of a labelled row, a prompt with its reference."""
+    """Yield `(side, token ids, trained)` for each text of a row: one text, or both sides of a pair."""
     if "chosen_ids" in row:
         for side in ("chosen", "rejected"):
             prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
@@ -63,7 +81,7 @@ def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[in
 def _join_pieces(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], trained: list[int]
 ) -> list[tuple[str, bool]]:
-    """Decode runs of equal marks together: a character can be spread over several tokens."""
+    """Decode each run of tokens that are trained or not as a whole, because a character can span several tokens."""
     pieces, start = [], 0
     for end in range(1, len(token_ids) + 1):
         if end == len(token_ids) or trained[end] != trained[start]:
@@ -73,7 +91,7 @@ def _join_pieces(
 
 
 def describe_preview(preview: Preview, *, in_colour: bool) -> str:
-    """Return the preview for a terminal: trained text is green, or stands in ⟦ ⟧ where there is no colour."""
+    """Return the preview for a terminal. Trained text is green or, without colour, in ⟦ ⟧."""
     opening, closing = (_COLOUR, _PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
     lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
     if not any(sum(row.trained) for row in preview.rows):

@@ -1,4 +1,4 @@
-"""A JSON list of rows, read a row at a time."""
+"""Read a JSON list one row at a time, so that the file may be larger than memory."""
 
 import json
 import re
@@ -6,86 +6,93 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 _DECODER = json.JSONDecoder()
-_NO_SPACE = re.compile(r"[ \t\r\n]*")
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARACTERS = 1 << 20
 
 
 class JsonList:
-    """Reads a list a row at a time, so that it may be larger than memory."""
+    """A JSON file that holds a list of rows. `lines` yields its numbered lines, without their line ends."""
 
     def __init__(self, path: Path, lines: Iterator[tuple[int, str]]) -> None:
-        self._path = path
+        self._file = str(path)
         self._lines = lines
+        # A window of the file: `_position` is the next character in it, `_first_line` the number of its first line.
         self._text = ""
-        self._place = 0
-        self._first_line = 1  # of the text that is held
+        self._position = 0
+        self._first_line = 1
         self._is_complete = False
 
     def read(self) -> Iterator[Any]:
         """Yield the rows.
 
         Raises:
-            DataError: the file is empty, broken, or no list.
+            DataError: the file is empty, is broken, or holds no list.
         """
-        if not self._find_sign():
-            raise DataError(f"{self._path}: the file is empty")
-        if self._find_sign() != "[":
-            row = self._read_value()
-            hint = "; is it JSON lines? then name it .jsonl" if self._find_sign() else ""
-            raise DataError(f"{self._path}: must hold a list of rows; found {type(row).__name__}{hint}")
-        self._place += 1
-        if self._find_sign() == "]":
+        if not self._peek():
+            raise DataError("the file is empty", Place(self._file))
+        if self._peek() != "[":
+            self._refuse_other_value()
+        self._position += 1
+        if self._peek() == "]":
             return
         while True:
             yield self._read_value()
-            sign = self._find_sign()
+            sign = self._peek()
             if sign not in (",", "]"):
                 self._fail("Expecting ',' delimiter")
-            self._place += 1
+            self._position += 1
             if sign == "]":
                 break
-            if self._find_sign() == "]":
+            if self._peek() == "]":
                 self._fail("Expecting value")
-        if self._find_sign():
+        if self._peek():
             self._fail("Extra data")
 
-    def _find_sign(self) -> str:
-        """Return the next character that is no white space, or nothing at the end."""
+    def _refuse_other_value(self) -> NoReturn:
+        row = self._read_value()
+        hint = "; is it JSON lines? then name it .jsonl" if self._peek() else ""
+        raise DataError(f"must hold a list of rows; found {type(row).__name__}{hint}", Place(self._file))
+
+    def _peek(self) -> str:
+        """Move to the next character that is not white space and return it, or return "" at the end of the file."""
         while True:
-            self._place = _NO_SPACE.match(self._text, self._place).end()  # type: ignore[union-attr]
-            if self._place < len(self._text) or not self._read_more():
-                return self._text[self._place : self._place + 1]
+            self._position = _WHITE_SPACE.match(self._text, self._position).end()  # type: ignore[union-attr]
+            if self._position < len(self._text) or not self._read_more():
+                return self._text[self._position : self._position + 1]
 
     def _read_value(self) -> Any:
-        self._find_sign()
+        self._peek()
         while True:
             fault = None
             try:
-                value, end = _DECODER.raw_decode(self._text, self._place)
+                value, end = _DECODER.raw_decode(self._text, self._position)
             except RecursionError as error:
-                raise DataError(f"{self._path}: is nested too deeply") from error
+                raise DataError("is nested too deeply", Place(self._file)) from error
             except json.JSONDecodeError as error:
                 fault = error
-            # What ends where the text ends, or breaks off, may go on behind it.
+            # A value that reaches the end of the window, or breaks off there, may continue in the next lines.
             if fault is None and (end < len(self._text) or self._is_complete):
-                self._place = end
+                self._position = end
                 return value
             if fault is not None and self._is_complete:
-                self._place = fault.pos
+                self._position = fault.pos
                 self._fail(fault.msg)
-            # Twice as much each time: a long row is then tried only a few times.
-            wanted = 2 * (len(self._text) - self._place)
-            while len(self._text) - self._place <= wanted and self._read_more():
-                pass
+            self._double_window()
+
+    def _double_window(self) -> None:
+        """Read until twice as much text is held: a long row is then decoded only a few times."""
+        wanted = 2 * (len(self._text) - self._position)
+        while len(self._text) - self._position <= wanted and self._read_more():
+            pass
 
     def _read_more(self) -> bool:
-        """Add lines to the text and drop what was read; return False at the end of the file."""
-        self._first_line += self._text.count("\n", 0, self._place)
-        kept, size = [self._text[self._place :]], 0
-        self._place = 0
+        """Drop the text that was read and add lines to the rest; return False at the end of the file."""
+        self._first_line += self._text.count("\n", 0, self._position)
+        kept, size = [self._text[self._position :]], 0
+        self._position = 0
         for _, line in self._lines:
             kept.append(line + "\n")
             size += len(line) + 1
@@ -97,6 +104,6 @@ class JsonList:
         return size > 0
 
     def _fail(self, reason: str) -> NoReturn:
-        line = self._first_line + self._text.count("\n", 0, self._place)
-        column = self._place - self._text.rfind("\n", 0, self._place)
-        raise DataError(f"{self._path}, line {line}: broken JSON ({reason}, column {column})")
+        line = self._first_line + self._text.count("\n", 0, self._position)
+        column = self._position - self._text.rfind("\n", 0, self._position)
+        raise DataError(f"broken JSON ({reason}, column {column})", Place(self._file, line))

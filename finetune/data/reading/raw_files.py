@@ -1,4 +1,4 @@
-"""Read data files into raw rows, each with the place it came from."""
+"""Read data files as raw rows (JSON objects as dicts), each with its place."""
 
 import csv
 import difflib
@@ -12,32 +12,35 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from finetune.data.reading.json_lists import JsonList
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
-RawRow = tuple[str, dict[str, Any]]
+RawRow = tuple[Place, dict[str, Any]]
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a data file as `(where, row)`, such as `("data/my.jsonl, line 18", {...})`.
+    """Yield the rows of a data file as `(place, row)`, such as `(Place("data/my.jsonl", 18), {...})`.
 
     Raises:
-        DataError: the file is missing, empty, broken, or of a kind that is not known.
+        DataError: the file is missing, empty, broken, or of an unknown kind.
     """
+    whole = Place(str(path))
     if not path.is_file():
-        raise DataError(f"{path}: {_describe_missing(path)}")
+        raise DataError(_describe_missing(path), whole)
     suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSIONS else path.suffix
     kind = path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSIONS else path.suffix
     reader = _READERS.get(kind.lower())
     if reader is None:
         raise DataError(
-            f"{path}: the ending {suffix or '(none)'} is not known; known are {', '.join(_READERS)}, the text kinds also with {' or '.join(_COMPRESSIONS)}"
+            f"the ending {suffix or '(none)'} is not known; known are {', '.join(_READERS)}, the text kinds also with "
+            f"{' or '.join(_COMPRESSIONS)}",
+            whole,
         )
     found = False
     for row in reader(path):
         found = True
         yield row
     if not found:
-        raise DataError(f"{path}: the file holds no rows")
+        raise DataError("the file holds no rows", whole)
 
 
 def _describe_missing(path: Path) -> str:
@@ -49,27 +52,27 @@ def _describe_missing(path: Path) -> str:
 
 
 def list_files(path: Path) -> list[Path]:
-    """Return the data files of a path: itself, those of a folder, or those that a glob matches, in the order of their names.
+    """Return the data files of a path, sorted by name: the file itself, the files in a folder, or the matches of a glob.
 
     Raises:
-        DataError: nothing is there.
+        DataError: there is no such file.
     """
     if any(sign in str(path) for sign in "*?[") and not path.exists():
         pattern = path.relative_to(path.anchor).as_posix()
         found = sorted(entry for entry in Path(path.anchor or ".").glob(pattern) if entry.is_file())
         if not found:
-            raise DataError(f"{path}: matches no file")
+            raise DataError("matches no file", Place(str(path)))
         return found
     if not path.is_dir():
         return [path]
     found = sorted(entry for entry in path.rglob("*") if entry.is_file() and _is_data_file(entry))
     if not found:
-        raise DataError(f"{path}: {_describe_missing(path)}; known are {', '.join(_READERS)}")
+        raise DataError(f"{_describe_missing(path)}; known are {', '.join(_READERS)}", Place(str(path)))
     return found
 
 
 def _is_data_file(path: Path) -> bool:
-    # save_to_disk leaves its own accounts beside the rows.
+    # `Dataset.save_to_disk` writes these files beside the rows.
     if path.name.startswith(".") or path.name in ("state.json", "dataset_info.json", "dataset_dict.json"):
         return False
     kind = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
@@ -77,7 +80,7 @@ def _is_data_file(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines without holding the file in memory; only a newline ends one, as in an editor."""
+    """Yield `(number, line)` without holding the file in memory. Only a newline ends a line, as in an editor."""
     offset = 0
     try:
         compression = _COMPRESSIONS.get(path.suffix.lower())
@@ -92,16 +95,15 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
             if rest:
                 yield number + 1, _decode(rest, path, number + 1, offset)
     except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"cannot be read ({error})", Place(str(path))) from error
 
 
 def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: is not UTF-8 text (byte {offset + error.start}); save the file as UTF-8"
-        ) from error
+        fault = f"is not UTF-8 text (byte {offset + error.start}); save the file as UTF-8"
+        raise DataError(fault, Place(str(path), number)) from error
 
 
 def _read_text(path: Path) -> str:
@@ -111,21 +113,21 @@ def _read_text(path: Path) -> str:
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
     for number, line in _read_lines(path):
         if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _check_object(_parse_json(line, where), where)
+            place = Place(str(path), number)
+            yield place, _check_object(_parse_json(line, place), place)
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
     for number, row in enumerate(JsonList(path, _read_lines(path)).read(), 1):
-        where = f"{path}, row {number}"
-        yield where, _check_object(row, where)
+        place = Place(str(path), number, "row")
+        yield place, _check_object(row, place)
 
 
 def _read_text_file(path: Path) -> Iterator[RawRow]:
-    """Read a text file whole: it is one document."""
+    """Yield the whole text file as one document."""
     text = _read_text(path)
     if text.strip():
-        yield f"{path}, line 1", {"text": text}
+        yield Place(str(path), 1), {"text": text}
 
 
 def _read_arrow(path: Path) -> Iterator[RawRow]:
@@ -140,23 +142,24 @@ def _read_arrow(path: Path) -> Iterator[RawRow]:
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield Place(str(path), number, "row"), row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: is not an Arrow file that can be read ({str(error).splitlines()[0]})") from error
+        fault = f"is not an Arrow file that can be read ({str(error).splitlines()[0]})"
+        raise DataError(fault, Place(str(path))) from error
 
 
-def _parse_json(line: str, where: str) -> Any:
+def _parse_json(line: str, place: Place) -> Any:
     try:
         return json.loads(line)
     except RecursionError as error:
-        raise DataError(f"{where}: is nested too deeply") from error
+        raise DataError("is nested too deeply", place) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from error
+        raise DataError(f"broken JSON ({error.msg}, column {error.colno})", place) from error
 
 
-def _check_object(row: Any, where: str) -> dict[str, Any]:
+def _check_object(row: Any, place: Place) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: must be an object with keys; found {type(row).__name__}")
+        raise DataError(f"must be an object with keys; found {type(row).__name__}", place)
     return row
 
 
@@ -164,14 +167,13 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
     reader = csv.DictReader((line + "\n" for _, line in _read_lines(path)), strict=True)
     try:
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
+            place = Place(str(path), reader.line_num)
             if None in row or None in row.values():
-                raise DataError(
-                    f"{where}: has another number of fields than the {len(reader.fieldnames or [])} of the first line"
-                )
-            yield where, dict(row)
+                count = len(reader.fieldnames or [])
+                raise DataError(f"has another number of fields than the {count} of the first line", place)
+            yield place, dict(row)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+        raise DataError(f"broken CSV ({error})", Place(str(path), reader.line_num)) from error
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -181,9 +183,10 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield Place(str(path), number, "row"), row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+        fault = f"is not a Parquet file that can be read ({str(error).splitlines()[0]})"
+        raise DataError(fault, Place(str(path))) from error
 
 
 _COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}

@@ -1,4 +1,4 @@
-"""Read the rows of a recipe as a stream, with an account of all that is left out."""
+"""Read the rows of a recipe one after another, and count those that are left out."""
 
 import hashlib
 import random
@@ -15,13 +15,17 @@ from finetune.data.formats.row_formats import Format, choose_format, describe_wr
 from finetune.data.formats.rows import Row, as_prompt, check_pair
 from finetune.data.reading.sources import draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 _MOST_FAULTS = 1000
 
 
 class RowReader:
-    """Read sources as a stream of rows, counting all that is left out; the seed chooses the rows of a mixture."""
+    """Reads the sources of a recipe as a stream of rows. The seed chooses the rows of a mixture.
+
+    `formats` maps each file to the format of its rows, `kinds` counts rows by kind, `left_out` counts rows by the reason why
+    they are left out. `count` is the number of rows that were read and kept, `train_count` those of them for training.
+    """
 
     def __init__(self, settings: DataSettings, seed: int) -> None:
         self._settings = settings
@@ -35,23 +39,22 @@ class RowReader:
         self.count = self.train_count = 0
 
     def read(self) -> Iterator[SourceRow]:
-        """Yield the rows for training, then those to evaluate on.
+        """Yield the rows for training, then the rows for evaluation.
 
         Raises:
-            DataError: files or rows that cannot be used, with their lines.
+            DataError: files or rows cannot be used; the message names their lines.
         """
         yield from self._read_sources(self._settings.train)
         self.train_count = self.count
         yield from self._read_sources(self._settings.evaluation)
 
     def _read_sources(self, sources: Sequence[Source]) -> Iterator[SourceRow]:
-        faults: list[tuple[str, str]] = []
-        for entry, where, raw in self._read_raw(sources):
+        faults: list[tuple[Place, str]] = []
+        for entry, place, raw in self._read_raw(sources):
             try:
-                row = self._read_row(entry, raw, where)
+                row = self._read_row(entry, raw, place)
             except DataError as error:
-                origin, _, fault = str(error).partition(": ")
-                faults.append((origin, fault))
+                faults.append((place, error.fault))
                 if len(faults) >= _MOST_FAULTS:
                     break
                 continue
@@ -59,49 +62,50 @@ class RowReader:
                 self.count += 1
                 self.kinds[entry.row_kind] += 1
                 kind = "prompt" if self._settings.shape == "prompt" else entry.row_kind
-                yield SourceRow(self.count - 1, where, kind, self._add_system(row))
+                yield SourceRow(self.count - 1, place, kind, self._add_system(row))
         check_rows(faults)
 
-    def _read_row(self, entry: Format, raw: dict[str, Any], where: str) -> Row:
-        row = read_row(entry, self._settings.columns, self._substitute(raw), where)
+    def _read_row(self, entry: Format, raw: dict[str, Any], place: Place) -> Row:
+        row = read_row(entry, self._settings.columns, self._substitute(raw), place)
         if self._settings.shape != "prompt":
-            self._check_pair(entry, row, where)
+            self._check_pair(entry, row, place)
             return row
-        row = as_prompt(row, where)
+        row = as_prompt(row, place)
         if self._settings.needs_answer and row.answer is None:
             raise DataError(
-                f"{where}: has no answer, which {self._settings.needs_answer} compares with; "
-                "name its key, such as data.columns: {answer: ANSWER_KEY}"
+                f"has no answer, which {self._settings.needs_answer} compares with; "
+                "name its key, such as data.columns: {answer: ANSWER_KEY}",
+                place,
             )
         return row
 
-    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, str, dict[str, Any]]]:
-        """Yield the rows that are drawn of each source, with their place and format."""
+    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, Place, dict[str, Any]]]:
+        """Yield the rows that are drawn from each source, with their format and place."""
         for source, draw in zip(sources, draw_rows(sources, self._seed), strict=True):
             number = 0
             for name, rows in read_source(source):
                 entry = None
-                for where, raw in rows:
-                    entry = entry or self._choose_format(name, raw, where)
+                for place, raw in rows:
+                    entry = entry or self._choose_format(name, raw, place)
                     if draw.taken is None or number in draw.taken:
-                        yield entry, where, raw
+                        yield entry, place, raw
                     number += 1
             if draw.taken is not None and number > len(draw.taken):
                 self.left_out[draw.note] += number - len(draw.taken)
 
-    def _choose_format(self, name: str, raw: dict[str, Any], where: str) -> Format:
-        entry = choose_format(self._settings.format, self._settings.columns, raw, where)
+    def _choose_format(self, name: str, raw: dict[str, Any], place: Place) -> Format:
+        entry = choose_format(self._settings.format, self._settings.columns, raw, place)
         self.formats[name] = entry.name
         if fault := describe_wrong_kind(entry, self._settings.shape):
-            raise DataError(f"{where}: {fault}")
+            raise DataError(fault, place)
         return entry
 
-    def _check_pair(self, entry: Format, row: Row, where: str) -> None:
+    def _check_pair(self, entry: Format, row: Row, place: Place) -> None:
         if entry.row_kind == "preference" and self._settings.shape != "sequence":
             try:
                 check_pair(row)
             except RowError as error:
-                raise DataError(f"{where}: {error}") from error
+                raise DataError(str(error), place, error.kind) from error
 
     def _is_left_out(self, row: Row) -> bool:
         if row.label is False and self._settings.shape == "sequence":
@@ -136,7 +140,7 @@ class RowReader:
         return {key: fill(value) for key, value in raw.items()}
 
     def describe(self) -> tuple[str, ...]:
-        """Return what a person should know of the rows: those left out, and pairs of which one side is trained."""
+        """Return sentences for the report: how many rows are left out and why, and whether pairs lose their rejected side."""
         notes = [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
@@ -145,10 +149,10 @@ class RowReader:
 
 
 def choose_held_out(settings: DataSettings, reader: RowReader, seed: int) -> set[int]:
-    """Return the numbers of the rows to evaluate on: those of the files for it, or drawn from the others by the seed.
+    """Return the numbers of the rows for evaluation: those of the evaluation files, and those drawn by the seed.
 
     Raises:
-        DataError: none would be left for training.
+        DataError: no row would be left for training.
     """
     total, held_out = reader.train_count, settings.held_out
     given = set(range(reader.train_count, reader.count))

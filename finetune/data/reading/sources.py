@@ -1,4 +1,4 @@
-"""The sources of a mixture: their rows, what they hold, and which rows of each are taken."""
+"""Read the sources of a mixture: their raw rows, a hash of their content, and the choice of rows from each."""
 
 import hashlib
 import itertools
@@ -13,36 +13,38 @@ from datasets.exceptions import DatasetNotFoundError
 
 from finetune.data.reading.raw_files import RawRow, list_files, read_file
 from finetune.data.settings import HubDataset, Source
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 from finetune.files.cache import hash_file
 
 _BATCH_ROWS = 1000
 
 
 def read_source(source: Source) -> Iterator[tuple[str, Iterator[RawRow]]]:
-    """Yield the parts of a source, each with its name: the files of a path, or a data set of the hub as one.
+    """Yield `(name, rows)` for each file of a path, or once for a data set of the hub.
 
     Raises:
-        DataError: nothing is there, or it cannot be read.
+        DataError: the source does not exist, or cannot be read.
     """
-    if isinstance(source.place, HubDataset):
-        yield _name_dataset(source.place), _read_dataset(source.place)
+    if isinstance(source.location, HubDataset):
+        yield _name_dataset(source.location), _read_dataset(source.location)
     else:
-        for path in list_files(source.place):
+        for path in list_files(source.location):
             yield str(path), read_file(path)
 
 
 def hash_source(source: Source) -> str:
-    """Return a hash of the names and the content of a source.
+    """Return a hash of the file names and the content of a source.
 
     Raises:
-        DataError: nothing is there.
+        DataError: the source does not exist.
     """
-    is_hub = isinstance(source.place, HubDataset)
-    files = _list_dataset_files(source.place) if isinstance(source.place, HubDataset) else list_files(source.place)
-    digest = hashlib.sha256(str(source.place).encode())
+    is_hub = isinstance(source.location, HubDataset)
+    files = (
+        _list_dataset_files(source.location) if isinstance(source.location, HubDataset) else list_files(source.location)
+    )
+    digest = hashlib.sha256(str(source.location).encode())
     for file in files:
-        # Where the hub's library keeps its files is no part of their content.
+        # The hub's library chooses the folder of its files, so their paths say nothing about their content.
         digest.update(b"" if is_hub else str(file).encode())
         if file.is_file():
             digest.update(hash_file(file).encode())
@@ -51,24 +53,27 @@ def hash_source(source: Source) -> str:
 
 @dataclass(frozen=True)
 class Draw:
-    """The numbers of the rows that are taken of a source, from 0; `None` takes all. `note` says it to a person."""
+    """The rows that are taken from a source: `taken` holds their numbers, counted from 0, or is None for all rows.
+
+    `note` is the sentence about the rows that are not taken.
+    """
 
     taken: frozenset[int] | None
     note: str = ""
 
 
 def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
-    """Choose the rows of every source by a seed, none of them twice.
+    """Choose rows from every source by a seed, and no row twice.
 
-    Sources with a weight share rows in proportion, or text where they weigh that, as much as the one that is used up first
-    allows. A source whose rows are chosen is read once more only to be measured.
+    Sources with a weight contribute in proportion to it. The mixture is as large as it can be without repeating a row: it ends
+    when the first source is used up. Its size is counted in rows, or in bytes of text for sources that `weigh_text`.
+    A source with a weight or a number of rows is read twice: here its rows are measured.
 
     Raises:
-        DataError: a source holds fewer rows than are asked for.
+        DataError: a source holds fewer rows than the recipe asks for.
     """
     sizes = [_measure_rows(source) for source in sources]
-    # The largest mixture that repeats no row.
-    whole = min(
+    mixture_size = min(
         (sum(size) / source.weight for source, size in zip(sources, sizes, strict=True) if source.weight), default=0
     )
     draws = []
@@ -77,7 +82,7 @@ def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
             draws.append(Draw(None))
             continue
         order = random.Random(f"{seed} {number}").sample(range(len(size)), len(size))
-        taken = _take_rows(source, order, size, whole)
+        taken = _take_rows(source, order, size, mixture_size)
         unit = " of the text" if source.weigh_text else ""
         reason = f"rows: {source.rows}" if source.rows else f"weight: {source.weight:.4g}{unit}"
         draws.append(
@@ -87,7 +92,10 @@ def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
 
 
 def _measure_rows(source: Source) -> list[int]:
-    """Return the size of every row of a source that takes part in a mixture: its text in bytes, or 1 where rows are counted."""
+    """Return the size of every row: its text in bytes for a source that weighs text, else 1.
+
+    The list is empty for a source that is taken whole.
+    """
     if not source.weight and not source.rows:
         return []
     rows = (row for _, part in read_source(source) for _, row in part)
@@ -95,7 +103,10 @@ def _measure_rows(source: Source) -> list[int]:
 
 
 def _count_bytes(value: object) -> int:
-    """Return the UTF-8 bytes of all text in a row: nearer to its tokens than its characters are, where scripts are mixed."""
+    """Return the UTF-8 bytes of all text in a row.
+
+    Where scripts are mixed, bytes follow the number of tokens better than characters do.
+    """
     if isinstance(value, str):
         return len(value.encode(errors="replace"))
     if isinstance(value, Mapping):
@@ -103,62 +114,63 @@ def _count_bytes(value: object) -> int:
     return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _take_rows(source: Source, order: Sequence[int], size: Sequence[int], whole: float) -> frozenset[int]:
-    """Return the first rows of an order that are asked for: so many, or up to their share of the whole, one at least."""
+def _take_rows(source: Source, order: Sequence[int], size: Sequence[int], mixture_size: float) -> frozenset[int]:
+    """Return the first rows of `order`: `source.rows` of them, or as many as fill the source's share, at least one."""
     if source.rows:
         if source.rows > len(size):
-            raise DataError(
-                f"{name_source(source)}: holds {len(size):,} rows where rows: {source.rows:,} are asked for; ask for fewer"
-            )
+            fault = f"holds {len(size):,} rows where rows: {source.rows:,} are asked for; ask for fewer"
+            raise DataError(fault, Place(name_source(source)))
         return frozenset(order[: source.rows])
-    wanted = round(whole * (source.weight or 0))
+    wanted = round(mixture_size * (source.weight or 0))
     ends = itertools.accumulate(size[number] for number in order)
     return frozenset(
-        number for place, (number, end) in enumerate(zip(order, ends, strict=True)) if not place or end <= wanted
+        number for count, (number, end) in enumerate(zip(order, ends, strict=True)) if not count or end <= wanted
     )
 
 
 def name_source(source: Source) -> str:
-    """Return a source as a person knows it."""
-    return _name_dataset(source.place) if isinstance(source.place, HubDataset) else str(source.place)
+    """Return the path of a source, or the name of a data set of the hub with its revision, config and split."""
+    return _name_dataset(source.location) if isinstance(source.location, HubDataset) else str(source.location)
 
 
-def _name_dataset(place: HubDataset) -> str:
-    revision = f"@{place.revision}" if place.revision else ""
-    config = f"/{place.config}" if place.config else ""
-    return f"{place.name}{revision}{config}/{place.split}"
+def _name_dataset(dataset: HubDataset) -> str:
+    revision = f"@{dataset.revision}" if dataset.revision else ""
+    config = f"/{dataset.config}" if dataset.config else ""
+    return f"{dataset.name}{revision}{config}/{dataset.split}"
 
 
-def _read_dataset(place: HubDataset) -> Iterator[RawRow]:
-    name, number = _name_dataset(place), 0
-    for table in _load_dataset(place).with_format("arrow").iter(_BATCH_ROWS):
+def _read_dataset(dataset: HubDataset) -> Iterator[RawRow]:
+    name, number = _name_dataset(dataset), 0
+    for table in _load_dataset(dataset).with_format("arrow").iter(_BATCH_ROWS):
         for row in table.to_pylist():
             number += 1
-            yield f"{name}, row {number}", row
+            yield Place(name, number, "row"), row
     if not number:
-        raise DataError(f"{name}: the data set holds no rows")
+        raise DataError("the data set holds no rows", Place(name))
 
 
-def _list_dataset_files(place: HubDataset) -> list[Path]:
-    return [Path(file["filename"]) for file in _load_dataset(place).cache_files]
+def _list_dataset_files(dataset: HubDataset) -> list[Path]:
+    return [Path(file["filename"]) for file in _load_dataset(dataset).cache_files]
 
 
 @lru_cache
-def _load_dataset(place: HubDataset) -> Dataset:
-    name = _name_dataset(place)
+def _load_dataset(dataset: HubDataset) -> Dataset:
+    place = Place(_name_dataset(dataset))
     try:
-        return load_dataset(place.name, place.config, split=place.split, revision=place.revision)
+        return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=dataset.revision)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"{name}: the hub has no such data set or revision, or it is private or gated "
-            f"({_first_line(error)}); check the name, or log in with `hf auth login`"
+            f"the hub has no such data set or revision, or it is private or gated ({_first_line(error)}); "
+            "check the name, or log in with `hf auth login`",
+            place,
         ) from error
     except ValueError as error:  # an unknown config or split; the library lists those that there are
-        raise DataError(f"{name}: {_first_line(error)}; name one with config: or split:") from error
+        raise DataError(f"{_first_line(error)}; name one with config: or split:", place) from error
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{name}: cannot be loaded from the hub ({_first_line(error)}); check the connection, or download its files and "
-            "give their path"
+            f"cannot be loaded from the hub ({_first_line(error)}); check the connection, or download its files and give "
+            "their path",
+            place,
         ) from error
 
 

@@ -95,9 +95,9 @@ def test_texts_equal_trls(prepare, prepare_with_trl, shared):
 
 def read_conversations(path, columns):
     """Yield the rows that can be trained, as what both are given."""
-    for where, raw in read_file(path):
+    for place, raw in read_file(path):
         try:
-            row = read_row(choose_format("auto", columns, raw, where), columns, raw, where)
+            row = read_row(choose_format("auto", columns, raw, place), columns, raw, place)
         except DataError:
             continue
         messages = [*row.messages, *row.chosen]

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from finetune.data.formats.row_formats import choose_format, read_row
-from finetune.data.formats.rows import Row
+from finetune.data.formats.rows import Row, as_prompt
 from finetune.data.reading.raw_files import list_files, read_file
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 WORSE = {"role": "assistant", "content": "B"}
@@ -62,9 +62,9 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "argu
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_formats_are_found_and_read(name, raw, expected):
-    entry = choose_format("auto", {}, raw, "f, line 1")
+    entry = choose_format("auto", {}, raw, Place("f", 1))
     assert entry.name == name
-    assert read_row(entry, {}, raw, "f, line 1") == expected
+    assert read_row(entry, {}, raw, Place("f", 1)) == expected
 
 
 def test_sharegpt_tool_calls_become_openai_ones():
@@ -75,7 +75,7 @@ def test_sharegpt_tool_calls_become_openai_ones():
         {"from": "gpt", "value": "A"},
     ]
     raw = {"conversations": turns, "tools": json.dumps([TOOL])}
-    row = read_row(choose_format("auto", {}, raw, "w"), {}, raw, "w")
+    row = read_row(choose_format("auto", {}, raw, Place("w")), {}, raw, Place("w"))
     assert [message["role"] for message in row.messages] == ["user", "assistant", "tool", "assistant"]
     (call,) = row.messages[1]["tool_calls"]
     assert call.get("function", call) == {"name": "add", "arguments": {"a": 1}}
@@ -99,7 +99,48 @@ def test_sharegpt_tool_calls_become_openai_ones():
 )
 def test_faulty_rows_name_place_and_reason(raw, message):
     with pytest.raises(DataError, match=f"^f, line 7: .*{message}"):
-        read_row(choose_format("auto", {}, raw, "f, line 7"), {}, raw, "f, line 7")
+        read_row(choose_format("auto", {}, raw, Place("f", 7)), {}, raw, Place("f", 7))
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw"),
+    [
+        ("role_order", {"messages": [USER, USER, ANSWER]}),
+        ("role_order", {"messages": [USER, SYSTEM, ANSWER]}),
+        ("role_order", {"messages": [USER]}),
+        ("role_order", {"messages": [SYSTEM]}),
+        ("role_order", {"messages": [USER, CALL, USER]}),
+        ("role_order", {"chosen": [USER, ANSWER], "rejected": [USER]}),
+        ("empty_text", {"messages": []}),
+        ("empty_text", {"messages": [{**USER, "content": " "}, ANSWER]}),
+        ("empty_text", {"text": "\n"}),
+        ("empty_text", {"prompt": "Q", "completion": ""}),
+        ("unreadable", {"messages": [{**USER, "content": "turns must alternate"}, {**ANSWER, "content": None}]}),
+        ("unreadable", {"messages": [{"role": "is empty", "content": "Q"}, ANSWER]}),
+        ("unreadable", {"messages": "text"}),
+        ("unreadable", {"messages": [USER, {**ANSWER, "content": "\ud800"}]}),
+        ("unreadable", {"input_ids": [1]}),
+    ],
+)
+def test_the_kind_of_a_fault_does_not_depend_on_its_words(kind, raw):
+    place = Place("f", 7)
+    with pytest.raises(DataError) as caught:
+        read_row(choose_format("auto", {}, raw, place), {}, raw, place)
+    assert (caught.value.kind, caught.value.place) == (kind, place)
+    assert str(caught.value) == f"f, line 7: {caught.value.fault}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [("role_order", Row([USER, ANSWER, USER, USER])), ("empty_text", Row()), ("unreadable", Row([USER], tools=[TOOL]))],
+)
+def test_the_kind_of_a_row_that_is_no_prompt(kind, row):
+    with pytest.raises(DataError, match=r"^f, line 7: cannot be asked: ") as caught:
+        as_prompt(row, Place("f", 7))
+    assert caught.value.kind == kind
 
 
 ROWS = [{"prompt": "Q", "completion": "A"}, {"prompt": "二", "completion": "B"}]
@@ -132,7 +173,12 @@ KINDS = ["a.json", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet",
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    assert [row for _, row in read_file(write_rows(tmp_path / name))] == ROWS
+    path = write_rows(tmp_path / name)
+    found = list(read_file(path))
+    assert [row for _, row in found] == ROWS
+    unit = "row" if name.endswith((".json", ".parquet", ".arrow")) else "line"
+    assert [(place.file, place.unit) for place, _ in found] == [(str(path), unit)] * 2
+    assert [place.line for place, _ in found] == ([2, 3] if name == "a.csv" else [1, 2])
 
 
 def test_a_text_file_is_a_document(tmp_path):

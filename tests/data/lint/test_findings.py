@@ -2,7 +2,10 @@
 
 import pytest
 
-from finetune.data.lint.findings import KINDS, LintRow, LintSettings, describe_fix, describe_lint, lint_rows
+from finetune.data.lint.findings import KINDS, LintRow, LintSettings
+from finetune.data.lint.lint_pass import lint_rows
+from finetune.data.lint.lint_report import describe_fix, describe_lint
+from finetune.errors import Place
 
 SETTINGS = LintSettings(max_tokens=100, control_tokens=("<|eot_id|>", "</s>"))
 LONG = (
@@ -12,7 +15,7 @@ LONG = (
 
 def make(question="Why is the sky blue?", answer="Because of the air.", **values):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    row = {"where": "a.jsonl, line 1", "source": "a.jsonl", "split": "train", "messages": messages, "tokens": 10}
+    row = {"place": Place("a.jsonl", 1), "split": "train", "messages": messages, "tokens": 10}
     return LintRow(**{**row, **values})
 
 
@@ -91,7 +94,7 @@ def test_a_row_without_findings(row):
 
 @pytest.mark.parametrize("kind", ["unreadable", "role_order", "empty_text"])
 def test_faults_are_findings(kind):
-    report = lint(LintRow("a.jsonl, line 7", "a.jsonl", "train", fault=(kind, "what the reader said")))
+    report = lint(LintRow(Place("a.jsonl", 7), "train", fault=(kind, "what the reader said")))
     assert report.left_out == {kind: 1}
     assert report.to_json()["findings"] == [
         {
@@ -108,7 +111,7 @@ def test_faults_are_findings(kind):
 
 
 def test_duplicates_are_told_with_their_first():
-    rows = [make(answer=f"Because of the {word}.", where=f"a.jsonl, line {n}") for n, word in enumerate("aabab", 1)]
+    rows = [make(answer=f"Because of the {word}.", place=Place("a.jsonl", n)) for n, word in enumerate("aabab", 1)]
     report = lint(*rows)
     assert report.to_json()["counts"] == {"duplicate": 3}
     assert [(example.line, example.text[:17]) for example in report.findings[0].examples] == [
@@ -138,7 +141,7 @@ def test_near_duplicates_are_reported_and_kept():
 
 
 def test_overlap_with_what_is_evaluated_on():
-    held_out = make(answer=LONG, split="evaluation", where="b.jsonl, line 9", source="b.jsonl")
+    held_out = make(answer=LONG, split="evaluation", place=Place("b.jsonl", 9))
     report = lint(held_out, make(answer=LONG), make(answer=LONG.replace("mill", "bridge")), make())
     assert report.to_json()["counts"] == {"overlap": 1, "near_overlap": 1, "near_duplicate": 1}
     assert report.left_out == {"overlap": 1, "near_overlap": 1}
@@ -166,10 +169,14 @@ def test_shares_of_tokens():
             answer="因为空气散射短波的光。",
             tokens=60,
             trained_tokens=20,
-            source="b.jsonl",
+            place=Place("b.jsonl", 1),
         ),
         make(
-            question="天空为什么是红色的？", answer="因为太阳正在落山。", tokens=10, trained_tokens=5, source="b.jsonl"
+            question="天空为什么是红色的？",
+            answer="因为太阳正在落山。",
+            tokens=10,
+            trained_tokens=5,
+            place=Place("b.jsonl", 2),
         ),
     )
     assert (report.tokens, report.trained_tokens) == (100, 35)
@@ -185,7 +192,7 @@ def test_only_rows_that_pass_are_kept():
         make(),
         make(tokens=101),
         make(answer="Air."),
-        LintRow("x", "x", "train", fault=("unreadable", "no")),
+        LintRow(Place("x"), "train", fault=("unreadable", "no")),
     ]
     report = lint_rows(rows, SETTINGS, kept.append)
     assert kept == [rows[0], rows[3]]

@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from finetune.data.dataset import load_splits
@@ -143,6 +145,20 @@ def test_the_account_of_all_rows(splits, tokenizer):
     nothing = replace(page, report=replace(page.report, notes=(), evaluation=None))
     assert "Nothing: every row that was read is trained or evaluated on as a whole." in render_page(nothing)
     assert "Tokens in a row, held out" not in render_page(nothing)
+
+
+def test_names_of_files_are_not_read_from_texts(tokenizer, tmp_path):
+    """A comma in a name, and a file whose rows have no lines."""
+    path, table = tmp_path / "a, line 1, b.jsonl", tmp_path / "c.parquet"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[2:]), table)
+    settings = DataSettings(train=(Source(path), Source(table)), max_tokens=700, cache=tmp_path / "cache")
+    for _ in range(2):  # prepared, and from the cache
+        splits = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), seed=0)
+        page = collect_page(splits, tokenizer, 3, "recipe.yaml")
+        assert [(source.name, source.trained) for source in page.sources] == [(path.name, 2), (table.name, 1)]
+        assert [row.origin for row in page.rows] == [f"{path.name}, line 1", f"{path.name}, line 2", "c.parquet, row 1"]
+        assert splits.train["origin"][2] == f"{table}, row 1"
 
 
 def test_two_columns_side_by_side(splits, tokenizer):

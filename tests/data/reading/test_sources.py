@@ -9,8 +9,8 @@ from datasets.exceptions import DatasetNotFoundError
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.reading import json_lists
 from finetune.data.reading.raw_files import read_file
-from finetune.data.reading.row_reader import json_lists
 from finetune.data.reading.sources import draw_rows, hash_source, read_source
 from finetune.data.settings import DataSettings, HubDataset, Source
 from finetune.errors import DataError

@@ -1,0 +1,129 @@
+"""The public functions behind `import finetune`. They do what the verbs of the command line do, and return what `--json` prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.check.recipes import load_recipe as load_checked_recipe
+from finetune.checkpoints.finding import find_checkpoint
+from finetune.data.preview.preview import Preview, preview_rows
+from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
+from finetune.evaluation.token_loss import Scores, evaluate_path
+from finetune.exporting.merge import export_result
+from finetune.exporting.proof import ExportReport
+from finetune.exporting.verify import LogitVerifier
+from finetune.files.sizes import parse_memory, parse_size
+from finetune.models.opening import LoadedModel
+from finetune.models.opening import open_model as open_named_model
+from finetune.pipeline.memory_ladder import train_on_device
+from finetune.planning.automatic import choose_settings
+from finetune.planning.forecast import Plan, choose_target, make_plan
+from finetune.recipe.sections import DtypeChoice
+from finetune.runs.export_settings import BaseChoice, ExportSettings
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import open_result
+from finetune.runs.summary import RunSummary
+from finetune.training.training_rows import prepare_rows
+from finetune.yulan.folding import FoldReport, fold_checkpoint
+
+AnyRecipe = ResolvedRecipe | str | Path
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """Read a recipe file, or a shipped recipe by its name, and check it; each override reads `section.key=value`.
+
+    Raises:
+        RecipeError: with every problem that was found.
+    """
+    return load_checked_recipe(Path(source), overrides)
+
+
+def preview(recipe: AnyRecipe, rows: int = 3) -> Preview:
+    """Return the first rows as the model will see them, with what is trained, and the account of all rows.
+
+    Raises:
+        FinetuneError: the recipe or its rows cannot be used.
+    """
+    tokenizer, splits = prepare_rows(_resolve(recipe))
+    return preview_rows(splits, tokenizer, rows)
+
+
+def plan(recipe: AnyRecipe, *, memory: str | None = None, gpu: str | None = None) -> Plan:
+    """Forecast the memory and the time of a training step; `memory` reads `8GB`, `gpu` is a card's name.
+
+    Raises:
+        FinetuneError: the recipe cannot be trained, or the memory or the card is unknown.
+    """
+    resolved = _resolve(recipe)
+    target = choose_target(resolved, parse_memory(memory) if memory else None, gpu)
+    resolved, _ = choose_settings(resolved, target)
+    return make_plan(resolved, target)
+
+
+def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> RunSummary:
+    """Train, and leave a run directory; `resume` continues from its newest checkpoint.
+
+    `force` trains also what the plan says cannot fit the GPU.
+
+    Raises:
+        FinetuneError: anything that stops the run; before its first step nothing is left behind.
+    """
+    return train_on_device(_resolve(recipe), resume, force)
+
+
+def evaluate(
+    model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048
+) -> Scores | PairScores:
+    """Return the loss on the trained tokens of held-out rows, or how often a model is right on held-out pairs.
+
+    `model` is a run directory, an alias, a hub id or a folder. Rows of more than `max_tokens` tokens are left out.
+
+    Raises:
+        FinetuneError: the model or the rows cannot be used.
+    """
+    files = [Path(data)] if isinstance(data, str | Path) else list(map(Path, data))
+    score = evaluate_pairs if hold_pairs(files) else evaluate_path
+    return score(str(model), files, max_tokens)
+
+
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    dtype: DtypeChoice = "auto",
+    max_shard_size: str = "2GB",
+    base: BaseChoice = "full",
+    verify: bool = True,
+) -> ExportReport:
+    """Merge the adapter of a run, write Llama-format weights, reopen them and compare.
+
+    See `ExportSettings` for the options. `run` may also be an adapter folder that PEFT wrote.
+
+    Raises:
+        FinetuneError: the adapter does not fit its base, or the export is not what was trained; nothing is left.
+    """
+    settings = ExportSettings(dtype, max_shard_size, base, verify)
+    return export_result(open_result(Path(run)), Path(output), settings, LogitVerifier() if verify else None)
+
+
+def fold(
+    checkpoint: str | Path, output: str | Path, *, dtype: DtypeChoice = "auto", max_shard_size: str = "2GB"
+) -> FoldReport:
+    """Write the exact Llama form of a base checkpoint: an alias, a hub id with an optional `@revision`, or a folder.
+
+    Raises:
+        FinetuneError: it cannot be found, read or folded, or the output folder is not empty.
+    """
+    return fold_checkpoint(find_checkpoint(str(checkpoint)), Path(output), dtype, parse_size(max_shard_size))
+
+
+def open_model(name: str | Path) -> LoadedModel:
+    """Open a run, or a model by its alias, hub id or folder; ask it with `.answer("a question")`.
+
+    Raises:
+        FinetuneError: there is no such model, or its template is not the one that it was trained with.
+    """
+    return open_named_model(str(name))
+
+
+def _resolve(recipe: AnyRecipe) -> ResolvedRecipe:
+    return recipe if isinstance(recipe, ResolvedRecipe) else load_recipe(recipe)

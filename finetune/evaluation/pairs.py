@@ -1,0 +1,94 @@
+"""How often a model prefers the chosen answer of held-out pairs: by its score, or by how likely it finds both."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from finetune.data.dataset import load_splits
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.formats.row_formats import choose_format
+from finetune.data.reading.sources import read_source
+from finetune.data.settings import DataSettings, Source
+from finetune.models.opening import LoadedModel, open_model
+from finetune.rewards.judge import Judge, open_judge
+from finetune.runs.results import is_result, open_result
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Means over pairs: the share in the right order, by how much the chosen answer is ahead, and the logistic loss of that.
+
+    A reward model gives each whole text a score. Of a language model it is the mean log-probability of an answer's tokens,
+    so that long answers have no disadvantage.
+    """
+
+    accuracy: float
+    margin: float
+    loss: float
+    pairs: int
+    measure: str
+
+
+def hold_pairs(files: Sequence[Path]) -> bool:
+    """Tell whether data files hold preference pairs, by their first row.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for _, rows in read_source(Source(files[0])):
+        for place, row in rows:
+            return choose_format("auto", {}, row, place).row_kind == "preference"
+    return False
+
+
+def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairScores:
+    """Evaluate a reward run, or a language model, on pairs.
+
+    Raises:
+        FinetuneError: the model or the rows cannot be used.
+    """
+    path = Path(name).expanduser()
+    result = open_result(path) if path.is_dir() and is_result(path) else None
+    model = open_judge(result) if result is not None and result.is_reward_model else open_model(name)
+    rows = _load_pairs(model, model.template, files, max_tokens)
+    logger.info("reading %s pairs", f"{len(rows):,}")
+    shown = tqdm(rows, unit="pair", disable=None, leave=False)  # only where a person looks on
+    if isinstance(model, Judge):
+        scores = [
+            model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in shown
+        ]
+        return _summarise([chosen - rejected for chosen, rejected in scores], "score")
+    margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in shown]
+    return _summarise(margins, "mean log-probability of the answer")
+
+
+def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Sequence[Path], max_tokens: int) -> Dataset:
+    settings = DataSettings(train=tuple(map(Source, files)), shape="pair", max_tokens=max_tokens, overflow="drop")
+    splits = load_splits(settings, model.tokenizer, template, seed=0)
+    for note in splits.report.notes:
+        logger.info("%s", note)
+    return splits.train
+
+
+def _measure(loaded: LoadedModel, row: dict[str, list[int]], side: str) -> float:
+    prompt, answer = row["prompt_ids"], row[side]
+    ids = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
+    with torch.inference_mode():
+        kept = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
+        logits = kept[0, :-1].float()
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
+    return float(chosen.mean())
+
+
+def _summarise(margins: Sequence[float], measure: str) -> PairScores:
+    count = len(margins)
+    loss = sum(max(0.0, -margin) + math.log1p(math.exp(-abs(margin))) for margin in margins) / count
+    return PairScores(sum(margin > 0 for margin in margins) / count, sum(margins) / count, loss, count, measure)

@@ -1,0 +1,148 @@
+"""Export a run: base + adapter → Llama shards, reopened and compared, or nothing at all."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer_file
+from finetune.errors import ExportError
+from finetune.exporting.card import write_card
+from finetune.exporting.merged import Subject, open_merged, open_subject
+from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, Verifier
+from finetune.files.folders import check_output_free, write_folder
+from finetune.files.json_files import write_json
+from finetune.runs.export_settings import ExportSettings, list_refusals
+from finetune.runs.results import Lineage, Result
+from finetune.runs.run_files import EXPORT_REPORT_FILE
+from finetune.yulan.folding import copy_tokenizer, describe_llama_config
+from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.shards import write_shards
+
+# These belong to how the base was stored or loaded once, not to the exported weights.
+_STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+
+
+def export_result(
+    result: Result, output: Path, settings: ExportSettings, verifier: Verifier | None = None
+) -> ExportReport:
+    """Write a result as a Llama folder; with a verifier, reopen it and compare.
+
+    Raises:
+        ExportError: the adapter does not fit its base, or what was written is not what was trained; nothing is left.
+        TemplateError: the chat template is not the one that was trained with; nothing is left.
+        OutputError: the output folder is not empty or cannot be written.
+    """
+    started = time.monotonic()
+    check_output_free(output)
+    subject = open_subject(result)
+    _check_base(subject, settings, verifier is not None)
+    # Before the models are run: an adapter that does not fit is then refused at once.
+    merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
+    bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
+    kind: BaseKind = "full" if settings.base == "auto" else settings.base
+    if settings.base == "auto" and bases is not None and bases.better != kind:
+        kind = bases.better
+        merged = replace(merged, quantize=subject.quantize)
+    with write_folder(output) as folder, ThreadPoolExecutor(1) as beside:
+        # Loading what renders templates takes one core half a second, which the streams leave free.
+        template = beside.submit(lambda: subject.template)
+        size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
+        template.result()
+        _write_companions(folder, subject, merged.dtype)
+        comparison = verifier.compare(folder, subject, merged) if verifier else None
+        seconds = round(time.monotonic() - started, 1)
+        report = ExportReport(output, _name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
+        write_json(folder / EXPORT_REPORT_FILE, _describe_for_machines(report, subject))
+        write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
+    return report
+
+
+def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> None:
+    for reason in list_refusals(settings, subject.quantize, verifies=verifies, is_stage=False):
+        raise ExportError(f"{subject.result.folder}: {reason}")
+
+
+def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
+    """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
+    stored = read_config(subject.base)
+    if subject.architecture == "yulanmini":
+        config = describe_llama_config(parse_native_config(stored, subject.base), dtype)
+    else:
+        config = {key: value for key, value in stored.items() if key not in _STALE_KEYS}
+        config |= {
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": _name_dtype(dtype),
+            "torch_dtype": _name_dtype(dtype),
+        }
+    lineage = subject.result.lineage
+    if lineage is not None:
+        _extend_positions(config, lineage)
+    write_json(folder / "config.json", config)
+    copy_tokenizer(subject.tokenizer_folder, folder)
+    (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
+    tokenizer = load_tokenizer_file(folder)
+    stops = list_stop_tokens(tokenizer, subject.template)
+    end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": sorted({*stops, *([] if end_of_turn is None else [end_of_turn])}),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    write_json(folder / "generation_config.json", generation)
+
+
+def _extend_positions(config: dict[str, Any], lineage: Lineage) -> None:
+    """Write the positions that an adapter was trained with, where they are others than its base's."""
+    if lineage.max_positions is not None:
+        config["max_position_embeddings"] = lineage.max_positions
+    if lineage.rope_theta is not None:
+        config["rope_theta"] = lineage.rope_theta
+        if "rope_parameters" in config:
+            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": lineage.rope_theta}
+
+
+def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
+    result = subject.result
+    return {
+        "dtype": report.dtype,
+        "bytes": report.bytes,
+        "result": str(result.folder),
+        "origin": asdict(result.lineage) if result.lineage else None,
+        "base": str(subject.base),
+        "base_fingerprint": result.lineage.base_fingerprint if result.lineage else None,
+        "merged_into": report.base,
+        "bases": asdict(report.bases) if report.bases else None,
+        "verify": asdict(report.verify) if report.verify else None,
+    }
+
+
+def describe_export(report: ExportReport) -> str:
+    """Return the report as text for a person."""
+    lines = [f"{report.output}: {report.bytes / 1e6:,.1f} MB of {report.dtype} in {report.seconds:.1f} s"]
+    if report.bases is not None:
+        lines.append(_describe_bases(report.bases, report.base))
+    if report.verify is None:
+        return "\n".join([*lines, "not compared (--no-verify)"])
+    verify = report.verify
+    lines.append(
+        f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
+        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows"
+    )
+    return "\n".join([*lines, f"talk to it: finetune chat {report.output}"])
+
+
+def _describe_bases(bases: BaseScores, chosen: BaseKind) -> str:
+    parts = [f"{bases.trained_loss:.4f} as trained"]
+    for name, score in (("full", bases.full), ("dequantized", bases.dequantized)):
+        parts.append(f"{score.loss:.4f} merged into the {name} base ({score.top1_agreement:.1%} same likeliest token)")
+    text = f"held-out loss: {', '.join(parts)}; written: {chosen}"
+    return text if bases.better == chosen else f"{text}; --base {bases.better} would have the lower loss"
+
+
+def _name_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,153 @@
+"""What is to be exported, and its tensors: stored rows, the adapter's change, the fold, and one rounding."""
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer_file
+from finetune.errors import ExportError
+from finetune.exporting.adapter_changes import Adapter, read_adapter
+from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
+from finetune.runs.results import Result
+from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
+from finetune.yulan.layout import Architecture, find_architecture
+from finetune.yulan.shards import Piece, TensorSpec
+from finetune.yulan.tensors import TensorFolder, open_tensors
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A result with everything that belongs to it; `base` is the folder of weights, a full run's own."""
+
+    result: Result
+    base: Path
+    architecture: Architecture
+    tokenizer_folder: Path
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, once it was compared with the one that was trained with.
+
+        Raises:
+            TemplateError: it is another one.
+        """
+        template = find_template("auto", load_tokenizer_file(self.tokenizer_folder))
+        check_template(self.result, template)
+        return template
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter, if there is one."""
+        return self.result.folder if self.result.kind == "adapter" else None
+
+    @property
+    def quantize(self) -> str:
+        """How the base was held while the adapter was trained on it."""
+        lineage = self.result.lineage
+        return "none" if lineage is None or self.adapter is None else lineage.quantize
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The tensors to be exported, computed when asked for and rounded once; a `RowSource`."""
+
+    tensors: TensorFolder
+    specs: tuple[TensorSpec, ...]
+    dtype: torch.dtype
+    adapter: Adapter | None
+    fold: Fold | None
+    quantize: str
+    quantized_dtype: torch.dtype
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Tell whether an adapter is there but has no effect."""
+        return self.adapter is not None and self.adapter.is_empty
+
+    def find_stored_name(self, name: str) -> str:
+        """Return the tensor of the base that an exported one is made of."""
+        return self.fold.find_stored_name(name) if self.fold else name
+
+    def needs_whole(self, name: str) -> bool:
+        """Tell whether a tensor must come in one piece."""
+        stored = self.find_stored_name(name)
+        requantized = self.quantize != "none" and is_quantized(stored)
+        return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
+
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Read rows of the base and return exported ones."""
+        name = self.find_stored_name(piece.name)
+        rows = self.fold.read_rows(piece) if self.fold else self.tensors.read_rows(name, piece.start, piece.stop)
+        if self.quantize != "none" and is_quantized(name):
+            rows = requantize(rows, self.quantize, self.quantized_dtype)
+        if self.adapter is not None:
+            rows = self.adapter.merge_rows(name, piece.start, rows)
+        return self.fold.fold_rows(piece.name, rows, self.dtype) if self.fold else rows.to(self.dtype)
+
+
+def open_subject(result: Result) -> Subject:
+    """Find the base of a result.
+
+    Raises:
+        ExportError: the base is not the one that was trained with, or the result is a reward model.
+    """
+    if result.is_reward_model:
+        raise ExportError(
+            f"{result.folder}: is a reward model; an export is a Llama that speaks, and this one gives a text a score. Use the "
+            "run as it is: `finetune evaluate` tells how often it is right on pairs"
+        )
+    base = find_base(result) if result.kind == "adapter" else result.folder
+    return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
+
+
+def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
+    """Open the tensors of an export; `dtype` may be `auto` (as the base is stored).
+
+    Raises:
+        ExportError: the adapter does not fit the base.
+        CheckpointError: the base cannot be read or folded.
+    """
+    fold = Fold.open(subject.base) if subject.architecture == "yulanmini" else None
+    tensors = fold.tensors if fold else open_tensors(subject.base)
+    chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
+    shapes = list_llama_tensors(fold.config) if fold else {name: tensors.shape(name) for name in tensors.names}
+    lineage = subject.result.lineage
+    merged = Merged(
+        tensors=tensors,
+        specs=tuple(TensorSpec(name, shape, chosen) for name, shape in shapes.items()),
+        dtype=chosen,
+        adapter=read_adapter(subject.adapter, tensors) if subject.adapter else None,
+        fold=fold,
+        quantize=subject.quantize if dequantized else "none",
+        quantized_dtype=DTYPES[lineage.dtype] if lineage else chosen,
+    )
+    if merged.adapter is not None:
+        reached = {merged.find_stored_name(spec.name) for spec in merged.specs}
+        if lost := sorted(set(merged.adapter.changes) - reached):
+            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which cannot be carried into Llama weights")
+    return merged
+
+
+# What follows are the weights that a quantized run really trained on: quantized and dequantized again, one tensor at a time.
+# Source: QLoRA (arXiv 2305.14314), section 3; LLM.int8() (arXiv 2208.07339), section 3. The arithmetic is bitsandbytes' own.
+def is_quantized(name: str) -> bool:
+    """Tell whether a tensor of the base is quantized in training: the linear layers are, tables, norms and biases are not."""
+    return name.endswith("_proj.weight")
+
+
+def requantize(weight: torch.Tensor, quantize: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a whole matrix is worth once it was quantized from `dtype`, in float32; `quantize` is nf4 or int8."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    matrix = weight.to(dtype)
+    if quantize == "nf4":
+        packed, state = functional.quantize_4bit(matrix, compress_statistics=True, quant_type="nf4")
+        restored: torch.Tensor = functional.dequantize_4bit(packed, state)
+        return restored.float()
+    rows, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
+    restored = functional.int8_vectorwise_dequant(rows, scales)
+    return restored.float()

@@ -1,0 +1,77 @@
+"""What an export reports about itself: how near it is to what was trained, and which base it was merged into."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from finetune.exporting.merged import Merged, Subject
+
+BaseKind = Literal["full", "dequantized"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How near an export is to what was trained; `effect_kl` is how far the adapter had moved its base.
+
+    `max_abs` is the largest difference of a logit, `kl` the mean KL(trained || export) in nats, `top1_agreement` the share of
+    positions with the same likeliest token.
+    """
+
+    max_abs: float
+    kl: float
+    top1_agreement: float
+    rows: int
+    positions: int
+    effect_kl: float | None
+
+
+@dataclass(frozen=True)
+class BaseScore:
+    """One way to merge on held-out rows: `loss` in nats per trained token; the rest against the model as it was trained."""
+
+    loss: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class BaseScores:
+    """The adapter on its quantized base, as it was trained, and merged into either base; `tokens` are trained tokens."""
+
+    trained_loss: float
+    full: BaseScore
+    dequantized: BaseScore
+    rows: int
+    tokens: int
+
+    @property
+    def better(self) -> BaseKind:
+        """Name the base with the lower loss."""
+        return "dequantized" if self.dequantized.loss < self.full.loss else "full"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written; `verify` is None where nothing was compared, `bases` also where the run was not quantized."""
+
+    output: Path
+    dtype: str
+    base: BaseKind
+    bytes: int
+    seconds: float
+    bases: BaseScores | None
+    verify: Comparison | None
+
+
+class Verifier(Protocol):
+    """Runs models for an export. It is handed in, so that an export without it loads none of what models need."""
+
+    def measure_bases(self, subject: Subject) -> BaseScores:
+        """Compare the bases that an adapter of a quantized run can be merged into."""
+
+    def compare(self, folder: Path, subject: Subject, merged: Merged) -> Comparison:
+        """Reopen an export and compare it with what was trained.
+
+        Raises:
+            ExportError: it is something else.
+        """

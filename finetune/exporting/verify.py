@@ -1,0 +1,271 @@
+"""Reopen an export as anybody would and compare it with what was trained.
+
+Tensors are compared to the bit. Logits are compared on real rows between two independent paths: the full-precision base
+with the adapter applied live by PEFT, and the exported folder in stock transformers, both in float32.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.data.encoding.rendering import ChatTemplate, encode_conversations, encode_prompt
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.row_formats import FORMATS, read_row
+from finetune.data.reading.raw_files import read_file
+from finetune.errors import ExportError
+from finetune.exporting.merged import Merged, Subject, is_quantized, requantize
+from finetune.exporting.proof import BaseKind, BaseScore, BaseScores, Comparison
+from finetune.files.resources import find_demo_data
+from finetune.models.loading import load_base
+from finetune.models.opening import open_trained
+from finetune.models.precision import Precision, choose_device
+from finetune.runs.lineage import recall_model
+from finetune.runs.results import SampleRow
+from finetune.yulan.folding import DTYPES
+from finetune.yulan.shards import Piece, list_pieces, run_pieces
+from finetune.yulan.tensors import open_tensors
+
+# Merging in float32 and applying the adapter live differ by the order of sums only.
+_FLOAT32_TOLERANCE = 1e-4
+# Rounding the weights to 16 bits moves logits by 2 to 7 % of their spread (measured on the reference checkpoints), which is
+# a KL of order 1e-3; an adapter that got lost moves them by its whole effect.
+_ROUNDED_KL = 0.02
+_ROUNDED_SHARE_OF_EFFECT = 0.25
+_PROMPT = ({"role": "user", "content": "a"},)
+_BUNDLED_ROWS = 16
+_MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
+_ROOM = 1.3  # weights, and the logits of the longest row
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one model gave: its loss over all trained tokens, and the logits of some of them, (positions, vocabulary)."""
+
+    loss: float
+    tokens: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What an export must equal, and the logits of its base without the adapter."""
+
+    run: _Run
+    untouched: torch.Tensor | None
+
+
+@dataclass
+class LogitVerifier:
+    """Runs one model at a time over the rows that a result brought with it, and keeps some of their logits."""
+
+    _references: dict[BaseKind, _Reference] = field(default_factory=dict)
+
+    def measure_bases(self, subject: Subject) -> BaseScores:
+        """Compare the adapter on its quantized base with its merges into the full and the dequantized base."""
+        rows = _list_rows(subject)
+        trained = _run_rows(open_trained(subject.result).model, rows)
+        scores = {}
+        for kind in ("full", "dequantized"):
+            reference = self._run_reference(subject, kind).run
+            scores[kind] = BaseScore(
+                loss=reference.loss,
+                kl=_measure_kl(trained.logits, reference.logits),
+                top1_agreement=_measure_agreement(trained.logits, reference.logits),
+            )
+        return BaseScores(trained.loss, scores["full"], scores["dequantized"], len(rows), trained.tokens)
+
+    def compare(self, folder: Path, subject: Subject, merged: Merged) -> Comparison:
+        """Reopen an export: every tensor to the bit, generation settings, and logits on real rows.
+
+        Raises:
+            ExportError: it is not what was trained.
+        """
+        compare_tensors(folder, merged)
+        check_generation(folder, subject.template)
+        kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
+        reference = self._run_reference(subject, kind)
+        trained, untouched = reference.run.logits, reference.untouched
+        rows = _list_rows(subject)
+        exported = _run_rows(_load(folder), rows).logits
+        comparison = Comparison(
+            max_abs=(trained - exported).abs().max().item(),
+            kl=_measure_kl(trained, exported),
+            top1_agreement=_measure_agreement(trained, exported),
+            rows=len(rows),
+            positions=trained.shape[0],
+            effect_kl=None if untouched is None else _measure_kl(trained, untouched),
+        )
+        _check(comparison, trained, merged.dtype)
+        return comparison
+
+    def _run_reference(self, subject: Subject, kind: BaseKind) -> _Reference:
+        """Run what an export must equal: the base in float32, with the adapter applied live by PEFT."""
+        if kind not in self._references:
+            rows, model = _list_rows(subject), _load_base(subject, kind)
+            if subject.adapter is None:
+                self._references[kind] = _Reference(_run_rows(model, rows), None)
+            else:
+                tuned = PeftModel.from_pretrained(model, subject.adapter).eval()
+                run = _run_rows(tuned, rows)
+                with tuned.disable_adapter():
+                    self._references[kind] = _Reference(run, _run_rows(tuned, rows).logits)
+        return self._references[kind]
+
+
+def compare_tensors(folder: Path, merged: Merged) -> None:
+    """Reopen the written weights and compute each again.
+
+    Raises:
+        ExportError: a tensor differs, by a single bit.
+    """
+    written = open_tensors(folder)
+
+    def measure(piece: Piece) -> tuple[str, float | None]:
+        expected, found = merged.make_rows(piece), written.read_rows(piece.name, piece.start, piece.stop)
+        if not found.isfinite().all():
+            raise ExportError(
+                f"export: {piece.name} holds NaN or infinite values as {found.dtype}; nothing was left in the output; "
+                "export with --dtype bfloat16 or float32"
+            )
+        is_equal = torch.equal(_view_bits(found), _view_bits(expected))
+        return piece.name, None if is_equal else (found.float() - expected.float()).abs().max().item()
+
+    wrong: dict[str, float] = {}
+    for name, difference in run_pieces(list_pieces(merged.specs, merged), measure):
+        if difference is not None:
+            wrong[name] = max(difference, wrong.get(name, 0.0))
+    if wrong:
+        name, difference = next(iter(wrong.items()))
+        raise ExportError(
+            f"export: {len(wrong)} tensors differ after reopening (first: {name}, max difference {difference:.2g}); "
+            "nothing was left in the output; is the disk sound?"
+        )
+
+
+def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def check_generation(folder: Path, template: ChatTemplate) -> None:
+    """Reopen tokenizer and generation settings as a server does: the same prompt, and an end at every stop token.
+
+    Raises:
+        ExportError: an answer would not end where it was trained to, or be asked for in another form.
+    """
+    tokenizer = load_tokenizer(folder)
+    written = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    stops = {written.eos_token_id} if isinstance(written.eos_token_id, int) else set(written.eos_token_id or ())
+    faults = []
+    if missing := sorted(set(list_stop_tokens(tokenizer, template)) - stops):
+        faults.append(
+            f"generation_config.json stops at {sorted(stops)} and lacks {missing}, which end a trained answer"
+        )
+    if written.pad_token_id in stops:
+        faults.append(f"generation_config.json pads with the stop token {written.pad_token_id}")
+    asked = tokenizer.apply_chat_template(_PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
+    if asked["input_ids"] != encode_prompt(tokenizer, template, _PROMPT):
+        faults.append("the written chat template does not render a prompt as it was trained")
+    if faults:
+        raise ExportError(f"export: {'; '.join(faults)}; nothing was left in the output")
+
+
+def _list_rows(subject: Subject) -> Sequence[SampleRow]:
+    """Return the rows of the run, or bundled ones for an adapter that came without."""
+    if subject.result.rows:
+        return subject.result.rows
+    tokenizer = load_tokenizer(subject.tokenizer_folder)
+    raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
+    conversations = [read_row(FORMATS["messages"], {}, row, place).messages for place, row in raw]
+    return [
+        SampleRow(encoded.token_ids, encoded.token_ids)
+        for encoded in encode_conversations(tokenizer, subject.template, conversations)
+    ]
+
+
+def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
+    """Load the base in float32; `dequantized` gives its matrices the values that they had while training."""
+    lineage = subject.result.lineage
+    section = replace(recall_model(subject.result, subject.base), quantize="none")
+    model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
+    if kind == "dequantized" and lineage is not None:
+        dtype = DTYPES[lineage.dtype]
+        for name, parameter in model.named_parameters():
+            if is_quantized(name):
+                parameter.data = requantize(parameter.data, subject.quantize, dtype)
+    return model.eval()
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval()
+
+
+def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> _Run:
+    """Run a model over rows, one at a time, on a GPU that has room for it."""
+    device = _find_room(model)
+    model = model.to(device) if model.device != device else model
+    share = max(1, _MOST_POSITIONS // len(rows))
+    total, tokens, kept = 0.0, 0, []
+    with torch.inference_mode():
+        for row in rows:
+            labels = torch.tensor(row.labels[1:])
+            positions = (labels != IGNORED_LABEL).nonzero().flatten()
+            if len(positions) == 0:
+                continue
+            ids = torch.tensor([row.input_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, positions.to(device)].float().cpu()
+            total += torch.nn.functional.cross_entropy(logits, labels[positions], reduction="sum").item()
+            tokens += len(positions)
+            kept.append(logits[:share].clone())
+    del model
+    gc.collect()
+    return _Run(total / tokens, tokens, torch.cat(kept))
+
+
+def _find_room(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Return the GPU where the whole model fits with room for its work, else where the model is."""
+    device, here = choose_device(), torch.device(model.device)
+    if device.type != "cuda" or here == device:
+        return here
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if free > _ROOM * model.get_memory_footprint() else here
+
+
+def _measure_agreement(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return (reference.argmax(-1) == other.argmax(-1)).double().mean().item()
+
+
+def _measure_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the mean KL(reference || other) in nats, in float64 a few rows at a time."""
+    total = 0.0
+    for first, second in zip(reference.split(32), other.split(32), strict=True):
+        log_p, log_q = first.double().log_softmax(-1), second.double().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+    return max(0.0, total / reference.shape[0])
+
+
+def _check(comparison: Comparison, trained: torch.Tensor, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        limit = _FLOAT32_TOLERANCE * max(1.0, trained.std().item())
+        # Two tokens can be equally likely; only a difference that float32 does not explain is a fault.
+        if comparison.max_abs <= limit:
+            return
+        reason = f"logits differ by up to {comparison.max_abs:.2g} > {limit:.2g}"
+    else:
+        limit = _ROUNDED_KL
+        if comparison.effect_kl is not None:
+            limit = max(min(limit, _ROUNDED_SHARE_OF_EFFECT * comparison.effect_kl), 1e-3)
+        if comparison.kl <= limit:
+            return
+        reason = f"KL {comparison.kl:.2g} > {limit:.2g} (the adapter itself moved its base by {comparison.effect_kl})"
+    raise ExportError(
+        f"export: the reopened model is not what was trained: {reason}, same likeliest token in "
+        f"{comparison.top1_agreement:.1%} of {comparison.positions} positions; nothing was left in the output"
+    )

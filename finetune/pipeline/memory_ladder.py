@@ -1,0 +1,156 @@
+"""Train, and where the device's memory runs out all the same, say which part grew and go on with less of it at once."""
+
+import gc
+import logging
+import shutil
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import yaml
+
+from finetune.errors import TrainingError
+from finetune.models.engine import find_engine
+from finetune.models.precision import choose_device
+from finetune.planning.automatic import DECIDED, choose_settings, describe_choices
+from finetune.planning.changes import Change, apply_change
+from finetune.planning.forecast import Plan, check_fits, find_target, make_plan
+from finetune.recipe.batches import AUTO, read_accumulation, read_batch
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH
+from finetune.recipe.sections import Recipe, dump_recipe
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.run_files import RECIPE_FILE
+from finetune.runs.summary import RunSummary
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.training.run import run_training
+
+logger = logging.getLogger(__name__)
+
+
+def train_on_device(resolved: ResolvedRecipe, resume: bool = False, force: bool = False) -> RunSummary:
+    """Train on this process's device: as planned where its memory decides, else as the recipe says.
+
+    Raises:
+        FinetuneError: see `train_as_planned` and `run_training`.
+    """
+    device = choose_device(resolved.uses_cpu)
+    if device.type == "cuda" or resolved.recipe.trainer.get(AUTO):
+        return train_as_planned(resolved, device, resume, force)
+    return run_training(resolved, resume)
+
+
+def train_as_planned(
+    resolved: ResolvedRecipe, device: torch.device, resume: bool = False, force: bool = False
+) -> RunSummary:
+    """Choose what `trainer.auto` leaves open, refuse what cannot fit a GPU unless forced, and train within its memory.
+
+    Raises:
+        TrainingError: it does not fit.
+    """
+    if resume:
+        resolved = restore_choices(resolved)
+    resolved, choices = choose_settings(resolved, find_target(device))
+    if choices:
+        logger.info("%s", describe_choices(choices))
+    elif device.type == "cuda" and not force:
+        check_fits(resolved, device)
+    return train_within_memory(resolved, resume)
+
+
+def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
+    """Train; where memory runs out and the recipe says `trainer.auto`, step down a ladder that keeps the optimisation as it is.
+
+    It goes on from the newest checkpoint, or starts again where there is none yet.
+
+    Raises:
+        TrainingError: it does not fit, with the parts that grew.
+    """
+    started_fresh = not resume
+    while True:
+        try:
+            return run_training(resolved, resume)
+        except torch.OutOfMemoryError as error:
+            reason = ". ".join(str(error).split(". ")[:2])
+            traceback.clear_frames(error.__traceback__)  # what they hold would stay on the device
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        # Other processes know nothing of what happened to this one, so nothing can be agreed with them.
+        steps = list_steps_down(resolved) if resolved.recipe.trainer.get(AUTO) and find_engine() == "one" else iter(())
+        change = next(steps, None)
+        if change is None:
+            raise TrainingError(describe_shortage(resolved, reason))
+        resolved = apply_change(resolved, change)
+        resume = _prepare_restart(resolved, started_fresh)
+        logger.warning("out of memory (%s); %s with %s", reason, "going on" if resume else "again", change.describe())
+
+
+def list_steps_down(resolved: ResolvedRecipe) -> Iterator[Change]:
+    """Yield what takes less memory and computes the same updates, the cheapest first."""
+    recipe, smallest = resolved.recipe, resolved.method.smallest_batch
+    batch, rows = read_batch(recipe), _count_rows(recipe)
+    smaller = next((size for size in range(batch - 1, smallest - 1, -1) if rows % size == 0), None)
+    if smaller is not None:
+        settings = {f"trainer.{BATCH}": smaller, f"trainer.{ACCUMULATION}": rows // smaller}
+        yield Change(settings, f"the same {rows} rows a step, fewer at once")
+    if not recipe.trainer.get("gradient_checkpointing", True):
+        yield Change({"trainer.gradient_checkpointing": True}, "layers are computed again in the backward pass")
+    if not recipe.trainer.get("activation_offloading") and torch.cuda.is_available():
+        yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
+
+
+def _prepare_restart(resolved: ResolvedRecipe, started_fresh: bool) -> bool:
+    """Make a run's folder ready to be gone on with by a changed recipe; tell whether there is something to go on from."""
+    run = resolved.output
+    if run.is_dir() and find_complete_checkpoint(run) is not None:
+        (run / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")
+        return True
+    if run.is_dir() and started_fresh:  # it was empty when this run began, and holds nothing to go on from
+        shutil.rmtree(run)
+    return False
+
+
+def restore_choices(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """Return a recipe with what `trainer.auto` had chosen when its run began, as a resumed run needs it."""
+    recipe, saved = resolved.recipe, resolved.output / RECIPE_FILE
+    if not recipe.trainer.get(AUTO) or not saved.is_file():
+        return resolved
+    content = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    chosen = {key: value for key, value in content.get("trainer", {}).items() if key in DECIDED}
+    restored = replace(recipe, trainer={**chosen, **recipe.trainer})
+    # Where memory ran out the run went on, and goes on, with less of it at once than its recipe says.
+    before = replace(recipe, trainer=chosen)
+    if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
+        split = {BATCH: read_batch(before), ACCUMULATION: read_accumulation(before)}
+        restored = replace(restored, trainer={**restored.trainer, **split})
+    steps = {key: True for key in ("gradient_checkpointing", "activation_offloading") if chosen.get(key) is True}
+    return resolved.change(trainer={**restored.trainer, **steps})
+
+
+def _count_rows(recipe: Recipe) -> int:
+    return read_batch(recipe) * read_accumulation(recipe)
+
+
+def describe_shortage(resolved: ResolvedRecipe, reason: str) -> str:
+    """Say what by the plan takes the room, what of it grew with the rows, and what would take less."""
+    recipe = resolved.recipe
+    target = replace(find_target(choose_device(resolved.uses_cpu)), memory_bytes=None)
+    plan = make_plan(resolved, target)
+    half = replace(recipe.data, max_tokens=max(recipe.data.max_tokens // 2, 8))
+    shorter = make_plan(resolved.change(data=half), target)
+    grown = _list_growth(plan, shorter)
+    largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
+    suggestions = (
+        plan.suggestions if recipe.trainer.get(AUTO) else ("trainer.auto=true finds what fits", *plan.suggestions)
+    )
+    return (
+        f"out of memory ({reason}). By the plan a step of full rows needs {plan.peak_bytes / 1e9:.2f} GB: {largest}; "
+        f"from rows half as long it grew by {grown}. It would take less with\n  " + "\n  ".join(suggestions)
+    )
+
+
+def _list_growth(plan: Plan, shorter: Plan) -> str:
+    growth = {part: size - shorter.parts.get(part, 0) for part, size in plan.parts.items()}
+    grown = sorted(((size, part) for part, size in growth.items() if size > 0), reverse=True)
+    return ", ".join(f"{size / 1e9:.2f} GB of {part}" for size, part in grown[:3]) or "nothing"

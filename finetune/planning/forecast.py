@@ -1,0 +1,270 @@
+"""Answer the question before a run: does it fit, what takes the room, and how long will it take."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from finetune.errors import MachineError, TrainingError
+from finetune.files.sizes import GIB
+from finetune.models.engine import ENGINE_NAMES, Engine, check_engine, find_engine
+from finetune.planning.changes import Change, apply_change, list_changes
+from finetune.planning.duration import CardTime, StepWork, count_work, estimate_time
+from finetune.planning.hardware import (
+    CONTEXT_BYTES,
+    CUBLAS_BYTES,
+    FRAGMENTATION,
+    NCCL_BYTES,
+    TYPICAL_CARDS,
+    UTILISATION,
+    Card,
+    find_card,
+)
+from finetune.planning.step.answering import (
+    add_answers,
+    as_training_step,
+    count_cache_bytes,
+    count_judge_bytes,
+    count_reference_scorings,
+)
+from finetune.planning.step.dry_model import read_sizes
+from finetune.planning.step.step_memory import StepMemory, measure_step
+from finetune.runs.resolved_recipe import ResolvedRecipe
+
+_BAR = 30
+EXCHANGE = "NCCL's channels (assumed)"
+CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allocator gaps (assumed)"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for.
+
+    With several processes, each has such a device, and the plan is of one of them.
+    """
+
+    is_gpu: bool
+    memory_bytes: int | None = None
+    card: Card | None = None
+    engine: Engine = "one"
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast: `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors; times are estimates."""
+
+    peak_bytes: int
+    tensor_bytes: int
+    parts: Mapping[str, int]
+    peak_stage: str
+    fits: bool | None
+    memory_bytes: int | None
+    device: str
+    trainable_parameters: int
+    loss_bytes: int
+    engine: Engine
+    processes: int
+    step: StepWork
+    writes_answers: bool
+    times: tuple[CardTime, ...]
+    suggestions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def choose_target(
+    resolved: ResolvedRecipe,
+    memory_bytes: int | None,
+    gpu: str | None,
+    engine: Engine | None = None,
+    processes: int | None = None,
+) -> Target:
+    """Return what a recipe is planned for; a GPU, unless the recipe itself asks for the CPU.
+
+    Raises:
+        MachineError: no card has that name, or an engine has nobody to share with.
+    """
+    engine, processes = _complete_engine(engine, processes)
+    card = find_card(gpu) if gpu else None
+    memory = memory_bytes if memory_bytes is not None or card is None else card.memory_bytes
+    is_gpu = card is not None or not resolved.uses_cpu
+    return Target(is_gpu, memory, card, engine, processes)
+
+
+def _complete_engine(engine: Engine | None, processes: int | None) -> tuple[Engine, int]:
+    if engine not in (None, "one") and processes in (None, 1):
+        raise MachineError(f"--engine {engine}: say how many processes share the work, such as --processes 2")
+    return (engine or "ddp", processes) if processes is not None and processes > 1 else ("one", 1)
+
+
+def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
+    """Forecast the memory and the time of a checked recipe's training steps, every row full.
+
+    Raises:
+        FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
+    """
+    check_engine(resolved, target.engine)
+    has_bf16 = target.card is None or target.card.has_bf16
+    trained, sizes = as_training_step(resolved), read_sizes(resolved)
+    step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
+    stage, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
+    if judge := count_judge_bytes(resolved.recipe):
+        parts["judge: its adapter"] = judge
+    tensor_bytes = sum(parts.values())
+    parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    peak = sum(parts.values())
+    fits = None if target.memory_bytes is None else peak <= target.memory_bytes
+    work = count_work(trained, sizes, count_reference_scorings(resolved))
+    cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
+    return Plan(
+        peak_bytes=peak,
+        tensor_bytes=tensor_bytes,
+        parts=parts,
+        peak_stage=stage,
+        fits=fits,
+        memory_bytes=target.memory_bytes,
+        device="gpu" if target.is_gpu else "cpu",
+        trainable_parameters=step.trainable,
+        loss_bytes=step.loss_bytes,
+        engine=target.engine,
+        processes=target.processes,
+        step=replace(work, tokens=work.tokens * target.processes, flops=work.flops * target.processes),
+        writes_answers=resolved.method.is_online,
+        times=tuple(estimate_time(work, card, target.processes) for card in cards),
+        suggestions=() if fits else tuple(change.describe() for change in list_changes(resolved)),
+    )
+
+
+def _list_overheads(step: StepMemory, processes: int) -> dict[str, int]:
+    return {
+        **({EXCHANGE: NCCL_BYTES} if processes > 1 else {}),
+        CONTEXT: CONTEXT_BYTES + CUBLAS_BYTES,
+        ROUNDING: step.peak.rounding,
+        GAPS: int(step.peak.bytes * FRAGMENTATION),
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change that was made to fit, and the peak before and after it."""
+
+    change: Change
+    before: int
+    after: int
+
+
+def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
+    """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
+
+    Where nothing fits, the last and smallest plan is returned.
+
+    Raises:
+        MachineError: the target has no memory to fit.
+    """
+    if target.memory_bytes is None:
+        raise MachineError("--fit: say what has to be fitted: --memory 8GB, or --gpu NAME")
+    plan, steps = make_plan(resolved, target), list[Step]()
+    while plan.fits is False:
+        for change in list_changes(resolved):
+            changed = apply_change(resolved, change)
+            smaller = make_plan(changed, target)
+            if smaller.peak_bytes < plan.peak_bytes:
+                break
+        else:
+            break
+        steps.append(Step(change, plan.peak_bytes, smaller.peak_bytes))
+        resolved, plan = changed, smaller
+    return plan, tuple(steps)
+
+
+def find_target(device: torch.device) -> Target:
+    """Return the device of this process as what a run has to fit; processes that share one must come to the same answer."""
+    engine, processes = find_engine(), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type != "cuda":
+        return Target(False, int(psutil.virtual_memory().available) // processes, None, engine, processes)
+    if processes > 1:
+        cards = range(torch.cuda.device_count())
+        memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    else:
+        free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+        memory = int(free) + CONTEXT_BYTES
+    return Target(True, memory, None, engine, processes)
+
+
+def check_fits(resolved: ResolvedRecipe, device: torch.device) -> None:
+    """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
+
+    Raises:
+        TrainingError: with what takes the room, and what would take less.
+    """
+    plan = make_plan(resolved, find_target(device))
+    if not plan.fits:
+        largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
+        raise TrainingError(
+            f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
+            + "\n  ".join(plan.suggestions)
+            + "\nor run it all the same with --force"
+        )
+
+
+def describe_steps(steps: tuple[Step, ...]) -> str:
+    """Return the changes with what each saves; those that alter the training are marked."""
+    if not steps:
+        return "nothing needs to change"
+    lines = ["changes made to fit"]
+    for step in steps:
+        altered = "" if step.change.keeps_training else " (alters the training)"
+        lines.append(f"  {step.change.describe()}{altered}; saves {(step.before - step.after) / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return the plan as a short table with bars, the verdict and the estimates."""
+    lines = [f"{'part':<34}{'GB':>8}  share of the peak"]
+    for part, size in plan.parts.items():
+        share = size / plan.peak_bytes
+        if round(share, 3) > 0:
+            lines.append(f"{part:<34}{size / 1e9:>8.2f}  {'█' * max(1, round(share * _BAR))} {share:.1%}")
+    lines += [
+        f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
+        "",
+    ]
+    if plan.processes > 1:
+        lines.append(f"each of {plan.processes} processes ({ENGINE_NAMES[plan.engine]})")
+    lines.append(describe_verdict(plan))
+    if plan.fits is False:
+        lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
+    lines.append(
+        f"one step: {plan.step.tokens:,} tokens where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
+        f"training {plan.trainable_parameters:,} parameters"
+    )
+    lines += [
+        f"estimate for {time.card}: {_describe_seconds(time.seconds_per_step)} a step, {time.tokens_per_second:,.0f} tokens/s"
+        for time in plan.times
+    ]
+    if plan.times:
+        without = "; the time in which answers are written comes on top" if plan.writes_answers else ""
+        lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed{without})")
+    return "\n".join(lines)
+
+
+def describe_verdict(plan: Plan) -> str:
+    """Say whether a plan fits, and by how much."""
+    peak = f"{plan.peak_bytes / GIB:.2f} GiB"
+    if plan.memory_bytes is None:
+        return f"needs {peak} of {'GPU' if plan.device == 'gpu' else 'main'} memory"
+    memory = f"{plan.memory_bytes / GIB:.2f} GiB"
+    if plan.fits:
+        return f"fits: {peak} of {memory}, {(plan.memory_bytes - plan.peak_bytes) / GIB:.2f} GiB to spare"
+    return f"does not fit: {peak} of {memory}, {(plan.peak_bytes - plan.memory_bytes) / GIB:.2f} GiB too much"
+
+
+def _describe_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

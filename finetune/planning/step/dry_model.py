@@ -1,0 +1,224 @@
+"""Build a recipe's real model without its weights, and rows that fill every batch to the last token."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional as quantization
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+from transformers.quantizers import AutoHfQuantizer
+
+from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES, find_alias
+from finetune.checkpoints.finding import find_checkpoint
+from finetune.data.account import DataReport, SplitReport
+from finetune.data.dataset import Splits
+from finetune.data.settings import RowShape
+from finetune.errors import CheckpointError
+from finetune.models.loading import extend_context, make_quantization
+from finetune.models.lora import attach_adapter
+from finetune.models.precision import Precision
+from finetune.planning.changes import is_packed
+from finetune.recipe.batches import read_batch
+from finetune.runs.lineage import find_base
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import Result
+from finetune.yulan.folding import describe_llama_config
+from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
+from finetune.yulan.native.modeling import YuLanMiniForCausalLM
+
+_STEPS = 2
+
+
+def find_model_config(resolved: ResolvedRecipe) -> LlamaConfig | YuLanMiniConfig:
+    """Return the configuration of the model that a run would load; no weights are read.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    section = resolved.recipe.model
+    if section.architecture != "native":
+        return extend_context(LlamaConfig(**read_sizes(resolved)), section)
+    if _has_published_sizes(resolved):  # which are the defaults of the class, so that no network is needed
+        return extend_context(YuLanMiniConfig(), section)
+    name = section.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
+    return extend_context(load_native_config(find_checkpoint(name)), section)
+
+
+def _has_published_sizes(resolved: ResolvedRecipe) -> bool:
+    """Tell whether a recipe names a row of the table whose sizes are known."""
+    return resolved.checkpoint is not None and resolved.checkpoint.has_published_sizes
+
+
+def build_dry_model(
+    resolved: ResolvedRecipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: FakeTensorMode
+) -> PreTrainedModel | PeftModel:
+    """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
+    section = resolved.recipe.model
+    model_class: Any = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
+    if resolved.method.trains_reward_model:
+        model_class, config.num_labels = LlamaForSequenceClassification, 1
+    attention = "sdpa" if section.attention == "auto" else section.attention
+    with no_init_weights(), torch.device("meta"):
+        base = model_class._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        base.tie_weights()  # which is left out with the initialization, and would count the native form's table twice
+        if section.quantize != "none":
+            settings = make_quantization(section.quantize, precision.weights)
+            base.hf_quantizer = AutoHfQuantizer.from_config(settings)
+            base.hf_quantizer.preprocess_model(base, device_map=None)
+            base.hf_quantizer.postprocess_model(base)
+        model = attach_adapter(base, resolved.recipe.adapter, Path(section.checkpoint))
+    moved: dict[int, torch.nn.Parameter] = {}
+    quantized: dict[torch.Size, Any] = {}
+    for module in model.modules():
+        _move_to_fake_cpu(module, fake, moved)
+        if isinstance(module, Linear4bit):
+            with fake:
+                _quantize_layer(module, precision.weights, quantized)
+        if isinstance(module, Linear8bitLt):
+            with fake:
+                _quantize_layer_to_int8(module)
+    # It is where it has to be, and tensors without content cannot be moved by torch's own method.
+    model.to = lambda *arguments, **options: model
+    return model
+
+
+def _move_to_fake_cpu(module: torch.nn.Module, fake: FakeTensorMode, moved: dict[int, torch.nn.Parameter]) -> None:
+    """Replace a module's tensors by ones that run as the CPU's would: autocast, kernels and placement follow the device."""
+    cpu = torch.device("cpu")
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not isinstance(parameter, FakeTensor):
+            if id(parameter) not in moved:  # a tied table is one tensor, twice
+                tensor = FakeTensor(fake, torch.empty_like(parameter.detach(), device="meta"), cpu)
+                moved[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            module._parameters[name] = moved[id(parameter)]
+    for name, buffer in module._buffers.items():
+        if buffer is not None and not isinstance(buffer, FakeTensor):
+            module._buffers[name] = FakeTensor(fake, torch.empty_like(buffer, device="meta"), cpu)
+
+
+def _quantize_layer(layer: Linear4bit, dtype: torch.dtype, quantized: dict[torch.Size, Any]) -> None:
+    """Give a layer the 4-bit weight, its scales and their scales that bitsandbytes makes at loading.
+
+    `quantized` holds one of each shape: one more like it takes a fifth of the time, and there are 392.
+    """
+    dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+    if dense.shape not in quantized:
+        quantized[dense.shape] = quantization.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
+    packed, state = quantized[dense.shape]
+    weight: Any = torch.nn.Parameter(torch.empty_like(packed), requires_grad=False)
+    weight.quant_state = _make_alike(state)
+    layer.weight = weight
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
+def _make_alike(state: QuantState) -> QuantState:
+    """Return a state of the same sizes that shares no tensor."""
+    alike = copy.copy(state)
+    for name in ("absmax", "code", "offset"):
+        if getattr(state, name) is not None:
+            setattr(alike, name, torch.empty_like(getattr(state, name)))
+    if state.nested:
+        alike.state2 = _make_alike(state.state2)
+    return alike
+
+
+def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
+    """Give a layer its 8-bit weight and a scale for each row."""
+    weight: Any = torch.nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    weight.CB = weight.SCB = None
+    layer.weight = weight
+    layer.state.CB = weight.data
+    layer.state.SCB = torch.empty(layer.out_features, dtype=torch.float32)
+
+
+def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
+    """Return the Llama configuration of what a recipe trains: a table's, or what its folder or its hub page says.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    if resolved.earlier is None and _has_published_sizes(resolved):
+        return PUBLISHED_SIZES
+    name = resolved.recipe.model.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
+    row = find_alias(name)
+    if row is not None and row.has_published_sizes:
+        return PUBLISHED_SIZES
+    if row is None and not Path(name).expanduser().is_dir():
+        return _to_llama(_download_config(name))
+    return _to_llama(find_checkpoint(name))
+
+
+def _find_weights(earlier: Result) -> str:
+    """Return the folder of the weights that an earlier run was trained on, or its start's name where that is gone."""
+    if earlier.kind == "model":
+        return str(earlier.folder)
+    if earlier.lineage is None:
+        return str(find_base(earlier))
+    return earlier.lineage.base if Path(earlier.lineage.base).is_dir() else earlier.lineage.checkpoint
+
+
+def _to_llama(folder: Path) -> Mapping[str, Any]:
+    content = read_config(folder)
+    if content.get("model_type") == "llama":
+        return content
+    return describe_llama_config(parse_native_config(content, folder), torch.float32)
+
+
+def _download_config(name: str) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: its config.json is not on this machine and the hub cannot be reached; "
+            "plan with an alias of `finetune checkpoints`, which needs no network, or with a local folder"
+        ) from error
+
+
+def make_full_rows(resolved: ResolvedRecipe) -> Splits:
+    """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
+    packs, most = is_packed(resolved), resolved.recipe.data.max_tokens
+    length = most // 2 if packs else most
+    batch = read_batch(resolved.recipe)
+    count = _STEPS * batch * (2 if packs else 1)
+    columns = _fill_columns(resolved.method.shape, length)
+    rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
+    report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
+    return Splits(rows, None, DataReport(report, None, {}, "", "", ""))
+
+
+def _fill_columns(shape: RowShape, length: int) -> Mapping[str, Any]:
+    """Return a row of which every text is full: for pairs both, with the prompt in their first half."""
+    row = list(range(1, length + 1))
+    prompt, answer = row[: length // 2], row[length // 2 :]
+    if shape == "pair":
+        return {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}
+    if shape == "labelled":
+        return {"prompt_ids": prompt, "completion_ids": answer, "label": True}
+    return {"input_ids": row, "labels": row}
+
+
+def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that only pads: TRL asks for one, and rows are tokens already."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")

@@ -1,0 +1,188 @@
+"""What GPU kernels allocate, where the CPU's, which a plan runs through, allocate more or less."""
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import bitsandbytes  # noqa: F401 - registers the operations below
+import torch
+from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import masking_utils
+from trl.kernels import chunked_logprob
+from trl.trainer import dpo_trainer, kto_trainer
+from trl.trainer import utils as trainer_utils
+
+from finetune.planning.step.stages import list_weights
+from finetune.planning.step.tracker import KernelWorkspace, Substitute
+from finetune.yulan.native import native_loss as native_loss
+
+_FLOAT_BYTES = 4
+# FlashAttention's backward pass pads rows to this many tokens.
+_FLASH_ROUNDING = 128
+_SMALLEST_OFFLOADED, _STASHED_TENSORS = 1024, 5
+
+
+def _measure_flash_backward(arguments: Sequence[Any], output: Any) -> int:
+    """Return the bytes of FlashAttention 2's own buffers: float32 query gradients, a sum per row, expanded key gradients.
+
+    Source: mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp of torch 2.13: dq_accum, softmax_d,
+    dk_expanded and dv_expanded.
+    """
+    query, key = arguments[1], arguments[2]
+    batch, heads, tokens, width = query.shape
+    padded = -(-tokens // _FLASH_ROUNDING) * _FLASH_ROUNDING
+    accumulated = batch * padded * heads * (width + 1) * _FLOAT_BYTES
+    expanded = 2 * batch * key.shape[2] * heads * width * key.element_size() if key.shape[1] != heads else 0
+    return int(accumulated + expanded)
+
+
+def _measure_dequantized(arguments: Sequence[Any], output: Any) -> int:
+    """Return the bytes of one 4-bit layer in full: long inputs are multiplied with a dequantized copy.
+
+    Source: _dequant_linear_fallback in bitsandbytes/backends/cuda/ops.py of 0.50.
+    """
+    activations, shape, blocksize = arguments[0], arguments[2], arguments[4]
+    elements = shape[0] * shape[1]
+    # The weight, and its scales twice: as they come out of their 8 bits, and with their offset.
+    return int(elements * activations.element_size() + 2 * (elements // blocksize) * _FLOAT_BYTES)
+
+
+GPU_WORKSPACES: Mapping[Any, KernelWorkspace] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _measure_flash_backward,
+    torch.ops.bitsandbytes.gemm_4bit.default: _measure_dequantized,
+}
+
+
+def _fold_nothing(*arguments: Any, **options: Any) -> None:
+    """Stand in for a Triton kernel that works in place."""
+
+
+def answer_truths(answer: bool) -> dict[Any, Substitute]:
+    """Return what a number is taken for where the program asks a tensor without content: truths as given, else 1."""
+
+    def read(arguments: Sequence[Any]) -> bool | int:
+        return answer if arguments[0].dtype == torch.bool else 1
+
+    return {torch.ops.aten._local_scalar_dense.default: read}
+
+
+def _take_all(arguments: Sequence[Any]) -> Any:
+    """Select by a mask as if it held everywhere: the most that a batch can train."""
+    tensor, indices = arguments[0], arguments[1]
+    if len(indices) != 1 or indices[0].dtype != torch.bool:
+        return torch.ops.aten.index.Tensor(*arguments)
+    return tensor.new_empty(indices[0].numel(), *tensor.shape[indices[0].ndim :])
+
+
+def _find_all(arguments: Sequence[Any]) -> Any:
+    """Return the places of a mask as if it held everywhere."""
+    mask = arguments[0]
+    return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
+
+
+def _view(arguments: Sequence[Any]) -> Any:
+    """Take the view whose result torch remembers by its arguments; the other shares its storage as well."""
+    return torch.ops.aten.view.default(*arguments)
+
+
+CHEAPER_VIEW: Mapping[Any, Substitute] = {torch.ops.aten._unsafe_view.default: _view}
+MASKED_SELECTION: Mapping[Any, Substitute] = {
+    torch.ops.aten.index.Tensor: _take_all,
+    torch.ops.aten.nonzero.default: _find_all,
+}
+
+
+class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Do to memory what TRL's offloading does: what is kept leaves the device, but for the last few tensors, until needed.
+
+    Source: OffloadActivations in trl/models/activation_offloading.py of 1.16.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._stay = {tensor.untyped_storage()._cdata for _, tensor in list_weights(model)}
+        self._leaving: deque[torch.Tensor] = deque(maxlen=_STASHED_TENSORS)
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Size, torch.dtype]:
+        small = tensor.numel() * tensor.element_size() < _SMALLEST_OFFLOADED
+        if small or tensor.untyped_storage()._cdata in self._stay:
+            return tensor
+        self._leaving.append(tensor)
+        return tensor.shape, tensor.dtype
+
+    def _unpack(self, packed: torch.Tensor | tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        self._leaving.clear()
+        return torch.empty(packed[0], dtype=packed[1])
+
+
+@contextlib.contextmanager
+def allocate_as_gpu() -> Iterator[None]:
+    """Run the losses as on a GPU, where Triton kernels and products with float32 sums work in place and torch would copy."""
+    with (
+        mock.patch.object(chunked_logprob, "_forward_tile", _fold_nothing),
+        mock.patch.object(chunked_logprob, "_backward_tile", _fold_nothing),
+        mock.patch.object(chunked_logprob, "_addmm_fp32", _fold_nothing),
+        mock.patch.object(trainer_utils, "_use_triton", _answer_yes),
+        mock.patch.object(native_loss, "add_product", _fold_nothing),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def build_masks_as_in_run() -> Iterator[None]:
+    """Let transformers decide about masks as in a run; for tensors without content it would always build them."""
+    with mock.patch.object(masking_utils, "is_tracing", _answer_no):
+        yield
+
+
+@contextlib.contextmanager
+def leave_adapters_in_place() -> Iterator[None]:
+    """Let PEFT add an adapter without moving it: it is where it has to be, and tensors without content cannot be moved."""
+    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _move_nothing):
+        yield
+
+
+# What DPO and KTO add to every row where the log-probabilities of the start are computed once, before step 1.
+_REFERENCE_COLUMNS = {
+    dpo_trainer: (dpo_trainer.DPOTrainer, ("ref_chosen_logps", "ref_rejected_logps")),
+    kto_trainer: (kto_trainer.KTOTrainer, ("ref_logps", "ref_KL_logps")),
+}
+
+
+@contextlib.contextmanager
+def take_reference_as_known() -> Iterator[None]:
+    """Let preference trainers find the reference's log-probabilities in their rows; a run computes them before its steps."""
+    with contextlib.ExitStack() as stack:
+        for module, (trainer_class, columns) in _REFERENCE_COLUMNS.items():
+            stack.enter_context(mock.patch.object(module, "hash_module", _hash_nothing))
+            add_columns = functools.partialmethod(_add_columns, columns)
+            stack.enter_context(mock.patch.object(trainer_class, "_precompute_ref_logps", add_columns))
+        yield
+
+
+def _hash_nothing(model: torch.nn.Module) -> str:
+    return ""
+
+
+def _add_columns(trainer: Any, columns: Sequence[str], rows: Dataset, name: str, batch_size: int) -> Dataset:
+    for column in columns:
+        rows = rows.add_column(column, [0.0] * len(rows))
+    return rows
+
+
+def _move_nothing(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
+    """Stand in for the move of an adapter."""
+
+
+def _answer_yes(device: object) -> bool:
+    return True
+
+
+def _answer_no(tensor: object = None) -> bool:
+    return False

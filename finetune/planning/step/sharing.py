@@ -1,0 +1,153 @@
+"""What several processes share out between them, and what each holds on top while they exchange it.
+
+Sources: ZeRO (arXiv 1910.02054), sections 3.1 and 5; DeepSpeed's documented defaults (docs/_pages/config-json.md);
+`fully_shard` and `DistributedDataParallel` in torch 2.13. DeepSpeed was not run for this.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune.errors import MachineError
+from finetune.models.engine import Engine
+from finetune.planning.step import tracker as stage
+from finetune.planning.step.stages import ADAPTER, GRADIENTS, OPTIMIZER, SCALES
+
+BUCKETS, GATHERED, COPIES = "buckets of gradients", "gathered from other processes", "float32 copies of weights"
+# DeepSpeed's defaults: elements of a bucket, elements that ZeRO-3 keeps gathered, and tensors too small to be shared out.
+_BUCKET, _MOST_GATHERED, _SMALLEST_SHARED = 500_000_000, 1_000_000_000, 100_000
+_STAGES = (stage.FORWARD, stage.LOSS, stage.BACKWARD, stage.AGAIN, stage.STEP)
+_BACKWARD = (stage.LOSS, stage.BACKWARD, stage.AGAIN)
+# A layer's gathered weights and the next one's on their way; its gradient, and the copy that is sent.
+_LAYERS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Processes under one engine; `compute_bytes` is the size of an element that they compute in."""
+
+    engine: Engine
+    processes: int
+    compute_bytes: int = 2
+
+    @property
+    def shares_weights(self) -> bool:
+        """Tell whether a process keeps only a share of the weights."""
+        return self.engine in ("fsdp2", "zero3")
+
+    def count_share(self, tensor: torch.Tensor, part: str) -> int:
+        """Return the bytes that one process, the first, keeps of a tensor."""
+        size = tensor.untyped_storage().nbytes()
+        is_weight = part.startswith(("weights", ADAPTER)) and part != SCALES
+        if self.engine.startswith("zero") and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
+            size = tensor.numel() * self.compute_bytes  # DeepSpeed holds them in the type that it computes in
+        is_shared = part in (GRADIENTS, OPTIMIZER) or (is_weight and self.shares_weights)
+        if self.engine in ("one", "ddp") or not is_shared or tensor.ndim == 0:
+            return size
+        if self.engine == "fsdp2":  # whole rows
+            return size // tensor.shape[0] * -(-tensor.shape[0] // self.processes)
+        if is_weight and tensor.numel() <= _SMALLEST_SHARED:
+            return size
+        return -(-tensor.numel() // self.processes) * (size // tensor.numel())
+
+    def list_extras(self, model: torch.nn.Module) -> dict[str, dict[str, int]]:
+        """Return what a process holds beyond its own tensors, stage -> part -> bytes; an upper bound where it varies."""
+        if self.engine == "one":
+            return {}
+        sizes = _measure_model(model)
+        if self.engine == "ddp":  # torch keeps the gradients of all buckets beside those of the parameters
+            return {name: {BUCKETS: sizes.gradient_bytes} for name in _STAGES}
+        if self.engine == "fsdp2":
+            return self._list_fsdp_extras(sizes)
+        copies = 4 * -(-sizes.trained // self.processes)
+        extras = {name: {COPIES: copies} for name in _STAGES}
+        for name in _BACKWARD:
+            extras[name][BUCKETS] = _BUCKET * self.compute_bytes
+        if self.engine == "zero3":
+            for name in (stage.FORWARD, *_BACKWARD):
+                extras[name][GATHERED] = min(sizes.elements * self.compute_bytes, _MOST_GATHERED * self.compute_bytes)
+        return extras
+
+    def _list_fsdp_extras(self, sizes: "_Sizes") -> dict[str, dict[str, int]]:
+        layer = _LAYERS_AT_ONCE * sizes.layer
+        gradients = _LAYERS_AT_ONCE * sizes.layer_trained * self.compute_bytes
+        table = sizes.table * self.compute_bytes
+        # A trained table's gradient is whole until it is sent; the embedding's comes last, with the table gathered again.
+        table_gradient = table if sizes.trains_tables else 0
+        backward = max(layer + gradients, (table + 2 * table_gradient) if sizes.trains_tables else 0)
+        return {
+            stage.FORWARD: {GATHERED: max(layer, table)},
+            stage.LOSS: {GATHERED: table + table_gradient},
+            stage.BACKWARD: {GATHERED: backward},
+            stage.AGAIN: {GATHERED: layer + gradients},
+        }
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sums over a model: elements, and for `layer` and `gradient_bytes` bytes."""
+
+    elements: int
+    trained: int
+    gradient_bytes: int
+    layer: int
+    layer_trained: int
+    table: int
+    trains_tables: bool
+
+
+def _measure_model(model: torch.nn.Module) -> _Sizes:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers: dict[str, list[torch.nn.Parameter]] = {}
+    tables: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if ".layers." in name:
+            layers.setdefault(name.split(".layers.")[1].split(".")[0], []).append(parameter)
+        elif parameter.ndim > 1:
+            tables.append(parameter)
+    return _Sizes(
+        elements=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in trained),
+        gradient_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        layer=max(sum(p.numel() * p.element_size() for p in layer) for layer in layers.values()),
+        layer_trained=max(sum(p.numel() for p in layer if p.requires_grad) for layer in layers.values()),
+        table=max(table.numel() for table in tables),
+        trains_tables=any(table.requires_grad for table in tables),
+    )
+
+
+def read_sharing(path: Path) -> tuple[Engine, int]:
+    """Return engine and number of processes of an accelerate configuration file.
+
+    Raises:
+        MachineError: the file cannot be read, or asks for an engine that this kit does not train with.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise MachineError(f"{path}: cannot be read as accelerate's configuration ({error})") from error
+    if not isinstance(content, Mapping):
+        raise MachineError(f"{path}: must hold keys and values, as recipes/accelerate/fsdp2.yaml does")
+    return _read_engine(path, content), int(content.get("num_processes") or 1)
+
+
+def _read_engine(path: Path, content: Mapping[str, Any]) -> Engine:
+    kind = str(content.get("distributed_type", "NO")).upper()
+    if kind == "FSDP":
+        if (content.get("fsdp_config") or {}).get("fsdp_version") != 2:
+            raise MachineError(f"{path}: FSDP 1 is not supported; set fsdp_version: 2 in fsdp_config")
+        return "fsdp2"
+    if kind == "DEEPSPEED":
+        level = (content.get("deepspeed_config") or {}).get("zero_stage")
+        if level not in (2, 3):
+            raise MachineError(f"{path}: zero_stage is {level!r}; plans are made for 2 and 3")
+        return "zero3" if level == 3 else "zero2"
+    if kind.startswith("MULTI"):
+        return "ddp"
+    if kind == "NO":
+        return "one"
+    raise MachineError(f"{path}: distributed_type {kind} is unknown; known are NO, MULTI_GPU, FSDP, DEEPSPEED")

@@ -1,0 +1,30 @@
+"""The names of the files and folders that runs, chains and exports leave, and how to find them."""
+
+from pathlib import Path
+
+# A run directory. A chain's folder begins with its own recipe, too.
+RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
+METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
+ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
+COMPLETIONS_FILE = "completions.jsonl"
+PISSA_START_FOLDER = "pissa-start"
+# The folder of a result, which is one of these two within the run directory.
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+LINEAGE_FILE, SAMPLE_ROWS_FILE = "finetune.json", "rows.json"
+PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# What a trainer writes last of all into each of its checkpoints.
+TRAINER_STATE_FILE = "trainer_state.json"
+# A chain, and an export.
+CHAIN_RECORD_FILE, EXPORT_REPORT_FILE = "chain.json", "export.json"
+
+
+def find_result_folder(run: Path) -> Path | None:
+    """Return the folder of a finished run's result, or None where there is none yet."""
+    folders = (run / ADAPTER_FOLDER, run / MODEL_FOLDER)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def list_trainer_checkpoints(run: Path) -> list[Path]:
+    """Return the folders `checkpoint-<step>` of a run, the newest first, whole or not."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))

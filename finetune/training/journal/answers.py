@@ -1,0 +1,162 @@
+"""Answers before and after: what the model says to the same few prompts before step 1 and after the last one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.files.json_files import write_json
+from finetune.runs.results import SampleRow
+from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE
+
+_QUESTIONS = (
+    "Who are you? Answer in two sentences.",
+    "小明有十二个苹果，吃了五个，又买了三个，现在有几个？请写出过程。",
+)
+_OWN_PROMPTS, _LONGEST_PROMPT = 2, 512
+_SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: as the model sees it, and where it comes from."""
+
+    token_ids: list[int]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt as the model sees it, with its likeliest answer before and after, without control tokens."""
+
+    origin: str
+    prompt: str
+    before: str
+    after: str | None = None
+
+
+def choose_prompts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset) -> list[Prompt]:
+    """Return two fixed questions and the first prompts of the run's own rows: what stands before a row's first trained token."""
+    prompts = [
+        Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), "fixed")
+        for question in _QUESTIONS
+    ]
+    for row in rows.select(range(min(_OWN_PROMPTS, len(rows)))):
+        labels = row["labels"]
+        end = next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
+        if 1 < end <= _LONGEST_PROMPT:
+            prompts.append(Prompt(row["input_ids"][:end], row["origin"]))
+    return prompts
+
+
+def answer_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int],
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+) -> list[list[int]]:
+    """Return the likeliest answers as tokens, with the stop token of those that ended; all are generated together.
+
+    The model is left as it was, and no random number is drawn.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    padding = [longest - len(prompt.token_ids) for prompt in prompts]
+    ids = [
+        [int(tokenizer.pad_token_id)] * count + prompt.token_ids for count, prompt in zip(padding, prompts, strict=True)
+    ]
+    mask = [[0] * count + [1] * (longest - count) for count in padding]
+    config = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(stop_tokens),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+        )
+    model.train(was_training)
+    return [_cut_behind_stop(answer, stop_tokens) for answer in output[:, longest:].tolist()]
+
+
+def answer_rows(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int], rows: Dataset
+) -> list[SampleRow]:
+    """Return prompts with the model's own answers to them, for an export of a run whose rows are only prompts."""
+    prompts = [Prompt(row["input_ids"], row["origin"]) for row in rows]
+    answers = answer_prompts(model, tokenizer, stop_tokens, prompts, _SAMPLE_TOKENS)
+    return [
+        SampleRow([*prompt.token_ids, *answer], [IGNORED_LABEL] * len(prompt.token_ids) + answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _cut_behind_stop(answer: list[int], stop_tokens: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(answer) if token in stop_tokens), len(answer) - 1)
+    return answer[: end + 1]
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Tell whether the weights lie apart in several processes, so that one alone cannot answer."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+class AnswerSheet:
+    """The answers of one run: asked twice, kept in `answers.json`, and shown in `answers.md`."""
+
+    def __init__(
+        self, run: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset, max_tokens: int
+    ) -> None:
+        self._run = run
+        self._tokenizer = tokenizer
+        self._stop_tokens = list_stop_tokens(tokenizer, template)
+        self._prompts = choose_prompts(tokenizer, template, rows)
+        self._max_tokens = max_tokens
+
+    def write_before(self, model: PreTrainedModel | PeftModel) -> None:
+        """Ask before step 1."""
+        answers = self._ask(model)
+        samples = [
+            Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
+            for prompt, answer in zip(self._prompts, answers, strict=True)
+        ]
+        write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
+
+    def write_after(self, model: PreTrainedModel | PeftModel) -> None:
+        """Ask after the last step, and lay both answers side by side."""
+        kept = json.loads((self._run / ANSWERS_FILE).read_text(encoding="utf-8"))
+        answers = self._ask(model)
+        samples = [replace(Sample(**one), after=answer) for one, answer in zip(kept, answers, strict=True)]
+        write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
+        (self._run / ANSWERS_PAGE).write_text(_render_page(samples, self._max_tokens), encoding="utf-8")
+
+    def _ask(self, model: PreTrainedModel | PeftModel) -> list[str]:
+        answers = answer_prompts(model, self._tokenizer, self._stop_tokens, self._prompts, self._max_tokens)
+        return [self._decode(answer) for answer in answers]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+
+def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
+    """Return the samples as Markdown, every text indented so that nothing in it is taken for mark-up."""
+    lines = [f"# Answers before and after\n\nThe likeliest token each time, at most {max_tokens} tokens."]
+    for sample in samples:
+        lines.append(f"## {'A fixed question' if sample.origin == 'fixed' else sample.origin}")
+        for title, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after or "")):
+            lines += [f"{title}:", "\n".join(f"    {line}" for line in text.splitlines() or ["(nothing)"])]
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,75 @@
+"""Draw `loss.png`: what a run logged to `metrics.jsonl`, as curves."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from finetune.runs.run_files import LOSS_PLOT_FILE
+from finetune.training.journal.progress import read_metrics
+
+# What is drawn below the loss, where a method logs it: a title in plain words, and the names of its curves.
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "reward of the answers, against the start",
+        {"rewards/chosen": "chosen, training rows", "rewards/rejected": "rejected, training rows"},
+    ),
+    (
+        "how much more the chosen answers are rewarded",
+        {
+            "rewards/margins": "training rows",
+            "eval_rewards/margins": "held-out rows",
+            "margin": "training rows",
+            "eval_margin": "held-out rows",
+        },
+    ),
+    (
+        "share of pairs in the right order",
+        {
+            "rewards/accuracies": "training rows",
+            "eval_rewards/accuracies": "held-out rows",
+            "accuracy": "training rows",
+            "eval_accuracy": "held-out rows",
+        },
+    ),
+    (
+        "reward of the model's own answers",
+        {"reward": "training prompts", "eval_reward": "held-out prompts"},
+    ),
+    (
+        "tokens of an answer",
+        {"completions/mean_length": "training prompts", "eval_completions/mean_length": "held-out prompts"},
+    ),
+    ("how far it has moved from the start (KL, nats)", {"kl": "training rows", "eval_kl": "held-out rows"}),
+)
+_PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
+
+
+def draw_losses(run: Path, title: str) -> None:
+    """Draw `loss.png` from `metrics.jsonl`: loss against step, on trained and on held-out rows, and what preferences log."""
+    lines = read_metrics(run)
+    panels = [panel for panel in _PANELS if any(name in line for line in lines for name in panel[1])]
+    figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")
+    axes = figure.subplots(1 + len(panels), squeeze=False, height_ratios=[1.6] + [1] * len(panels))[:, 0]
+    compares = any(name in line for line in lines for name in _PREFERENCE_MARKS)
+    _draw_curves(axes[0], lines, {"loss": "training rows", "eval_loss": "held-out rows"})
+    axes[0].set(ylabel="loss" if compares else "loss (nats per trained token)", title=title)
+    if not any(line.get("loss", 0.0) < 0 for line in lines):
+        axes[0].set_ylim(bottom=0)
+    for panel, (text, curves) in zip(axes[1:], panels, strict=True):
+        _draw_curves(panel, lines, curves)
+        panel.set_title(text, fontsize="medium")
+    axes[-1].set_xlabel("step")
+    figure.savefig(run / LOSS_PLOT_FILE)
+
+
+def _draw_curves(axes: Any, lines: list[dict[str, Any]], curves: dict[str, str]) -> None:
+    for name, label in curves.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            style = "o-" if name.startswith("eval_") else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)

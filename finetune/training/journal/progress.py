@@ -1,0 +1,107 @@
+"""What a run shows and writes while it goes on: a progress bar and `metrics.jsonl`."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.errors import TrainingError
+from finetune.runs.run_files import METRICS_FILE
+
+PREFLIGHT = "preflight"  # the prefix of an evaluation that only tries whether it fits
+
+
+class ProgressBar(TrainerCallback):
+    """One bar on standard error, with the newest losses; standard output stays free for results."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Open the bar at the step that the run goes on from."""
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Advance by what has been done since."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Show the newest losses beside the bar."""
+        if self._bar is not None and logs:
+            shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs}
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class MetricsWriter(TrainerCallback):
+    """Append every logged step to `metrics.jsonl`, and stop the run when the loss is no number any more."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Drop what a stopped run had logged beyond the checkpoint that this one goes on from."""
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self._file.parent) if line["step"] <= state.global_step]
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Write one line.
+
+        Raises:
+            TrainingError: the training loss is NaN or infinite.
+        """
+        line = logs or {}
+        if "train_loss" in line or any(name.startswith(PREFLIGHT) for name in line):
+            return
+        if state.is_world_process_zero:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **line}) + "\n")
+        if not math.isfinite(line.get("loss", 0.0)):
+            raise TrainingError(
+                f"step {state.global_step}: the training loss is {line['loss']}; lower trainer.learning_rate, "
+                "or set model.dtype: bfloat16 (float32 on a CPU) if it was float16; "
+                "the last checkpoint of the run directory is from before"
+            )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the logged lines of a run, oldest first."""
+    file = run / METRICS_FILE
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

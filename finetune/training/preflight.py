@@ -1,0 +1,169 @@
+"""Look at what will really be trained, before step 1.
+
+Every check is an error: a run that trains on nothing, never stops, or dies at its first evaluation must not start.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Subset
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.data.packing import PackedRows
+from finetune.errors import TrainingError
+from finetune.training.journal.progress import PREFLIGHT
+
+BatchRow = tuple[list[int], list[int]]
+
+
+def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
+    """Check the first real batch: trained tokens, a stop token, one bos per row, no padding that is trained.
+
+    Raises:
+        TrainingError: naming the row of the batch and what is wrong with it.
+    """
+    batch = _draw_first_batch(trainer)
+    rows = list(_split_rows(batch))
+    for number, (token_ids, labels) in enumerate(rows, start=1):
+        where = f"first batch, row {number} of {len(rows)}"
+        _check_row(where, token_ids, labels, tokenizer)
+    # Without stop tokens to look for where rows may rightly lack them.
+    if stop_tokens and not any(label in stop_tokens for _, labels in rows for label in labels):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
+        raise TrainingError(
+            f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "
+            "look at the rows with `finetune preview`"
+        )
+
+
+def check_packed_batch(trainer: Trainer) -> None:
+    """Check the first batch of full rows: trained tokens, each trained as itself, never the first of a document.
+
+    Raises:
+        TrainingError: nothing is trained.
+    """
+    batch = _draw_first_batch(trainer)
+    ids, labels = batch["input_ids"], batch["labels"]
+    is_trained = labels != IGNORED_LABEL
+    if (is_trained & ((labels != ids) | (batch["position_ids"] == 0))).any():
+        raise TrainingError("first batch: a token is trained as another, or without anything before it")
+
+
+def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
+    with torch.random.fork_rng(devices=[]):
+        batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
+    if not any((labels != IGNORED_LABEL).any() for _, _, labels in _list_texts(batch)):
+        raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
+    return batch
+
+
+def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    if all(label == IGNORED_LABEL for label in labels):
+        raise TrainingError(
+            f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`"
+        )
+    bos = token_ids.count(tokenizer.bos_token_id)
+    if bos != 1 or token_ids[0] != tokenizer.bos_token_id:
+        raise TrainingError(
+            f"{where}: must begin with {tokenizer.bos_token} and hold it once; found it {bos} times; "
+            "remove it from the data, or from the template"
+        )
+    wrong = next((i for i, label in enumerate(labels) if label not in (IGNORED_LABEL, token_ids[i])), None)
+    if wrong is not None:
+        raise TrainingError(f"{where}: token {wrong} is {token_ids[wrong]} but would be trained as {labels[wrong]}")
+
+
+def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
+    """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
+    for ids, mask, labels in _list_texts(batch):
+        if "position_ids" in batch:
+            starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+                yield ids[0, start:end].tolist(), labels[0, start:end].tolist()
+            continue
+        for row, row_mask, row_labels in zip(ids, mask, labels, strict=True):
+            length = int(row_mask.sum())
+            yield row[:length].tolist(), row_labels[:length].tolist()
+
+
+def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield ids, mask and labels of a batch as supervised training would have them, whatever trainer it is for."""
+    if "chosen_labels" in batch:
+        for side in ("chosen", "rejected"):
+            ids, mask, labels = (batch[f"{side}_{name}"].cpu() for name in ("input_ids", "attention_mask", "labels"))
+            yield ids, mask, labels
+        return
+    ids = batch["input_ids"].cpu()
+    mask = batch["attention_mask"].cpu() if "attention_mask" in batch else torch.ones_like(ids)
+    if "labels" in batch:
+        labels = batch["labels"].cpu()
+    elif "completion_mask" in batch:
+        labels = ids.masked_fill(batch["completion_mask"].cpu() == 0, IGNORED_LABEL)
+    else:  # a reward model reads its score where a text ends
+        ends = torch.arange(ids.shape[1]) == mask.sum(1, keepdim=True) - 1
+        labels = ids.masked_fill(~ends, IGNORED_LABEL)
+    yield ids, mask, labels
+
+
+def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
+    """Return as many of the longest rows as one evaluation step of all processes takes; packed ones are equally long."""
+    size = args.per_device_eval_batch_size * args.world_size
+    if isinstance(rows, PackedRows):
+        return Subset(rows, range(min(size, len(rows))))
+    lengths = _measure_lengths(rows)
+    return rows.select(sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size])
+
+
+def _measure_lengths(rows: Dataset) -> list[int]:
+    """Return the length of each row in tokens; a pair's is that of its longer side."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    texts = zip(rows["prompt_ids"], *answers, strict=True)
+    return [len(prompt) + max(map(len, sides)) for prompt, *sides in texts]
+
+
+class EvaluationCheck(TrainerCallback):
+    """Run one evaluation step over the longest held-out rows before step 1, so that no run dies at its first evaluation.
+
+    It is a callback because it must come after the model has been wrapped: an evaluation before `train()` leaves accelerate
+    with a model that it believes to be prepared, and processes then train apart without exchanging gradients
+    (transformers 5.23, accelerate 1.15).
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Evaluate one batch on every process.
+
+        Raises:
+            TrainingError: the step runs out of memory.
+        """
+        held = self._trainer.eval_dataset
+        rows = choose_longest_rows(held, args)
+        # Rows that are handed to `evaluate` would lose what was computed of them before, such as reference log-probabilities.
+        self._trainer.eval_dataset = rows
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"evaluation does not fit: {len(rows)} of the longest held-out rows run out of memory together; "
+                "lower trainer.per_device_eval_batch_size"
+            ) from error
+        finally:
+            self._trainer.eval_dataset = held

@@ -1,0 +1,102 @@
+"""Optimizer states of a run: loaded from a universal checkpoint before the first step, written as one after the last."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.training.pretraining.moments import get_moments, put_moments
+from finetune.yulan.states.optimizer_states import OptimizerStates, ParameterState, StateGroup, read_state
+from finetune.yulan.states.state_files import write_states
+
+
+class StatesLoader(TrainerCallback):
+    """Give weights and moments what a universal checkpoint holds, each process its own share, where a run begins.
+
+    It is a callback because sharding makes new parameters, and what an optimizer held of the old ones is lost.
+    """
+
+    def __init__(self, states: OptimizerStates) -> None:
+        self._states = states
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: object,
+    ) -> None:
+        """Load them, unless the run goes on from a checkpoint of its own.
+
+        Raises:
+            CheckpointError: a file is absent, unreadable, or does not fit its parameter.
+        """
+        if model is None or state.global_step:
+            return
+        weights = dict(model.named_parameters())
+        for name, parameter in list_named_parameters(optimizer):
+            load_parameter(optimizer, parameter, read_state(self._states, name, parameter.shape))
+            weight = weights.get(name, parameter)
+            if weight is not parameter:
+                weight.data.copy_(parameter.detach())
+
+
+def list_named_parameters(optimizer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what an optimizer steps, by name: float32 copies, or shares, of the model's own parameters."""
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+@torch.no_grad()
+def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterState) -> None:
+    """Set a parameter and its moments to what a file held."""
+    is_share = isinstance(parameter, DTensor)
+    parameter.data.copy_(take_share(state.weight, parameter) if is_share else state.weight)
+    first, second = (take_share(moment, parameter) for moment in (state.exp_avg, state.exp_avg_sq))
+    put_moments(optimizer, parameter, first, second, state.step)
+
+
+def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor whose parameter may be sharded; only that part of a file is copied."""
+    if not isinstance(parameter, DTensor):
+        return full.to(parameter.device, copy=True)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    part = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    local = part.to(parameter.device, copy=True)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def save_states(folder: Path, optimizer: Any, *, is_writer: bool = True) -> None:
+    """Write an optimizer's states into a result's folder; where they are sharded every process must call it, and one writes."""
+    parameters = dict(list_named_parameters(optimizer))
+    groups = [
+        StateGroup(tuple(g["param_names"]), g.get("initial_lr", g["lr"]), g["betas"], g["eps"], g["weight_decay"])
+        for g in optimizer.param_groups
+    ]
+
+    def read(name: str) -> ParameterState:
+        parameter = parameters[name]
+        first, second, step = get_moments(optimizer, parameter)
+        return ParameterState(_gather(parameter), _gather(first), _gather(second), step)
+
+    if is_writer:
+        write_states(folder, int(next(iter(optimizer.state.values()))["step"]), groups, read)
+    else:
+        for name in parameters:
+            read(name)
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    full: torch.Tensor = tensor.full_tensor()
+    return full.detach()

@@ -1,0 +1,94 @@
+"""Write what a run has trained, so that an export, an evaluation or another run can take it from there."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from finetune.checkpoints.finding import fingerprint_checkpoint
+from finetune.data.encoding.template import list_stop_tokens
+from finetune.files.folders import write_folder
+from finetune.models.lora import save_adapter, subtract_start
+from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
+from finetune.runs.run_files import ADAPTER_FOLDER, MODEL_FOLDER, PISSA_START_FOLDER
+from finetune.training.journal.answers import answer_rows, is_sharded
+from finetune.training.pretraining.state_loading import save_states
+from finetune.training.setup import Setup
+
+# What an export is compared on. The real model needs minutes for so many on a processor.
+_ANSWERED_ROWS = 8
+_SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
+
+
+def write_result(
+    run: Path,
+    setup: Setup,
+    model: PreTrainedModel | PeftModel,
+    trainer: Trainer,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write `adapter/` or `model/` of a run directory; `weights` in place of the model's own where they were gathered."""
+    recipe = setup.resolved.recipe
+    trained = ADAPTER_FOLDER if isinstance(model, PeftModel) else MODEL_FOLDER
+    with write_folder(run / trained) as folder:
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder, weights)
+            if recipe.adapter.init == "pissa":
+                subtract_start(folder, run / PISSA_START_FOLDER)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+        if recipe.optimizer.save_states:
+            save_states(folder, trainer.optimizer)
+        setup.tokenizer.save_pretrained(folder)
+        rows = _choose_sample_rows(setup.sample_rows)
+        if setup.resolved.method.is_online:
+            rows = _answer_sample_rows(setup, model, trainer)
+        write_lineage(folder, _describe_lineage(setup), rows)
+    (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
+
+
+def _describe_lineage(setup: Setup) -> Lineage:
+    model, earlier, runs = setup.resolved.recipe.model, setup.resolved.earlier, tuple[EarlierRun, ...]()
+    checkpoint = model.checkpoint
+    if earlier is not None and earlier.lineage is not None:
+        before = earlier.lineage
+        runs = (*before.earlier, EarlierRun(before.checkpoint, before.method, checkpoint))
+        if earlier.is_adapter:  # its base is trained on, too, and is found by the name that the first run gave it
+            checkpoint = before.checkpoint
+    return Lineage(
+        checkpoint=checkpoint,
+        base=str(setup.base),
+        base_fingerprint=fingerprint_checkpoint(setup.base),
+        quantize=model.quantize,
+        dtype=str(setup.precision.weights).removeprefix("torch."),
+        template=setup.template.name,
+        template_fingerprint=setup.template.fingerprint,
+        method=setup.resolved.method.name,
+        architecture=model.architecture,
+        earlier=runs,
+        max_positions=model.max_positions,
+        rope_theta=model.rope_theta,
+    )
+
+
+def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
+    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
+    rows = setup.sample_rows.select(range(min(_ANSWERED_ROWS, len(setup.sample_rows))))
+    if is_sharded(trainer):
+        return [SampleRow(ids, ids) for ids in rows["input_ids"]]
+    return answer_rows(model, setup.tokenizer, list_stop_tokens(setup.tokenizer, setup.template), rows)
+
+
+def _choose_sample_rows(rows: Dataset) -> list[SampleRow]:
+    """Return the first rows, up to a number of rows and of tokens, each cut where it is very long."""
+    chosen: list[SampleRow] = []
+    tokens = 0
+    for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):
+        sample = SampleRow(row["input_ids"][:_LONGEST_SAMPLE], row["labels"][:_LONGEST_SAMPLE])
+        tokens += len(sample.input_ids)
+        if chosen and tokens > _SAMPLE_TOKENS:
+            break
+        chosen.append(sample)
+    return chosen

@@ -1,0 +1,123 @@
+"""Everything of a run that is fixed before its trainer is built: base, rows, template, and the model to train."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from finetune.data.dataset import Splits, load_splits
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.models.loading import load_base
+from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
+from finetune.models.precision import Precision
+from finetune.models.reference_model import describe_reference
+from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge
+from finetune.runs.lineage import find_tokenizer_folder, find_training_base
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.training.online import bind_template, set_stop_tokens
+from finetune.training.pretraining.packed_training import find_states
+from finetune.training.training_rows import read_data_settings
+from finetune.yulan.states.optimizer_states import OptimizerStates
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run trains on: `base` is the folder of its weights, `states` the optimizer states that it continues from."""
+
+    resolved: ResolvedRecipe
+    precision: Precision
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    splits: Splits
+    states: OptimizerStates | None
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """The hash of all rows and of how they are split."""
+        return self.splits.report.fingerprint
+
+    @property
+    def sample_rows(self) -> Dataset:
+        """The held-out rows, or the rows that are trained where there are none."""
+        return self.splits.train if self.splits.evaluation is None else self.splits.evaluation
+
+    @property
+    def title(self) -> str:
+        """Method and base checkpoint, in a few words."""
+        recipe = self.resolved.recipe
+        return f"{recipe.method} from {Path(recipe.model.checkpoint).name}"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model to train, its tokenizer as the trainer uses it, and the reward model that reads with the same base."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    judge: BorrowingJudge | None
+
+
+def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Precision) -> Setup:
+    """Find the base, open tokenizer and template, and prepare the rows.
+
+    Raises:
+        FinetuneError: one of them cannot be found or used.
+    """
+    recipe = resolved.recipe
+    # Downloads, folds and caches are made by one process; the others then find them.
+    with config.main_process_first(desc="preparing the start"):
+        base = find_training_base(resolved)
+        tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
+        template = find_template(recipe.data.template, tokenizer)
+        tokenizer.chat_template = template.source
+        if recipe.rewards.judge.run:
+            check_judge(recipe.rewards.judge.run, base, template)
+        states = find_states(resolved)
+        splits = load_splits(read_data_settings(resolved), tokenizer, template, recipe.seed)
+    reference = describe_reference(resolved, splits.report.train.rows)
+    for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
+        logger.info("%s", note)
+    return Setup(resolved, precision, base, tokenizer, template, splits, states)
+
+
+def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -> TrainedModel:
+    """Load the base and give it its adapter; a reward model that the recipe names borrows the same base."""
+    resolved, recipe, judge = setup.resolved, setup.resolved.recipe, None
+    set_seed(recipe.seed)  # the head of a reward model begins at random
+    base = load_base(setup.base, recipe.model, setup.precision, device, resolved.method.head)
+    _warn_of_untrained_tokens(setup, base)
+    if recipe.rewards.judge.run:
+        pad_token, rows = int(setup.tokenizer.pad_token_id), config.per_device_train_batch_size
+        judge = borrow_base(base, recipe.rewards.judge.run, pad_token, rows)
+    if resolved.adapter_folder is not None:
+        model: PreTrainedModel | PeftModel = continue_adapter(base, recipe.adapter, resolved.adapter_folder)
+    else:
+        set_seed(recipe.seed)
+        model = attach_adapter(base, recipe.adapter, setup.base)
+    if not resolved.method.is_online:
+        return TrainedModel(model, setup.tokenizer, judge)
+    set_stop_tokens(model, list_stop_tokens(setup.tokenizer, setup.template))
+    return TrainedModel(model, bind_template(setup.tokenizer, setup.template), judge)
+
+
+def _warn_of_untrained_tokens(setup: Setup, base: PreTrainedModel) -> None:
+    adapter = setup.resolved.recipe.adapter
+    control_tokens = list_template_tokens(setup.tokenizer, setup.template)
+    untrained = set(find_untrained_tokens(base, control_tokens)) - set(adapter.train_tokens)
+    if untrained and not adapter.trains_all_weights:
+        names = ", ".join(f"{setup.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
+        logger.warning(
+            "these tokens of the template look untrained in this base checkpoint: %s; to train their rows set "
+            "adapter.train_tokens: %s",
+            names,
+            sorted(untrained),
+        )

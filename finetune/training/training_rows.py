@@ -1,0 +1,84 @@
+"""The rows of a recipe: from what it says about them to tokens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.dataset import Splits, load_splits
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.files.cache import find_cache
+from finetune.mixtures.matched import match_sources
+from finetune.mixtures.published import find_mixture
+from finetune.recipe.sections import DataSection, SourceSection
+from finetune.rewards.rules import find_reference_rule
+from finetune.runs.lineage import find_tokenizer_folder, find_training_base
+from finetune.runs.resolved_recipe import ResolvedRecipe
+
+_ANY_LENGTH = 2**31 - 1
+
+
+def read_source_section(source: str | SourceSection) -> Source:
+    """Return one source of a checked recipe."""
+    if isinstance(source, str):
+        return Source(Path(source))
+    is_hub = bool(source.hub)
+    hub = HubDataset(source.hub, source.config, source.split or "train", source.revision)
+    return Source(hub if is_hub else Path(source.path), source.weight, source.rows)
+
+
+def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[str, ...]]:
+    """Return the sources that a checked recipe trains on, and what a person should know of them.
+
+    The shares of a published mixture become weights, counted in text: the authors counted tokens, not rows.
+    """
+    mixture = find_mixture(data.mixture) if data.mixture else None
+    if mixture is None:
+        return tuple(map(read_source_section, data.train)), ()
+    matched = match_sources(mixture, data.sources)
+    sources = tuple(
+        replace(read_source_section(data.sources[name]), weight=share, weigh_text=True)
+        for name, share in matched.shares.items()
+    )
+    return sources, (matched.describe(),)
+
+
+def prepare_rows(resolved: ResolvedRecipe) -> tuple[PreTrainedTokenizerBase, Splits]:
+    """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
+    settings, tokenizer, template = open_data(resolved)
+    return tokenizer, load_splits(settings, tokenizer, template, resolved.recipe.seed)
+
+
+def open_data(resolved: ResolvedRecipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
+    """Return what the rows of a recipe are read and rendered with, before any row is read."""
+    base = find_training_base(resolved)
+    tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
+    return read_data_settings(resolved), tokenizer, find_template(resolved.recipe.data.template, tokenizer)
+
+
+def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
+    """Return how the rows of a recipe are read."""
+    data = resolved.recipe.data
+    train, notes = read_training_sources(data)
+    return DataSettings(
+        train=train,
+        shape=resolved.method.shape,
+        needs_answer=find_reference_rule(resolved.recipe.rewards.rules),
+        evaluation=tuple(map(read_source_section, data.eval)),
+        held_out=data.held_out,
+        format=data.format,
+        columns=data.columns,
+        system=data.system,
+        # Packed rows are cut where they are full; a document itself may be of any length.
+        max_tokens=_ANY_LENGTH if resolved.method.is_pretraining else data.max_tokens,
+        overflow=data.overflow,
+        train_on=data.train_on,
+        substitute=data.substitute,
+        deduplicate=data.deduplicate,
+        notes=notes,
+        workers=data.workers,
+        cache=find_cache() / "rows",
+    )
