@@ -72,12 +72,11 @@ def _render_formats() -> Iterator[str]:
         (
             f"`{entry.name}`",
             ", ".join(f"`{key}`" for key in entry.required),
-            ", ".join(f"`{key}`" for key in entry.optional),
             ", ".join(f"`{name}`" for name, method in METHODS.items() if entry.row_kind in SHAPES[method.shape]),
         )
         for entry in FORMATS.values()
     ]
-    yield _render_table(("format", "keys of a row", "and, if present", "methods"), cells)
+    yield _render_table(("format", "keys that a row must have", "methods"), cells)
 
 
 def _render_rules() -> Iterator[str]:
