@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench keys clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -21,6 +21,10 @@ check: $(READY)
 
 bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+# After a change of a key, of its text or of what it takes; a test compares.
+keys: $(READY)
+	$(BIN)/finetune recipes --keys > docs/keys.md
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -73,8 +73,9 @@ TIERS = (
 
 def write_recipe(tier: Tier) -> str:
     """Return a tier's recipe as text."""
-    return f"""# {tier.device}: written by benchmarks/tiers.py, and fits by its plan; the table in recipes/README.md has the figures.
-#   finetune train recipes/tiers/{tier.name}.yaml -s data.train=my.jsonl -s output=runs/mine
+    return f"""# Supervised fine-tuning on a machine of this size; written by benchmarks/tiers.py, and fits by `finetune plan`.
+# Needs: {tier.device} (planned, not measured).
+#   finetune train tiers/{tier.name} -s data.train=my.jsonl -s output=runs/mine
 method: sft
 model:
   checkpoint: base

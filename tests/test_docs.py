@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -118,7 +117,7 @@ def test_every_guide_is_listed():
 
 
 def parse(command):
-    return make_parser(defaultdict(lambda: lambda _: 0)).parse_args(command)
+    return make_parser().parse_args(command)
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS, ids=[f"{path.stem}: {' '.join(c)}" for path, c in COMMANDS])

@@ -24,6 +24,7 @@ ROOMS = (
     "models",
     "rewards",
     "check",
+    "guide",
     "training",
     "planning",
     "exporting",

@@ -15,9 +15,9 @@ from finetune.check.adoption import adopt_earlier_run, adopt_form, list_method_m
 from finetune.check.chain_stages import Chain, Content, ExportStage, Stage, TrainStage
 from finetune.check.data_section import find_file
 from finetune.check.preference_methods import check_continued_reference
-from finetune.check.recipes import find_recipe, list_problems, resolve_draft, resolve_names, settle_recipe
+from finetune.check.recipes import list_problems, resolve_draft, resolve_names, settle_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
-from finetune.files.resources import list_templates
+from finetune.files.resources import find_recipe, list_templates
 from finetune.files.sizes import parse_size
 from finetune.recipe.methods import DEFAULT_METHOD, METHODS
 from finetune.recipe.recipe_file import (

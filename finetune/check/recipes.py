@@ -12,7 +12,7 @@ from finetune.check.pretraining_methods import check_pretraining, check_unused, 
 from finetune.check.reward_section import check_rewards
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
-from finetune.files.resources import list_recipes, list_templates
+from finetune.files.resources import find_recipe, list_templates
 from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.recipe_file import Draft, describe_unknown_key, read_recipe
@@ -59,13 +59,6 @@ def resolve_names(recipe: Recipe, earlier: Result | None = None, given: frozense
 def list_problems(draft: Draft, earlier: Result | None) -> list[str]:
     """Return everything that is wrong with a recipe; `earlier` is the result of the run that it continues."""
     return [*draft.problems, *_check_recipe(draft, earlier)]
-
-
-def find_recipe(source: Path) -> Path:
-    """Return the file of a recipe: itself, or a shipped one of that name."""
-    shipped = list_recipes()
-    is_name = source.as_posix() in (source.stem, f"recipes/{source.stem}.yaml")
-    return shipped[source.stem] if not source.is_file() and is_name and source.stem in shipped else source
 
 
 def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:

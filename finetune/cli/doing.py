@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from finetune.cli.printing import SUCCESS, print_result, to_json
 
 

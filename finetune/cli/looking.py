@@ -14,7 +14,7 @@ from finetune.errors import RecipeError
 if TYPE_CHECKING:
     from finetune.check.chain_stages import TrainStage
     from finetune.recipe.sections import Recipe
-from finetune.cli.printing import USER_ERROR, print_each, print_result, to_json
+from finetune.cli.printing import SUCCESS, USER_ERROR, print_each, print_result, to_json
 
 
 def run_checkpoints(arguments: argparse.Namespace) -> int:
@@ -150,3 +150,43 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
     report = examine_machine()
     return print_result(arguments, asdict(report), describe_machine(report))
+
+
+def run_recipes(arguments: argparse.Namespace) -> int:
+    if arguments.keys:
+        return _explain_keys(arguments)
+    if arguments.name is None:
+        return _list_recipes(arguments)
+    from finetune.files.resources import find_shipped_recipe
+    from finetune.guide.recipe_copy import copy_recipe
+
+    text = copy_recipe(find_shipped_recipe(arguments.name))
+    return _write_text(arguments, {"recipe": str(arguments.name), "text": text}, text)
+
+
+def _explain_keys(arguments: argparse.Namespace) -> int:
+    from finetune.guide.key_guide import list_keys_as_json, render_key_guide
+
+    if arguments.name is not None:
+        raise RecipeError("--keys", [f"explains the keys of every recipe; leave {arguments.name} out"])
+    return _write_text(arguments, list_keys_as_json(), render_key_guide())
+
+
+def _list_recipes(arguments: argparse.Namespace) -> int:
+    from finetune.guide.shipped_recipes import describe_shipped_recipes, list_shipped_recipes
+
+    if arguments.output is not None:
+        raise RecipeError("-o", ["needs the name of a recipe to copy, such as: finetune recipes sft_qlora -o my.yaml"])
+    rows = list_shipped_recipes()
+    return print_result(arguments, [asdict(row) for row in rows], describe_shipped_recipes(rows))
+
+
+def _write_text(arguments: argparse.Namespace, result: Any, text: str) -> int:
+    """Write a text to the file that was asked for, else to standard output."""
+    from finetune.files.folders import write_new_file
+
+    if arguments.output is None:
+        return print_result(arguments, result, text.removesuffix("\n"))
+    write_new_file(arguments.output, text)
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return print_result(arguments, {"output": str(arguments.output)}, "") if arguments.json else SUCCESS

@@ -69,6 +69,27 @@ def write_folder(folder: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def write_new_file(file: Path, text: str) -> None:
+    """Write a text to a file that is not there yet.
+
+    Raises:
+        OutputError: the path is taken, or cannot be written.
+    """
+    if file.exists() or file.is_symlink():
+        raise OutputError(f"{file}: exists already; choose another name, or remove it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("x", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be made: {error.strerror} (at {error.filename}); choose another") from error
+    try:
+        with translate_os_errors(file), stream:
+            stream.write(text)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
 def _make_partial(folder: Path) -> tuple[Path, int | None]:
     """Make a temporary folder, locked for as long as this process lives."""
     # It takes its final name when it is locked: before, another process could believe that a dead one had left it.

@@ -59,9 +59,22 @@ def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str]
 
 
 def expand_shorthand(content: dict[str, Any]) -> None:
-    """Write out `trainer: auto`."""
+    """Write out `trainer: auto`, and take out sections with nothing in them: they say nothing."""
     if content.get("trainer") == "auto":
         content["trainer"] = {"auto": True}
+    if content.get("trainer", {}) is None:
+        del content["trainer"]
+    _drop_empty_sections(content, Recipe)
+
+
+def _drop_empty_sections(content: dict[str, Any], section: type[Any]) -> None:
+    for name, hint in get_type_hints(section).items():
+        if not dataclasses.is_dataclass(hint) or name not in content:
+            continue
+        if content[name] is None:
+            del content[name]
+        elif isinstance(content[name], dict):
+            _drop_empty_sections(content[name], hint)  # type: ignore[arg-type]
 
 
 def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -161,7 +174,7 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
             return None if member is type(None) and value is None else _convert_scalar(value, member)
         except _MismatchError:
             continue
-    names = [_TYPE_NAMES[member] for member in members if not (member is int and float in members)]
+    names = [TYPE_NAMES[member] for member in members if not (member is int and float in members)]
     raise _MismatchError(" or ".join(names))
 
 
@@ -199,7 +212,7 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     return _convert_scalar(value, members[0])
 
 
-_TYPE_NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -213,7 +226,7 @@ def _convert_scalar(value: Any, member: Any) -> Any:
         return float(value)
     # bool is a kind of int in Python, never in a recipe.
     if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
-        raise _MismatchError(_TYPE_NAMES[member])
+        raise _MismatchError(TYPE_NAMES[member])
     if isinstance(value, float) and not math.isfinite(value):
         raise _MismatchError("a finite number")
     return value

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, find_close_match
+from finetune.files.resources import list_all_recipes, name_recipe
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -88,10 +89,13 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def _suggest_neighbour(source: Path) -> str:
     folder = source.parent
+    own = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
+    shipped = find_close_match(name_recipe(source), list_all_recipes())
+    if shipped is not None:
+        return f"; did you mean the shipped recipe {shipped!r}?" + (f" {folder} holds {own}" if own else "")
     if not folder.is_dir():
         return f" (the folder {folder} does not exist either)"
-    recipes = sorted(path.name for path in folder.glob("*.yaml"))
-    return f"; {folder} holds {', '.join(recipes)}" if recipes else f"; {folder} holds no recipes"
+    return f"; {folder} holds {own or 'no recipes (`finetune recipes` lists the shipped ones)'}"
 
 
 def describe_value(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The recipe loader: strict YAML, every problem at once, precedence, round trip."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +159,35 @@ def test_numbers_are_finite(write, key, value):
     """An infinite length was a traceback, and a rate that is no number was fine."""
     (problem,) = read_recipe(write("seed: 1\n"), [f"{key}={value}"]).problems
     assert problem.startswith(f"{key}: must be ") and "number" in problem
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ("sft_qlra", "there is no such file; did you mean the shipped recipe 'sft_qlora'?"),
+        ("sft-qlora.yaml", "there is no such file; did you mean the shipped recipe 'sft_qlora'?"),
+        ("recipes/sft_qlra.yaml", "there is no such file; did you mean the shipped recipe 'sft_qlora'?"),
+        ("tiers/8g", "there is no such file; did you mean the shipped recipe 'tiers/8gb'?"),
+        ("my_recipe", "there is no such file; . holds no recipes (`finetune recipes` lists the shipped ones)"),
+        ("nowhere/zzz.yaml", "there is no such file (the folder nowhere does not exist either)"),
+    ],
+)
+def test_a_missing_file_names_a_shipped_recipe(tmp_path, monkeypatch, asked, problem):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(Path(asked))
+    assert caught.value.problems == [problem]
+
+
+def test_ones_own_recipes_are_named_beside_the_shipped_one(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("seed: 1\n")
+    with pytest.raises(RecipeError, match=r"did you mean the shipped recipe 'sft_qlora'\? \. holds recipe.yaml$"):
+        read_recipe(Path("sft_qlra"))
+
+
+@pytest.mark.parametrize("text", ["adapter:\n", "adapter:\n  # rank: 8\n", "rewards:\n  judge:\n", "trainer:\n"])
+def test_a_section_with_nothing_in_it_says_nothing(write, text):
+    draft = read_recipe(write(f"seed: 42\n{text}"))
+    assert (draft.recipe, draft.problems) == (Recipe(), ())
+    assert not {"adapter", "trainer", "rewards.judge"} & draft.given

@@ -1,0 +1,130 @@
+"""The arguments of each verb, with their help."""
+
+import argparse
+from pathlib import Path
+
+from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+_RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
+
+
+def add_nothing(verb: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
+
+
+def add_checkpoints(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--states", type=Path, metavar="FOLDER", help="show the optimizer state that a folder holds")
+
+
+def add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file, or the name of a shipped recipe")
+    verb.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+
+
+def _add_writing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    verb.add_argument("--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as stored)")
+    verb.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
+
+
+def add_recipes(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("name", metavar="NAME", nargs="?", type=Path, help="print this shipped recipe with all its keys")
+    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write that to a new file instead")
+    verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
+
+
+def add_mixtures(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--datasets", action="store_true", help="the open data sets that were used, with their addresses")
+    verb.add_argument("--phase", type=_read_phase, metavar="N", help="one phase, with its data sets")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the categories over all phases (.png, .svg, .pdf)"
+    )
+
+
+def _read_phase(text: str) -> int:
+    if not text.isdecimal() or not FIRST_PHASE <= int(text) <= LAST_PHASE:
+        raise argparse.ArgumentTypeError(f"must be a phase from {FIRST_PHASE} to {LAST_PHASE}; found {text!r}")
+    return int(text)
+
+
+def add_fold(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="an alias, a hub id with an optional @revision, or a folder"
+    )
+    _add_writing(verb)
+
+
+def add_preview(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
+    verb.add_argument("--html", type=Path, metavar="FILE", help="also write them as one page that needs nothing else")
+
+
+def add_lint(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
+    )
+
+
+def add_plan(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
+    verb.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
+    verb.add_argument("--processes", type=_read_count, metavar="N", help="plan for one of so many processes")
+    verb.add_argument("--engine", choices=_ENGINES, help="what shares their work (default: ddp)")
+    verb.add_argument("--accelerate", type=Path, metavar="FILE", help="read both from accelerate's configuration")
+    verb.add_argument(
+        "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
+    )
+
+
+def add_train(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the recipe's output")
+    verb.add_argument("--force", action="store_true", help="train also what the plan says cannot fit this GPU")
+
+
+def add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote")
+    _add_writing(verb)
+    verb.add_argument(
+        "--base",
+        choices=("full", "dequantized", "auto"),
+        default="full",
+        help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
+    )
+    verb.add_argument("--no-verify", action="store_true", help="skip reopening and comparing")
+
+
+def add_evaluate(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
+    verb.add_argument("--data", type=Path, required=True, nargs="+", metavar="FILE", help="rows to evaluate on")
+    verb.add_argument(
+        "--max-tokens", type=_read_count, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
+    )
+
+
+def add_chat(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
+    verb.add_argument("--prompt", metavar="TEXT", help="answer once and stop")
+    verb.add_argument("--system", metavar="TEXT", help="a system line")
+    verb.add_argument(
+        "--max-new-tokens", type=_read_count, default=512, metavar="N", help="longest answer (default: 512)"
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+
+
+def add_demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+
+
+def _read_count(text: str) -> int:
+    """Read a whole number above 0; argparse turns the error into its usual message and exit status 2."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
+    return int(text)

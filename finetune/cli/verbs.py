@@ -1,0 +1,148 @@
+"""The table of verbs: one row each, with its help, its arguments, the function that runs it, and examples."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune.cli import arguments
+from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_train
+from finetune.cli.looking import (
+    run_check,
+    run_checkpoints,
+    run_doctor,
+    run_lint,
+    run_mixtures,
+    run_plan,
+    run_preview,
+    run_recipes,
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb; `run` gets what was parsed and returns the exit status, `examples` are whole command lines."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    examples: tuple[str, ...]
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        "checkpoints",
+        "list the base checkpoints that a run can train from",
+        arguments.add_checkpoints,
+        run_checkpoints,
+        ("finetune checkpoints", "finetune checkpoints --states FOLDER --json"),
+    ),
+    Verb(
+        "recipes",
+        "list the shipped recipes, or copy one with every key that it could have",
+        arguments.add_recipes,
+        run_recipes,
+        ("finetune recipes", "finetune recipes sft_qlora -o my.yaml", "finetune recipes --keys"),
+    ),
+    Verb(
+        "mixtures",
+        "show what the authors trained on, phase by phase",
+        arguments.add_mixtures,
+        run_mixtures,
+        ("finetune mixtures", "finetune mixtures --phase 26", "finetune mixtures --plot mixtures.png"),
+    ),
+    Verb(
+        "fold",
+        "write the exact Llama form of a checkpoint",
+        arguments.add_fold,
+        run_fold,
+        ("finetune fold phase20 -o exports/phase20", "finetune fold base -o exports/base --dtype bfloat16"),
+    ),
+    Verb(
+        "check",
+        "check a recipe without loading anything",
+        arguments.add_recipe,
+        run_check,
+        ("finetune check my.yaml", "finetune check sft_qlora -s data.train=my.jsonl"),
+    ),
+    Verb(
+        "preview",
+        "show rows as the model will see them, with what is trained marked",
+        arguments.add_preview,
+        run_preview,
+        (
+            "finetune preview sft_qlora -s data.train=my.jsonl",
+            "finetune preview my.yaml -n 5 --html rows.html",
+        ),
+    ),
+    Verb(
+        "lint",
+        "look for what is wrong with the rows: duplicates, empty answers, overlap and more",
+        arguments.add_lint,
+        run_lint,
+        ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean"),
+    ),
+    Verb(
+        "plan",
+        "predict memory and time of a training step, without a GPU and without weights",
+        arguments.add_plan,
+        run_plan,
+        (
+            "finetune plan sft_qlora --memory 8GB",
+            'finetune plan sft_lora --gpu "RTX 4090" --fit',
+            "finetune plan sft_full --processes 4 --engine fsdp2",
+        ),
+    ),
+    Verb(
+        "doctor",
+        "show what this machine has, and what the kit will therefore use",
+        arguments.add_nothing,
+        run_doctor,
+        ("finetune doctor", "finetune doctor --json"),
+    ),
+    Verb(
+        "train",
+        "train, and leave a run directory",
+        arguments.add_train,
+        run_train,
+        (
+            "finetune train sft_qlora -s data.train=my.jsonl -s output=runs/mine",
+            "finetune train sft_qlora -s data.train=my.jsonl -s output=runs/mine --resume",
+            "finetune train dpo_qlora -s model.checkpoint=runs/mine -s data.train=pairs.jsonl",
+        ),
+    ),
+    Verb(
+        "export",
+        "merge a run into Llama-format weights, and prove that they are right",
+        arguments.add_export,
+        run_export,
+        (
+            "finetune export runs/mine -o exports/mine",
+            "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto",
+        ),
+    ),
+    Verb(
+        "evaluate",
+        "measure loss, perplexity and token accuracy on held-out rows",
+        arguments.add_evaluate,
+        run_evaluate,
+        (
+            "finetune evaluate runs/mine --data held_out.jsonl",
+            "finetune evaluate base --data held_out.jsonl --json",
+        ),
+    ),
+    Verb(
+        "chat",
+        "talk to a run or a model",
+        arguments.add_chat,
+        run_chat,
+        ("finetune chat runs/mine", 'finetune chat exports/mine --prompt "Who are you?" --temperature 0.7'),
+    ),
+    Verb(
+        "demo",
+        "run every step of the kit in miniature: train, export, verify, answer",
+        arguments.add_demo,
+        run_demo,
+        ("finetune demo", "finetune demo -o runs/second-demo"),
+    ),
+)

@@ -1,0 +1,128 @@
+"""Every key that a recipe can have: its default, what it takes, and what it does."""
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from finetune.checkpoints.checkpoint_table import list_aliases
+from finetune.data.formats.row_formats import FORMATS
+from finetune.files.resources import list_templates
+from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH
+from finetune.recipe.key_texts import KEYS
+from finetune.recipe.methods import METHODS
+from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
+from finetune.recipe.sections import LINEAR_LAYERS, Recipe, SourceSection
+from finetune.rewards.rules import RULES
+from finetune.runs.export_settings import ExportSettings
+
+SOURCE, TRAINER, STAGES, EXPORT = "source", "trainer", "stages", "export"
+# What a key takes, where its type does not tell.
+_VALUES: Mapping[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "model.checkpoint": (*list_aliases(), "a hub id", "a folder", "a run directory"),
+    "data.train": ("a source", "a list of sources"),
+    "data.eval": ("a source", "a list of sources"),
+    "data.sources": ("names with a source each",),
+    "data.mixture": ("phase1 to phase27", "phase26-4k"),
+    "data.format": ("auto", *FORMATS),
+    "data.template": ("auto", *list_templates(), "a .jinja file"),
+    "adapter.targets": ("all-linear", *LINEAR_LAYERS),
+    "rewards.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
+    "optimizer.states": ("auto", "fresh", "published", "a folder"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key; `default` is written as in YAML, `values` are what it takes, `inner` the keys of a section."""
+
+    name: str
+    default: str
+    values: tuple[str, ...]
+    text: str
+    inner: tuple["Key", ...] = ()
+
+    @property
+    def short_name(self) -> str:
+        """The key as it is written inside its section."""
+        return self.name.rpartition(".")[2]
+
+
+def list_recipe_keys() -> tuple[Key, ...]:
+    """Return the keys of a recipe in their order; sections hold their own."""
+    return tuple(_list_fields(Recipe, ""))
+
+
+def list_source_keys() -> tuple[Key, ...]:
+    """Return the keys of one source of rows that is written as a mapping."""
+    return tuple(_list_fields(SourceSection, f"{SOURCE}."))
+
+
+def list_chain_keys() -> tuple[Key, ...]:
+    """Return what makes a recipe a chain."""
+    kinds = {"name": "text", "recipe": "text", "export": "a section of keys and values"}
+    inner = tuple(_make_key(f"{STAGES}.{name}", "", (kind,)) for name, kind in kinds.items())
+    return (dataclasses.replace(_make_key(STAGES, "", ("a list of stages",)), inner=inner),)
+
+
+def list_export_keys() -> tuple[Key, ...]:
+    """Return the options of a stage that exports."""
+    return tuple(_list_fields(ExportSettings, f"{EXPORT}."))
+
+
+def walk_keys(keys: tuple[Key, ...]) -> Iterator[Key]:
+    """Yield keys with those inside them."""
+    for key in keys:
+        yield key
+        yield from walk_keys(key.inner)
+
+
+def _list_fields(section: type[Any], prefix: str) -> Iterator[Key]:
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            inner = tuple(_list_fields(hint, f"{name}."))  # type: ignore[arg-type]
+            yield Key(name, "", (), KEYS[name], inner)
+        elif name == TRAINER:
+            yield Key(name, "", (), KEYS[name], _list_trainer_keys())
+        else:
+            yield _make_key(name, _write_default(field), _VALUES.get(name) or tuple(_describe_type(hint)))
+
+
+def _list_trainer_keys() -> tuple[Key, ...]:
+    """Return the kit's own keys among the trainer's options."""
+    return (
+        _make_key(f"{TRAINER}.{AUTO}", "false", (TYPE_NAMES[bool],)),
+        _make_key(f"{TRAINER}.{GLOBAL_BATCH}", str(DEFAULT_GLOBAL_BATCH), (TYPE_NAMES[int],)),
+    )
+
+
+def _make_key(name: str, default: str, values: tuple[str, ...]) -> Key:
+    return Key(name, default, values, KEYS[name])
+
+
+def _write_default(field: "dataclasses.Field[Any]") -> str:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _describe_type(hint: Any) -> Iterator[str]:
+    """Yield what a field's type takes, in the words of the messages that refuse anything else."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        yield from map(str, members)
+    elif origin in (Union, types.UnionType):
+        # A whole number is a number too.
+        yield from (TYPE_NAMES[member] for member in members if not (member is int and float in members))
+    elif origin is tuple:
+        yield f"a list, each {TYPE_NAMES[members[0]]}"
+    elif origin is not None:
+        yield f"names with {TYPE_NAMES[members[1]]} each"
+    else:
+        yield TYPE_NAMES[hint]

@@ -1,0 +1,155 @@
+"""What each key of a recipe does, in plain words: the only place where these sentences stand.
+
+`finetune recipes NAME` writes them beside the keys of a copy, and `docs/keys.md` is made from them. A key is named as in
+`--set section.key=value`; `source` stands for one entry of data.train, data.eval or data.sources, `export` for a stage of a chain.
+"""
+
+from collections.abc import Mapping
+
+KEYS: Mapping[str, str] = {
+    "method": "The training method.",
+    "model": "The base checkpoint, and how its weights are held in memory.",
+    "model.checkpoint": (
+        "The base checkpoint: an alias that `finetune checkpoints` lists, a hub id with an optional @revision, or a folder. "
+        "A run directory continues that run: its adapter, or its weights."
+    ),
+    "model.architecture": (
+        "llama trains the model as Llama weights; native trains an intermediate checkpoint as it is stored, with all its "
+        "factors, and export folds the result."
+    ),
+    "model.quantize": (
+        "How the linear layers of the base model are held: nf4 (4 bits) or int8 take less memory and need adapter.kind: lora."
+    ),
+    "model.dtype": (
+        "The type of the weights. auto is float32 on a CPU, bfloat16 on a GPU that has it, else float16; where all weights are "
+        "trained, auto holds them in float32 and multiplies in the smaller type (pretrain and anneal: bfloat16, with float32 copies)."
+    ),
+    "model.attention": "The attention kernel; auto leaves the choice to transformers.",
+    "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
+    "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
+    "data": "The rows to train and evaluate on, and how they become tokens.",
+    "data.train": (
+        "The rows to train on: a file, a folder, a glob such as my/*.jsonl, or a list of these. An entry may also be a mapping, "
+        "which takes a part of its rows or names a data set of the hub."
+    ),
+    "data.mixture": "A phase of the authors' pre-training whose proportions data.sources follow, instead of data.train.",
+    "data.sources": (
+        "Your own files for the data sets or categories of data.mixture, such as {code: mine.parquet, fineweb-edu: web/*.jsonl}."
+    ),
+    "data.eval": "The rows to evaluate on, written like data.train.",
+    "data.held_out": (
+        "Rows that are taken out of data.train to evaluate on, chosen by the seed: a share below 1, or a number of rows."
+    ),
+    "data.format": "How the rows are written; auto takes the first format whose keys the first row of a file has.",
+    "data.columns": "Your names for the keys of a format, such as {prompt: question, completion: answer}.",
+    "data.template": (
+        "The chat template; auto takes the tokenizer's own where it can be trained with, else yulan-mini. A .jinja file works too."
+    ),
+    "data.system": "A system message for rows that have none of their own.",
+    "data.max_tokens": (
+        "The longest row in tokens, prompt and answer together (of a pair, with its longer answer). For grpo and rloo it limits "
+        "the prompt; for pretrain and anneal it is the length of a packed row."
+    ),
+    "data.overflow": (
+        "What happens to longer rows: error stops the run, drop leaves them out, truncate cuts their end off, split makes "
+        "several rows of a plain text and leaves other long rows out."
+    ),
+    "data.train_on": (
+        "Which text is trained: every answer of the assistant, the last answer, or all of the row, questions included."
+    ),
+    "data.substitute": "Values for placeholders in the rows: {name: Lan} puts Lan in the place of {{name}}.",
+    "data.deduplicate": "Leave out every row that equals an earlier one.",
+    "data.workers": (
+        "How many processes turn rows into tokens; with 1 the tokenizer already uses all cores, so more help only on machines "
+        "with more than about four."
+    ),
+    "source.path": "A file, a folder or a glob.",
+    "source.hub": "A data set of the hub, as owner/name, instead of path.",
+    "source.config": "The configuration of the hub's data set, where it has several.",
+    "source.split": "The split of the hub's data set; null takes train.",
+    "source.revision": "The branch, tag or commit of the hub's data set; null takes the newest.",
+    "source.weight": (
+        "The share of this source among the sources that have a weight. The source that is used up first decides how many rows "
+        "are taken; none is repeated."
+    ),
+    "source.rows": "How many rows are taken, drawn by the seed; null takes all.",
+    "adapter": "Which weights are trained.",
+    "adapter.kind": "lora trains a LoRA adapter, none trains all weights of the model.",
+    "adapter.rank": "The rank of LoRA's matrices: the higher, the more is trained.",
+    "adapter.alpha": "The scale of the adapter, which is multiplied by alpha / rank.",
+    "adapter.dropout": "The share of LoRA's inputs that is set to 0 at random in training.",
+    "adapter.targets": "Which linear layers get an adapter: all-linear, or a list of names.",
+    "adapter.rslora": "Multiply the adapter by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
+    "adapter.dora": "Train the length of each weight column apart from its direction (DoRA).",
+    "adapter.init": (
+        "default begins with an adapter that changes nothing; pissa begins with the leading singular vectors of the weights, and "
+        "is saved as plain LoRA of twice the rank."
+    ),
+    "adapter.train_tokens": (
+        "Token ids whose rows of the embedding and of the output head are trained too, such as [104, 105, 106] for a base model "
+        "that never saw the tokens of its chat template."
+    ),
+    "rewards": "How the answers of the methods grpo and rloo are scored; other methods take no rewards.",
+    "rewards.rules": "Rules with their weights, such as {final_answer: 1.0, truncated: 0.5}; penalties are negative by themselves.",
+    "rewards.length_tokens": "The number of tokens up to which the rule length gives 1; it is 0 from twice as many on.",
+    "rewards.judge": "A reward model that scores the answers too, or alone.",
+    "rewards.judge.run": (
+        "The run directory of a finished reward run: a LoRA adapter of the same base checkpoint, quantized in the same way, with "
+        "the same template."
+    ),
+    "rewards.judge.weight": "What the reward model's score is multiplied by.",
+    "rewards.judge.clip": "The lowest and the highest score; what lies outside is moved to the nearer of them, before the weight.",
+    "optimizer": "AdamW of the methods pretrain and anneal; for other methods set trainer.learning_rate, trainer.optim and so on.",
+    "optimizer.states": (
+        "The optimizer state to begin with: fresh (zero moments), published (from the checkpoint's own folder), or a folder "
+        "with latest_universal. auto is fresh for pretrain and published for anneal."
+    ),
+    "optimizer.learning_rate": (
+        "The learning rate of a fresh optimizer; a published state brings its own. null is 1e-2, which suits only all weights of "
+        "the native architecture, whose matrices get muP's fraction of it."
+    ),
+    "optimizer.weight_decay": (
+        "The weight decay of matrices and tables; biases, norms and alphas have none. null is 0.1; a published state brings its own."
+    ),
+    "optimizer.moments": (
+        "Where and how AdamW's moments are held: float32 on the GPU, 8bit (6 bytes a weight less, other numbers), or cpu, in main "
+        "memory, which every step waits for."
+    ),
+    "optimizer.save_states": "Also write the optimizer state at the end, so that the next run can begin with it.",
+    "schedule": "Length and learning rate over time of the methods pretrain and anneal; for other methods set trainer.num_train_epochs, trainer.lr_scheduler_type and so on.",
+    "schedule.unit": "What every number of this section counts: optimizer steps, or tokens.",
+    "schedule.count": (
+        "What warmup, decay_start and decay_end count from: run, the first step of this run; states, the beginning of the training "
+        "that the optimizer state comes from, in steps."
+    ),
+    "schedule.length": "How long the run is, in schedule.unit; null takes the data once.",
+    "schedule.warmup": "How long the learning rate rises from 0 to its full value, in schedule.unit.",
+    "schedule.decay": "How the learning rate falls to 0; none keeps it. auto is none for pretrain and 1-sqrt for anneal.",
+    "schedule.decay_start": "Where the learning rate begins to fall, in schedule.unit; null is the end of the warm-up.",
+    "schedule.decay_end": "Where the learning rate reaches 0, in schedule.unit; null is the end of the run.",
+    "trainer": (
+        "Options of the method's trainer: every option of its TRL or transformers configuration class goes through by its name, "
+        "except those that the kit decides."
+    ),
+    "trainer.auto": (
+        "Pick the micro-batch size, gradient checkpointing, activation offloading and the optimizer that fit the memory, and keep "
+        "the effective batch size. Not for grpo, rloo, pretrain and anneal. `trainer: auto` sets this key alone."
+    ),
+    "trainer.global_batch": "The effective batch size in rows, over all processes, which trainer.auto: true splits up.",
+    "answers": (
+        "The most tokens of each answer that the run keeps from before and after the training, to a few prompts; 0 keeps none."
+    ),
+    "output": "The run directory; an empty text stands for runs/NAME in the current folder, after the recipe file.",
+    "seed": "The seed of held-out and drawn rows, of their order, and of new weights.",
+    "stages": "Makes the recipe a chain: a list of stages, each of which continues the one before; other keys hold for every stage.",
+    "stages.name": "The name of a stage, which is the name of its folder in the output.",
+    "stages.recipe": "A recipe file, or a shipped recipe, that the stage begins with; the stage says what differs.",
+    "stages.export": "Makes the stage export the newest run before it; the options are those of `finetune export`.",
+    "export.dtype": "The type of the exported weights; auto keeps the stored one.",
+    "export.max_shard_size": "The largest weight file, such as 2GB.",
+    "export.base": (
+        "What the adapter of a quantized run is merged into: the full-precision base, its dequantized form, or the one of the two "
+        "that has the lower held-out loss."
+    ),
+    "export.verify": "Open the exported model again and compare its logits with those of the run.",
+}
