@@ -4,7 +4,6 @@ Source: the authors' repository RUC-GSAI/YuLan-Mini and the technical report (ar
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,21 +78,6 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     ),
 )
 
-# The sizes that all published checkpoints share, as a Llama configuration. Source: their config.json.
-PUBLISHED_SIZES: Mapping[str, int | bool] = {
-    "vocab_size": 99_000,
-    "hidden_size": 1_920,
-    "intermediate_size": 4_800,
-    "num_hidden_layers": 56,
-    "num_attention_heads": 30,
-    "num_key_value_heads": 6,
-    "head_dim": 64,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 28_723,
-    "pad_token_id": 102,
-}
-
 _PHASE_ALIAS = re.compile(r"phase([1-9]|1\d|2[0-5])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -126,7 +110,13 @@ def is_another_start(one: str, other: str) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Tell whether `name` reads as `owner/repository`, with or without an `@revision`."""
-    return _HUB_ID.fullmatch(name.partition("@")[0]) is not None
+    return _HUB_ID.fullmatch(split_hub_id(name)[0]) is not None
+
+
+def split_hub_id(name: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of a name such as `owner/repository@revision`."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def describe_checkpoints() -> str:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
+from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases, split_hub_id
 from finetune.errors import CheckpointError, describe_unknown_name
 from finetune.files.cache import find_cache, hash_file, make_once
 from finetune.files.resources import find_demo_data
@@ -46,9 +46,8 @@ def find_checkpoint(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    repository, _, revision = name.partition("@")
     if is_hub_id(name) and not name.startswith((".", "/", "~")):
-        return _download(repository, revision or None, name)
+        return _download(*split_hub_id(name), name)
     raise CheckpointError(
         f"{name!r} is {describe_unknown_name(name, list_aliases())}; a hub id (owner/repository) or a local folder works too"
     )
@@ -65,8 +64,7 @@ def find_states_folder(name: str) -> Path:
     if start is not None and start.repository is not None:
         folder = _download(start.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
     elif start is None and not folder.is_dir():
-        repository, _, revision = name.partition("@")
-        folder = _download(repository, revision or None, name, (*_WANTED_FILES, *_STATE_FILES))
+        folder = _download(*split_hub_id(name), name, (*_WANTED_FILES, *_STATE_FILES))
     if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
         raise CheckpointError(
             f"{name}: holds no optimizer states (no {POINTER} in {folder}); `finetune checkpoints` shows which starts do; "

@@ -1,14 +1,9 @@
-"""How a verb has the libraries: quiet, in one process of several, and loaded without what it does not need."""
+"""Keep libraries quiet, and let one process of several speak."""
 
-import contextlib
-import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 def is_main_process() -> bool:
@@ -31,24 +26,3 @@ def quiet_libraries() -> None:
     # Deprecations inside the libraries are for this kit's authors, whose tests turn them into errors.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-
-
-@contextlib.contextmanager
-def load_for_plan() -> Iterator[None]:
-    """Import inside it what a plan needs, without what takes three of a plan's twenty seconds and serves none.
-
-    That is torch's compiler, which bitsandbytes has loaded for kernels that no plan runs, and the search for garbage
-    among all that stays loaded.
-    """
-    asked = os.environ.get(_NO_COMPILER)
-    os.environ[_NO_COMPILER] = "1"
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        if asked is None:
-            del os.environ[_NO_COMPILER]
-        else:
-            os.environ[_NO_COMPILER] = asked

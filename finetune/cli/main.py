@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import io
 import os
 import signal
@@ -25,8 +23,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
-    # At the end Python would search everything that torch has loaded for garbage, a third of a second for nothing.
-    atexit.register(gc.freeze)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()

@@ -1,19 +1,21 @@
 """Export a run: base + adapter → Llama shards, reopened and compared, or nothing at all."""
 
+from __future__ import annotations
+
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.exporting.card import write_card
 from finetune.exporting.merged import Subject, open_merged, open_subject
-from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, Verifier
+from finetune.exporting.proof import BaseKind, BaseScores, ExportReport
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.runs.export_settings import ExportSettings, list_refusals
@@ -22,13 +24,17 @@ from finetune.runs.run_files import EXPORT_REPORT_FILE
 from finetune.yulan.folding import copy_tokenizer, describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards
+from finetune.yulan.tensors import name_dtype
+
+if TYPE_CHECKING:  # it loads the libraries of models, which an export without a comparison does not need
+    from finetune.exporting.verify import LogitVerifier
 
 # These belong to how the base was stored or loaded once, not to the exported weights.
 _STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def export_result(
-    result: Result, output: Path, settings: ExportSettings, verifier: Verifier | None = None
+    result: Result, output: Path, settings: ExportSettings, verifier: LogitVerifier | None = None
 ) -> ExportReport:
     """Write a result as a Llama folder; with a verifier, reopen it and compare.
 
@@ -41,22 +47,20 @@ def export_result(
     check_output_free(output)
     subject = open_subject(result)
     _check_base(subject, settings, verifier is not None)
-    # Before the models are run: an adapter that does not fit is then refused at once.
+    # Before the models are run: an adapter or a template that does not fit is then refused at once.
+    template = subject.template
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
         merged = replace(merged, quantize=subject.quantize)
-    with write_folder(output) as folder, ThreadPoolExecutor(1) as beside:
-        # Loading what renders templates takes one core half a second, which the streams leave free.
-        template = beside.submit(lambda: subject.template)
+    with write_folder(output) as folder:
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
-        template.result()
-        _write_companions(folder, subject, merged.dtype)
+        _write_companions(folder, subject, template, merged.dtype)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(output, _name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
+        report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
         write_json(folder / EXPORT_REPORT_FILE, _describe_for_machines(report, subject))
         write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
@@ -67,7 +71,7 @@ def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> N
         raise ExportError(f"{subject.result.folder}: {reason}")
 
 
-def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
+def _write_companions(folder: Path, subject: Subject, template: ChatTemplate, dtype: torch.dtype) -> None:
     """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
     stored = read_config(subject.base)
     if subject.architecture == "yulanmini":
@@ -76,17 +80,17 @@ def _write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> Non
         config = {key: value for key, value in stored.items() if key not in _STALE_KEYS}
         config |= {
             "architectures": ["LlamaForCausalLM"],
-            "dtype": _name_dtype(dtype),
-            "torch_dtype": _name_dtype(dtype),
+            "dtype": name_dtype(dtype),
+            "torch_dtype": name_dtype(dtype),
         }
     lineage = subject.result.lineage
     if lineage is not None:
         _extend_positions(config, lineage)
     write_json(folder / "config.json", config)
     copy_tokenizer(subject.tokenizer_folder, folder)
-    (folder / "chat_template.jinja").write_text(subject.template.source, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     tokenizer = load_tokenizer_file(folder)
-    stops = list_stop_tokens(tokenizer, subject.template)
+    stops = list_stop_tokens(tokenizer, template)
     end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -142,7 +146,3 @@ def _describe_bases(bases: BaseScores, chosen: BaseKind) -> str:
         parts.append(f"{score.loss:.4f} merged into the {name} base ({score.top1_agreement:.1%} same likeliest token)")
     text = f"held-out loss: {', '.join(parts)}; written: {chosen}"
     return text if bases.better == chosen else f"{text}; --base {bases.better} would have the lower loss"
-
-
-def _name_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

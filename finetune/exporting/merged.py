@@ -14,10 +14,10 @@ from finetune.errors import ExportError
 from finetune.exporting.adapter_changes import Adapter, read_adapter
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
 from finetune.runs.results import Result
-from finetune.yulan.folding import DTYPES, Fold, list_llama_tensors
+from finetune.yulan.folding import Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture
 from finetune.yulan.shards import Piece, TensorSpec
-from finetune.yulan.tensors import TensorFolder, open_tensors
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
     """
     fold = Fold.open(subject.base) if subject.architecture == "yulanmini" else None
     tensors = fold.tensors if fold else open_tensors(subject.base)
-    chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
+    chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else WEIGHT_DTYPES[dtype]
     shapes = list_llama_tensors(fold.config) if fold else {name: tensors.shape(name) for name in tensors.names}
     lineage = subject.result.lineage
     merged = Merged(
@@ -124,7 +124,7 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
         adapter=read_adapter(subject.adapter, tensors) if subject.adapter else None,
         fold=fold,
         quantize=subject.quantize if dequantized else "none",
-        quantized_dtype=DTYPES[lineage.dtype] if lineage else chosen,
+        quantized_dtype=WEIGHT_DTYPES[lineage.dtype] if lineage else chosen,
     )
     if merged.adapter is not None:
         reached = {merged.find_stored_name(spec.name) for spec in merged.specs}

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
-
-from finetune.exporting.merged import Merged, Subject
+from typing import Literal
 
 BaseKind = Literal["full", "dequantized"]
 
@@ -61,17 +59,3 @@ class ExportReport:
     seconds: float
     bases: BaseScores | None
     verify: Comparison | None
-
-
-class Verifier(Protocol):
-    """Runs models for an export. It is handed in, so that an export without it loads none of what models need."""
-
-    def measure_bases(self, subject: Subject) -> BaseScores:
-        """Compare the bases that an adapter of a quantized run can be merged into."""
-
-    def compare(self, folder: Path, subject: Subject, merged: Merged) -> Comparison:
-        """Reopen an export and compare it with what was trained.
-
-        Raises:
-            ExportError: it is something else.
-        """

@@ -28,9 +28,8 @@ from finetune.models.opening import open_trained
 from finetune.models.precision import Precision, choose_device
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
-from finetune.yulan.folding import DTYPES
 from finetune.yulan.shards import Piece, list_pieces, run_pieces
-from finetune.yulan.tensors import open_tensors
+from finetune.yulan.tensors import WEIGHT_DTYPES, open_tensors
 
 # Merging in float32 and applying the adapter live differ by the order of sums only.
 _FLOAT32_TOLERANCE = 1e-4
@@ -195,7 +194,7 @@ def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
     section = replace(recall_model(subject.result, subject.base), quantize="none")
     model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
     if kind == "dequantized" and lineage is not None:
-        dtype = DTYPES[lineage.dtype]
+        dtype = WEIGHT_DTYPES[lineage.dtype]
         for name, parameter in model.named_parameters():
             if is_quantized(name):
                 parameter.data = requantize(parameter.data, subject.quantize, dtype)

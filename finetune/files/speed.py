@@ -1,10 +1,12 @@
 """Ways to save time that a reader would not expect. Each says what it saves, and which benchmark's table relies on it."""
 
 import gc
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 Batch = TypeVar("Batch", bound=Sequence[object])
 
 
@@ -32,3 +34,20 @@ def collect_between(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         gc.collect(1)
         yield batch
+
+
+@contextmanager
+def load_without_compiler() -> Iterator[None]:
+    """Import within the block without torch's compiler, which bitsandbytes loads for kernels that a plan never runs.
+
+    `benchmarks/plan.py` is measured with it: the compiler takes about two of the seconds that the libraries of a plan load.
+    """
+    asked = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = asked

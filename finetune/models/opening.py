@@ -15,6 +15,7 @@ from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.models.loading import load_base
 from finetune.models.precision import choose_device, choose_precision
+from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, is_result, open_result
@@ -100,12 +101,21 @@ def open_trained(result: Result) -> LoadedModel:
             f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
             "`finetune evaluate` tells how often it is right on pairs"
         )
-    device = choose_device()
-    lineage = result.lineage
+    return load_trained(result)
+
+
+def load_trained(result: Result) -> LoadedModel:
+    """Load a result as it was trained, a reward model with its head for scores.
+
+    Raises:
+        FinetuneError: the base or the template is not the one that it was trained with.
+    """
+    device, lineage = choose_device(), result.lineage
     precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
-    base = find_base(result) if result.kind == "adapter" else result.folder
-    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device)
-    if result.kind == "adapter":
+    base = find_base(result) if result.is_adapter else result.folder
+    head: Head = "language" if result.method is None else result.method.head
+    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head)
+    if result.is_adapter:
         model = PeftModel.from_pretrained(model, result.folder)
     loaded = _complete(model, load_tokenizer(find_tokenizer_folder(result, base)))
     check_template(result, loaded.template)

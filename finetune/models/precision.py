@@ -8,6 +8,7 @@ import torch
 
 from finetune.models.engine import Engine, find_engine
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.yulan.tensors import WEIGHT_DTYPES
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
 
@@ -60,8 +61,7 @@ def choose_precision(
             return Precision(torch.float32, _name_autocast(dtype))
     if dtype == "float16" and trains_all_weights:
         return Precision(torch.float32, "fp16")
-    weights = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    return Precision(weights, _name_autocast(dtype))
+    return Precision(WEIGHT_DTYPES[dtype], _name_autocast(dtype))
 
 
 def _name_autocast(dtype: str) -> AutocastDtype:

@@ -12,14 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate
-from finetune.data.encoding.template import find_template
-from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError, TrainingError
 from finetune.files.cache import hash_file
-from finetune.models.loading import load_base
-from finetune.models.precision import choose_device, choose_precision
+from finetune.models.opening import load_trained
 from finetune.recipe.sections import JudgeSection
-from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
@@ -81,20 +77,11 @@ def open_judge(result: Result) -> Judge:
     Raises:
         FinetuneError: it is no reward model, or its base or template is not the one that it was trained with.
     """
-    lineage = result.lineage
-    if lineage is None or not result.is_reward_model:
+    if not result.is_reward_model:
         raise FinetuneError(f"{result.folder}: is no reward model; train one with method: reward")
-    device = choose_device()
-    precision = choose_precision(lineage.dtype, device, False)
-    base = find_base(result) if result.kind == "adapter" else result.folder
-    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head="score")
-    if result.kind == "adapter":
-        model = PeftModel.from_pretrained(model, result.folder)
-    tokenizer = load_tokenizer(find_tokenizer_folder(result, base))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    template = find_template("auto", tokenizer)
-    check_template(result, template)
-    return Judge(model.eval(), tokenizer, template)
+    loaded = load_trained(result)
+    loaded.model.config.pad_token_id = loaded.tokenizer.pad_token_id
+    return Judge(loaded.model, loaded.tokenizer, loaded.template)
 
 
 def check_judge(run: str, base: Path, template: ChatTemplate) -> None:

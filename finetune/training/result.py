@@ -16,6 +16,7 @@ from finetune.runs.run_files import ADAPTER_FOLDER, MODEL_FOLDER, PISSA_START_FO
 from finetune.training.journal.answers import answer_rows, is_sharded
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
+from finetune.yulan.tensors import name_dtype
 
 # What an export is compared on. The real model needs minutes for so many on a processor.
 _ANSWERED_ROWS = 8
@@ -62,7 +63,7 @@ def _describe_lineage(setup: Setup) -> Lineage:
         base=str(setup.base),
         base_fingerprint=fingerprint_checkpoint(setup.base),
         quantize=model.quantize,
-        dtype=str(setup.precision.weights).removeprefix("torch."),
+        dtype=name_dtype(setup.precision.weights),
         template=setup.template.name,
         template_fingerprint=setup.template.fingerprint,
         method=setup.resolved.method.name,

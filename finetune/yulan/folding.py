@@ -29,11 +29,10 @@ from finetune.yulan.layout import (
     read_config,
 )
 from finetune.yulan.shards import Piece, TensorSpec, write_shards
-from finetune.yulan.tensors import TensorFolder, open_tensors
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype, open_tensors
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 PAD_TOKEN, EOS_TOKEN, END_OF_TURN = 102, 2, 106
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -73,14 +72,13 @@ def fold_checkpoint(
     if find_architecture(source) == "llama":
         raise CheckpointError(f"{source}: is stored as Llama already; use it as it is, there is nothing to fold")
     fold = Fold.open(source)
-    chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else DTYPES[dtype]
+    chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else WEIGHT_DTYPES[dtype]
     specs = [TensorSpec(name, shape, chosen) for name, shape in list_llama_tensors(fold.config).items()]
     with write_folder(output) as folder:
         size = write_shards(folder, specs, FoldedTensors(fold, chosen), max_shard_bytes)
         write_llama_config(folder, fold.config, chosen)
         copy_tokenizer(source, folder)
-    name = str(chosen).removeprefix("torch.")
-    return FoldReport(output, name, len(specs), size, round(time.monotonic() - started, 3))
+    return FoldReport(output, name_dtype(chosen), len(specs), size, round(time.monotonic() - started, 3))
 
 
 @dataclass(frozen=True)
@@ -271,8 +269,8 @@ def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str,
         "initializer_range": 0.02,
         "use_cache": True,
         # Both spellings: servers that pin an older transformers read only the first.
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": name_dtype(dtype),
+        "dtype": name_dtype(dtype),
         **tokens,
     }
 

@@ -59,6 +59,22 @@ def find_architecture(folder: Path) -> Architecture:
     )
 
 
+# The sizes that all published checkpoints share, as a Llama configuration. Source: their config.json.
+PUBLISHED_SIZES: Mapping[str, int | bool] = {
+    "vocab_size": 99_000,
+    "hidden_size": 1_920,
+    "intermediate_size": 4_800,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 30,
+    "num_key_value_heads": 6,
+    "head_dim": 64,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 28_723,
+    "pad_token_id": 102,
+}
+
+
 @dataclass(frozen=True)
 class NativeConfig:
     """What a published configuration says about the arithmetic.

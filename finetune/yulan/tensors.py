@@ -33,8 +33,19 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# The types that weights are written in, by the names that people and configurations give them.
+WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a type, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

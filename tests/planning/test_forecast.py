@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.cli.main import main
 from finetune.errors import MachineError
 from finetune.files.sizes import GIB, parse_memory
@@ -13,6 +12,7 @@ from finetune.pipeline import memory_ladder as ladder
 from finetune.planning.doctor import describe_machine, examine_machine
 from finetune.planning.duration import count_matrix_weights, count_work, estimate_time
 from finetune.planning.hardware import CARDS, CONTEXT_BYTES, CUBLAS_BYTES, TYPICAL_CARDS, UTILISATION, find_card
+from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import set_batch
 
 

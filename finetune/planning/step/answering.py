@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from finetune.planning.step.tracker import Peak
 from finetune.recipe.batches import read_accumulation, read_batch
 from finetune.recipe.methods import DEFAULT_METHOD
@@ -14,7 +15,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
-_HELD_ALWAYS = ("weights", "adapter", "optimizer", "gradients")
+_HELD_ALWAYS = WEIGHTS | {ADAPTER, FROZEN_ADAPTER, OPTIMIZER, GRADIENTS}
 _CACHE_BYTES = 2  # of a key or value, in 16 bits
 
 
@@ -66,7 +67,7 @@ def count_judge_bytes(recipe: Recipe) -> int:
 
 def add_answers(peak: Peak, cache_bytes: int) -> tuple[str, dict[str, int]]:
     """Return the stage and the parts of a step's peak, or those of the time when answers are written, if that takes more."""
-    held = {part: size for part, size in peak.parts.items() if part.startswith(_HELD_ALWAYS)}
+    held = {part: size for part, size in peak.parts.items() if part in _HELD_ALWAYS}
     if sum(held.values()) + cache_bytes <= sum(peak.parts.values()):
         return peak.stage, dict(peak.parts)
     return "writing answers", {**held, "answers: keys and values": cache_bytes}

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES, find_alias
+from finetune.checkpoints.checkpoint_table import find_alias, split_hub_id
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.compat import keep_in_place, load_fake_tensors, make_without_weights
 from finetune.data.account import DataReport, SplitReport
@@ -41,7 +41,7 @@ from finetune.runs.lineage import find_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result
 from finetune.yulan.folding import describe_llama_config
-from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.layout import PUBLISHED_SIZES, parse_native_config, read_config
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 
@@ -185,9 +185,9 @@ def _to_llama(folder: Path) -> Mapping[str, Any]:
 
 
 def _download_config(name: str) -> Path:
-    repository, _, revision = name.partition("@")
+    repository, revision = split_hub_id(name)
     try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+        return Path(hf_hub_download(repository, "config.json", revision=revision)).parent
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{name}: its config.json is not on this machine and the hub cannot be reached; "

@@ -15,7 +15,7 @@ import yaml
 from finetune.errors import MachineError
 from finetune.models.engine import Engine
 from finetune.planning.step import tracker as stage
-from finetune.planning.step.stages import ADAPTER, GRADIENTS, OPTIMIZER, SCALES
+from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, SCALES, WEIGHTS
 
 BUCKETS, GATHERED, COPIES = "buckets of gradients", "gathered from other processes", "float32 copies of weights"
 # DeepSpeed's defaults: elements of a bucket, elements that ZeRO-3 keeps gathered, and tensors too small to be shared out.
@@ -24,6 +24,9 @@ _STAGES = (stage.FORWARD, stage.LOSS, stage.BACKWARD, stage.AGAIN, stage.STEP)
 _BACKWARD = (stage.LOSS, stage.BACKWARD, stage.AGAIN)
 # A layer's gathered weights and the next one's on their way; its gradient, and the copy that is sent.
 _LAYERS_AT_ONCE = 2
+
+# The parts whose floating-point tensors engines share out.
+_SHARED_WEIGHTS = (WEIGHTS | {ADAPTER, FROZEN_ADAPTER}) - {SCALES}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Sharing:
     def count_share(self, tensor: torch.Tensor, part: str) -> int:
         """Return the bytes that one process, the first, keeps of a tensor."""
         size = tensor.untyped_storage().nbytes()
-        is_weight = part.startswith(("weights", ADAPTER)) and part != SCALES
+        is_weight = part in _SHARED_WEIGHTS
         if self.engine.startswith("zero") and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
             size = tensor.numel() * self.compute_bytes  # DeepSpeed holds them in the type that it computes in
         is_shared = part in (GRADIENTS, OPTIMIZER) or (is_weight and self.shares_weights)

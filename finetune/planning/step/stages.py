@@ -18,6 +18,15 @@ from finetune.planning.step.tracker import MemoryTracker
 ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "adapter: frozen copy", "gradients", "optimizer"
 KEPT, RECOMPUTED, LOSS, WORKSPACE = "activations kept", "activations recomputed", "logits and loss", "workspace"
 TABLES, SMALL, SCALES = "weights: tables", "weights: norms and biases", "weights: 4-bit scales"
+_TYPE_NAMES = {
+    torch.uint8: "nf4",
+    torch.int8: "int8",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+LINEAR = {dtype: f"weights: linear layers, {name}" for dtype, name in _TYPE_NAMES.items()}
+WEIGHTS = frozenset((TABLES, SMALL, SCALES, *LINEAR.values()))
 # Smaller states stay on the device. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
 _FEWEST_PAGED = 100_000
 
@@ -93,7 +102,7 @@ def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torc
         elif parameter.ndim < 2:
             yield SMALL, parameter
         else:
-            yield f"weights: linear layers, {_name_type(parameter.dtype)}", parameter
+            yield LINEAR.get(parameter.dtype, LINEAR[torch.float32]), parameter
             yield from ((SCALES, tensor) for tensor in _list_scales(parameter))
     yield from ((SMALL, buffer) for buffer in model.buffers())
 
@@ -112,11 +121,6 @@ def _list_copies(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> It
     """Yield what an optimizer steps that is not the model's own: float32 copies of weights that are held in less."""
     own = {id(parameter) for parameter in model.parameters()}
     yield from (p for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
-
-
-def _name_type(dtype: torch.dtype) -> str:
-    names = {torch.uint8: "nf4", torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names.get(dtype, "fp32")
 
 
 def _list_scales(parameter: Any) -> Iterator[torch.Tensor]:

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from finetune.errors import CheckpointError
-from finetune.yulan.layout import NativeConfig, parse_native_config, read_config
+from finetune.yulan.layout import PUBLISHED_SIZES, NativeConfig, parse_native_config, read_config
 
 ALPHAS = (
     "q_proj_alpha",
@@ -53,12 +53,12 @@ class YuLanMiniConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads it as a class attribute
     mlp_bias = False  # what transformers' Llama parts ask for; the architecture has none
 
-    vocab_size: int = 99_000
-    hidden_size: int = 1_920
-    intermediate_size: int = 4_800
-    num_hidden_layers: int = 56
-    num_attention_heads: int = 30
-    num_key_value_heads: int = 6
+    vocab_size: int = PUBLISHED_SIZES["vocab_size"]
+    hidden_size: int = PUBLISHED_SIZES["hidden_size"]
+    intermediate_size: int = PUBLISHED_SIZES["intermediate_size"]
+    num_hidden_layers: int = PUBLISHED_SIZES["num_hidden_layers"]
+    num_attention_heads: int = PUBLISHED_SIZES["num_attention_heads"]
+    num_key_value_heads: int = PUBLISHED_SIZES["num_key_value_heads"]
     max_position_embeddings: int = 4_096
     rope_parameters: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6

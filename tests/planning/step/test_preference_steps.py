@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from finetune.check.recipes import load_recipe, resolve_names
-from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.cli.main import main
 from finetune.files.resources import list_recipes
 from finetune.models.loading import load_base
@@ -20,6 +19,7 @@ from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER
 from finetune.planning.step.step_memory import measure_step
 from finetune.recipe.sections import ModelSection, Recipe
 from finetune.runs.results import find_earlier
+from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import measure_run, set_batch
 
 SMALL = ("data.max_tokens=128", "trainer.gradient_accumulation_steps=1")

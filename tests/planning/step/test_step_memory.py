@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.checkpoints.checkpoint_table import PUBLISHED_SIZES
 from finetune.checkpoints.finding import find_base_folder
 from finetune.models.loading import load_base
 from finetune.models.precision import Precision, choose_planned_precision
@@ -24,6 +23,7 @@ from finetune.planning.step.stages import (
     list_weights,
 )
 from finetune.planning.step.step_memory import measure_step
+from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import measure_run
 
 SHORT = "data.max_tokens=256"
