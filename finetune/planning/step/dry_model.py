@@ -104,15 +104,15 @@ def build_dry_model(
 def _move_to_fake_cpu(module: torch.nn.Module, fake: Any, moved: dict[int, torch.nn.Parameter]) -> None:
     """Replace a module's tensors by ones that run as the CPU's would: autocast, kernels and placement follow the device."""
     cpu = torch.device("cpu")
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, FakeTensor):
+    for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+        if not isinstance(parameter, FakeTensor):
             if id(parameter) not in moved:  # a tied table is one tensor, twice
                 tensor = FakeTensor(fake, torch.empty_like(parameter.detach(), device="meta"), cpu)
                 moved[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-            module._parameters[name] = moved[id(parameter)]
-    for name, buffer in module._buffers.items():
-        if buffer is not None and not isinstance(buffer, FakeTensor):
-            module._buffers[name] = FakeTensor(fake, torch.empty_like(buffer, device="meta"), cpu)
+            setattr(module, name, moved[id(parameter)])
+    for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+        if not isinstance(buffer, FakeTensor):
+            setattr(module, name, FakeTensor(fake, torch.empty_like(buffer, device="meta"), cpu))
 
 
 def _quantize_layer(layer: Linear4bit, dtype: torch.dtype, quantized: dict[torch.Size, Any]) -> None:

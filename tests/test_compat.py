@@ -1,0 +1,167 @@
+"""Patches and private names of libraries stand in `finetune/compat.py` alone, and still mean what they meant."""
+
+import ast
+import importlib
+import inspect
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from finetune import compat
+
+PACKAGE = Path(compat.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "compat.py")
+# Each private or patched name of a library, by the function that uses it.
+NAMES = {
+    "prepare_trl": ["trl.trainer.utils:_CHUNKED_LOGPROB_CHUNK_SIZE"],
+    "skip_row_preparation": [
+        "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset",
+        "trl.trainer.kto_trainer:KTOTrainer._prepare_dataset",
+    ],
+    "copy_rows": ["datasets:Dataset"],
+    "replace_chat_template": ["transformers:PreTrainedTokenizerBase.apply_chat_template"],
+    "replace_offloading": [],
+    "run_losses_in_place": [
+        "trl.kernels.chunked_logprob:_forward_tile",
+        "trl.kernels.chunked_logprob:_backward_tile",
+        "trl.kernels.chunked_logprob:_addmm_fp32",
+        "trl.trainer.utils:_use_triton",
+    ],
+    "take_reference_as_known": [
+        "trl.trainer.dpo_trainer:hash_module",
+        "trl.trainer.dpo_trainer:DPOTrainer._precompute_ref_logps",
+        "trl.trainer.kto_trainer:hash_module",
+        "trl.trainer.kto_trainer:KTOTrainer._precompute_ref_logps",
+    ],
+    "make_without_weights": ["transformers:PreTrainedModel._from_config"],
+    "build_masks_as_in_run": ["transformers.masking_utils:is_tracing"],
+    "complete_head": ["peft.utils.other:TrainableTokensWrapper"],
+    "leave_adapters_in_place": ["peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer"],
+    "keep_weights_differentiable": ["bitsandbytes.nn:Linear4bit.forward"],
+    "replace_loading": ["bitsandbytes.optim:AdamW8bit.load_state_dict"],
+    "shard_on_cpu": ["accelerate.state:PartialState._shared_state", "accelerate.state:AcceleratorState"],
+    "wrap_backward": ["accelerate:Accelerator.backward"],
+    "load_fake_tensors": ["torch._subclasses.fake_tensor:FakeTensor", "torch._subclasses.fake_tensor:FakeTensorMode"],
+    "leave_all_modes": ["torch.utils._python_dispatch:_disable_current_modes"],
+    "identify_storage": ["torch:UntypedStorage._cdata"],
+    "find_share": ["torch.distributed.tensor._utils:compute_local_shape_and_global_offset"],
+    "keep_in_place": ["torch.nn:Module.to"],
+    "keep_gradients": ["torch.nn:Module.zero_grad"],
+}
+# The tests that fail when a patch no longer does what it should.
+NOTICED_BY = {
+    "prepare_trl": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
+    "skip_row_preparation": "training/preference/test_preference.py",
+    "copy_rows": "training/preference/test_preference.py",
+    "replace_chat_template": "training/test_online.py",
+    "replace_offloading": "planning/step/test_step_memory.py",
+    "run_losses_in_place": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
+    "take_reference_as_known": "planning/step/test_preference_steps.py::test_prediction_matches_a_real_run",
+    "make_without_weights": "planning/step/test_step_memory.py",
+    "build_masks_as_in_run": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
+    "complete_head": "training/test_run.py",
+    "leave_adapters_in_place": "planning/step/test_step_memory.py",
+    "keep_weights_differentiable": "training/test_run.py",
+    "replace_loading": "training/pretraining/test_optimizer.py",
+    "shard_on_cpu": "models/test_engine.py",
+    "wrap_backward": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
+    "load_fake_tensors": "planning/step/test_tracker.py",
+    "leave_all_modes": "planning/step/test_step_memory.py",
+    "identify_storage": "planning/step/test_tracker.py",
+    "find_share": "training/pretraining/test_annealing.py",
+    "keep_in_place": "planning/step/test_step_memory.py",
+    "keep_gradients": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
+}
+
+
+def test_every_entry_is_listed_with_its_test():
+    generic = {"replace_attribute", "do_nothing"}
+    functions = {name for name, found in vars(compat).items() if inspect.isfunction(found) and name[0] != "_"}
+    own = {name for name in functions if getattr(compat, name).__module__ == compat.__name__}
+    assert own - generic == set(NAMES) == set(NOTICED_BY)
+    for place in NOTICED_BY.values():
+        file, _, test = place.partition("::")
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert f"def {test}" in text
+    for name in own:
+        assert getattr(compat, name).__doc__
+
+
+@pytest.mark.parametrize("place", [place for places in NAMES.values() for place in places])
+def test_the_names_are_there(place):
+    module, _, path = place.partition(":")
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        assert hasattr(found, name), f"{place} is gone; look at finetune/compat.py"
+        found = getattr(found, name)
+
+
+def test_an_attribute_is_replaced_for_a_while():
+    owner = types.SimpleNamespace(name="before")
+    with compat.replace_attribute(owner, "name", "within"):
+        assert owner.name == "within"
+    assert owner.name == "before"
+    with pytest.raises(AttributeError), compat.replace_attribute(owner, "absent", 1):
+        pass
+
+    child = type("Child", (Path,), {})
+    with compat.replace_attribute(child, "exists", lambda: "within"):
+        assert child.exists() == "within"
+    assert "exists" not in vars(child)  # it is inherited again
+
+
+def test_rows_keep_their_order_without_a_copy():
+    rows = Dataset.from_dict({"number": list(range(8))}).shuffle(seed=1)
+
+    class Rows(Dataset):
+        """Another class of the same rows."""
+
+    copied = compat.copy_rows(Rows, rows)
+    assert isinstance(copied, Rows) and copied["number"][:] == rows["number"][:] != list(range(8))
+
+
+def test_views_share_a_storage():
+    tensor = torch.zeros(4)
+    assert compat.identify_storage(tensor[1:]) == compat.identify_storage(tensor)
+    assert compat.identify_storage(tensor) != compat.identify_storage(torch.zeros(4))
+
+
+def list_foreign_names(tree):
+    """Return the names that a module binds by importing something that is not ours."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("finetune"):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def find_root(node):
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_module_patches_a_library_or_uses_its_private_names(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    foreign = list_foreign_names(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("finetune"):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            found += [name for name in names if is_private(name) or name == "mock"]
+        elif isinstance(node, ast.Attribute) and find_root(node) in foreign:
+            is_operation = ".ops." in ast.unparse(node)  # operations of torch are called by these names everywhere
+            found += [ast.unparse(node)] if is_private(node.attr) and not is_operation else []
+            found += [ast.unparse(node)] if isinstance(node.ctx, ast.Store) else []
+    # Torch documents this class in a module with a private name.
+    assert [name for name in found if (path.name, name) != ("tracker.py", "_python_dispatch")] == []
