@@ -209,9 +209,10 @@ def leave_all_modes() -> contextlib.AbstractContextManager[Any]:
     return context
 
 
-def identify_storage(tensor: Any) -> int:
-    """Return a number that tensors which share a storage have in common; tensors without content have no addresses."""
-    return int(tensor.untyped_storage()._cdata)
+def identify_storage(storage: Any) -> int:
+    """Return the number of a tensor's storage, which tensors that share it have in common; without content it has no address."""
+    number: int = storage._cdata
+    return number
 
 
 def find_share(shape: Any, mesh: Any, placements: Any) -> tuple[Sequence[int], Sequence[int]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import RecipeError
-from finetune.files.speed import load_without_compiler
+from finetune.files.speed import load_for_plan
 
 if TYPE_CHECKING:
     from finetune.check.chain_stages import TrainStage
@@ -113,7 +113,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     # Whatever is wrong with the recipe is said before the seconds that loading torch takes.
     chain = load_chain(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
-    with load_without_compiler():
+    with load_for_plan():
         from finetune.planning.automatic import choose_settings, describe_choices
         from finetune.planning.forecast import (
             choose_target,

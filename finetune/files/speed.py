@@ -37,15 +37,18 @@ def collect_between(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def load_without_compiler() -> Iterator[None]:
-    """Import within the block without torch's compiler, which bitsandbytes loads for kernels that a plan never runs.
+def load_for_plan() -> Iterator[None]:
+    """Import within the block what a plan needs: without torch's compiler, and without searches for garbage.
 
-    `benchmarks/plan.py` is measured with it: the compiler takes about two of the seconds that the libraries of a plan load.
+    bitsandbytes loads the compiler for kernels that a plan never runs. What is loaded stays until the process ends, so that
+    searching it for garbage, then and later, finds nothing. `benchmarks/plan.py` is measured with it.
     """
     asked = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
     try:
-        yield
+        with pause_garbage_search():
+            yield
+            gc.freeze()
     finally:
         if asked is None:
             del os.environ[_NO_COMPILER]

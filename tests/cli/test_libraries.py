@@ -1,12 +1,13 @@
 """How libraries are loaded for a plan."""
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 
-from finetune.files.speed import load_without_compiler
+from finetune.files.speed import load_for_plan
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
@@ -14,10 +15,10 @@ def test_loading_leaves_the_process_as_it_was(monkeypatch, asked):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     if asked is not None:
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", asked)
-    with pytest.raises(ImportError), load_without_compiler():
-        assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    with pytest.raises(ImportError), load_for_plan():
+        assert not gc.isenabled() and os.environ["TORCHDYNAMO_DISABLE"] == "1"
         raise ImportError
-    assert os.environ.get("TORCHDYNAMO_DISABLE") == asked
+    assert gc.isenabled() and os.environ.get("TORCHDYNAMO_DISABLE") == asked
 
 
 def test_a_plan_loads_no_compiler_and_no_plots():

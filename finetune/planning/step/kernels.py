@@ -92,13 +92,13 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._stay = {identify_storage(tensor) for _, tensor in list_weights(model)}
+        self._stay = {identify_storage(tensor.untyped_storage()) for _, tensor in list_weights(model)}
         self._leaving: deque[torch.Tensor] = deque(maxlen=_STASHED_TENSORS)
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Size, torch.dtype]:
         small = tensor.numel() * tensor.element_size() < _SMALLEST_OFFLOADED
-        if small or identify_storage(tensor) in self._stay:
+        if small or identify_storage(tensor.untyped_storage()) in self._stay:
             return tensor
         self._leaving.append(tensor)
         return tensor.shape, tensor.dtype

@@ -150,7 +150,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _log(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
-        key = identify_storage(tensor)
+        key = identify_storage(storage)
         known = self._live.get(key)
         if known is not None:
             return known[0]
