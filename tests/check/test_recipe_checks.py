@@ -120,7 +120,10 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
         ("adapter: {init: pissa}\nmodel: {quantize: nf4}", "adapter.init: pissa changes the base weights"),
         ("adapter: {init: pissa, dora: true}", "adapter.dora: cannot be combined with init: pissa"),
         ("trainer: {lerning_rate: 1e-4}", "trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
-        ("trainer: {max_length: 12}", "trainer.max_length: set data.max_tokens instead; the kit owns this setting"),
+        (
+            "trainer: {max_length: 12}",
+            "trainer.max_length: set data.max_tokens instead; the kit sets this option itself",
+        ),
         ("trainer: {learning_rate: fast}", "trainer.learning_rate: must be float; found 'fast'"),
         ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be float; found True"),
         ("trainer: {lr_scheduler_type: cosin}", "trainer.lr_scheduler_type: must be one of linear, cosine,"),
@@ -174,7 +177,7 @@ def test_all_problems_come_together(write):
     )
     assert problems == [
         "methud: unknown key; did you mean 'method'?",
-        "trainer.max_length: set data.max_tokens instead; the kit owns this setting",
+        "trainer.max_length: set data.max_tokens instead; the kit sets this option itself",
         "trainer.packng: unknown key; did you mean 'packing'?",
         "data.train: pair.jsonl does not exist; pairs.jsonl does",
         "adapter.rank: must be at least 1; found -1",

@@ -286,7 +286,7 @@ def test_pairs_are_evaluated_in_plain_numbers(chain):
         ("trainer.precompute_ref_log_probs=true", "trainer.precompute_ref_log_probs: is computed before"),
         ("trainer.loss_type=sigmiod", "trainer.loss_type: 'sigmiod' is unknown; did you mean 'sigmoid'?"),
         ("trainer.loss_type=[sigmoid, sfd]", "trainer.loss_type: 'sfd' is unknown"),
-        ("trainer.sync_ref_model=true", "trainer.sync_ref_model: the reference stays the start"),
+        ("trainer.sync_ref_model=true", "trainer.sync_ref_model: the reference model stays as it is before step 1"),
         ("data.train_on=all", "data.train_on: dpo learns from whole answers"),
         ("data.format=alpaca", "data.format: holds rows of the format alpaca"),
     ],
