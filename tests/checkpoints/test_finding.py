@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     [
         ("before-anealing", "is unknown; did you mean 'before-annealing'?"),
         ("phase26", "is unknown; did you mean 'phase"),
-        ("base-4k", "the authors' documents give no link; use a local folder"),
+        ("base-4k", "the authors' documents give no link to it; give a local folder instead"),
         ("./missing", "is unknown"),
     ],
 )
