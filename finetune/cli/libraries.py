@@ -1,4 +1,4 @@
-"""How a verb has the libraries: quiet, in one process of several, and loaded without what it does not need."""
+"""Keep the libraries quiet, print in one process only, and import less for a plan."""
 
 import contextlib
 import gc
@@ -12,33 +12,33 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 def is_main_process() -> bool:
-    """Return whether this is the one process of a launch that prints and writes."""
+    """Return whether this is the process that prints and writes; a launch of several processes has one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries() -> None:
-    """Send our notes to standard error as plain lines, and keep what libraries say to themselves out of them."""
+    """Print the kit's notes to standard error as plain lines, and suppress the libraries' notes and warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("finetune")
-    ours.handlers = [handler]  # not one more for every call from another program
+    ours.handlers = [handler]  # replaced, so that repeated calls from another program add no second handler
     ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("bitsandbytes", "accelerate", "trl"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # Deprecations inside the libraries are for this kit's authors, whose tests turn them into errors.
+    # Users cannot act on deprecations inside the libraries. The kit's tests turn them into errors.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
 
 
 @contextlib.contextmanager
 def load_for_plan() -> Iterator[None]:
-    """Import inside it what a plan needs, without what takes three of a plan's twenty seconds and serves none.
+    """Import the libraries for a plan inside this block; it saves three of a plan's twenty seconds.
 
-    That is torch's compiler, which bitsandbytes has loaded for kernels that no plan runs, and the search for garbage
-    among all that stays loaded.
+    It keeps bitsandbytes from importing torch's compiler, whose kernels a plan does not run. It also stops the search for garbage
+    among the imported objects, which stay in memory anyway.
     """
     asked = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"

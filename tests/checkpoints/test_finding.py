@@ -121,7 +121,7 @@ def test_a_reader_sees_all_or_nothing(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OutputError, match="another process has just written it"), write_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match="another process wrote it at the same time"), write_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("x")
     assert (tmp_path / "out" / "mine").read_text() == "x"
