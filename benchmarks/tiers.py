@@ -1,8 +1,8 @@
-"""Write a recipe for each size of card, plan it on the real model's sizes, and draw what takes the room.
+"""Write a recipe for each size of GPU, plan it with the real model's sizes, and draw its memory by parts.
 
     python benchmarks/tiers.py            # recipes/tiers/*.yaml, benchmarks/tiers.json and .png, the table in recipes/README.md
 
-Nothing is trained and no GPU is needed: every figure is a plan's. A recipe that does not fit its card is not written.
+All figures come from plans, so nothing is trained and no GPU is needed. A recipe that does not fit its device is not written.
 """
 
 import json
@@ -24,7 +24,7 @@ ROWS_PER_STEP = 16
 
 @dataclass(frozen=True)
 class Tier:
-    """One device: what is trained there, on rows of how many tokens, and what else the recipe says."""
+    """A device with its memory, and the recipe for it: `model`, `adapter` and `trainer` are YAML, `tokens` is the longest row."""
 
     name: str
     device: str
@@ -56,7 +56,7 @@ TIERS = (
         f"learning_rate: 1e-5\n  optim: paged_adamw_8bit\n  {CHECKPOINTING}",
     ),
     Tier("80gb", "GPU, 80 GB", 80, "dtype: auto", FULL, 28672, f"learning_rate: 1e-5\n  {CHECKPOINTING}"),
-    # Apple's GPU shares the machine's memory, of which the system keeps about a quarter.
+    # Apple's GPU shares the machine's memory, and the system keeps about a quarter of it.
     Tier(
         "apple_16gb",
         "Apple, 16 GB",
@@ -98,19 +98,21 @@ trainer:
 
 
 def plan_tier(tier: Tier) -> tuple[str, Plan]:
-    """Write a tier's recipe and return its text with its plan; take the file away again if it does not fit."""
+    """Write a tier's recipe; return its text and its plan. Remove the file again if the recipe does not fit the device."""
     path, text = TIERS_FOLDER / f"{tier.name}.yaml", write_recipe(tier)
     path.write_text(text, encoding="utf-8")
     recipe = load_recipe(path, [] if tier.is_gpu else ["trainer.use_cpu=true"])
     plan = make_plan(recipe, Target(tier.is_gpu, int(tier.memory_gib * GIB)))
     if not plan.fits:
         path.unlink()
-        raise SystemExit(f"{tier.name}: {plan.peak_bytes / GIB:.2f} GiB do not fit {tier.memory_gib}; lower its tokens")
+        raise SystemExit(
+            f"{tier.name}: {plan.peak_bytes / GIB:.2f} GiB do not fit {tier.memory_gib} GiB; lower its tokens"
+        )
     return text, plan
 
 
 def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
-    """Return a row of the result."""
+    """Return a tier's row of the result, as plain JSON values."""
     trains = "all weights" if tier.adapter == FULL else "LoRA, rank 16"
     base = (
         "4 bits"
@@ -135,7 +137,7 @@ def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
 
 
 def draw_parts(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a stacked bar for each tier: its parts, as shares of what its device has."""
+    """Draw a stacked bar for each tier: the parts of its peak memory, as shares of the device's memory."""
     groups = {
         "weights": ("weights",),
         "adapter, gradients, optimizer": ("adapter", "gradients", "optimizer"),
@@ -179,7 +181,7 @@ def write_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write everything anew."""
+    """Write the recipes, the results, the picture and the table."""
     TIERS_FOLDER.mkdir(exist_ok=True)
     rows = []
     for tier in TIERS:
