@@ -19,7 +19,7 @@ from finetune.planning.forecast import Plan, Target, make_plan
 ROOT = Path(__file__).parents[1]
 TIERS_FOLDER, RESULT = ROOT / "recipes" / "tiers", Path(__file__).with_suffix(".json")
 BEGIN, END = "<!-- tiers: written by benchmarks/tiers.py -->", "<!-- /tiers -->"
-ROWS_PER_STEP = 16
+ACCUMULATION = 16
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ trainer:
   lr_scheduler_type: cosine
   warmup_steps: 0.03
   per_device_train_batch_size: 1
-  gradient_accumulation_steps: {ROWS_PER_STEP}
+  gradient_accumulation_steps: {ACCUMULATION}
 """
 
 
@@ -128,7 +128,7 @@ def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
         "trains": trains,
         "base": base,
         "tokens": tier.tokens,
-        "rows_at_once": 1,
+        "micro_batch_size": 1,
         "peak_bytes": plan.peak_bytes,
         "memory_bytes": plan.memory_bytes,
         "stage": plan.peak_stage,
@@ -169,11 +169,11 @@ def draw_parts(rows: list[dict[str, Any]], path: Path) -> None:
 def write_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| recipe | trains | base in | longest row | at once | predicted peak | of |",
+        "| recipe | trains | base in | longest row | micro-batch | predicted peak | of |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `tiers/{row['tier']}.yaml` | {row['trains']} | {row['base']} | {row['tokens']:,} tokens | {row['rows_at_once']} row "
+        f"| `tiers/{row['tier']}.yaml` | {row['trains']} | {row['base']} | {row['tokens']:,} tokens | {row['micro_batch_size']} row "
         f"| {row['peak_bytes'] / GIB:.2f} GiB | {row['memory_bytes'] / GIB:.0f} GiB |"
         for row in rows
     ]
