@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs; nothing but Python, pip, git and make must be there before.
+# Every target first makes .venv and installs all packages into it. Only Python, pip, git and make must be installed before.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/finetune demo
 
-# One process for each core, each with one thread: what the tests compute is small, and most of their time is Python's.
+# One process for each core (at most 4), each with one thread, because the tests compute little and spend most of their time in Python.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -22,7 +22,7 @@ check: $(READY)
 bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
-# After a change of a key, of its text or of what it takes; a test compares.
+# Write docs/keys.md anew after a change of a key, its text or its values. A test compares the page with the code.
 keys: $(READY)
 	$(BIN)/finetune recipes --keys > docs/keys.md
 

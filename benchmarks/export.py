@@ -1,11 +1,11 @@
-"""Fold and export at full size, against copying the same bytes and against PEFT: wall time and memory of whole processes.
+"""Measure `finetune fold` and `finetune export` at full size, and compare them with cp and with PEFT: wall time and peak memory.
 
     python benchmarks/export.py [--folder DIR] [--layers 56] [--repeats 3]
 
-Makes a random checkpoint with YuLan-Mini's real sizes in both layouts (4.85 GB of bfloat16 as Llama) and a rank-16 adapter on
-all linear layers, then takes each way in turn, `repeats` times over. A way is timed from the start of its process to the end of a
-`sync` of what it wrote; its memory is the peak of its process, as the system counts it. Needs 25 GB of disk and 8 GB of
-memory (PEFT's way), and writes export.md, export.json and export.png beside this file.
+It makes a random checkpoint with YuLan-Mini's real sizes in both layouts (4.85 GB of bfloat16 as Llama) and a rank-16 adapter on
+all linear layers. Then it runs the four commands in turn, `repeats` times. The time of a command is that of its process and of a
+`sync` after it. Its memory is the peak resident memory of its process. The benchmark needs 25 GB of disk and 8 GB of memory (for
+PEFT), and writes export.md, export.json and export.png beside this file.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import open_tensors
 
 SHARD_BYTES = 2 * 10**9
-# A process begins with its parent's peak memory on its account, so a parent without any libraries starts each.
+# The system counts the parent's peak memory for a child process too, so a parent without libraries launches each command.
 LAUNCHER = """
 import json, os, subprocess, sys, time
 started = time.monotonic()
@@ -48,7 +48,7 @@ COPY, FOLD, EXPORT, PEFT = "cp", "finetune fold", "finetune export", "PEFT merge
 
 
 class RandomTensors:
-    """Numbers of a usual size, cut from one random block: making billions anew would take longer than all the rest."""
+    """Random weights of a usual size, cut from one block; drawing billions of numbers would take longer than the benchmark."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self.specs = {spec.name: spec for spec in specs}
@@ -59,7 +59,7 @@ class RandomTensors:
         return False
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Return rows of a tensor; scalars are alphas near 1."""
+        """Return the rows of a piece; scalars are alphas, and get 1.25."""
         shape = self.specs[piece.name].shape
         if not shape:
             return torch.tensor(1.25, dtype=torch.bfloat16)
@@ -69,7 +69,7 @@ class RandomTensors:
 
 
 def make_inputs(folder: Path, layers: int) -> None:
-    """Write both checkpoints and the adapter, where an earlier run has not."""
+    """Write both checkpoints and the adapter."""
     config = YuLanMiniConfig(
         num_hidden_layers=layers,
         scale_emb=10.0,
@@ -96,7 +96,7 @@ def make_inputs(folder: Path, layers: int) -> None:
 
 
 def make_adapter(base: Path, folder: Path, native: NativeConfig) -> None:
-    """Write a rank-16 adapter of random numbers in PEFT's own format; the model itself is never made."""
+    """Write a rank-16 adapter of random numbers in PEFT's format; the model exists only on the meta device."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
         model.name_or_path = str(base.resolve())
@@ -119,7 +119,7 @@ def merge_by_peft(base: Path, adapter: Path, output: Path) -> None:
 
 
 def measure(command: Sequence[str], output: Path) -> tuple[float, int]:
-    """Run a command; return its wall time in seconds with a sync of what it wrote, and its peak resident bytes."""
+    """Run a command; return its wall time in seconds, including a `sync` of its output, and its peak resident bytes."""
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
     launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
@@ -130,7 +130,7 @@ def measure(command: Sequence[str], output: Path) -> tuple[float, int]:
 
 
 def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Take every way in turn, so that none has the machine's better minutes for itself."""
+    """Run the commands in turn, so that changes in the machine's speed affect all of them."""
     llama, native, adapter, output = (str(folder / name) for name in ("llama", "native", "adapter", "output"))
     finetune = [sys.executable, "-m", "finetune"]
     commands = {
@@ -139,7 +139,7 @@ def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, list[float]]]
         EXPORT: [*finetune, "export", adapter, "-o", output, "--no-verify"],
         PEFT: [sys.executable, __file__, "--peft", llama, adapter, output],
     }
-    measure(commands[COPY], folder / "output")  # fills the system's cache, for all alike
+    measure(commands[COPY], folder / "output")  # brings the files into the system's cache
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bytes": []} for name in commands}
     for number in range(repeats):
         for name, command in commands.items():
@@ -151,7 +151,7 @@ def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, list[float]]]
 
 
 def count_equal(folder: Path) -> tuple[int, int, float]:
-    """Compare our export with PEFT's: equal weights, all weights, and the largest difference."""
+    """Compare the kit's export with PEFT's; return the number of equal weights, of all weights, and the largest difference."""
     ours, theirs = folder / "output", folder / "peft"
     measure(
         [sys.executable, __file__, "--peft", *(str(folder / name) for name in ("llama", "adapter", "peft"))], theirs
@@ -215,7 +215,7 @@ def draw(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None
 
 
 def main() -> None:
-    """Run the benchmark, or the one way that is PEFT's."""
+    """Run the benchmark, or with `--peft` only PEFT's merge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: a temporary folder)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the results go")

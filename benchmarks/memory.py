@@ -1,10 +1,10 @@
-"""What a plan says that a training step takes, against the resident memory of a real run on the CPU. Linux only.
+"""Compare the memory that a plan predicts for a training step with the resident memory of a real run on the CPU. Linux only.
 
     python benchmarks/memory.py [--repeats 1]
 
-A random Llama, 512 wide with 8 layers, rows of 2,048 tokens, two steps, each recipe in a process of its own. What is compared is the
-growth of the process while it trains: weights and adapter are there before, and a small run has loaded what Python loads
-late. Writes memory.md beside this file.
+The model is a random Llama of width 512 with 8 layers. Each recipe trains two steps on rows of 2,048 tokens in a process of its
+own. The benchmark compares the growth of the process during the training. Weights and adapter are in memory before, and a small run
+has imported the modules that Python loads late. It writes memory.md beside this file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from finetune.files.resources import list_recipes
 from finetune.planning.step.stages import ADAPTER
 from finetune.planning.step.step_memory import measure_step
 
-# Small steps would drown in what Python and the C library take for themselves.
+# With shorter rows the memory of Python and the C library would hide that of a step.
 TOKENS = 2048
 LORA = ("sft_lora", "adapter.train_tokens=[]", "trainer.gradient_accumulation_steps=1")
 FULL = ("sft_full", "trainer.optim=adamw_torch", "model.dtype=auto")
@@ -38,7 +38,8 @@ CASES = {
     "packed": (*LORA, "trainer.packing=true", KEEPS),
     "DPO": ("dpo_lora", "adapter.train_tokens=[]", "trainer.gradient_accumulation_steps=1"),
 }
-# Weights are mapped from their file, and their pages count only once they were read. `clear_refs` makes the peak begin anew.
+# The weights are mapped from their file, and their pages count as resident only after they were read, so the child reads them all
+# first. Writing to `clear_refs` resets the peak.
 CHILD = """
 import ctypes, gc, sys
 from pathlib import Path
@@ -62,8 +63,8 @@ print(read("VmHWM") - before)
 """
 
 
-def save_start(folder: Path) -> None:
-    """Write the random Llama that is trained."""
+def save_base_checkpoint(folder: Path) -> None:
+    """Write the random Llama that the recipes train."""
     config = LlamaConfig(
         vocab_size=6000,
         hidden_size=512,
@@ -79,8 +80,8 @@ def save_start(folder: Path) -> None:
 
 
 def measure_growth(recipe: Path, overrides: list[str]) -> int:
-    """Train in a process of its own; return the bytes that it grows by."""
-    # Otherwise the C library keeps what was freed, and tensors of many sizes leave gaps.
+    """Train in a new process; return by how many bytes it grows."""
+    # Without this setting the C library keeps freed memory, and tensors of many sizes leave gaps in it.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(recipe), *overrides]
     root = Path(__file__).parents[1]
@@ -102,9 +103,9 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        save_start(Path(folder) / "start")
+        save_base_checkpoint(Path(folder) / "base")
         for case, (name, *overrides) in CASES.items():
-            overrides += [f"model.checkpoint={folder}/start", f"output={folder}/run", f"data.max_tokens={TOKENS}"]
+            overrides += [f"model.checkpoint={folder}/base", f"output={folder}/run", f"data.max_tokens={TOKENS}"]
             recipe = list_recipes()[name]
             peak = measure_step(load_recipe(recipe, overrides), is_gpu=False).peak
             there = sum(size for part, size in peak.parts.items() if part.startswith(("weights", ADAPTER)))

@@ -1,8 +1,9 @@
-"""The time and memory of `finetune plan` for the real model, beside the mere loading of the libraries that it runs.
+"""Measure the time and memory of `finetune plan` for the real model, and compare them with importing its libraries alone.
 
     python benchmarks/plan.py [--repeats 5]
 
-Every plan and every loading is a process of its own, taken in turn; needs no GPU and no weights. Writes plan.md beside this file.
+Each plan and each import runs in a process of its own, in turn. The benchmark needs no GPU and no weights. It writes plan.md beside
+this file.
 """
 
 import argparse
@@ -25,8 +26,8 @@ PLANS = {
 LIBRARIES = "import torch, datasets, bitsandbytes, peft, trl; from transformers import LlamaForCausalLM, Trainer"
 
 
-def take(command: list[str]) -> tuple[float, int]:
-    """Run a process and return its seconds and the most bytes that it had resident."""
+def measure(command: list[str]) -> tuple[float, int]:
+    """Run a command; return its wall time in seconds and its peak resident bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -37,7 +38,7 @@ def take(command: list[str]) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Take every plan in turn and write the table."""
+    """Measure every plan in turn, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
@@ -47,7 +48,7 @@ def main() -> None:
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for _ in range(arguments.repeats):
         for name, command in commands.items():
-            taken[name].append(take(command))
+            taken[name].append(measure(command))
     loading = statistics.median(seconds for seconds, _ in taken[LOADING])
     lines = [
         f"{platform.machine()}, Python {platform.python_version()}; median of {arguments.repeats}, least to most in brackets.",

@@ -1,12 +1,14 @@
-"""Peak memory of DPO with an adapter: against supervised steps of the same tokens, and against TRL with a reference model of its own.
+"""Compare the peak memory of DPO with an adapter with that of SFT on the same tokens, and of TRL's DPO with a second model.
 
     python benchmarks/preference_memory.py [--tokens 256] [--repeats 1]
 
-A Llama of 213 million random parameters in float32, an adapter of rank 16, two steps on the CPU of one pair of two texts (SFT: of two texts), layers
-recomputed as by default; each way in a process of its own. What counts is the most that a process ever held, less what it held when the libraries were
-imported and no model was made. On Linux that is measured twice: with every freed block of 64 KB and more given back to the system, so that what is
-counted is what is in use, and with glibc's allocator as it is, which keeps several hundred megabytes of freed blocks. The reference model is handed to TRL's trainer as people do who have a second copy of the weights: DPOTrainer then takes
-it instead of the model with its adapter off. Needs 4 GB of memory, and writes preference_memory.md beside this file.
+The model is a Llama of 213 million random parameters in float32 with an adapter of rank 16. Each case trains two steps on the CPU in
+a process of its own, with gradient checkpointing (the default). A step has one pair of two texts; in SFT it has two texts. The figure
+is the peak memory of the process, minus its memory after the imports. On Linux each case is measured with two settings of the
+allocator. In the first, glibc returns every freed block of 64 KB and more to the system, so that the figure is the memory in use. The
+second is glibc's default, which keeps several hundred megabytes of freed blocks. In the case with a second model DPOTrainer gets a
+reference model of its own. Otherwise it takes the trained model with its adapter switched off. The benchmark needs 4 GB of memory, and
+writes preference_memory.md beside this file.
 """
 
 import argparse
@@ -42,25 +44,25 @@ SIZES = {
     "num_hidden_layers": 14,
     "num_attention_heads": 16,
 }
-# What glibc is told by, and what it is told.
+# Setting of the allocator -> environment variables for glibc.
 ALLOCATORS = {"in use": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "as the system counts": {}}
-# macOS counts in bytes what Linux counts in kilobytes.
+# ru_maxrss is in bytes on macOS and in kilobytes on Linux.
 PEAK_UNIT = 1 if platform.system() == "Darwin" else 1024
 
 
 def make_model() -> LlamaForCausalLM:
-    """Return a model of random weights."""
+    """Return a model with random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 def read_peak() -> int:
-    """Return the most bytes that this process ever held."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
 
 
 def measure_way(way: str, tokens: int) -> dict[str, int]:
-    """Train two steps one way; return the bytes that they took, and the parameters."""
+    """Train two steps of one case; return the growth of the peak memory in bytes, and the number of parameters."""
     before = read_peak()
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
@@ -90,7 +92,7 @@ def measure_way(way: str, tokens: int) -> dict[str, int]:
 
 
 def run_way(way: str, allocator: str, tokens: int) -> dict[str, int]:
-    """Measure a way in a process of its own."""
+    """Measure one case in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--tokens", str(tokens), "--way", way]
     environment = {**os.environ, **ALLOCATORS[allocator]}
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
@@ -99,7 +101,7 @@ def run_way(way: str, allocator: str, tokens: int) -> dict[str, int]:
 
 
 def describe(found: dict[tuple[str, str], list[dict[str, int]]], tokens: int) -> str:
-    """Return the table as Markdown."""
+    """Return the table in Markdown."""
     runs = next(iter(found.values()))
     peaks = {key: statistics.median(run["bytes"] for run in runs) for key, runs in found.items()}
     lines = [
@@ -119,7 +121,7 @@ def describe(found: dict[tuple[str, str], list[dict[str, int]]], tokens: int) ->
 
 
 def main() -> None:
-    """Measure every way in turn and write the table."""
+    """Measure every case in turn, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=1)

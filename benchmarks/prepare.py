@@ -1,12 +1,12 @@
-"""Prepare rows with the kit, with TRL and with the bare tokenizer: rows per second and memory, each way in a process of its own.
+"""Compare how fast the kit, TRL and the bare tokenizer prepare rows: rows per second, and peak memory.
 
     python benchmarks/prepare.py [--rows 100000] [--data FOLDER] [--repeats 1]
 
-From `--data` it takes `gsm8k_train.jsonl`, `alpaca_en_demo.json` and `alpaca_zh_demo.json`, repeated to the number of rows;
-without that folder, rows are generated. The kit and TRL read the same JSON lines file, and render, tokenize, mask and cut it; the
-bare tokenizer gets the rendered texts in one call. Imports are not timed. One core means that the process may use one core
-only; with two, TRL's default is still one process. Memory is the peak of the process and its children, pages that they share
-counted once. Writes prepare.md beside this file.
+The rows come from `gsm8k_train.jsonl`, `alpaca_en_demo.json` and `alpaca_zh_demo.json` in the folder `--data`, repeated up to the
+number of rows. Without that folder the benchmark generates rows. The kit and TRL read the same JSON lines file, and render,
+tokenize, mask and truncate it. The bare tokenizer gets the rendered texts in one call. Each case runs in a process of its own, and
+imports are not timed. With one core the process may use only that core. With two cores TRL's default is still one process. Memory is
+the peak of the process and its children, with shared pages counted once. The benchmark writes prepare.md beside this file.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Measured = dict[tuple[str, int], list[tuple[float, float]]]
 
 
 def read_conversations(folder: Path, rows: int) -> list[list[dict[str, str]]]:
-    """Return conversations of real files, or generated ones, repeated to a number of rows."""
+    """Return conversations from the files of a folder, or generated ones, repeated up to a number of rows."""
     pairs = [(f"What is {i} times {i + 3}?", f"{i} times {i + 3} is {i * (i + 3)}. " * 8) for i in range(2000)]
     if folder.is_dir():
         text = (folder / "gsm8k_train.jsonl").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def read_conversations(folder: Path, rows: int) -> list[list[dict[str, str]]]:
 
 
 def write_inputs(folder: Path, data: Path, rows: int) -> None:
-    """Write the rows, and the texts that they are rendered to."""
+    """Write the rows, and the texts into which the template renders them."""
     tokenizer = load_tokenizer(as_llama(find_checkpoint("nano")))
     conversations = read_conversations(data, rows)
     lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations)
@@ -66,8 +66,8 @@ def write_inputs(folder: Path, data: Path, rows: int) -> None:
     (folder / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
 
-def take_way(name: str, folder: Path) -> float:
-    """Prepare the rows one way; return seconds."""
+def prepare_rows(name: str, folder: Path) -> float:
+    """Prepare the rows as in the case `name`; return the seconds."""
     base = as_llama(find_checkpoint("nano"))
     tokenizer = load_tokenizer(base)
     template = find_template("yulan-mini", tokenizer)
@@ -104,26 +104,26 @@ def take_way(name: str, folder: Path) -> float:
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
-    """Return the seconds that a piece of work takes."""
+    """Return how many seconds a function takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def count_memory(process: psutil.Process) -> int:
-    """Return the bytes that a process and its children hold, shared pages counted once where the system tells."""
+    """Return the memory of a process and its children in bytes; shared pages count once if the system reports them."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         try:
             memory = member.memory_full_info()
             total += getattr(memory, "pss", memory.uss)
         except psutil.Error:
-            continue  # it has ended meanwhile
+            continue  # the process has ended in the meantime
     return total
 
 
 def measure_way(name: str, cores: int, folder: Path) -> tuple[float, float]:
-    """Take a way in a process of its own; return its seconds and its peak memory in bytes."""
+    """Run one case in a process of its own; return its seconds and its peak memory in bytes."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true" if cores > 1 else "false", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__, "--way", name, str(folder)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -167,7 +167,7 @@ def describe(found: Measured, rows: int) -> str:
 
 
 def measure_all(ways: Sequence[tuple[str, int]], folder: Path, repeats: int) -> Measured:
-    """Take every way in turn, so that none has the machine's better minutes for itself."""
+    """Run the cases in turn, so that changes in the machine's speed affect all of them."""
     found: Measured = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
@@ -177,7 +177,7 @@ def measure_all(ways: Sequence[tuple[str, int]], folder: Path, repeats: int) -> 
 
 
 def main() -> None:
-    """Measure all ways and print the table, or take one."""
+    """Run all cases and write the table, or with `--way` run one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--data", type=Path, default=SHARED)
@@ -187,7 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.way:
-        print(take_way(arguments.way[0], Path(arguments.way[1])))
+        print(prepare_rows(arguments.way[0], Path(arguments.way[1])))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), arguments.data, arguments.rows)

@@ -1,11 +1,11 @@
-"""Optimizer states of full width: reading them and loading them into a model, against reading the same files.
+"""Measure how long loading an optimizer state of full width into a model takes, compared with only reading its files.
 
     python benchmarks/states.py [--folder DIR] [--layers 7] [--repeats 3]
 
-Makes a universal checkpoint of YuLan-Mini's real sizes with an eighth of its layers (5.3 GB of weights and moments, of random numbers), then takes
-each way in turn, every one in a process of its own, with the files in the system's cache and with the cache emptied of them. A way is timed inside its
-process, after its imports; its memory is the peak of the whole process. Needs 7 GB of disk and 8 GB of memory, and writes states.md and states.json
-beside this file.
+It makes a universal checkpoint of random numbers, with YuLan-Mini's real widths and an eighth of its layers (5.3 GB of weights and
+moments). Then it runs the three cases in turn, each in a process of its own: once with the files in the system's cache, and once
+without. The time is measured in the process, after its imports. The memory is the peak of the whole process. The benchmark needs 7 GB
+of disk and 8 GB of memory, and writes states.md and states.json beside this file.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def make_config(layers: int) -> YuLanMiniConfig:
-    """Return the published sizes with fewer layers."""
+    """Return a configuration with the published sizes and the given number of layers."""
     return YuLanMiniConfig(
         num_hidden_layers=layers,
         scale_emb=10.0,
@@ -49,7 +49,7 @@ def make_config(layers: int) -> YuLanMiniConfig:
 
 
 def make_states(folder: Path, layers: int) -> None:
-    """Write a universal checkpoint as DeepSpeed lays it out, in two groups, where an earlier run has not."""
+    """Write a universal checkpoint in DeepSpeed's layout, with two parameter groups, if the folder has none yet."""
     if (folder / "latest_universal").is_file():
         return
     shapes = list_native_tensors(make_config(layers).read_native(folder))
@@ -79,22 +79,22 @@ def make_states(folder: Path, layers: int) -> None:
 
 
 def list_state_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of every tensor."""
+    """Yield the files of all tensors."""
     yield from (path for part in PARTS for path in sorted((folder / STATE_FOLDER / "zero").glob(f"*/{part}.pt")))
 
 
 def read_files(folder: Path, layers: int) -> object:
-    """Read every tensor's file into memory, and keep it."""
+    """Read the files of all tensors into memory, without parsing them."""
     return [path.read_bytes() for path in list_state_files(folder)]
 
 
 def load_files(folder: Path, layers: int) -> object:
-    """Load every tensor with torch alone, and keep it: no checks, no model."""
+    """Load all tensors with `torch.load`, without checks and without a model."""
     return [torch.load(path, weights_only=True)["param"] for path in list_state_files(folder)]
 
 
 def load_states(folder: Path, layers: int) -> object:
-    """Load weights and moments into a model and its AdamW."""
+    """Load weights and moments into a model and its AdamW, as the kit does."""
     with initialization.no_init_weights(), torch.device("meta"):
         model = YuLanMiniForCausalLM(make_config(layers))
     model.to_empty(device="cpu")
@@ -113,7 +113,7 @@ WAYS: Mapping[str, Callable[[Path, int], object]] = {READ: read_files, LOAD: loa
 
 
 def run_way(name: str, folder: Path, layers: int) -> None:
-    """Take one way in this process, and print its seconds and the peak bytes of the process."""
+    """Run one case in this process; print its seconds and the peak memory of the process in bytes."""
     started = time.perf_counter()
     kept = WAYS[name](folder, layers)
     seconds = time.perf_counter() - started
@@ -123,7 +123,7 @@ def run_way(name: str, folder: Path, layers: int) -> None:
 
 
 def empty_cache(folder: Path) -> None:
-    """Let the system forget the files, where it can be asked to."""
+    """Remove the files from the system's page cache."""
     os.sync()
     for path in folder.rglob("*.pt"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -178,7 +178,7 @@ def describe(found: Mapping[str, Mapping[str, Sequence[float]]], layers: int, to
 
 
 def main() -> None:
-    """Run the benchmark, or one way of it."""
+    """Run the benchmark, or with `--way` one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, help="where the states go (default: a temporary folder)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the results go")

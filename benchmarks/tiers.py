@@ -1,8 +1,8 @@
-"""Write a recipe for each size of card, plan it on the real model's sizes, and draw what takes the room.
+"""Write a recipe for each size of GPU, plan it with the real model's sizes, and draw its memory by parts.
 
     python benchmarks/tiers.py            # recipes/tiers/*.yaml, benchmarks/tiers.json and .png, the table in recipes/README.md
 
-Nothing is trained and no GPU is needed: every figure is a plan's. A recipe that does not fit its card is not written.
+All figures come from plans, so nothing is trained and no GPU is needed. A recipe that does not fit its device is not written.
 """
 
 import json
@@ -19,12 +19,12 @@ from finetune.planning.forecast import Plan, Target, make_plan
 ROOT = Path(__file__).parents[1]
 TIERS_FOLDER, RESULT = ROOT / "recipes" / "tiers", Path(__file__).with_suffix(".json")
 BEGIN, END = "<!-- tiers: written by benchmarks/tiers.py -->", "<!-- /tiers -->"
-ROWS_PER_STEP = 16
+ACCUMULATION = 16
 
 
 @dataclass(frozen=True)
 class Tier:
-    """One device: what is trained there, on rows of how many tokens, and what else the recipe says."""
+    """A device with its memory, and the recipe for it: `model`, `adapter` and `trainer` are YAML, `tokens` is the longest row."""
 
     name: str
     device: str
@@ -56,7 +56,7 @@ TIERS = (
         f"learning_rate: 1e-5\n  optim: paged_adamw_8bit\n  {CHECKPOINTING}",
     ),
     Tier("80gb", "GPU, 80 GB", 80, "dtype: auto", FULL, 28672, f"learning_rate: 1e-5\n  {CHECKPOINTING}"),
-    # Apple's GPU shares the machine's memory, of which the system keeps about a quarter.
+    # Apple's GPU shares the machine's memory, and the system keeps about a quarter of it.
     Tier(
         "apple_16gb",
         "Apple, 16 GB",
@@ -93,24 +93,26 @@ trainer:
   lr_scheduler_type: cosine
   warmup_steps: 0.03
   per_device_train_batch_size: 1
-  gradient_accumulation_steps: {ROWS_PER_STEP}
+  gradient_accumulation_steps: {ACCUMULATION}
 """
 
 
 def plan_tier(tier: Tier) -> tuple[str, Plan]:
-    """Write a tier's recipe and return its text with its plan; take the file away again if it does not fit."""
+    """Write a tier's recipe; return its text and its plan. Remove the file again if the recipe does not fit the device."""
     path, text = TIERS_FOLDER / f"{tier.name}.yaml", write_recipe(tier)
     path.write_text(text, encoding="utf-8")
     recipe = load_recipe(path, [] if tier.is_gpu else ["trainer.use_cpu=true"])
     plan = make_plan(recipe, Target(tier.is_gpu, int(tier.memory_gib * GIB)))
     if not plan.fits:
         path.unlink()
-        raise SystemExit(f"{tier.name}: {plan.peak_bytes / GIB:.2f} GiB do not fit {tier.memory_gib}; lower its tokens")
+        raise SystemExit(
+            f"{tier.name}: {plan.peak_bytes / GIB:.2f} GiB do not fit {tier.memory_gib} GiB; lower its tokens"
+        )
     return text, plan
 
 
 def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
-    """Return a row of the result."""
+    """Return a tier's row of the result, as plain JSON values."""
     trains = "all weights" if tier.adapter == FULL else "LoRA, rank 16"
     base = (
         "4 bits"
@@ -126,7 +128,7 @@ def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
         "trains": trains,
         "base": base,
         "tokens": tier.tokens,
-        "rows_at_once": 1,
+        "micro_batch_size": 1,
         "peak_bytes": plan.peak_bytes,
         "memory_bytes": plan.memory_bytes,
         "stage": plan.peak_stage,
@@ -135,7 +137,7 @@ def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
 
 
 def draw_parts(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a stacked bar for each tier: its parts, as shares of what its device has."""
+    """Draw a stacked bar for each tier: the parts of its peak memory, as shares of the device's memory."""
     groups = {
         "weights": ("weights",),
         "adapter, gradients, optimizer": ("adapter", "gradients", "optimizer"),
@@ -167,11 +169,11 @@ def draw_parts(rows: list[dict[str, Any]], path: Path) -> None:
 def write_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| recipe | trains | base in | longest row | at once | predicted peak | of |",
+        "| recipe | trains | base in | longest row | micro-batch | predicted peak | of |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `tiers/{row['tier']}.yaml` | {row['trains']} | {row['base']} | {row['tokens']:,} tokens | {row['rows_at_once']} row "
+        f"| `tiers/{row['tier']}.yaml` | {row['trains']} | {row['base']} | {row['tokens']:,} tokens | {row['micro_batch_size']} row "
         f"| {row['peak_bytes'] / GIB:.2f} GiB | {row['memory_bytes'] / GIB:.0f} GiB |"
         for row in rows
     ]
@@ -179,7 +181,7 @@ def write_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write everything anew."""
+    """Write the recipes, the results, the picture and the table."""
     TIERS_FOLDER.mkdir(exist_ok=True)
     rows = []
     for tier in TIERS:

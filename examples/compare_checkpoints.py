@@ -1,4 +1,4 @@
-"""Compare base checkpoints before any training: how well does each predict the same held-out answers?
+"""Compare base checkpoints before any training: measure how well each predicts the same held-out answers.
 
 python examples/compare_checkpoints.py rows.jsonl phase5 phase15 phase25 base
 """

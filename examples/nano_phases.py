@@ -1,10 +1,10 @@
-"""Pre-train `nano` as YuLan-Mini was: stable phases in the published proportions, then annealing; each ends as a checkpoint.
+"""Pre-train `nano` like YuLan-Mini: stable phases in the published proportions, then annealing. Each phase leaves a checkpoint.
 
-python examples/nano_phases.py runs/nano-phases        # STEPS of a phase may follow; 350 are the default
+python examples/nano_phases.py runs/nano-phases [STEPS]    # steps of each phase; the default is 350
 
-The first phase is twice as long, since it begins with random weights. Every phase reads new texts (made by
-recipes/data/corpus.py), continues from the weights and the optimizer state of the one before, and leaves a run directory whose
-`model/` is a folder in the published layout: train, fold or export any of them.
+The first phase is twice as long, because it begins with random weights. Every phase reads new texts (made by
+recipes/data/corpus.py) and continues from the weights and the optimizer state of the phase before. The folder `model` in its run
+directory has the published layout, so it can be trained, folded or exported.
 """
 
 import runpy
@@ -21,7 +21,7 @@ CORPUS = Path(__file__).parents[1] / "recipes" / "data" / "corpus.py"
 
 
 def main(output: Path, steps: int) -> None:
-    """Train every phase; print the loss on the same held-out texts after each."""
+    """Train every phase, and print its loss on the held-out texts, which are the same for all phases."""
     corpus = runpy.run_path(str(CORPUS))
     before = None
     for seed, (name, mixture) in enumerate({**STABLE, **ANNEALED}.items(), 1):

@@ -1,4 +1,4 @@
-"""Ask an exported model with nothing but transformers, as anybody who receives the folder would.
+"""Ask an exported model a question with transformers alone. Anybody who gets the folder can do this without the kit.
 
 python examples/open_export.py exports/mine "Who are you?"
 """
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def ask(folder: str, question: str) -> str:
-    """Return the answer; generation ends at the stop tokens of the folder's generation_config.json."""
+    """Return the model's answer; it ends at the stop tokens in the folder's generation_config.json."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Draw what `nano_phases.py` did: the loss on held-out texts and the learning rate over all phases.
+"""Draw the held-out loss and the learning rate over all phases of `nano_phases.py`.
 
 python examples/plot_phases.py runs/nano-phases nano_phases.png
 """
@@ -13,7 +13,7 @@ STABLE, ANNEALED, FAINT = "#1f6f8b", "#c8553d", "#8a929c"
 
 
 def main(folder: Path, file: Path) -> None:
-    """Read the phases in the order in which they were trained, and write the picture."""
+    """Read the logs of the phases in the order of training, and write the picture."""
     runs = sorted(
         (run.parent for run in folder.glob("*/metrics.jsonl")), key=lambda run: (run.name == "nano", run.name)
     )
@@ -42,7 +42,7 @@ def main(folder: Path, file: Path) -> None:
         for axes in (losses, rates):
             axes.axvline(start, color=FAINT, linewidth=0.8, linestyle=":")
             axes.spines[["top", "right"]].set_visible(False)
-    # The first steps fall from far above and would press all the rest flat.
+    # The loss of the first steps is far higher; with it in the picture the rest would look flat.
     losses.set(ylabel="held-out loss, nats per token", ylim=(0, 2 * ends[0]))
     rates.set(xlabel="thousands of tokens; below, the learning rate", ylabel="rate", ylim=(0, None), xlim=(0, start))
     losses.set_title("A whole YuLan-Mini in miniature", pad=24)

@@ -1,6 +1,6 @@
 """Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models.
 
-The public functions are loaded when they are first used: importing this package loads neither torch nor anything else of size.
+The public functions are imported at their first use, so importing this package imports neither torch nor other large libraries.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.api import evaluate, export, fold, load_recipe, open_model, plan, preview, train
 
-# Set before any library reads it: nothing is sent anywhere unless the user asks.
+# Set before any library reads them: libraries send no usage data unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 

@@ -1,4 +1,4 @@
-"""Run the command line as `python -m finetune`, which is what `accelerate launch -m finetune` calls."""
+"""Run the command line for `python -m finetune`, which `accelerate launch -m finetune` calls too."""
 
 from finetune.cli.main import main
 

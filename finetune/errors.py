@@ -1,17 +1,17 @@
-"""The errors that are the user's to mend.
+"""The errors that the user can fix.
 
-    FinetuneError           anything below; the command line prints it without a traceback and exits with 2
+    FinetuneError           any of those below; the command line prints it without a traceback and exits with 2
     ├── RecipeError         a recipe with one or more problems
     ├── CheckpointError     a base checkpoint that cannot be found, read or folded
     ├── DataError           a data file or row that cannot be used
     ├── TemplateError       a chat template that cannot be used
-    ├── TrainingError       a run that must not start, or cannot go on
+    ├── TrainingError       a run that must not start, or cannot be resumed
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
     ├── OutputError         a folder that cannot be written: not empty, no permission, no space
     └── MachineError        something this machine cannot do
 
 Every message says what is wrong, where, what was found, what would be right, and what to do.
-Anything else that is raised is a bug of ours and keeps its traceback.
+Any other exception is a bug of the kit and keeps its traceback.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-# The kinds of findings that `finetune lint` makes of rows that cannot be read.
+# The kinds of findings with which `finetune lint` reports rows that cannot be read.
 FaultKind = Literal["unreadable", "role_order", "empty_text"]
 
 
@@ -66,7 +66,7 @@ class DataError(FinetuneError):
     """A data file or one of its rows cannot be used.
 
     The message is `<place>: <fault>`. `place` is None where the message is about no single file or row. `kind` is the kind of
-    finding that `finetune lint` makes of it.
+    finding with which `finetune lint` reports it.
     """
 
     def __init__(self, fault: str, place: Place | None = None, kind: FaultKind = "unreadable") -> None:
@@ -89,21 +89,24 @@ class ExportError(FinetuneError):
 
 
 class OutputError(FinetuneError):
-    """An output folder cannot be written."""
+    """An output file or folder cannot be written."""
 
 
 class MachineError(FinetuneError):
-    """This machine lacks what was asked for."""
+    """This machine cannot do what was asked."""
 
 
 def find_close_match(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` most resembles, or None where none is close."""
+    """Return the known name that `name` resembles most, or None where none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def describe_unknown_name(name: str, known: Iterable[str], unknown: str = "unknown") -> str:
-    """Say that `name` is `unknown`, with the nearest known name or, where none is near, all of them."""
+    """Return a text that says that a name is unknown, with the closest known name or, where none is close, all of them.
+
+    `unknown` is the beginning of the text.
+    """
     names = sorted(known)
     match = find_close_match(name, names)
     if match:

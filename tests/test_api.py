@@ -65,5 +65,8 @@ def test_a_run_from_recipe_to_answer(tmp_path, nano_llama, capsys):
 
 
 def test_a_chain_is_for_the_command_line(tmp_path):
-    with pytest.raises(RecipeError, match="stages: this is a chain of stages; run all of them with `finetune train`"):
+    with pytest.raises(
+        RecipeError,
+        match="stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`",
+    ):
         finetune.load_recipe("instruct")

@@ -7,7 +7,7 @@ from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
 
 
 def check_adapter_section(adapter: AdapterSection, quantize: str) -> Iterator[str]:
-    """Yield what is wrong with an adapter on a base that is held as `quantize`."""
+    """Yield the problems of the section, for a base model that is quantized as `quantize`."""
     if adapter.trains_all_weights:
         for key, value in vars(adapter).items():
             if key != "kind" and value != vars(AdapterSection())[key]:
@@ -18,8 +18,8 @@ def check_adapter_section(adapter: AdapterSection, quantize: str) -> Iterator[st
     yield from _check_lora(adapter)
     if adapter.init == "pissa" and quantize != "none":
         yield (
-            "adapter.init: pissa changes the base weights at the start, which quantized ones do not allow; "
-            f"set model.quantize: none, or remove init; found quantize: {quantize}"
+            "adapter.init: pissa changes the base weights before step 1, which quantized weights do not allow; "
+            f"set model.quantize: none, or remove adapter.init; found model.quantize: {quantize}"
         )
 
 
@@ -40,4 +40,4 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
     if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
         yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
     if adapter.init == "pissa" and adapter.dora:
-        yield "adapter.dora: cannot be combined with init: pissa; choose one"
+        yield "adapter.dora: cannot be combined with adapter.init: pissa; remove one of the two"

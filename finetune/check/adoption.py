@@ -1,7 +1,7 @@
-"""What an adapter brings along when training continues it: its own form, and how its base was held.
+"""Give a recipe that continues an adapter the settings of that adapter and of its base model.
 
-What a recipe leaves out is filled in; what it sets otherwise is a problem. A recipe that names an earlier run and a later stage
-of a chain follow the same rules. Never imports torch.
+A setting that the recipe leaves out is taken from the adapter. A setting that differs is a problem. The same rules hold for a
+recipe that names an earlier run and for a later stage of a chain. This module never imports torch.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +16,7 @@ from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 
 Form = Mapping[str, Any]
-# The keys of a recipe that an adapter brings along.
+# The keys of a recipe whose values an adapter fixes.
 FORM_KEYS = (
     "adapter.kind",
     "adapter.rank",
@@ -30,12 +30,12 @@ FORM_KEYS = (
     "model.max_positions",
     "model.rope_theta",
 )
-# These two a later run may change: it may reach further than the one before.
+# A later run may change these two, to extend the context.
 _MAY_CHANGE = ("model.max_positions", "model.rope_theta")
 
 
 def adopt_earlier_run(draft: Draft, earlier: Result) -> Draft:
-    """Return a draft with the settings of the run that it continues, and its problems with them."""
+    """Return the draft with the settings of the run that it continues, and with the problems that arise."""
     problems = list(_list_misfits(draft.recipe, earlier))
     if problems or not earlier.is_adapter:
         return draft.add_problems(*problems)
@@ -46,20 +46,20 @@ def adopt_earlier_run(draft: Draft, earlier: Result) -> Draft:
 def adopt_form(
     recipe: Recipe, form: Form, owner: str, given: Collection[str], own: Collection[str]
 ) -> tuple[Recipe, list[str]]:
-    """Return a recipe with the form of the adapter that it continues, and the problems that it has with it.
+    """Return a recipe with the settings of the adapter that it continues (`form`), and the problems that arise.
 
-    `owner` is what the adapter is called in messages. `given` holds the keys that the recipe sets anywhere, `own` those that
-    it sets for this very run, which must not contradict the form.
+    `owner` names the adapter in messages. `given` holds all keys that the recipe sets. `own` holds those of them that must not
+    contradict the form: in a chain, the keys of the stage itself.
     """
     kept = {key: value for key, value in form.items() if key not in _MAY_CHANGE or key not in given}
     problems = [
-        f"{key}: {owner} was trained with {_describe(value)}, and goes on with it; remove this key; "
+        f"{key}: {owner} was trained with {_describe(value)}, and its adapter must keep that; remove this key; "
         f"found {_describe(_look_up(recipe, key))}"
         for key, value in kept.items()
         if key in own and _look_up(recipe, key) != value
     ]
     if recipe.adapter.init != "default" and "adapter.init" in own:
-        problems.append(f"adapter.init: has no effect, as the adapter of {owner} goes on; remove this key")
+        problems.append(f"adapter.init: has no effect, as this run continues the adapter of {owner}; remove this key")
     for section in ("model", "adapter"):
         values = {key.partition(".")[2]: value for key, value in kept.items() if key.startswith(f"{section}.")}
         recipe = replace(recipe, **{section: replace(vars(recipe)[section], **values)})
@@ -67,31 +67,31 @@ def adopt_form(
 
 
 def list_method_misfits(trained: str, method: str, name: str, key: str) -> Iterator[str]:
-    """Yield why one method cannot continue what another has trained; `name` is what that is called in messages."""
+    """Yield why `method` cannot continue the result of the method `trained`; `name` begins the message about that result."""
     before, after = METHODS.get(trained), METHODS.get(method)
     if before is not None and after is not None and before.trains_reward_model and not after.trains_reward_model:
-        yield f"{key}: {name} a reward model, which cannot speak; {method} needs a language model"
+        yield f"{key}: {name} a reward model, which cannot generate text; {method} needs a language model"
 
 
 def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
-    """Name what cannot be continued at all."""
+    """Yield why a recipe cannot continue an earlier run, whatever its settings."""
     name = recipe.model.checkpoint
     if earlier.lineage is not None:
         yield from list_method_misfits(earlier.lineage.method, recipe.method, f"{name} is", "model.checkpoint")
     if earlier.is_adapter and recipe.adapter.trains_all_weights:
         yield (
-            f"adapter.kind: {name} is an adapter, which cannot be trained with all weights; export it and start from the "
-            "export, or remove this key"
+            f"adapter.kind: {name} is an adapter, so training cannot continue with all weights; export it and set "
+            "model.checkpoint to the export, or remove this key"
         )
 
 
 def read_stage_form(recipe: Recipe) -> Form:
-    """Return the form of the adapter that a stage of a chain will train."""
+    """Return the settings of the adapter that a stage of a chain trains."""
     return {key: _look_up(recipe, key) for key in FORM_KEYS}
 
 
 def read_form(earlier: Result) -> Form:
-    """Return the form of an adapter on disk, as far as its folder says."""
+    """Return the settings of an adapter on disk that its folder records."""
     config = read_json(earlier.folder / PEFT_CONFIG_FILE) or {}
     form: dict[str, Any] = {
         "adapter.rank": config.get("r"),

@@ -1,4 +1,4 @@
-"""What a chain is: stages that train or export, one after the other."""
+"""The data classes of a chain: stages that train or export, one after the other."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,9 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainStage:
-    """A stage that trains, and the run directory that it continues from (`follows`), which may not be there yet.
+    """A stage that trains; `follows` is the run directory that it continues from, which may not exist yet.
 
-    Until it is, the recipe names the base checkpoint of the first stage, which plans and previews take.
+    `recipe` names the base checkpoint of the first stage, so that plans and previews work before any stage has run.
     """
 
     name: str
@@ -24,12 +24,12 @@ class TrainStage:
 
     @property
     def recipe(self) -> Recipe:
-        """What the stage says, with all that it inherits."""
+        """The recipe of the stage, with the keys that it inherits."""
         return self.resolved.recipe
 
     @property
     def run_recipe(self) -> Recipe:
-        """The recipe that the stage is run by: its base checkpoint is the run before, once that has finished."""
+        """The recipe for running the stage: its `model.checkpoint` is the run directory that it continues from."""
         if self.follows is None:
             return self.recipe
         return replace(self.recipe, model=replace(self.recipe.model, checkpoint=str(self.follows)))
@@ -37,7 +37,7 @@ class TrainStage:
 
 @dataclass(frozen=True)
 class ExportStage:
-    """A stage that exports the newest run before it into a folder of its name."""
+    """A stage that exports the newest run before it into a folder named after the stage."""
 
     name: str
     settings: ExportSettings
@@ -50,9 +50,9 @@ Stage = TrainStage | ExportStage
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages in their order, and the one folder that all of them leave their results in.
+    """The stages in their order, and the folder that holds their results.
 
-    A recipe without `stages:` is a chain of one stage without a name, whose run directory is that folder.
+    A recipe without `stages:` is a chain of one stage without a name; its run directory is `output`.
     """
 
     source: Path
@@ -66,13 +66,13 @@ class Chain:
 
     @property
     def single(self) -> TrainStage | None:
-        """The only stage of a recipe that has no `stages:`."""
+        """The stage of a recipe without `stages:`, or None for a real chain."""
         first = self.stages[0]
         return first if isinstance(first, TrainStage) and not first.name else None
 
 
 def to_plain_chain(chain: Chain) -> Content:
-    """Return a chain as dicts, lists and scalars, every stage written out in full; reading it gives the same chain."""
+    """Return a chain as dicts, lists and scalars, with every key of every stage; reading it gives the same chain."""
     if chain.single is not None:
         return to_plain(chain.single.recipe)
     stages: list[Content] = []

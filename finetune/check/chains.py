@@ -1,7 +1,7 @@
-"""Read chains: a recipe with `stages:`, each trained on from the one before, or exported. Never imports torch.
+"""Read chains: recipes with `stages:`. Each stage continues from the one before, or exports it. Never imports torch.
 
-What stands at the top of the file holds for every stage; a stage says what differs, or names a recipe file and what differs from
-that. Precedence: the recipe file that a stage names, the top of the chain, the stage, then `--set`.
+The keys outside `stages:` hold for every stage that trains, and a stage may override them. A stage may also name a recipe file.
+Precedence, lowest first: the recipe file that a stage names, the keys outside `stages:`, the keys of the stage, `--set`.
 """
 
 import copy
@@ -40,10 +40,10 @@ _OWN_KEYS = ("name", "recipe", "export")
 
 
 def load_chain(source: Path, overrides: Sequence[str] = ()) -> Chain:
-    """Read a chain or a plain recipe, check every stage of it, and return it with every path made absolute.
+    """Read a chain or a plain recipe, check every stage, and return it with absolute paths.
 
-    `stages.NAME.section.key=value` overrides one stage, `section.key=value` every stage that trains; the base checkpoint is
-    that of the first stage.
+    `stages.NAME.section.key=value` overrides a key of one stage, `section.key=value` that of every stage that trains.
+    `model.checkpoint=value` overrides only the first stage, because the others continue from it.
 
     Raises:
         RecipeError: with every problem of every stage.
@@ -57,10 +57,10 @@ def load_chain(source: Path, overrides: Sequence[str] = ()) -> Chain:
 
 
 def resolve_stage(stage: TrainStage) -> ResolvedRecipe:
-    """Return what a stage is run by, once the run that it continues has finished.
+    """Return the recipe for running a stage, after the run that it continues from has finished.
 
     Raises:
-        RecipeError: the run before is not what the stage can continue.
+        RecipeError: the stage cannot continue from that run.
     """
     if stage.follows is None:
         return stage.resolved
@@ -72,7 +72,7 @@ def resolve_stage(stage: TrainStage) -> ResolvedRecipe:
 
 
 class _ChainReader:
-    """Collects the problems of a chain while its stages are put together."""
+    """Builds the stages of a chain and collects their problems."""
 
     def __init__(self, source: Path, file: Path, content: Content, overrides: Sequence[str]) -> None:
         self._source, self._file, self._content = source, file, content
@@ -104,13 +104,13 @@ class _ChainReader:
                     f"--set stages.{override}: the stage {name!r} is {describe_unknown_name(name, names)}"
                 )
         if not any(isinstance(stage, TrainStage) for stage in stages) and not self._problems:
-            self._problems.append("stages: none of them trains")
+            self._problems.append("stages: no stage trains; add one without export")
         if self._problems:
             raise RecipeError(str(self._source), self._problems)
         return Chain(self._file, self._output, tuple(stages))
 
     def _list_stages(self) -> list[tuple[str, Content]]:
-        """Return the stages that are mappings with a usable name; the others become problems."""
+        """Return the stages that are mappings with a valid name, and add a problem for every other."""
         if not isinstance(self._items, list) or not self._items:
             self._problems.append("stages: must be a list of stages, each with a name")
             return []
@@ -119,10 +119,10 @@ class _ChainReader:
             name = item.get("name") if isinstance(item, dict) else None
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 self._problems.append(
-                    f"stages[{number}]: needs a name of letters, digits, - and _, which becomes its folder; found {name!r}"
+                    f"stages[{number}]: needs a name of letters, digits, - and _, which also names its folder; found {name!r}"
                 )
             elif name in [other for other, _ in found]:
-                self._problems.append(f"stages[{number}]: the name {name} stands twice")
+                self._problems.append(f"stages[{number}]: the name {name} stands twice; give every stage its own")
             else:
                 found.append((name, copy.deepcopy(item)))
         return found
@@ -131,7 +131,7 @@ class _ChainReader:
         self._override(name, item, ())
         for key in item:
             if key not in ("name", "export"):
-                self._problems.append(f"{key}: does not belong to a stage that exports")
+                self._problems.append(f"{key}: does not belong to a stage that exports; remove it")
         options = item["export"] or {}
         if not isinstance(options, dict):
             self._problems.append("export: must be a section of keys and values, such as {dtype: bfloat16}")
@@ -140,7 +140,9 @@ class _ChainReader:
         if before:
             self._problems += _list_export_problems(settings, before[-1].resolved)
         else:
-            self._problems.append("export: no stage before it trains, so there is nothing to export")
+            self._problems.append(
+                "export: no stage before it trains, so there is nothing to export; move it behind one"
+            )
         try:
             parse_size(settings.max_shard_size, "export.max_shard_size")
         except FinetuneError as error:
@@ -152,21 +154,22 @@ class _ChainReader:
         content = self._read_named_recipe(item)
         _merge(content, copy.deepcopy(self._content))
         _merge(content, {key: value for key, value in item.items() if key not in _OWN_KEYS})
-        own_start = isinstance(item.get("model"), dict) and "checkpoint" in item["model"]
-        if before and own_start:
-            self._problems.append("model.checkpoint: goes on from the stage before; remove it")
+        names_checkpoint = isinstance(item.get("model"), dict) and "checkpoint" in item["model"]
+        if before and names_checkpoint:
+            self._problems.append("model.checkpoint: this stage continues from the stage before; remove this key")
         if "output" in item:
-            self._problems.append(f"output: is the folder {name} in the chain's own output; remove it")
+            self._problems.append(f"output: a stage writes to the folder {name} in the chain's output; remove this key")
         shared = [text for text in self._overrides if not (before and text.startswith("model.checkpoint="))]
         self._override(name, content, shared)
         if before:
-            # For the checks, and for a plan or a preview before the run before is there: the start of all.
+            # Checks, plans and previews work before the run that this stage continues from exists. They use the base
+            # checkpoint of the first stage.
             _merge(content, {"model": {"checkpoint": before[0].recipe.model.checkpoint}})
         content["output"] = str(self._output / name)
         problems: list[str] = []
         recipe = read_section(Recipe, content, "", problems)
         given = frozenset(list_keys(content))
-        # The keys that other stages share with this one do not contradict the adapter that it continues.
+        # Only the keys of the stage itself can contradict the adapter that it continues, not those that all stages share.
         own = frozenset(list_keys(item)) | {text.partition("=")[0] for text in self._list_own_overrides(name)}
         follows = before[-1] if before else None
         if follows is not None:
@@ -184,14 +187,14 @@ class _ChainReader:
         return TrainStage(name, replace(resolved, awaits_adapter=continues), follows.resolved.output)
 
     def _resolve_later(self, draft: Draft, first: TrainStage) -> ResolvedRecipe:
-        """Resolve a later stage; what the first one continues stands in for the run before, which is not there yet."""
+        """Resolve a later stage; the run that the first stage continues stands for the stage before, which has not run yet."""
         earlier = first.resolved.earlier
         if problems := list_problems(draft, None):
             raise RecipeError(str(self._source), problems)
         return resolve_names(settle_recipe(draft), earlier, draft.given)
 
     def _adopt(self, recipe: Recipe, earlier: Recipe, given: frozenset[str], own: frozenset[str]) -> Recipe:
-        """Return a later stage's recipe with the form of the adapter that it continues."""
+        """Return a later stage's recipe with the settings of the adapter that it continues."""
         if earlier.adapter.trains_all_weights:
             return recipe
         recipe, problems = adopt_form(recipe, read_stage_form(earlier), "the stage before", given, own)
@@ -205,7 +208,7 @@ class _ChainReader:
         apply_overrides(content, (*shared, *self._list_own_overrides(name)), self._problems)
 
     def _read_named_recipe(self, item: Content) -> Content:
-        """Return what the recipe file of a stage says, its data found beside that file."""
+        """Return the content of the recipe file that a stage names; paths in it are relative to that file."""
         if "recipe" not in item:
             return {}
         path = find_file(str(item["recipe"]), self._file.parent) or find_recipe(Path(str(item["recipe"])))
@@ -225,34 +228,34 @@ class _ChainReader:
 
 
 def _list_following_problems(resolved: ResolvedRecipe, earlier: ResolvedRecipe) -> Iterator[str]:
-    """Yield why a stage cannot continue from the one before, which would show only when that has been trained."""
+    """Yield why a stage cannot continue from the one before; otherwise this would fail only after that one's training."""
     yield from list_method_misfits(earlier.method.name, resolved.method.name, "the stage before trains", "method")
     if not earlier.trains_all_weights:
         yield from check_continued_reference(resolved.recipe.trainer, resolved.recipe.adapter, resolved.method)
 
 
 def _list_export_problems(settings: ExportSettings, earlier: ResolvedRecipe) -> Iterator[str]:
-    """Yield why the stage before cannot be exported so, which would show only when that has been trained."""
+    """Yield why the stage before cannot be exported like this; otherwise this would fail only after its training."""
     if earlier.method.trains_reward_model:
-        yield "export: the stage before trains a reward model, and an export is a Llama that speaks; remove this stage"
+        yield "export: the stage before trains a reward model, but only language models can be exported; remove this stage"
     quantize = "none" if earlier.trains_all_weights else earlier.recipe.model.quantize
     yield from list_refusals(settings, quantize, verifies=settings.verify, is_stage=True)
 
 
 def _find_sources(value: Any, folder: Path) -> Any:
-    """Return what a recipe says of its rows with every path that is there made absolute, the recipe's folder looked in first."""
+    """Return sources of rows with absolute paths, found in the recipe's folder first; a path that does not exist is kept."""
     if isinstance(value, str):
         return str(find_file(value, folder) or value)
     if isinstance(value, list):
         return [_find_sources(item, folder) for item in value]
-    if isinstance(value, dict):  # names with their sources, or one source and how much of it
+    if isinstance(value, dict):  # names with their sources, or one source as a mapping
         paths = {key for key in value if key == "path" or ("path" not in value and "hub" not in value)}
         return {key: _find_sources(item, folder) if key in paths else item for key, item in value.items()}
     return value
 
 
 def _merge(content: Content, changes: Content) -> None:
-    """Lay one recipe's keys over another's: sections key by key, everything else whole."""
+    """Override keys of a recipe's content: sections key by key, all other values whole."""
     expand_shorthand(content)
     expand_shorthand(changes)
     for key, value in changes.items():

@@ -17,7 +17,7 @@ _SHORTEST_ROW = 8
 
 
 def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
-    """Yield what is wrong with the section; files are looked for in the recipe's own folder first."""
+    """Yield the problems of the section; files are looked for in `folder`, that of the recipe, first."""
     if data.mixture is not None or data.sources:
         yield from _check_mixture(data, folder)
     elif not data.train:
@@ -32,7 +32,7 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
     yield from _check_template(data.template, folder)
     if data.eval and data.held_out:
-        yield "data.held_out: data.eval names files to evaluate on already; set one of the two"
+        yield "data.held_out: data.eval names rows to evaluate on already; remove one of the two"
     if data.held_out < 0 or (isinstance(data.held_out, float) and data.held_out >= 1):
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
@@ -43,7 +43,7 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
 
 def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:
     if data.train:
-        yield "data.train: data.mixture and data.sources say what to train on already; set one of the two"
+        yield "data.train: data.mixture and data.sources name the rows to train on already; remove one or the other"
     for name, source in data.sources.items():
         key = f"data.sources.{name}"
         if isinstance(source, SourceSection):
@@ -73,7 +73,7 @@ def _check_source(source: SourceSection, name: str, folder: Path) -> Iterator[st
         yield f"{name}.hub: must read owner/name; found {source.hub!r}"
     for key in ("config", "split", "revision"):
         if source.path and getattr(source, key) is not None:
-            yield f"{name}.{key}: belongs to a data set of the hub; remove it, or give hub instead of path"
+            yield f"{name}.{key}: works only for a data set of the hub; remove it, or set hub instead of path"
     if source.weight is not None and source.rows is not None:
         yield f"{name}: takes a weight or a number of rows, not both"
     if source.weight is not None and source.weight <= 0:
@@ -93,7 +93,7 @@ def _check_template(template: str, folder: Path) -> Iterator[str]:
 
 
 def find_file(name: str, folder: Path) -> Path | None:
-    """Return the file that a recipe names: beside the recipe first, then from where the command runs."""
+    """Return the file that a recipe names, or None: looked for in the recipe's folder first, then in the current folder."""
     path = Path(name).expanduser()
     candidates = [path] if path.is_absolute() else [folder / path, path]
     return next((candidate.resolve() for candidate in candidates if _is_data(candidate)), None)

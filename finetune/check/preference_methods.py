@@ -1,4 +1,4 @@
-"""Check what methods need of rows and batches, and what the reference model of a preference method costs. Never imports torch."""
+"""Check that rows, batches and the reference model fit the method. Never imports torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,8 @@ from finetune.recipe.sections import AdapterSection, DataSection
 def settle_trainer(trainer: Mapping[str, Any], adapter: AdapterSection, method: Method) -> dict[str, Any]:
     """Return the trainer's options with the method's own defaults.
 
-    Without an adapter the reference model is what was computed of the base before step 1.
+    Where all weights are trained, the reference model's log-probabilities are computed before step 1, so that no second copy of
+    the weights is held.
     """
     defaults = dict(method.defaults)
     if method.has_reference and adapter.trains_all_weights:
@@ -21,23 +22,23 @@ def settle_trainer(trainer: Mapping[str, Any], adapter: AdapterSection, method: 
 
 
 def check_shape(data: DataSection, method: Method) -> Iterator[str]:
-    """Yield what the section data says that does not fit the rows of a method."""
+    """Yield the settings of the section data that do not fit the rows of a method."""
     if data.format in FORMATS and (fault := describe_wrong_kind(FORMATS[data.format], method.shape)):
         yield f"data.format: {fault}"
     if method.shape == "sequence":
         return
     if data.train_on != "assistant":
-        yield f"data.train_on: {method.name} learns from whole answers, so there is nothing to choose; remove this key"
+        yield f"data.train_on: {method.name} always trains on whole answers; remove this key"
     if data.overflow == "split":
-        yield f"data.overflow: split is for texts, and {method.name} has none; set error, drop or truncate"
+        yield f"data.overflow: split works only for plain texts, which {method.name} cannot train on; set error, drop or truncate"
 
 
 def check_batch(trainer: Mapping[str, Any], method: Method) -> Iterator[str]:
-    """Yield that a micro-batch holds fewer rows than a method compares."""
+    """Yield a problem where the micro-batch size is smaller than the method's loss needs."""
     found = trainer.get(BATCH, method.smallest_batch)
     if isinstance(found, int) and found < method.smallest_batch:
         yield (
-            f"trainer.{BATCH}: {method.name} compares the answers of one batch; set at least "
+            f"trainer.{BATCH}: {method.name} compares the answers of one micro-batch; set at least "
             f"{method.smallest_batch}; found {found}"
         )
 
@@ -45,13 +46,13 @@ def check_batch(trainer: Mapping[str, Any], method: Method) -> Iterator[str]:
 def check_reference(
     trainer: Mapping[str, Any], adapter: AdapterSection, method: Method, *, continues_adapter: bool
 ) -> Iterator[str]:
-    """Yield what would need a second copy of the weights as the reference model, or a wrong one."""
+    """Yield settings with which the reference model would be a second copy of the weights, or a wrong model."""
     precomputes = trainer.get("precompute_ref_log_probs")
     if not method.has_reference:
         return
     if adapter.trains_all_weights and precomputes is False:
         yield (
-            "trainer.precompute_ref_log_probs: without it a second copy of all weights would be held as the reference; "
+            "trainer.precompute_ref_log_probs: false would need a second copy of all weights as the reference model; "
             "remove this key"
         )
     if continues_adapter:
@@ -59,9 +60,9 @@ def check_reference(
 
 
 def check_continued_reference(trainer: Mapping[str, Any], adapter: AdapterSection, method: Method) -> Iterator[str]:
-    """Yield what is wrong with the reference model of a run that continues an adapter."""
+    """Yield the problems of the reference model where a run continues an adapter."""
     if method.has_reference and trainer.get("precompute_ref_log_probs") and adapter.train_tokens:
         yield (
-            "trainer.precompute_ref_log_probs: is computed before TRL knows the trained token rows of the earlier run; "
-            "remove this key (the frozen copy of its adapter takes hardly any memory)"
+            "trainer.precompute_ref_log_probs: TRL computes these before it knows the token rows that the earlier run has "
+            "trained; remove this key (a frozen copy of the adapter then takes hardly any memory)"
         )

@@ -1,4 +1,4 @@
-"""Check a recipe against everything it names: methods, options, files, formats, templates. Never imports torch."""
+"""Check a recipe against the things that it names: methods, options, files, formats, templates. Never imports torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +23,9 @@ from finetune.runs.results import Result, find_earlier
 
 
 def load_recipe(source: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """Read a recipe, check it wholly, and return it with every path made absolute and every name looked up.
+    """Read a recipe, check all of it, and return it with absolute paths, its method and its base checkpoint.
 
-    A shipped recipe is also found by its name (`sft_qlora`) or as `recipes/sft_qlora.yaml`, from wherever the command runs.
+    A shipped recipe is also found by its name (`sft_qlora`) or as `recipes/sft_qlora.yaml`, from any folder.
 
     Raises:
         RecipeError: with every problem that was found, not only the first.
@@ -34,7 +34,7 @@ def load_recipe(source: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
 
 
 def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
-    """Check a recipe as it was read, and look up what it names; `name` is what it is called in messages.
+    """Check a draft, and return it with absolute paths, its method and its base checkpoint; `name` names it in messages.
 
     Raises:
         RecipeError: with every problem that was found.
@@ -51,19 +51,19 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
 
 
 def resolve_names(recipe: Recipe, earlier: Result | None = None, given: frozenset[str] = frozenset()) -> ResolvedRecipe:
-    """Return a recipe without problems with its method and the row of its base checkpoint."""
+    """Return a checked recipe with its method and the table entry of its base checkpoint."""
     checkpoint = find_alias(recipe.model.checkpoint)
     return ResolvedRecipe(recipe, METHODS[recipe.method], checkpoint, earlier, given)
 
 
 def list_problems(draft: Draft, earlier: Result | None) -> list[str]:
-    """Return everything that is wrong with a recipe; `earlier` is the result of the run that it continues."""
+    """Return all problems of a recipe; `earlier` is the result of the run that it continues."""
     return [*draft.problems, *_check_recipe(draft, earlier)]
 
 
 def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     recipe, folder, method = draft.recipe, draft.source.parent, METHODS.get(draft.recipe.method)
-    # A key that could not be read keeps its default here: its problem stands in the draft, and is not told twice.
+    # A key that could not be read has its default here; the draft already holds its problem.
     if method is None:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
     else:
@@ -73,7 +73,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         continues_adapter = earlier is not None and earlier.is_adapter
         yield from check_reference(recipe.trainer, recipe.adapter, method, continues_adapter=continues_adapter)
         if method.trains_reward_model and recipe.model.architecture == "native":
-            yield "model.architecture: a reward model is trained on the Llama form; remove this key"
+            yield "model.architecture: a reward model can be trained only on Llama weights; remove this key"
     yield from _check_checkpoint(recipe.model)
     yield from check_data_section(recipe.data, folder)
     yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
@@ -87,7 +87,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         online = " or ".join(name for name, other in METHODS.items() if other.is_online)
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if recipe.answers < 0:
-        yield f"answers: must be a number of tokens, or 0 for no answers before and after; found {recipe.answers}"
+        yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
 
@@ -109,7 +109,7 @@ def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[st
 
 
 def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]:
-    """Check an option that takes a word or, for several losses together, a list of words."""
+    """Check an option that takes a word, or a list of words to combine several losses."""
     for word in value if isinstance(value, list) else [value]:
         if word not in known:
             yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
@@ -119,7 +119,7 @@ def _check_checkpoint(model: ModelSection) -> Iterator[str]:
     name = model.checkpoint
     row = find_alias(name)
     if model.architecture == "native" and row is not None and row.architecture == "llama":
-        yield f"model.architecture: {name} is published as Llama, so there is nothing native to train; remove this key"
+        yield f"model.architecture: {name} is published as Llama weights, so it cannot be trained as native; remove this key"
     if Path(name).expanduser().is_dir() or row or is_hub_id(name):
         return
     if name.startswith((".", "/", "~")):
@@ -132,7 +132,7 @@ def _check_checkpoint(model: ModelSection) -> Iterator[str]:
 
 
 def settle_recipe(draft: Draft) -> Recipe:
-    """Return a recipe without problems, with absolute paths and the method's defaults."""
+    """Return the recipe of a draft without problems, with absolute paths and the method's defaults."""
     recipe, folder = draft.recipe, draft.source.parent
     data = replace(
         recipe.data,

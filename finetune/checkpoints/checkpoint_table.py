@@ -1,4 +1,4 @@
-"""The table of published YuLan-Mini checkpoints: what one can start from.
+"""The table of published YuLan-Mini checkpoints, which a run can take as its base checkpoint.
 
 Source: the authors' repository RUC-GSAI/YuLan-Mini and the technical report (arXiv 2412.17743); the scores are theirs.
 """
@@ -12,7 +12,7 @@ Architecture = Literal["llama", "yulanmini"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One start; scores are percentages as published, `context` is in tokens."""
+    """One base checkpoint; scores are percentages as published, `context` is in tokens."""
 
     alias: str
     repository: str | None
@@ -28,7 +28,7 @@ class Checkpoint:
 
     @property
     def has_published_sizes(self) -> bool:
-        """Whether it has the sizes that all published checkpoints share."""
+        """Whether its sizes are `PUBLISHED_SIZES`."""
         return self.alias != "nano"
 
 
@@ -49,7 +49,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         55.67,
         29.94,
         34.06,
-        "phase25's weights, as the start of annealing",
+        "phase25's weights, from which the authors began the annealing",
     ),
     Checkpoint(
         "base-4k",
@@ -62,7 +62,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         64.72,
         66.65,
         61.60,
-        "the authors' documents give no link; use a local folder",
+        "the authors' documents give no link to it; give a local folder instead",
     ),
     Checkpoint("base", "yulan-team/YuLan-Mini", "annealing", 27, 28723, False, "llama", 65.67, 68.46, 64.00),
     Checkpoint("instruct", "yulan-team/YuLan-Mini-Instruct", "post-trained", None, 28723, False, "llama"),
@@ -74,7 +74,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         1024,
         False,
         "yulanmini",
-        note="a few million random weights in the published layout, built on this machine; for trying things out",
+        note="a few million random weights in the published layout, made on this machine; for trying things out",
     ),
 )
 
@@ -88,9 +88,9 @@ def list_aliases() -> list[str]:
 
 
 def find_alias(name: str) -> Checkpoint | None:
-    """Return the start that `name` stands for, or None; every phase from `phase1` to `phase25` resolves.
+    """Return the base checkpoint of an alias, or None; every name from `phase1` to `phase25` is an alias.
 
-    The authors published more phases than their table of scores lists, always under the same pattern of names.
+    The authors published more phases than their table of scores lists, under the same pattern of names.
     """
     for checkpoint in CHECKPOINTS:
         if checkpoint.alias == name:
@@ -102,8 +102,11 @@ def find_alias(name: str) -> Checkpoint | None:
     return Checkpoint(name, f"yulan-team/YuLan-Mini-Phase{phase}", "stable", phase, 4096, False, "yulanmini")
 
 
-def is_another_start(one: str, other: str) -> bool:
-    """Tell whether two aliases stand for different weights; of hub ids and folders only their content tells."""
+def have_different_weights(one: str, other: str) -> bool:
+    """Tell whether two names are aliases of checkpoints with different weights.
+
+    Return False where one of them is a hub id or a folder: only the content of those can be compared.
+    """
     first, second = find_alias(one), find_alias(other)
     return first is not None and second is not None and (first.stage, first.phase) != (second.stage, second.phase)
 
@@ -120,25 +123,25 @@ def split_hub_id(name: str) -> tuple[str, str | None]:
 
 
 def describe_checkpoints() -> str:
-    """Return the table as text: aliases, stages, and the scores that the authors published."""
+    """Return the table as text, one line for each base checkpoint."""
     head = ("alias", "stage", "phase", "context", "states", "stored as", "LAMBADA", "GSM8K", "HumanEval", "repository")
     rows: list[tuple[str, ...]] = [head]
-    for start in CHECKPOINTS:
-        scores = ("" if score is None else f"{score:.2f}" for score in (start.lambada, start.gsm8k, start.humaneval))
+    for entry in CHECKPOINTS:
+        scores = ("" if score is None else f"{score:.2f}" for score in (entry.lambada, entry.gsm8k, entry.humaneval))
         rows.append(
             (
-                start.alias,
-                start.stage,
-                "" if start.phase is None else str(start.phase),
-                f"{start.context:,}",
-                "yes" if start.optimizer_states else "",
-                start.architecture,
+                entry.alias,
+                entry.stage,
+                "" if entry.phase is None else str(entry.phase),
+                f"{entry.context:,}",
+                "yes" if entry.optimizer_states else "",
+                entry.architecture,
                 *scores,
-                start.repository or f"({start.note})",
+                entry.repository or f"({entry.note})",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     ]
-    return "\n".join([*lines, "", "phaseN works for every N from 1 to 25; so does any hub id or local folder."])
+    return "\n".join([*lines, "", "phaseN works for every N from 1 to 25. A hub id or a local folder works too."])

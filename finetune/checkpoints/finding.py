@@ -1,4 +1,8 @@
-"""From the name of a start to a folder of plain Llama weights: download or build it, fold it once, remember it by content."""
+"""Find the folder of a base checkpoint by its name, and of its Llama form.
+
+A published checkpoint is downloaded, and `nano` is built. A native checkpoint is folded once; the cache finds the result again by
+the checkpoint's content.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,26 +27,28 @@ from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
 from finetune.yulan.states.optimizer_states import POINTER, RESULT
 from finetune.yulan.tensors import list_weight_files
 
-# Weights as safetensors, and text; never code, never pickles.
+# Weights as safetensors, and text files; neither code nor pickles.
 _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
-# Optimizer states are pickles, which are read as tensors and plain values only; fetched only where a recipe asks for them.
+# Optimizer states are pickles. They are downloaded only for a recipe that asks for them, and read as tensors and plain values.
 _STATE_FILES = (POINTER, "*_universal/*.pt")
 _FOLD_VERSION = 1
 
 
 def find_checkpoint(name: str) -> Path:
-    """Return the local folder of a start: an alias, a hub id with an optional `@revision`, or a folder.
+    """Return the local folder of a checkpoint; download it or build it first where needed.
+
+    `name` is an alias, a hub id with an optional `@revision`, or a folder.
 
     Raises:
-        CheckpointError: the name stands for nothing, or it cannot be fetched from here.
+        CheckpointError: the name is unknown, or the checkpoint cannot be downloaded.
     """
-    start = find_alias(name)
-    if start is not None:
-        if start.alias == "nano":
+    entry = find_alias(name)
+    if entry is not None:
+        if entry.alias == "nano":
             return _find_nano()
-        if start.repository is None:
-            raise CheckpointError(f"{name}: {start.note}")
-        return _download(start.repository, None, name)
+        if entry.repository is None:
+            raise CheckpointError(f"{name}: {entry.note}")
+        return _download(entry.repository, None, name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -54,39 +60,40 @@ def find_checkpoint(name: str) -> Path:
 
 
 def find_states_folder(name: str) -> Path:
-    """Return the folder of a start with its optimizer states, fetched where it is published on the hub.
+    """Return the local folder of a checkpoint with its optimizer state; download both where they are on the hub.
 
     Raises:
-        CheckpointError: the start has none, or they cannot be fetched from here.
+        CheckpointError: the checkpoint has no optimizer state, or it cannot be downloaded.
     """
     folder = Path(name).expanduser()
-    start = find_alias(name)
-    if start is not None and start.repository is not None:
-        folder = _download(start.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
-    elif start is None and not folder.is_dir():
+    entry = find_alias(name)
+    if entry is not None and entry.repository is not None:
+        folder = _download(entry.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
+    elif entry is None and not folder.is_dir():
         folder = _download(*split_hub_id(name), name, (*_WANTED_FILES, *_STATE_FILES))
     if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
         raise CheckpointError(
-            f"{name}: holds no optimizer states (no {POINTER} in {folder}); `finetune checkpoints` shows which starts do; "
-            "set optimizer.states: fresh to begin with empty ones, or a folder that has them"
+            f"{name}: holds no optimizer state (no {POINTER} in {folder}); set optimizer.states: fresh to begin with zero "
+            "moments, give a folder that has one, or choose a checkpoint that has one (`finetune checkpoints` lists them)"
         )
     return folder
 
 
 def _download(repository: str, revision: str | None, name: str, files: Sequence[str] = _WANTED_FILES) -> Path:
     try:
-        # By attribute: the library then loads what downloads only here, a fifth of a second that other starts do not need.
+        # Access by attribute makes the library load its download code only here. It takes a fifth of a second.
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
-            f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private"
+            f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private; check the name, "
+            "or log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         at = f" --revision {revision}" if revision else ""
         raise CheckpointError(
-            f"{name}: {repository} is not on this machine and the hub cannot be reached; where there is a network run\n"
+            f"{name}: {repository} is not on this machine, and the hub cannot be reached; on a machine with a network run\n"
             f"  hf download {repository}{at} --local-dir {repository.rpartition('/')[2]}\n"
-            "and give that folder as model.checkpoint"
+            "and set model.checkpoint to that folder"
         ) from error
 
 
@@ -99,7 +106,7 @@ def _find_nano() -> Path:
 
 
 def as_llama(folder: Path) -> Path:
-    """Return a start as a folder of Llama weights: itself, or its fold in the cache, made once for each content.
+    """Return a folder with the Llama form of a checkpoint: the folder itself, or its fold in the cache.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or folded.
@@ -112,18 +119,18 @@ def as_llama(folder: Path) -> Path:
 
 
 def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:
-    """Return the folder that a run trains on: a start's Llama form, or its native one as it was published.
+    """Return the folder whose weights a run loads: the checkpoint's Llama form, or the published native checkpoint.
 
     Raises:
-        CheckpointError: it cannot be found or read, or is not native where that was asked for.
+        CheckpointError: it cannot be found or read, or it is no native checkpoint although `architecture` is native.
     """
     folder = find_checkpoint(name)
     if architecture == "llama":
         return as_llama(folder)
     if find_architecture(folder) == "llama":
         raise CheckpointError(
-            f"{name}: is stored as Llama, so there is nothing native to train; remove model.architecture, or choose one of "
-            f"the checkpoints that `finetune checkpoints` lists as yulanmini"
+            f"{name}: is stored as Llama, so its native architecture cannot be trained; remove model.architecture, or choose "
+            "one of the checkpoints that `finetune checkpoints` lists as yulanmini"
         )
     return folder
 

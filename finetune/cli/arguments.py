@@ -11,7 +11,7 @@ _RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
 
 
 def add_nothing(verb: argparse.ArgumentParser) -> None:
-    """Take no arguments."""
+    """Add no arguments."""
 
 
 def add_checkpoints(verb: argparse.ArgumentParser) -> None:
@@ -31,13 +31,15 @@ def _add_writing(verb: argparse.ArgumentParser) -> None:
 
 def add_recipes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", metavar="NAME", nargs="?", type=Path, help="print this shipped recipe with all its keys")
-    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write that to a new file instead")
+    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the output to a new file instead")
     verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
 
 
 def add_mixtures(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--datasets", action="store_true", help="the open data sets that were used, with their addresses")
-    verb.add_argument("--phase", type=_read_phase, metavar="N", help="one phase, with its data sets")
+    verb.add_argument(
+        "--datasets", action="store_true", help="list the open data sets that were used, with their addresses"
+    )
+    verb.add_argument("--phase", type=_read_phase, metavar="N", help="show one phase with its data sets")
     verb.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw the categories over all phases (.png, .svg, .pdf)"
     )
@@ -59,32 +61,38 @@ def add_fold(verb: argparse.ArgumentParser) -> None:
 def add_preview(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     verb.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
-    verb.add_argument("--html", type=Path, metavar="FILE", help="also write them as one page that needs nothing else")
+    verb.add_argument("--html", type=Path, metavar="FILE", help="also write them as one self-contained HTML page")
 
 
 def add_lint(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     verb.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write the rows that pass, as they are, into a new or empty folder"
+        "--fix", type=Path, metavar="DIR", help="write the rows without findings, unchanged, into a new or empty folder"
     )
 
 
 def add_plan(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
-    verb.add_argument("--memory", metavar="SIZE", help="say whether it fits a GPU of this memory, such as 8GB")
-    verb.add_argument("--gpu", metavar="NAME", help='say whether it fits this card, such as "RTX 4060 Laptop"')
-    verb.add_argument("--processes", type=_read_count, metavar="N", help="plan for one of so many processes")
-    verb.add_argument("--engine", choices=_ENGINES, help="what shares their work (default: ddp)")
-    verb.add_argument("--accelerate", type=Path, metavar="FILE", help="read both from accelerate's configuration")
+    verb.add_argument("--memory", metavar="SIZE", help="say whether the run fits a GPU with this memory, such as 8GB")
+    verb.add_argument("--gpu", metavar="NAME", help='say whether the run fits this GPU, such as "RTX 4060 Laptop"')
     verb.add_argument(
-        "--fit", action="store_true", help="change settings until it fits, and say what each change saves"
+        "--processes", type=_read_count, metavar="N", help="number of processes; the plan is for one of them"
+    )
+    verb.add_argument("--engine", choices=_ENGINES, help="how the processes share the work (default: ddp)")
+    verb.add_argument(
+        "--accelerate", type=Path, metavar="FILE", help="read processes and engine from accelerate's configuration"
+    )
+    verb.add_argument(
+        "--fit", action="store_true", help="change settings until the run fits, and say what each change saves"
     )
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     verb.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the recipe's output")
-    verb.add_argument("--force", action="store_true", help="train also what the plan says cannot fit this GPU")
+    verb.add_argument(
+        "--force", action="store_true", help="train even if the plan says that the run cannot fit this GPU"
+    )
 
 
 def add_export(verb: argparse.ArgumentParser) -> None:
@@ -96,7 +104,7 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         default="full",
         help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
     )
-    verb.add_argument("--no-verify", action="store_true", help="skip reopening and comparing")
+    verb.add_argument("--no-verify", action="store_true", help="do not reopen the export and compare its logits")
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -109,22 +117,33 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
 
 def add_chat(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
-    verb.add_argument("--prompt", metavar="TEXT", help="answer once and stop")
-    verb.add_argument("--system", metavar="TEXT", help="a system line")
+    verb.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
+    verb.add_argument("--system", metavar="TEXT", help="a system message")
     verb.add_argument(
         "--max-new-tokens", type=_read_count, default=512, metavar="N", help="longest answer (default: 512)"
     )
     verb.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (default: 0, the likeliest token)",
     )
 
 
 def add_demo(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    verb.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="a new or empty folder (default: runs/demo)",
+    )
 
 
 def _read_count(text: str) -> int:
-    """Read a whole number above 0; argparse turns the error into its usual message and exit status 2."""
+    """Read a whole number above 0; argparse reports the error and exits with 2."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
     return int(text)

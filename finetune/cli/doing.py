@@ -1,4 +1,4 @@
-"""The verbs that train, write and use models."""
+"""Run the verbs that train, write and use models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_fold(arguments: argparse.Namespace) -> int:
 def run_train(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
 
-    # Whatever is wrong with the recipe is said before the seconds that importing torch takes.
+    # The recipe is checked before torch is imported, which takes seconds.
     chain = load_chain(arguments.recipe, arguments.set)
     from finetune.models.engine import leave_processes
     from finetune.pipeline.chain import describe_chain, run_chain
@@ -41,7 +41,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
     settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
     verifier = None
-    if not arguments.no_verify:  # the models that it runs need libraries that take seconds to load
+    if not arguments.no_verify:  # importing the verifier loads libraries, which takes seconds
         from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
@@ -80,7 +80,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         return print_result(
             arguments, {"answer": result.text, "tokens": result.tokens, "stopped_by": result.stopped_by}, result.text
         )
-    print("Ctrl-D ends the talk.", file=sys.stderr)
+    print("Press Ctrl-D to end the chat.", file=sys.stderr)
     while True:
         try:
             text = input("> ").strip()
@@ -98,6 +98,6 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
     from finetune.pipeline.demo import describe_demo, run_demo
 
-    transformers_logging.disable_progress_bar()  # one bar for each of six loads of a tiny model is noise
+    transformers_logging.disable_progress_bar()  # otherwise each of the six loads of a tiny model shows a bar
     result = run_demo(arguments.output)
     return print_result(arguments, to_json(result), describe_demo(result))

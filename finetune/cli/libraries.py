@@ -1,4 +1,4 @@
-"""Keep libraries quiet, and let one process of several speak."""
+"""Keep the libraries quiet, and print in one process only."""
 
 import logging
 import os
@@ -7,22 +7,22 @@ import warnings
 
 
 def is_main_process() -> bool:
-    """Return whether this is the one process of a launch that prints and writes."""
+    """Return whether this is the process that prints and writes; a launch of several processes has one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries() -> None:
-    """Send our notes to standard error as plain lines, and keep what libraries say to themselves out of them."""
+    """Print the kit's notes to standard error as plain lines, and suppress the libraries' notes and warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("finetune")
-    ours.handlers = [handler]  # not one more for every call from another program
+    ours.handlers = [handler]  # replaced, so that repeated calls from another program add no second handler
     ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("bitsandbytes", "accelerate", "trl"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # Deprecations inside the libraries are for this kit's authors, whose tests turn them into errors.
+    # Users cannot act on deprecations inside the libraries. The kit's tests turn them into errors.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)

@@ -1,4 +1,4 @@
-"""The verbs that look at something and change nothing but the files they are told to write."""
+"""Run the verbs that only show something; they write only the files that the user asks for."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
     from finetune.files.sizes import parse_memory
 
-    # Whatever is wrong with the recipe is said before the seconds that loading torch takes.
+    # The recipe is checked before torch is imported, which takes seconds.
     chain = load_chain(arguments.recipe, arguments.set)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     with load_for_plan():
@@ -182,7 +182,7 @@ def _list_recipes(arguments: argparse.Namespace) -> int:
 
 
 def _write_text(arguments: argparse.Namespace, result: Any, text: str) -> int:
-    """Write a text to the file that was asked for, else to standard output."""
+    """Write a text to the file of `--output`, or print it."""
     from finetune.files.folders import write_new_file
 
     if arguments.output is None:

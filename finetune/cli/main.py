@@ -1,4 +1,4 @@
-"""Run one verb of the command line, and exit with its status."""
+"""Run one verb of the command line and exit with its status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.errors import FinetuneError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb and exit: 0 fine, 2 the user's input, 1 our bug (with its traceback), 130 interrupted."""
+    """Run one verb and exit: 0 success, 2 an error in the user's input, 1 a bug (with its traceback), 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; what is left in the buffer must not fail again at exit.
+        # The reading program (head, less) has ended. The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = SUCCESS
     sys.exit(status)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """End as after an error, so that what is half-written is removed."""
+    """Exit by an exception, so that partly written folders are removed."""
     sys.exit(128 + number)

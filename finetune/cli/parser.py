@@ -9,7 +9,7 @@ from finetune.files.version import read_version
 
 
 class _PrintVersion(argparse.Action):
-    """Look the version up only when it is asked for: that takes as long as the rest of `--help`."""
+    """Print the version; reading it takes as long as the rest of `--help`, so it is read only here."""
 
     def __call__(
         self,
@@ -23,7 +23,7 @@ class _PrintVersion(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs; what it parses has the function of the verb as `run`."""
+    """Return the parser of all verbs; the parsed arguments hold the function of the verb as `run`."""
     parser = argparse.ArgumentParser(
         prog="finetune",
         description="Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models.",

@@ -18,7 +18,7 @@ SUCCESS, USER_ERROR, INTERRUPTED = 0, 2, 130
 
 
 def print_each(arguments: argparse.Namespace, chain: Chain, look: Callable[[TrainStage], tuple[Any, str]]) -> int:
-    """Look at every stage that trains, and print what each gives."""
+    """Call `look` for every stage that trains, and print the results."""
     if chain.single is not None:
         return print_result(arguments, *look(chain.single))
     found = {stage.name: look(stage) for stage in chain.trainings}

@@ -1,4 +1,4 @@
-"""The table of verbs: one row each, with its help, its arguments, the function that runs it, and examples."""
+"""The table of verbs: each row has a verb's help, its arguments, the function that runs it, and examples."""
 
 import argparse
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from finetune.cli.looking import (
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb; `run` gets what was parsed and returns the exit status, `examples` are whole command lines."""
+    """One verb; `run` takes the parsed arguments and returns the exit status, `examples` are whole command lines."""
 
     name: str
     help: str
@@ -67,7 +67,7 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "preview",
-        "show rows as the model will see them, with what is trained marked",
+        "show rows as the model will see them, with the trained text marked",
         arguments.add_preview,
         run_preview,
         (
@@ -77,7 +77,7 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "lint",
-        "look for what is wrong with the rows: duplicates, empty answers, overlap and more",
+        "look for problems in the rows: duplicates, empty answers, overlap and more",
         arguments.add_lint,
         run_lint,
         ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean"),
@@ -95,14 +95,14 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "doctor",
-        "show what this machine has, and what the kit will therefore use",
+        "show what this machine has, and which types and kernels the kit will use on it",
         arguments.add_nothing,
         run_doctor,
         ("finetune doctor", "finetune doctor --json"),
     ),
     Verb(
         "train",
-        "train, and leave a run directory",
+        "train a recipe, and write a run directory",
         arguments.add_train,
         run_train,
         (
@@ -113,7 +113,7 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "export",
-        "merge a run into Llama-format weights, and prove that they are right",
+        "merge a run into Llama-format weights, and verify them",
         arguments.add_export,
         run_export,
         (
@@ -133,7 +133,7 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "chat",
-        "talk to a run or a model",
+        "chat with the model of a run, or with any other",
         arguments.add_chat,
         run_chat,
         ("finetune chat runs/mine", 'finetune chat exports/mine --prompt "Who are you?" --temperature 0.7'),

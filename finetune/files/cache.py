@@ -1,4 +1,4 @@
-"""The cache: folders that are made once and found again by their content, and hashes that are remembered."""
+"""The kit's cache: folders that are made once for each content, and hashes of files."""
 
 import hashlib
 import os
@@ -12,7 +12,10 @@ _HASH_CHUNK = 1 << 22
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Return a cached folder, made if need be; of two processes that make it at once, one is renamed first and wins."""
+    """Return a cached folder, and make it if it does not exist.
+
+    Two processes may make it at the same time. The first to finish wins, and the other uses its result.
+    """
     if folder.is_dir():
         return folder
     try:
@@ -33,7 +36,7 @@ def find_cache() -> Path:
 
 
 def hash_file(file: Path) -> str:
-    """Return the hash of a file's content, remembered under everything that changes when it does."""
+    """Return the SHA-256 of a file's content; the cache keeps it under the file's path, inode, size and times."""
     real = file.resolve()
     status = real.stat()
     identity = f"{real}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
@@ -55,4 +58,4 @@ def _remember(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError:
-        return  # a cache that cannot be written only costs time
+        return  # without a cache the kit only takes longer

@@ -1,4 +1,4 @@
-"""Output folders that are either complete or not there."""
+"""Write output folders so that each is either complete or absent."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ _PARTIAL = ".partial"
 
 
 def check_output_free(folder: Path) -> None:
-    """Refuse an output path that is a file, or a folder that already holds something.
+    """Refuse an output path that is a file or a folder with content.
 
     Raises:
         OutputError: the path is taken; nothing was changed.
@@ -33,11 +33,11 @@ def check_output_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`, which takes its place once the block has ended without an error.
+    """Yield a temporary folder beside `folder`, and rename it to `folder` when the block ends without an error.
 
-    A reader therefore sees the whole folder or none, whenever the process is stopped. When the block raises, the
-    temporary folder is removed; after a kill it stays behind under a name that starts with a dot and ends in `.partial`,
-    until the next one for the same folder removes it.
+    So a reader sees the whole folder or none, whenever the process stops. When the block raises, the temporary folder is
+    removed. After a kill it remains, under a name that starts with a dot and ends in `.partial`, until the next call for the
+    same folder removes it.
 
     Raises:
         OutputError: `folder` exists and is not empty, or cannot be written (permission, space).
@@ -49,7 +49,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
         partial, lock = _make_partial(folder)
     except OSError as error:
         raise OutputError(
-            f"{folder}: cannot be made: {error.strerror} (at {error.filename}); choose another"
+            f"{folder}: cannot be made: {error.strerror} (at {error.filename}); choose another folder"
         ) from error
     try:
         with translate_os_errors(folder):
@@ -58,7 +58,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
             _sync_folder(partial)
             if os.name == "nt" and folder.is_dir():  # Windows does not rename over a folder, not even an empty one
                 folder.rmdir()
-            # Renaming over an empty folder is atomic; over a full one it fails, so that nobody's files are lost.
+            # Renaming over an empty folder is atomic. Over a folder with content it fails, so no files are lost.
             partial.rename(folder)
             _sync_path(folder.parent)
     except BaseException:
@@ -70,10 +70,10 @@ def write_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_new_file(file: Path, text: str) -> None:
-    """Write a text to a file that is not there yet.
+    """Write a text to a new file.
 
     Raises:
-        OutputError: the path is taken, or cannot be written.
+        OutputError: the path exists, or cannot be written.
     """
     if file.exists() or file.is_symlink():
         raise OutputError(f"{file}: exists already; choose another name, or remove it")
@@ -91,15 +91,15 @@ def write_new_file(file: Path, text: str) -> None:
 
 
 def _make_partial(folder: Path) -> tuple[Path, int | None]:
-    """Make a temporary folder, locked for as long as this process lives."""
-    # It takes its final name when it is locked: before, another process could believe that a dead one had left it.
+    """Make a temporary folder, with a lock that lasts as long as this process."""
+    # It gets the ending `.partial` only after it is locked. Otherwise another process could take it for that of a killed process.
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
     lock = _lock(made)
     return made.rename(made.with_suffix(_PARTIAL)), lock
 
 
 def _remove_stale_partials(folder: Path) -> None:
-    """Remove what killed processes left behind: temporary folders that no process holds."""
+    """Remove the temporary folders of killed processes, which are those that no process has locked."""
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.????????{_PARTIAL}"):
         lock = _lock(stale)
         if lock is not None:
@@ -108,9 +108,9 @@ def _remove_stale_partials(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder; return None where another process holds it, or where there are no such locks.
+    """Lock a folder; return None if another process has locked it, or if the system has no such locks.
 
-    The system lets go of the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.
     """
     if sys.platform == "win32":
         return None
@@ -128,7 +128,7 @@ def _lock(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def translate_os_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space", "no permission" and the like into one clear message about `folder`."""
+    """Turn the system's "no space", "no permission" and similar errors into an `OutputError` about `folder`."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
@@ -136,8 +136,8 @@ def translate_os_errors(folder: Path) -> Iterator[None]:
         errno.EPERM: "permission denied",
         errno.EROFS: "the file system is read-only",
         errno.ENOTDIR: "a part of the path is a file, not a folder",
-        errno.ENOTEMPTY: "another process has just written it",
-        errno.EEXIST: "another process has just written it",
+        errno.ENOTEMPTY: "another process wrote it at the same time",
+        errno.EEXIST: "another process wrote it at the same time",
         errno.ENAMETOOLONG: "the name is too long",
         errno.EFBIG: "the file is larger than this system allows",
     }
@@ -167,7 +167,7 @@ def _sync_folder(folder: Path) -> None:
 def _sync_path(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
         return
-    # Windows syncs only what is open for writing.
+    # Windows syncs only files that are open for writing.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""JSON files: written whole or not at all, read with a clear error."""
+"""Write JSON files completely or not at all, and read them with a clear error."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is none.
+    """Return the content of a JSON file, or None if there is no such file.
 
     Raises:
-        FinetuneError: it is damaged.
+        FinetuneError: the file is not valid JSON.
     """
     if not path.is_file():
         return None

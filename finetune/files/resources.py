@@ -1,4 +1,4 @@
-"""Where the shipped recipes and templates are, in a checkout and in an installed wheel, and what they are called."""
+"""Find the shipped recipes, templates and data by name, in a checkout and in an installed wheel."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_resource_folder(name: str) -> Path:
-    """Return the folder `recipes` or `templates`: inside the package where installed, beside it in a checkout."""
+    """Return the folder `recipes` or `templates`: in a wheel it is inside the package, in a checkout beside it."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
@@ -24,14 +24,14 @@ def list_recipes() -> dict[str, Path]:
 
 
 def list_all_recipes() -> dict[str, Path]:
-    """Return every shipped recipe, those for each size of card too: `sft_qlora`, `tiers/8gb` -> file."""
+    """Return every shipped recipe, with those for each size of GPU: name, such as `sft_qlora` or `tiers/8gb` -> file."""
     files = (find_resource_folder("recipes") / "tiers").glob("*.yaml")
     tiers = sorted(files, key=lambda path: (len(path.stem), path.stem))  # 6gb before 12gb
     return {**list_recipes(), **{f"tiers/{path.stem}": path for path in tiers}}
 
 
 def name_recipe(source: Path) -> str:
-    """Return the name that a path would have as a shipped recipe: `sft_qlora` of `recipes/sft_qlora.yaml`."""
+    """Return the name of a shipped recipe from its path: `sft_qlora` for `recipes/sft_qlora.yaml`."""
     return source.as_posix().removeprefix("recipes/").removesuffix(".yaml")
 
 
@@ -39,7 +39,7 @@ def find_shipped_recipe(name: Path) -> Path:
     """Return the file of a shipped recipe.
 
     Raises:
-        RecipeError: there is none of this name; the message has the nearest one.
+        RecipeError: no shipped recipe has this name; the message names the closest one.
     """
     shipped = list_all_recipes()
     if name_recipe(name) not in shipped:
@@ -49,7 +49,7 @@ def find_shipped_recipe(name: Path) -> Path:
 
 
 def find_recipe(source: Path) -> Path:
-    """Return the file of a recipe: itself, with or without `.yaml`, or else the shipped one of that name."""
+    """Return the file of a recipe: the given path, with or without `.yaml`, or else the shipped recipe of that name."""
     own = (source, Path(f"{source}.yaml"))
     shipped = list_all_recipes().get(name_recipe(source), source)
     return next((path for path in own if path.is_file()), shipped)

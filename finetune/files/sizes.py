@@ -1,6 +1,6 @@
-"""Sizes as people write them. This is the one place that says what a GB is.
+"""Read and write sizes such as `2GB`. Only this module defines what a GB is.
 
-A file's GB is 10^9 bytes, as the hub and file managers count. A GPU's GB is 2^30 bytes: cards are sold by powers of two.
+A file's GB is 10^9 bytes, as on the hub and in file managers. A GPU's GB is 2^30 bytes, as GPUs are sold.
 """
 
 import re
@@ -15,7 +15,7 @@ _MEMORY_UNITS: Mapping[str, int] = {"": 1, "B": 1, "KB": KIB, "MB": MIB, "GB": G
 
 
 def parse_size(text: str, name: str = "--max-shard-size") -> int:
-    """Return the bytes of a file size such as `2GB` or `500MB`; `name` is what the option is called in messages.
+    """Return the bytes of a file size such as `2GB` or `500MB`; `name` names the option in messages.
 
     Raises:
         OutputError: the text is not a size.
@@ -27,26 +27,26 @@ def parse_size(text: str, name: str = "--max-shard-size") -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes of a GPU's memory such as `8GB`, which means 8 GiB.
+    """Return the bytes of a GPU's memory size such as `8GB`, which means 8 GiB.
 
     Raises:
-        MachineError: the text is no size of a memory.
+        MachineError: the text is not a memory size.
     """
     size = _count_bytes(text, _MEMORY_UNITS)
     if size < MIB:
-        raise MachineError(f"--memory: {text!r} is no size of a memory; write one such as 8GB")
+        raise MachineError(f"--memory: {text!r} is not a memory size; write one such as 8GB")
     return size
 
 
 def _count_bytes(text: str, units: Mapping[str, int]) -> int:
-    """Return the bytes that a text stands for, or 0 where it is no size."""
+    """Return the bytes of a size, or 0 if the text is not a size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     unit = units.get(match.group(2).upper()) if match else None
     return int(float(match.group(1)) * unit) if match and unit else 0
 
 
 def describe_size(count: int) -> str:
-    """Return the bytes of a file for a person, such as `4.9 GB`."""
+    """Return a file size as text, such as `4.9 GB`."""
     size, unit = float(count), "B"
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000 or unit == "GB":

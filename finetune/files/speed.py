@@ -1,4 +1,4 @@
-"""Ways to save time that a reader would not expect. Each says what it saves, and which benchmark's table relies on it."""
+"""Optimisations that a reader would not expect. Each says how much it saves, and which benchmark measures it."""
 
 import gc
 import os

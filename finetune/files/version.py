@@ -8,7 +8,7 @@ _DISTRIBUTION = "yulan-finetune"
 
 
 def read_version() -> str:
-    """Return the version of the installed package or, where none is installed, that of the checkout."""
+    """Return the version of the installed package or, if none is installed, that of the checkout."""
     try:
         return metadata.version(_DISTRIBUTION)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The page of all keys, docs/keys.md, made from what the kit reads."""
+"""Render the page of all keys, docs/keys.md, from the tables that the kit itself uses."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -16,15 +16,16 @@ from finetune.rewards.rules import RULES
 
 _HEAD = """# Every key of a recipe
 
-This page is made by `finetune recipes --keys`. `finetune recipes sft_qlora -o my.yaml` copies a shipped recipe with
-every other key as a comment. On the command line a key is set by `-s section.key=value`. An unknown, doubled or mistyped key is
-refused before anything is loaded. A file that a recipe names is looked for beside the recipe first, then in the current folder.
+`finetune recipes --keys` makes this page. `finetune recipes sft_qlora -o my.yaml` copies a shipped recipe with every other key
+as a comment. On the command line `-s section.key=value` sets a key. The kit refuses unknown, repeated and misspelt keys and
+values of the wrong type before it loads anything. It looks for a file that a recipe names beside the recipe first, then in the
+current folder.
 """
-_TRAINER = """Any option of the class in this table goes through by its name, and is checked against the installed version. The kit's own
-defaults stand beside it. Further, `gradient_checkpointing` is true; with rows to evaluate on, `eval_strategy` is `epoch` and
-`per_device_eval_batch_size` that of the training.
+_TRAINER = """The section also takes any option of the class in this table, under its own name; the kit checks it against the installed
+version. The table shows the kit's own defaults. In addition `gradient_checkpointing` is true. With rows to evaluate on,
+`eval_strategy` is `epoch`, and `per_device_eval_batch_size` is the micro-batch size of the training.
 """
-_OWNED = """These options are refused, because the kit decides them:
+_OWNED = """A recipe may not set these options, because the kit sets them:
 """
 
 
@@ -81,9 +82,9 @@ def _render_formats() -> Iterator[str]:
 
 def _render_rules() -> Iterator[str]:
     yield "### Rules\n"
-    yield "A rule gives an answer a number from 0 to 1, a penalty one from -1 to 0. It is multiplied by its weight.\n"
+    yield "A rule gives an answer a value from 0 to 1, and a penalty gives one from -1 to 0. The value is multiplied by the rule's weight.\n"
     cells = [(f"`{rule.name}`", rule.description) for rule in RULES.values()]
-    yield _render_table(("rule", "what it looks for"), cells)
+    yield _render_table(("rule", "what it rewards or penalises"), cells)
 
 
 def _render_trainer() -> Iterator[str]:
@@ -121,7 +122,7 @@ def _render_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str
 
 
 def _escape(cell: str) -> str:
-    """Keep Markdown from reading signs of a text as its own; what stands between backticks it leaves alone but for `|`."""
+    """Escape the characters that Markdown would interpret; between backticks only `|` needs it."""
     texts = cell.replace("|", "\\|").split("`")
     texts[::2] = (text.replace("<", "\\<").replace("*", "\\*") for text in texts[::2])
     return "`".join(texts)

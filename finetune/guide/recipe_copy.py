@@ -1,4 +1,4 @@
-"""A copy of a shipped recipe, with every key that it could have beside those that it sets."""
+"""Copy a shipped recipe, and add every key that it does not set as a comment."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from finetune.recipe.sections import Recipe
 
 _WIDTH = 110
 _PLAIN = re.compile(r"[\w./-]+")
-_NOTE = "Lines such as `#seed: 42` are keys with their defaults: remove the # to set one."
+_NOTE = "Lines such as `#seed: 42` are keys with their defaults. Remove the # to set a key."
 
 
 def copy_recipe(source: Path) -> str:
-    """Return the text of a shipped recipe's file; the keys that it does not set stand in it as comments.
+    """Return the text of a shipped recipe, with the keys that it does not set as comments.
 
-    Keys that it sets, and its comments, stay as they are, but for files that ship with it: those get absolute paths, so that
-    the copy works anywhere. A chain gets the options of an export explained instead, since its stages share their keys.
+    The recipe's own keys and comments are kept. Files beside the recipe get absolute paths, so that the copy works in any folder.
+    A chain gets only the options of an export as comments, because its stages share their keys.
     """
     text = _make_paths_absolute(source.read_text(encoding="utf-8"), source.parent)
     content = _compose(text)
@@ -42,7 +42,7 @@ def _read_keys(node: yaml.Node) -> dict[str, yaml.Node]:
 
 
 def _make_paths_absolute(text: str, folder: Path) -> str:
-    """Write out every value that names a file beside the recipe."""
+    """Replace every value that names a file beside the recipe with the file's absolute path."""
     for node in sorted(_walk_values(_compose(text)), key=lambda node: -node.start_mark.index):
         file = folder / node.value
         if node.value and file.is_file():
@@ -64,7 +64,7 @@ def _walk_values(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
 
 
 def _insert_keys(lines: list[str], content: yaml.MappingNode) -> Iterator[str]:
-    """Yield the lines of a recipe, each section with its missing keys behind it, then the sections that it lacks."""
+    """Yield the lines of a recipe, with the missing keys at the end of each section, then the missing sections."""
     given = _read_keys(content)
     method = given["method"].value if "method" in given else Recipe().method
     behind: dict[int, list[str]] = {}
@@ -83,7 +83,7 @@ def _insert_keys(lines: list[str], content: yaml.MappingNode) -> Iterator[str]:
 
 
 def _find_last_line(node: yaml.Node) -> int:
-    """Return the last line of a value, before the comments behind it."""
+    """Return the number of a value's last line, without the comments after it."""
     if isinstance(node, yaml.MappingNode) and node.value and not node.flow_style:
         return _find_last_line(node.value[-1][1])
     if isinstance(node, yaml.SequenceNode) and node.value and not node.flow_style:
@@ -99,15 +99,15 @@ def _list_missing(section: Key, node: yaml.Node, method: str) -> Iterator[str]:
     if section.name == TRAINER:
         class_name = METHODS[method].config_class
         yield from _write_prose(
-            f"Any other option of {class_name} goes here by its name, except those that the kit decides.", "  "
+            f"Any other option of {class_name} may stand here under its own name, except those that the kit sets.", "  "
         )
 
 
 def _write_key(key: Key, indent: str) -> Iterator[str]:
-    """Yield a key that is not set: its text, and a line that sets it to its default once its # is removed."""
+    """Yield the comments of a key that is not set: its text, and a line that sets its default once the # is removed."""
     if key.inner:
         yield from _write_prose(key.text, indent)
-        # A section with nothing in it says nothing, so that every line inside it can be used by itself.
+        # An empty section has no effect, so its name needs no #, and each line inside it works once its own # is removed.
         yield f"{indent}{key.short_name}:"
         for inner in key.inner:
             yield from _write_key(inner, f"{indent}  ")

@@ -1,4 +1,4 @@
-"""Every key that a recipe can have: its default, what it takes, and what it does."""
+"""List every key that a recipe can have: its default, its possible values, and its explanation."""
 
 import dataclasses
 import types
@@ -20,7 +20,7 @@ from finetune.rewards.rules import RULES
 from finetune.runs.export_settings import ExportSettings
 
 SOURCE, TRAINER, STAGES, EXPORT = "source", "trainer", "stages", "export"
-# What a key takes, where its type does not tell.
+# The values of keys whose type does not show them.
 _VALUES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "model.checkpoint": (*list_aliases(), "a hub id", "a folder", "a run directory"),
@@ -38,7 +38,7 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key; `default` is written as in YAML, `values` are what it takes, `inner` the keys of a section."""
+    """One key; `default` is written as in YAML, `values` are its possible values, `inner` holds the keys of a section."""
 
     name: str
     default: str
@@ -48,12 +48,12 @@ class Key:
 
     @property
     def short_name(self) -> str:
-        """The key as it is written inside its section."""
+        """The name of the key within its section."""
         return self.name.rpartition(".")[2]
 
 
 def list_recipe_keys() -> tuple[Key, ...]:
-    """Return the keys of a recipe in their order; sections hold their own."""
+    """Return the keys of a recipe in their order; sections hold their own keys."""
     return tuple(_list_fields(Recipe, ""))
 
 
@@ -63,7 +63,7 @@ def list_source_keys() -> tuple[Key, ...]:
 
 
 def list_chain_keys() -> tuple[Key, ...]:
-    """Return what makes a recipe a chain."""
+    """Return the key `stages` with the keys of a stage."""
     kinds = {"name": "text", "recipe": "text", "export": "a section of keys and values"}
     inner = tuple(_make_key(f"{STAGES}.{name}", "", (kind,)) for name, kind in kinds.items())
     return (dataclasses.replace(_make_key(STAGES, "", ("a list of stages",)), inner=inner),)
@@ -75,7 +75,7 @@ def list_export_keys() -> tuple[Key, ...]:
 
 
 def walk_keys(keys: tuple[Key, ...]) -> Iterator[Key]:
-    """Yield keys with those inside them."""
+    """Yield all keys, each section before its own keys."""
     for key in keys:
         yield key
         yield from walk_keys(key.inner)
@@ -95,7 +95,7 @@ def _list_fields(section: type[Any], prefix: str) -> Iterator[Key]:
 
 
 def _list_trainer_keys() -> tuple[Key, ...]:
-    """Return the kit's own keys among the trainer's options."""
+    """Return the keys of the section trainer that belong to the kit."""
     return (
         _make_key(f"{TRAINER}.{AUTO}", "false", (TYPE_NAMES[bool],)),
         _make_key(f"{TRAINER}.{GLOBAL_BATCH}", str(DEFAULT_GLOBAL_BATCH), (TYPE_NAMES[int],)),
@@ -113,12 +113,12 @@ def _write_default(field: "dataclasses.Field[Any]") -> str:
 
 
 def _describe_type(hint: Any) -> Iterator[str]:
-    """Yield what a field's type takes, in the words of the messages that refuse anything else."""
+    """Yield the possible values of a field's type, in the words of the messages that refuse others."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Literal:
         yield from map(str, members)
     elif origin in (Union, types.UnionType):
-        # A whole number is a number too.
+        # "a number" includes whole numbers.
         yield from (TYPE_NAMES[member] for member in members if not (member is int and float in members))
     elif origin is tuple:
         yield f"a list, each {TYPE_NAMES[members[0]]}"

@@ -1,4 +1,4 @@
-"""The shipped recipes, one line each: method, what is trained, and what it needs."""
+"""List the shipped recipes: the method, the trained weights and the hardware that each needs."""
 
 import re
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from finetune.recipe.recipe_file import read_recipe
 from finetune.recipe.sections import Recipe
 from finetune.recipe.yaml_loader import load_recipe_file
 
-# The second line of a shipped recipe, which is the one place that says what it needs.
+# The second line of a shipped recipe says what it needs.
 _NEEDS = re.compile(r"^# Needs: (.+)$", re.MULTILINE)
 _BASES = {"none": "", "int8": " on an 8-bit base", "nf4": " on a 4-bit base"}
 
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """A recipe that comes with the kit; `method` and `trains` are read from its keys, `needs` from its comment."""
+    """A shipped recipe; `method` and `trains` are read from its keys, `needs` from its comment."""
 
     name: str
     method: str
@@ -28,19 +28,19 @@ class ShippedRecipe:
 
 
 def list_shipped_recipes() -> tuple[ShippedRecipe, ...]:
-    """Return every shipped recipe, those for each size of card last."""
+    """Return every shipped recipe; those for each size of GPU come last."""
     return tuple(_read_shipped(name, path) for name, path in list_all_recipes().items())
 
 
 def describe_shipped_recipes(recipes: Iterable[ShippedRecipe]) -> str:
-    """Return recipes as a table for a person."""
+    """Return the recipes as a table."""
     rows = [
         ("recipe", "method", "trains", "needs"),
         *((row.name, row.method, row.trains, row.needs) for row in recipes),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "copy one with all its keys: finetune recipes NAME -o my.yaml"])
+    return "\n".join([*lines, "", "Copy one with all keys: finetune recipes NAME -o my.yaml"])
 
 
 def _read_shipped(name: str, path: Path) -> ShippedRecipe:

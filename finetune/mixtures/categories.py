@@ -1,11 +1,11 @@
-"""What kind of text every published data set holds. The grouping is this kit's, by the data sets' names; the authors published none.
+"""The category of text of every published data set. The authors published no categories; this kit assigns them by name.
 
-Questions with answers that were made for fine-tuning are `instruction`, whatever they ask about; the rest goes by subject and language.
+Questions with answers for fine-tuning are `instruction`, whatever their subject. Other data sets are grouped by subject and language.
 """
 
 from collections.abc import Container, Mapping
 
-# In the order in which they are shown and stacked, with what each holds.
+# Category -> description, in the order in which tables and plots show them.
 CATEGORIES: Mapping[str, str] = {
     "web": "English pages, forums, news",
     "encyclopedia": "English Wikipedia, answers from Stack Exchange",
@@ -17,7 +17,7 @@ CATEGORIES: Mapping[str, str] = {
     "instruction": "questions with answers for fine-tuning, in any subject",
 }
 
-# A name, or the part of it before a slash; the longest that fits decides.
+# The key is the name of a data set, or the part of the name before a slash. The longest matching key decides.
 _CATEGORY_OF: Mapping[str, str] = {
     # English
     "dclm_baseline": "web",
@@ -118,12 +118,12 @@ def find_category(name: str) -> str:
     """Return the category of a published data set.
 
     Raises:
-        KeyError: the table knows neither the name nor a part of it.
+        KeyError: neither the name nor a part of it is in the table.
     """
     return _CATEGORY_OF[find_longest_part(name, _CATEGORY_OF) or name]
 
 
 def find_longest_part(name: str, known: Container[str]) -> str | None:
-    """Return the longest of the known names that is `name` or the part of it before a slash, or None."""
+    """Return the longest known name that is `name` itself or a part of it before a slash, or None."""
     parts = name.split("/")
     return next((part for end in range(len(parts), 0, -1) if (part := "/".join(parts[:end])) in known), None)

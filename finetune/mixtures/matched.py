@@ -1,7 +1,7 @@
-"""A person's own files in the proportions of a published mixture.
+"""Compute the shares of the user's own sources from the proportions of a published mixture.
 
-A name is a data set (`fineweb-edu`), the first parts of several (`the-stack-v2` is all below it), or a category (`code`). Every
-data set belongs to the most specific name, so that `{code: a, the-stack-v2/R: b}` leaves R out of `a`.
+The name of a source is that of a data set (`fineweb-edu`), a common first part of several names (`the-stack-v2`), or a category
+(`code`). Every data set counts for the most specific name: with `{code: a, the-stack-v2/R: b}` R counts for `b` and not for `a`.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,11 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class MatchedMixture:
-    """The shares of the names that a person has files for, adding up to 1; `covered` is their share of the whole mixture."""
+    """The shares of the user's sources.
+
+    `shares` add up to 1. `covered` is the share of the mixture's tokens that the sources stand for, and `left_out` names the
+    data sets without a source.
+    """
 
     mixture: Mixture
     shares: dict[str, float]
@@ -24,21 +28,21 @@ class MatchedMixture:
     left_out: tuple[str, ...]
 
     def describe(self) -> str:
-        """Return what is trained on, and what is left out, as sentences."""
+        """Return a text with the shares, and with the data sets that are left out."""
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
         if not self.left_out:
             return f"mixture {self.mixture.name}, all of it, by text: {shares}"
         named = ", ".join(self.left_out[:_MOST_NAMED])
         more = len(self.left_out) - _MOST_NAMED
         return (
-            f"mixture {self.mixture.name}: your sources stand for {self.covered:.1%} of its tokens; renormalised to the whole, by "
+            f"mixture {self.mixture.name}: your sources stand for {self.covered:.1%} of its tokens; scaled to 100%, by "
             f"text: {shares}. Left out: {len(self.left_out)} of {len(self.mixture.tokens)} data sets ({named}"
             f"{f' and {more} more' if more > 0 else ''})"
         )
 
 
 def match_sources(mixture: Mixture, names: Collection[str]) -> MatchedMixture:
-    """Give every data set of a mixture to the most specific of `names`, and let those without one go."""
+    """Assign every data set of a mixture to the most specific of `names`, and leave out those that fit no name."""
     found = dict.fromkeys(names, 0.0)
     left_out = []
     for dataset, share in mixture.shares.items():
@@ -59,13 +63,13 @@ def _find_owner(dataset: str, names: Collection[str]) -> str | None:
 
 
 def list_unknown_sources(mixture: Mixture, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every name that stands for nothing in a mixture, with the reason."""
+    """Yield every name that stands for no data set of a mixture, with the reason."""
     shares = match_sources(mixture, names).shares
     for name in names:
         if name in shares:
             continue
         if match_sources(mixture, [name]).shares:
-            yield name, f"all that it stands for in {mixture.name} has a more specific name here; remove it"
+            yield name, f"other sources with more specific names cover all of it in {mixture.name}; remove it"
         elif phases := [other.name for other in list_mixtures() if match_sources(other, [name]).shares]:
             used = phases[0] if len(phases) == 1 else f"{len(phases)} others, {phases[0]} to {phases[-1]}"
             yield name, f"{mixture.name} has no such data; it is in {used}"

@@ -1,4 +1,4 @@
-"""Draw the published mixtures: what share every category has in every phase."""
+"""Draw the published mixtures: the share of each category in each phase."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ _COLOURS: Mapping[str, str] = {
     "instruction": "#555f6b",
 }
 _INK, _FAINT = "#22272e", "#8a929c"
-_LABEL_HEIGHT = 0.052  # of the axis: labels nearer than this would touch
-_GAP = 0.6  # between the stable phases and the annealing
+_LABEL_HEIGHT = 0.052  # the smallest distance of two labels that do not touch, as a share of the axis
+_GAP = 0.6  # between the bars of the stable phases and those of the annealing
 
 
 def draw_mixtures(path: Path) -> None:
-    """Draw every published mixture as a stacked bar, into a new or an existing file.
+    """Draw every published mixture as a stacked bar, and write the picture; an existing file is replaced.
 
     Raises:
         OutputError: the ending is not one of `FORMATS`, or the file cannot be written.
@@ -46,7 +46,7 @@ def draw_mixtures(path: Path) -> None:
 def _make_figure(mixtures: Sequence[Mixture]) -> Figure:
     figure = Figure(figsize=(10.4, 5.0), layout="constrained")
     axes = figure.add_subplot()
-    # Annealing stands apart: its mixtures change at once what the stable phases changed slowly.
+    # A gap marks the annealing, where the mixture changes suddenly; during the stable phases it changes slowly.
     stable = sum(mixture.phase <= 25 for mixture in mixtures)
     places = [number if number < stable else stable + _GAP + (number - stable) * 1.2 for number in range(len(mixtures))]
     floors = [0.0] * len(mixtures)
@@ -77,7 +77,7 @@ def _make_figure(mixtures: Sequence[Mixture]) -> Figure:
 
 
 def _label_ends(axes: Axes, shares: Mapping[str, float], place: float, align: str) -> None:
-    """Name every category beside a bar, at its middle or as near as the other labels allow."""
+    """Write the name and share of every category beside a bar, at its middle or as near as the other labels allow."""
     floor, heights = 0.0, []
     for category in CATEGORIES:
         heights.append(floor + shares[category] / 2)
@@ -88,7 +88,7 @@ def _label_ends(axes: Axes, shares: Mapping[str, float], place: float, align: st
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Move ascending heights apart to `_LABEL_HEIGHT`, upwards first, then down from the top."""
+    """Move ascending heights apart to at least `_LABEL_HEIGHT`: first upwards, then down from the top."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + _LABEL_HEIGHT) if moved else height)

@@ -1,6 +1,6 @@
-"""The data mixtures that the authors published: how many tokens of every data set each pre-training phase took.
+"""The data mixtures that the authors published: how many tokens of each data set each pre-training phase used.
 
-Source: RUC-GSAI/YuLan-Mini, pretrain/datasets; the files in `recipes/mixtures` say which commit.
+Source: RUC-GSAI/YuLan-Mini, pretrain/datasets; the files in `recipes/mixtures` name the commit.
 """
 
 import json
@@ -15,13 +15,13 @@ from finetune.mixtures.categories import CATEGORIES, find_category
 
 _FOLDER = find_resource_folder("recipes") / "mixtures"
 FIRST_PHASE, LAST_PHASE = 1, 27
-# For phase 26 the authors published two: one of short rows, and the one that phase 27 and the final model go on from.
+# For phase 26 the authors published two mixtures: this one with short rows, and the one before phase 27 and the final model.
 _SHORT_ANNEALING = "phase26-4k"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one phase was trained on: `tokens` in billions for every data set, `total` their sum as the authors give it."""
+    """The mixture of one phase: `tokens` in billions for each data set, and `total`, their sum as the authors give it."""
 
     name: str
     phase: int
@@ -66,7 +66,7 @@ def list_mixtures() -> tuple[Mixture, ...]:
 
 
 def list_used_datasets() -> list[dict[str, str]]:
-    """Return the open data sets that the authors list, as `name` and `url`; their names are not always those of the mixtures."""
+    """Return the open data sets that the authors list, as `name` and `url`; the names may differ from those in the mixtures."""
     file = _FOLDER / "used_datasets.json"
     datasets: list[dict[str, str]] = json.loads(file.read_text(encoding="utf-8"))["datasets"]
     return datasets
@@ -78,18 +78,18 @@ def find_mixture(name: str) -> Mixture | None:
 
 
 def describe_unknown_mixture(name: str) -> str:
-    """Say that a mixture is unknown, with the nearest known name."""
+    """Return a text that says that a mixture is unknown, with the closest known name."""
     match = find_close_match(name, [mixture.name for mixture in list_mixtures()])
     return f"unknown; {f'did you mean {match!r}? Known are' if match else 'known are'} phase{FIRST_PHASE} to phase{LAST_PHASE} and {_SHORT_ANNEALING}"
 
 
 def choose_mixtures(phase: int | None) -> list[Mixture]:
-    """Return the mixtures of a phase, or all."""
+    """Return the mixtures of a phase, or all mixtures for None."""
     return [mixture for mixture in list_mixtures() if phase in (None, mixture.phase)]
 
 
 def describe_mixtures(mixtures: list[Mixture]) -> str:
-    """Return shares in percent by category, one line for each mixture."""
+    """Return a table with the shares of the categories in percent, one line for each mixture."""
     widths = {name: max(len(name), 6) for name in CATEGORIES}
     lines = ["mixture     context  tokens  " + "  ".join(f"{name:>{width}}" for name, width in widths.items())]
     for mixture in mixtures:
@@ -98,14 +98,14 @@ def describe_mixtures(mixtures: list[Mixture]) -> str:
     lines += ["", *(f"{name:<12}  {text}" for name, text in CATEGORIES.items())]
     lines += [
         "",
-        "The shares are the authors'; the grouping is this kit's. One phase with its data sets: --phase N. Where the open ones "
-        "are found: --datasets",
+        "The authors published the shares by data set; this kit groups them. --phase N shows one phase with its data sets, "
+        "--datasets the addresses of the open ones.",
     ]
     return "\n".join(lines)
 
 
 def describe_datasets(mixture: Mixture) -> str:
-    """Return one mixture's data sets by category, largest first, with their shares and tokens."""
+    """Return a table of a mixture's data sets by category, largest first, with their shares and tokens."""
     lines = [
         f"{mixture.name}: {mixture.total:.1f} billion tokens, {mixture.context} context, {len(mixture.tokens)} data sets"
     ]

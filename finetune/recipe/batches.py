@@ -1,4 +1,7 @@
-"""How the rows of one optimizer step are split up; `trainer.auto` has the split, and what else decides about memory, found."""
+"""The batch sizes of a recipe: micro-batch size, accumulation steps and effective batch size.
+
+With `trainer.auto: true` the kit picks the first two, and other settings that decide about memory.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,37 +9,41 @@ from finetune.recipe.methods import Method
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, DEFAULT_BATCH, GLOBAL_BATCH
 from finetune.recipe.sections import Recipe
 
-# Keys of the section trainer that are the kit's own. What they lead to stands beside them in the resolved recipe.
+# Keys of the section trainer that belong to the kit and not to the trainer's configuration class. In the resolved recipe the
+# options that `auto` picks stand beside them.
 AUTO = "auto"
 KIT_OPTIONS = (AUTO, GLOBAL_BATCH)
 DEFAULT_GLOBAL_BATCH = 32
 
 
 def read_batch(recipe: Recipe) -> int:
-    """Return the rows that a device computes at once."""
+    """Return the micro-batch size: rows for each device and forward pass."""
     return int(recipe.trainer.get(BATCH, DEFAULT_BATCH))
 
 
 def read_accumulation(recipe: Recipe) -> int:
-    """Return the batches of one optimizer step."""
+    """Return the number of micro-batches in one optimizer step."""
     return int(recipe.trainer.get(ACCUMULATION, 1))
 
 
 def read_global_batch(recipe: Recipe) -> int:
-    """Return the rows of one optimizer step over all processes, where `trainer.auto` splits them."""
+    """Return the effective batch size in rows, over all processes, which `trainer.auto` splits into micro-batches."""
     return int(recipe.trainer.get(GLOBAL_BATCH, DEFAULT_GLOBAL_BATCH))
 
 
 def list_batch_problems(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
-    """Yield what is wrong with the kit's own keys of the section trainer."""
+    """Yield the problems with the kit's own keys of the section trainer."""
     is_auto, rows = trainer.get(AUTO, False), trainer.get(GLOBAL_BATCH, 1)
     if not isinstance(is_auto, bool):
         yield f"trainer.{AUTO}: must be true or false; found {is_auto!r}"
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         yield f"trainer.{GLOBAL_BATCH}: must be a whole number above 0; found {rows!r}"
     if GLOBAL_BATCH in trainer and not is_auto:
-        yield f"trainer.{GLOBAL_BATCH}: is split up by auto: true; set that, or {BATCH} and {ACCUMULATION}"
+        yield f"trainer.{GLOBAL_BATCH}: needs auto: true; set that, or set {BATCH} and {ACCUMULATION} instead"
     if is_auto is True and ACCUMULATION in trainer and BATCH not in trainer:
-        yield f"trainer.{ACCUMULATION}: follows from {GLOBAL_BATCH} where auto is true; remove this key"
+        yield f"trainer.{ACCUMULATION}: with auto: true it follows from {GLOBAL_BATCH}; remove this key"
     if is_auto is True and method.is_pretraining:
-        yield f"trainer.{AUTO}: the batch belongs to the schedule of {method.name}; set {BATCH} and {ACCUMULATION}"
+        yield (
+            f"trainer.{AUTO}: does not work for {method.name}, whose schedule depends on the batch; remove this key and set "
+            f"{BATCH} and {ACCUMULATION}"
+        )

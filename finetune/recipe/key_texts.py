@@ -1,7 +1,8 @@
-"""What each key of a recipe does, in plain words: the only place where these sentences stand.
+"""The sentences that explain each key of a recipe. They stand only here.
 
-`finetune recipes NAME` writes them beside the keys of a copy, and `docs/keys.md` is made from them. A key is named as in
-`--set section.key=value`; `source` stands for one entry of data.train, data.eval or data.sources, `export` for a stage of a chain.
+`finetune recipes NAME` writes them beside the keys of a copied recipe, and `finetune recipes --keys` makes `docs/keys.md` of
+them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources, and
+`export` for the options of a stage that exports.
 """
 
 from collections.abc import Mapping
@@ -14,15 +15,16 @@ KEYS: Mapping[str, str] = {
         "A run directory continues that run: its adapter, or its weights."
     ),
     "model.architecture": (
-        "llama trains the model as Llama weights; native trains an intermediate checkpoint as it is stored, with all its "
-        "factors, and export folds the result."
+        "llama trains the model as Llama weights; native trains an intermediate checkpoint in the native architecture "
+        "(yulanmini), with all its factors, and export folds the result."
     ),
     "model.quantize": (
         "How the linear layers of the base model are held: nf4 (4 bits) or int8 take less memory and need adapter.kind: lora."
     ),
     "model.dtype": (
-        "The type of the weights. auto is float32 on a CPU, bfloat16 on a GPU that has it, else float16; where all weights are "
-        "trained, auto holds them in float32 and multiplies in the smaller type (pretrain and anneal: bfloat16, with float32 copies)."
+        "The type of the weights. auto is float32 on a CPU, bfloat16 on a GPU that supports it, else float16. Where all weights "
+        "are trained, auto holds them in float32 and multiplies in the smaller type (pretrain and anneal: it holds them in "
+        "bfloat16, with float32 copies in the optimizer)."
     ),
     "model.attention": "The attention kernel; auto leaves the choice to transformers.",
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
@@ -51,17 +53,17 @@ KEYS: Mapping[str, str] = {
         "the prompt; for pretrain and anneal it is the length of a packed row."
     ),
     "data.overflow": (
-        "What happens to longer rows: error stops the run, drop leaves them out, truncate cuts their end off, split makes "
+        "What happens to longer rows: error stops the run, drop leaves them out, truncate cuts off their end, split makes "
         "several rows of a plain text and leaves other long rows out."
     ),
     "data.train_on": (
-        "Which text is trained: every answer of the assistant, the last answer, or all of the row, questions included."
+        "Which text is trained: every answer of the assistant, the last answer, or the whole row with its questions."
     ),
-    "data.substitute": "Values for placeholders in the rows: {name: Lan} puts Lan in the place of {{name}}.",
+    "data.substitute": "Values for placeholders in the rows: {name: Lan} replaces {{name}} with Lan.",
     "data.deduplicate": "Leave out every row that equals an earlier one.",
     "data.workers": (
-        "How many processes turn rows into tokens; with 1 the tokenizer already uses all cores, so more help only on machines "
-        "with more than about four."
+        "How many processes turn rows into tokens. With 1 the tokenizer already uses all cores; more processes help only on "
+        "machines with more than about four cores."
     ),
     "source.path": "A file, a folder or a glob.",
     "source.hub": "A data set of the hub, as owner/name, instead of path.",
@@ -69,18 +71,18 @@ KEYS: Mapping[str, str] = {
     "source.split": "The split of the hub's data set; null takes train.",
     "source.revision": "The branch, tag or commit of the hub's data set; null takes the newest.",
     "source.weight": (
-        "The share of this source among the sources that have a weight. The source that is used up first decides how many rows "
-        "are taken; none is repeated."
+        "The share of this source among the sources that have a weight. The source that runs out first decides how many rows "
+        "are taken; no row is repeated."
     ),
     "source.rows": "How many rows are taken, drawn by the seed; null takes all.",
     "adapter": "Which weights are trained.",
     "adapter.kind": "lora trains a LoRA adapter, none trains all weights of the model.",
-    "adapter.rank": "The rank of LoRA's matrices: the higher, the more is trained.",
-    "adapter.alpha": "The scale of the adapter, which is multiplied by alpha / rank.",
+    "adapter.rank": "The rank of LoRA's matrices: the higher, the more parameters are trained.",
+    "adapter.alpha": "The scale of the adapter: its output is multiplied by alpha / rank.",
     "adapter.dropout": "The share of LoRA's inputs that is set to 0 at random in training.",
     "adapter.targets": "Which linear layers get an adapter: all-linear, or a list of names.",
-    "adapter.rslora": "Multiply the adapter by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
-    "adapter.dora": "Train the length of each weight column apart from its direction (DoRA).",
+    "adapter.rslora": "Multiply the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
+    "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
         "default begins with an adapter that changes nothing; pissa begins with the leading singular vectors of the weights, and "
         "is saved as plain LoRA of twice the rank."
@@ -90,66 +92,77 @@ KEYS: Mapping[str, str] = {
         "that never saw the tokens of its chat template."
     ),
     "rewards": "How the answers of the methods grpo and rloo are scored; other methods take no rewards.",
-    "rewards.rules": "Rules with their weights, such as {final_answer: 1.0, truncated: 0.5}; penalties are negative by themselves.",
-    "rewards.length_tokens": "The number of tokens up to which the rule length gives 1; it is 0 from twice as many on.",
-    "rewards.judge": "A reward model that scores the answers too, or alone.",
+    "rewards.rules": (
+        "Rules with their weights, such as {final_answer: 1.0, truncated: 0.5}. Weights are positive, also those of penalties, "
+        "whose values are negative."
+    ),
+    "rewards.length_tokens": "The number of tokens up to which the rule length gives 1; from twice as many on it gives 0.",
+    "rewards.judge": "A reward model that scores the answers, with the rules or without any.",
     "rewards.judge.run": (
         "The run directory of a finished reward run: a LoRA adapter of the same base checkpoint, quantized in the same way, with "
         "the same template."
     ),
-    "rewards.judge.weight": "What the reward model's score is multiplied by.",
-    "rewards.judge.clip": "The lowest and the highest score; what lies outside is moved to the nearer of them, before the weight.",
+    "rewards.judge.weight": "The factor on the reward model's score.",
+    "rewards.judge.clip": "The lowest and the highest score. A score outside is clipped to this range before it is multiplied by the weight.",
     "optimizer": "AdamW of the methods pretrain and anneal; for other methods set trainer.learning_rate, trainer.optim and so on.",
     "optimizer.states": (
-        "The optimizer state to begin with: fresh (zero moments), published (from the checkpoint's own folder), or a folder "
+        "The optimizer state to begin with: fresh (zero moments), published (the one in the checkpoint's own folder), or a folder "
         "with latest_universal. auto is fresh for pretrain and published for anneal."
     ),
     "optimizer.learning_rate": (
-        "The learning rate of a fresh optimizer; a published state brings its own. null is 1e-2, which suits only all weights of "
-        "the native architecture, whose matrices get muP's fraction of it."
+        "The learning rate of a fresh optimizer; a published state brings its own. null is 1e-2, which suits only a run that "
+        "trains all weights of the native architecture: there muP scales it down for the matrices."
     ),
     "optimizer.weight_decay": (
-        "The weight decay of matrices and tables; biases, norms and alphas have none. null is 0.1; a published state brings its own."
+        "The weight decay of matrices and embedding tables; biases, norms and alphas have none. null is 0.1; a published state "
+        "brings its own."
     ),
     "optimizer.moments": (
-        "Where and how AdamW's moments are held: float32 on the GPU, 8bit (6 bytes a weight less, other numbers), or cpu, in main "
-        "memory, which every step waits for."
+        "Where and how AdamW's moments are held: float32 on the GPU; 8bit, which takes 6 bytes less for each weight and rounds the "
+        "moments; or cpu, in main memory, which makes every step slower."
     ),
     "optimizer.save_states": "Also write the optimizer state at the end, so that the next run can begin with it.",
-    "schedule": "Length and learning rate over time of the methods pretrain and anneal; for other methods set trainer.num_train_epochs, trainer.lr_scheduler_type and so on.",
-    "schedule.unit": "What every number of this section counts: optimizer steps, or tokens.",
-    "schedule.count": (
-        "What warmup, decay_start and decay_end count from: run, the first step of this run; states, the beginning of the training "
-        "that the optimizer state comes from, in steps."
+    "schedule": (
+        "Length and learning-rate schedule of the methods pretrain and anneal; for other methods set trainer.num_train_epochs, "
+        "trainer.lr_scheduler_type and so on."
     ),
-    "schedule.length": "How long the run is, in schedule.unit; null takes the data once.",
+    "schedule.unit": "The unit of every number in this section: optimizer steps, or tokens.",
+    "schedule.count": (
+        "Where warmup, decay_start and decay_end count from: run is the first step of this run; states is the beginning of the "
+        "training that the optimizer state comes from, in steps."
+    ),
+    "schedule.length": "How long the run is, in schedule.unit; null is one epoch.",
     "schedule.warmup": "How long the learning rate rises from 0 to its full value, in schedule.unit.",
     "schedule.decay": "How the learning rate falls to 0; none keeps it. auto is none for pretrain and 1-sqrt for anneal.",
     "schedule.decay_start": "Where the learning rate begins to fall, in schedule.unit; null is the end of the warm-up.",
     "schedule.decay_end": "Where the learning rate reaches 0, in schedule.unit; null is the end of the run.",
     "trainer": (
-        "Options of the method's trainer: every option of its TRL or transformers configuration class goes through by its name, "
-        "except those that the kit decides."
+        "Options of the method's trainer. Every option of its TRL or transformers configuration class may stand here under its own "
+        "name, except those that the kit sets."
     ),
     "trainer.auto": (
         "Pick the micro-batch size, gradient checkpointing, activation offloading and the optimizer that fit the memory, and keep "
         "the effective batch size. Not for grpo, rloo, pretrain and anneal. `trainer: auto` sets this key alone."
     ),
-    "trainer.global_batch": "The effective batch size in rows, over all processes, which trainer.auto: true splits up.",
+    "trainer.global_batch": "The effective batch size in rows, over all processes. With trainer.auto: true the kit splits it into micro-batches.",
     "answers": (
-        "The most tokens of each answer that the run keeps from before and after the training, to a few prompts; 0 keeps none."
+        "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
+        "0 keeps none."
     ),
-    "output": "The run directory; an empty text stands for runs/NAME in the current folder, after the recipe file.",
-    "seed": "The seed of held-out and drawn rows, of their order, and of new weights.",
-    "stages": "Makes the recipe a chain: a list of stages, each of which continues the one before; other keys hold for every stage.",
-    "stages.name": "The name of a stage, which is the name of its folder in the output.",
-    "stages.recipe": "A recipe file, or a shipped recipe, that the stage begins with; the stage says what differs.",
-    "stages.export": "Makes the stage export the newest run before it; the options are those of `finetune export`.",
+    "output": "The run directory; empty means runs/NAME in the current folder, where NAME is that of the recipe file.",
+    "seed": "The seed for held-out rows, drawn rows, the order of the rows, and new weights.",
+    "stages": (
+        "A list of stages, which makes the recipe a chain. Each stage that trains continues from the one before; keys outside "
+        "stages hold for every stage that trains."
+    ),
+    "stages.name": "The name of a stage, and of its folder in the output.",
+    "stages.recipe": "A recipe file or a shipped recipe as the basis of the stage; the stage's own keys override it.",
+    "stages.export": "Export the newest run before this stage; the options are those of `finetune export`.",
     "export.dtype": "The type of the exported weights; auto keeps the stored one.",
     "export.max_shard_size": "The largest weight file, such as 2GB.",
     "export.base": (
-        "What the adapter of a quantized run is merged into: the full-precision base, its dequantized form, or the one of the two "
-        "that has the lower held-out loss."
+        "What the adapter of a quantized run is merged into: the full-precision base model (full), its dequantized form, or the "
+        "one of the two with the lower held-out loss (auto)."
     ),
     "export.verify": "Open the exported model again and compare its logits with those of the run.",
 }

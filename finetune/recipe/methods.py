@@ -1,4 +1,4 @@
-"""The table of training methods. It holds names only, so that a recipe can be checked without importing torch."""
+"""The table of training methods. It names classes and does not import them, so that a recipe is checked without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,37 +7,38 @@ from typing import Any, Literal
 from finetune.data.settings import RowShape
 from finetune.recipe.owned_options import GRPO_OWNED, ONLINE_OWNED, PRETRAINING_OWNED, REFERENCE_OPTIONS, own
 
-# What the base is loaded as: a language model, or one number for a whole text.
+# What the base model is loaded as: a language model, or a model that gives a whole text one score.
 Head = Literal["language", "score"]
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """What `auto` means for a method whose rows are packed full, and whose optimizer and schedule are the kit's."""
+    """What `auto` in the sections optimizer and schedule stands for, for a method that trains on fully packed rows."""
 
     states: Literal["fresh", "published"]
     decay: Literal["none", "1-sqrt"]
 
 
-# What a row of tokens becomes before TRL's collator reads it; `training/preference/prepared_rows.py` does it.
+# How a tokenized row is changed before TRL's collator reads it; see `training/preference/prepared_rows.py`.
 RowAdapter = Literal["none", "join_prompts", "write_out_sides", "add_mismatched_answers"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: what its rows become, the trainer's classes for it, and what the kit decides in their place.
+    """One training method: the shape of its rows, its trainer's classes, and the options that the kit sets.
 
-    `columns`: those of the prepared rows that the trainer is given.
-    `has_reference`: its loss compares with a reference model, which is the model as it is before step 1.
-    `reference_columns`: where TRL keeps the reference model's log-probabilities of a row that were computed before step 1.
-    `smallest_batch`: how many rows of one micro-batch it compares at least.
-    `adapt_rows`, `maps_rows`, `shuffles_once`, `collator_class`: what its TRL trainer needs of rows that are tokens already: how
-    they are written out, whether its constructor maps over them, whether it reads them in one order, and the collator of its
-    module that its constructor must be handed.
-    `scored_texts`: how many texts a row adds that are scored and not learnt from.
-    `words`: the values of options whose class does not say them.
-    `defaults` are ours and a recipe may change them; `owned` maps the options that a recipe may not set to the place where that
-    is decided.
+    `columns`: the columns of the prepared rows that the trainer gets.
+    `has_reference`: whether the loss compares with a reference model, which is the model as it is before step 1.
+    `reference_columns`: the columns in which TRL keeps the reference model's log-probabilities that it computes before step 1.
+    `smallest_batch`: the smallest micro-batch size that the loss can be computed on.
+    `adapt_rows`: how tokenized rows are changed for the TRL trainer.
+    `maps_rows`: whether the trainer's constructor maps a function over the rows.
+    `shuffles_once`: whether the trainer reads the rows in the same order in every epoch, so that the kit shuffles them before.
+    `collator_class`: the collator of the trainer's module that its constructor must be given; empty where it makes its own.
+    `scored_texts`: the number of texts for each row that are only scored, without gradients.
+    `words`: the allowed values of options whose class does not list them.
+    `defaults`: the kit's default options, which a recipe may change.
+    `owned`: the options that a recipe may not set, each with what to do instead.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Method:
 
     @property
     def is_pretraining(self) -> bool:
-        """Whether rows are packed full, and the optimizer and the schedule are the kit's."""
+        """Whether the rows are fully packed, and the sections optimizer and schedule apply."""
         return self.pretraining is not None
 
     @property
     def trains_reward_model(self) -> bool:
-        """Whether the model gives a text a score, and cannot generate."""
+        """Whether the trained model gives texts a score, and cannot generate."""
         return self.head == "score"
 
     @property
@@ -78,7 +79,7 @@ class Method:
 
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
-    # Two checkpoints are enough to go on from, and do not fill a laptop's disk.
+    # Two checkpoints are enough to resume from, and do not fill a laptop's disk.
     "save_total_limit": 2,
 }
 
@@ -109,7 +110,7 @@ _PRETRAINING_DEFAULTS: Mapping[str, Any] = {**SHARED_DEFAULTS, "max_grad_norm": 
 
 
 def _make_online(name: str, owned: Mapping[str, str]) -> Method:
-    """Return a row for a method whose answers the model writes itself, to prompts."""
+    """Return the row of an online method: its rows are prompts, and the model writes the answers."""
     return Method(
         name=name,
         shape="prompt",
@@ -119,14 +120,14 @@ def _make_online(name: str, owned: Mapping[str, str]) -> Method:
         config_module=f"trl.trainer.{name}_config",
         config_class=f"{name.upper()}Config",
         has_reference=True,
-        # One answer to each held-out prompt tells the mean reward; TRL would write as many as in training.
+        # One answer to each held-out prompt is enough for the mean reward; TRL's default is as many as in training.
         defaults={**SHARED_DEFAULTS, "num_generations_eval": 1},
         owned={**own(*REFERENCE_OPTIONS), **owned},
     )
 
 
 def _make_pretraining(name: str, pretraining: Pretraining) -> Method:
-    """Return a row for transformers' own Trainer, whose loss is the model's."""
+    """Return the row of a pre-training method, which uses transformers' own Trainer and the model's own loss."""
     return Method(
         name=name,
         shape="sequence",
@@ -150,7 +151,7 @@ def _make_experimental(
     words: Mapping[str, tuple[str, ...]] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Method:
-    """Return a row for a trainer of TRL's experimental namespace; a test fails first when one moves."""
+    """Return the row of a method whose trainer is in TRL's experimental namespace; a test fails when TRL moves it."""
     generates = ("generate_during_eval", "is_encoder_decoder", "max_completion_length")
     return Method(
         name=name,
@@ -227,8 +228,8 @@ METHODS: Mapping[str, Method] = {
             defaults=SHARED_DEFAULTS,
             owned={
                 **own("max_length", "dataset_num_proc", *REFERENCE_OPTIONS),
-                "train_sampling_strategy": "rows are shuffled once, by the seed, and then read in order; remove this key",
-                "precompute_ref_batch_size": "answers are compared within the batches of the training; remove this key",
+                "train_sampling_strategy": "the kit shuffles the rows once, by the seed; remove this key",
+                "precompute_ref_batch_size": "KTO compares the answers of one micro-batch, so its size must stay the same; remove this key",
             },
         ),
         _make_experimental("orpo", "orpo", "ORPO", ("padding_value",)),

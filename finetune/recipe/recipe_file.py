@@ -1,7 +1,7 @@
 """Read recipes: strict YAML into frozen sections, with every problem listed at once.
 
-Precedence: the sections' own defaults, then the file, then `--set section.key=value`.
-What a recipe says about other tables (methods, templates, formats, the trainer's own options) is checked in `check.py`.
+`--set section.key=value` overrides the file, and the file overrides the defaults of the sections.
+The names that a recipe uses (of methods, templates, formats, options of the trainer) are checked in `finetune/check`.
 """
 
 import dataclasses
@@ -16,14 +16,15 @@ from finetune.errors import describe_unknown_name
 from finetune.recipe.sections import Recipe
 from finetune.recipe.yaml_loader import describe_value, load_recipe_file, parse_yaml
 
-# How the rows of a step are split up, as transformers names it, and its default; and their number, as this kit does.
+# transformers' options for the micro-batch size and the accumulation steps, and its default for the first.
 BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+# The kit's own option for the effective batch size.
 GLOBAL_BATCH = "global_batch"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe as read: where it stands, what it says, what is wrong with it so far, and which keys it gives itself."""
+    """A recipe as read from `source`, with the problems found so far; `given` holds the keys that the recipe sets."""
 
     source: Path
     recipe: Recipe
@@ -31,7 +32,7 @@ class Draft:
     given: frozenset[str] = frozenset()
 
     def add_problems(self, *problems: str) -> "Draft":
-        """Return the draft with more problems."""
+        """Return a copy of the draft with more problems."""
         return dataclasses.replace(self, problems=(*self.problems, *problems))
 
 
@@ -39,19 +40,19 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> Draft:
     """Read a recipe file and apply `section.key=value` overrides.
 
     Raises:
-        RecipeError: the file is missing or is not YAML; what else is wrong is collected in the draft.
+        RecipeError: the file is missing or is not YAML. All other problems are collected in the draft.
     """
     return draft_recipe(source, load_recipe_file(source), overrides)
 
 
 def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
-    """Turn what a recipe file says into sections, with `section.key=value` overrides applied."""
+    """Make a draft of a recipe file's content, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
     if "stages" in content:
         content.pop("stages")
         problems.append(
-            "stages: this is a chain of stages; run all of them with `finetune train`, or name a recipe of one"
+            "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
         )
     apply_overrides(content, overrides, problems)
     recipe = read_section(Recipe, content, "", problems)
@@ -59,7 +60,7 @@ def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str]
 
 
 def expand_shorthand(content: dict[str, Any]) -> None:
-    """Write out `trainer: auto`, and take out sections with nothing in them: they say nothing."""
+    """Replace `trainer: auto` with its long form, and remove empty sections."""
     if content.get("trainer") == "auto":
         content["trainer"] = {"auto": True}
     if content.get("trainer", {}) is None:
@@ -78,7 +79,7 @@ def _drop_empty_sections(content: dict[str, Any], section: type[Any]) -> None:
 
 
 def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield every key of what a recipe says, the inner ones as `section.key`."""
+    """Yield every key of a recipe's content, the inner ones as `section.key`."""
     for key, value in content.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -86,13 +87,16 @@ def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
-    """Set every `section.key=value` in what a recipe says, first `trainer.auto`, which opens what the recipe says itself."""
+    """Apply every `section.key=value` to a recipe's content.
+
+    `trainer.auto` comes first: it removes batch sizes that the recipe sets, and must keep those of other overrides.
+    """
     for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
         apply_override(content, override, problems)
 
 
 def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
-    """Set one `section.key=value` in what a recipe says; what is wrong with it goes to the problems."""
+    """Apply one `section.key=value` to a recipe's content, and add what is wrong with it to `problems`."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
@@ -107,17 +111,17 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
             problems.append(f"--set {override}: {section!r} is not a section")
             return
         target = inner
-    # YAML would take the star of a glob for a reference to something named elsewhere.
+    # In YAML a text that starts with a star is an alias; here it is a glob.
     target[key] = text if text.startswith("*") else parse_yaml(text, f"--set {override}")
     if path == "trainer.auto" and target[key] is True:
         _open_split(target)
 
 
 def _open_split(trainer: dict[str, Any]) -> None:
-    """Leave to `auto`, which was asked for after the recipe was written, how the rows of its steps are computed."""
+    """Remove the recipe's batch sizes and gradient checkpointing, which `auto` will pick, and keep its effective batch size."""
     batch, accumulation = trainer.get(BATCH, DEFAULT_BATCH), trainer.get(ACCUMULATION, 1)
     if not isinstance(batch, int) or not isinstance(accumulation, int):
-        return  # which is a problem of its own
+        return  # the check of the trainer's options reports it
     if {BATCH, ACCUMULATION} & set(trainer):
         trainer.setdefault(GLOBAL_BATCH, batch * accumulation)
     for key in (BATCH, ACCUMULATION, "gradient_checkpointing"):
@@ -125,7 +129,7 @@ def _open_split(trainer: dict[str, Any]) -> None:
 
 
 def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """Return a frozen section of what a recipe says; unknown and mistyped keys go to the problems."""
+    """Make a frozen section of a recipe's content, and add unknown and mistyped keys to `problems`."""
     hints = get_type_hints(section)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -146,7 +150,7 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 class _MismatchError(Exception):
-    """A value is not what its key takes; the text says what would be."""
+    """A value does not have the type of its key; the text names that type."""
 
 
 def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
@@ -179,7 +183,7 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
-    # One file or one module is common enough that it need not be written as a list.
+    # One file or one module need not be written as a list.
     values = value if isinstance(value, list) else [value]
     try:
         return tuple(
@@ -204,7 +208,7 @@ def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) ->
 
 
 def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> Any:
-    """Convert what stands in a list or under a free name: a scalar or, where one is allowed, a section."""
+    """Convert an item of a list, or a value under a name that the user chose, to a scalar or a section."""
     members = get_args(member) or (member,)
     section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     if section is not None and isinstance(value, dict):
@@ -224,7 +228,7 @@ TYPE_NAMES: dict[Any, str] = {
 def _convert_scalar(value: Any, member: Any) -> Any:
     if member is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    # bool is a kind of int in Python, never in a recipe.
+    # In Python a bool is an int; in a recipe it is not.
     if not isinstance(value, member) or (isinstance(value, bool) and member is not bool):
         raise _MismatchError(TYPE_NAMES[member])
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,7 @@
-"""What a recipe says, as frozen sections. `recipe_file.py` reads them, `check.py` compares them with what they name."""
+"""The sections of a recipe as frozen dataclasses. `recipe_file.py` reads them, and `finetune/check` checks them.
+
+`key_texts.py` explains each key.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +18,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclass(frozen=True)
 class ModelSection:
-    """What to start from, and how to hold it in memory; `native` trains the published form with all its factors."""
+    """The base checkpoint, and how its weights are held in memory."""
 
     checkpoint: str = "base"
     architecture: TrainedArchitecture = "llama"
@@ -28,7 +31,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class SourceSection:
-    """One source of a mixture: a path or a data set of the hub, and how much of it is taken (all, unless said)."""
+    """One source of rows: a path or a data set of the hub, and how much of it is taken (by default all)."""
 
     path: str = ""
     hub: str = ""
@@ -41,9 +44,9 @@ class SourceSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which rows to train on, and how they become tokens; `max_tokens` counts a whole row.
+    """The rows to train and evaluate on, and how they become tokens; `max_tokens` counts a whole row.
 
-    `mixture` is a published one, and `sources` has a person's own files for its names; they stand in the place of `train`.
+    A recipe sets either `train`, or `mixture` (a published one) with `sources` (the user's files for the names in it).
     """
 
     train: tuple[str | SourceSection, ...] = ()
@@ -65,7 +68,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class AdapterSection:
-    """Which weights are trained: a LoRA adapter, or all of them (`kind: none`)."""
+    """The weights that are trained: a LoRA adapter, or all weights (`kind: none`)."""
 
     kind: Literal["lora", "none"] = "lora"
     rank: int = 16
@@ -85,9 +88,9 @@ class AdapterSection:
 
 @dataclass(frozen=True)
 class JudgeSection:
-    """A finished reward run whose score of an answer is a reward: clipped to a range, then weighted.
+    """The reward model that scores the answers: the folder of its run. Its score is clipped to `clip`, then weighted.
 
-    Source of the range: YuLan-Mini (arXiv 2412.17743), post-training.
+    Source of the default range: YuLan-Mini (arXiv 2412.17743), post-training.
     """
 
     run: str = ""
@@ -97,7 +100,7 @@ class JudgeSection:
 
 @dataclass(frozen=True)
 class RewardsSection:
-    """What the answers of an online method are judged by: rules with their weights, a reward run, or both.
+    """What scores the answers of an online method: rules with their weights, a reward model, or both.
 
     `length_tokens` belongs to the rule `length`.
     """
@@ -109,9 +112,9 @@ class RewardsSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW of the methods `pretrain` and `anneal`; `auto` and null stand for what the method or the states say.
+    """AdamW of the methods `pretrain` and `anneal`; the method or the optimizer state decides what `auto` and null stand for.
 
-    `states` are `fresh` (zero moments), `published` (those in the checkpoint's own folder), or a folder.
+    `states` is `fresh` (zero moments), `published` (the optimizer state in the checkpoint's own folder), or a folder.
     """
 
     states: str = "auto"
@@ -123,10 +126,10 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    """How long `pretrain` and `anneal` go on, and by which factor of the learning rate; all numbers are in `unit`.
+    """The length and the learning-rate schedule of `pretrain` and `anneal`; all numbers are in `unit`.
 
-    `count` says where 0 is: at the first step of this run, or where the states began to count. A decay without a range
-    takes all of the run after the warm-up.
+    `count` says where 0 is: at the first step of this run, or at the first step of the training that the optimizer state
+    comes from. A decay without a range lasts from the end of the warm-up to the end of the run.
     """
 
     unit: Literal["steps", "tokens"] = "steps"
@@ -140,9 +143,9 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run; `trainer` goes by name to the configuration class of the method's trainer.
+    """One run; `trainer` holds options of the configuration class of the method's trainer.
 
-    `answers` is the most tokens of each answer that is kept from before and after; 0 keeps none.
+    `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
     """
 
     method: str = "sft"

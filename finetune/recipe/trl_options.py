@@ -1,7 +1,7 @@
-"""Read which options a TRL trainer takes from the installed sources, without importing them.
+"""Read the options of a TRL configuration class from the installed source files, without importing TRL.
 
-Importing TRL takes seconds and brings torch; parsing four files takes a few hundredths of one, and what is read is
-always what is installed.
+Importing TRL takes seconds and imports torch. Parsing four files takes a few hundredths of a second, and always reads the
+version that is installed.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.errors import MachineError
 
-# TRL's configuration classes end here; the import that leads to it is lazy, so it cannot be followed in the source.
+# The base class of TRL's configuration classes. TRL imports it lazily, so its file cannot be found by following imports.
 _ROOT_CLASS = ("TrainingArguments", "transformers", "training_args.py")
 _ENUM_FILES = (("transformers", "training_args.py"), ("transformers", "trainer_utils.py"))
 _SCALARS: Mapping[str, tuple[type, ...]] = {
@@ -30,7 +30,7 @@ _SCALARS: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class TrainerOption:
-    """One option: its annotation as written, its allowed words where there are only some, and its default where it is plain."""
+    """One option: its type annotation as text, its allowed words if they are limited, and its default if it is a literal."""
 
     name: str
     annotation: str
@@ -38,12 +38,12 @@ class TrainerOption:
     default: Any = None
 
     def describe_mismatch(self, value: Any) -> str | None:
-        """Return what `value` should have been, or None where it fits."""
+        """Return what `value` must be instead, or None if it fits."""
         if self.choices and isinstance(value, str) and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
         members = set(_split_union(self.annotation))
         known = {member for member in members if member.split("[")[0] in _SCALARS}
-        # An enumeration may be given by its word; what else the annotation names cannot come from YAML.
+        # A YAML file can give an enumeration by its word; values of other classes cannot come from YAML.
         allowed = tuple(kind for member in known for kind in _SCALARS[member.split("[")[0]])
         if members - known:
             allowed = (*allowed, str)
@@ -71,7 +71,7 @@ def read_trainer_options(module: str, class_name: str) -> Mapping[str, TrainerOp
 
 
 def _walk_fields(module: str, class_name: str) -> Iterator[ast.AnnAssign]:
-    """Yield the fields of a class, those of its bases first, as dataclasses inherit them."""
+    """Yield the fields of a dataclass, those of its base classes first."""
     package, _, rest = module.partition(".")
     tree = _parse(package, *f"{rest.replace('.', '/')}.py".split("/"))
     definition = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
@@ -92,7 +92,7 @@ def _list_fields(definition: ast.ClassDef) -> Iterator[ast.AnnAssign]:
 
 
 def _is_internal(field: ast.AnnAssign) -> bool:
-    """Tell whether a field cannot be given to the constructor."""
+    """Tell whether a field is no argument of the constructor."""
     return any(
         keyword.arg == "init" and isinstance(keyword.value, ast.Constant) and keyword.value.value is False
         for call in [field.value]
@@ -107,7 +107,8 @@ def _find_import(tree: ast.Module, name: str, module: str) -> str:
             parent = module.rsplit(".", node.level)[0]
             return f"{parent}.{node.module}" if node.level else str(node.module)
     raise MachineError(
-        f"{module}: the installed trl defines {name} in a way this kit does not know; install a trl from its range"
+        f"{module}: the installed trl defines {name} in a way this kit does not know; install a trl version that "
+        "yulan-finetune allows: pip install --upgrade yulan-finetune"
     )
 
 
@@ -139,7 +140,7 @@ def _read_choices(field: ast.AnnAssign) -> tuple[str, ...]:
 
 
 def _read_default(value: ast.expr | None) -> Any:
-    """Return a default that is written as a literal, by itself or in `field(default=...)`; None for any other."""
+    """Return a default that is a literal, alone or in `field(default=...)`; None for any other default."""
     if isinstance(value, ast.Call):
         value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
     try:

@@ -1,4 +1,4 @@
-"""Read the YAML of a recipe file, as people mean it and strictly: `2e-4` is a number, `no` is a word."""
+"""Read the YAML of a recipe file strictly, with YAML 1.2's scalars: `2e-4` is a number, and `no` is a word."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from finetune.files.resources import list_all_recipes, name_recipe
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers and truths; a key that is written twice is an error."""
+    """A loader with YAML 1.2's numbers and booleans, which refuses a key that stands twice."""
 
 
 _RecipeLoader.yaml_implicit_resolvers = {
@@ -21,7 +21,7 @@ _RecipeLoader.yaml_implicit_resolvers = {
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-# Plain decimals only: YAML 1.1 would also read 010 as eight and 1:30 as ninety.
+# Decimal numbers only: YAML 1.1 reads 010 as eight and 1:30 as ninety.
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
@@ -52,7 +52,7 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def load_recipe_file(source: Path) -> dict[str, Any]:
-    """Return what a recipe file says, with nothing but its YAML checked.
+    """Return the content of a recipe file; only its YAML is checked.
 
     Raises:
         RecipeError: the file is missing or is not YAML.
@@ -72,7 +72,7 @@ def load_recipe_file(source: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return what a YAML text says; `source` is what it is called in messages.
+    """Parse a YAML text; `source` is its name in messages.
 
     Raises:
         RecipeError: it is not YAML, or a key stands twice.
@@ -99,7 +99,7 @@ def _suggest_neighbour(source: Path) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Return a value as a message shows it: by its kind where it is long, else as it is written in YAML."""
+    """Return a value for a message: lists and sections by their kind, others as they are written in YAML."""
     if isinstance(value, dict):
         return "a section of keys and values"
     if isinstance(value, list):

@@ -1,7 +1,8 @@
 """Fold a checkpoint of the native architecture into plain Llama weights, exactly.
 
-Every factor of the native forward pass (muP scales, WeSaR alphas, residual and norm scales) multiplies a weight that Llama
-has too, so the Llama model computes the same function. The arithmetic runs in float64 and is rounded once, to the type that is written.
+Every factor of the native forward pass (muP scales, WeSaR alphas, residual and norm scales) is multiplied into a weight that
+Llama has too, so the Llama model computes the same function. The arithmetic runs in float64 and is rounded once, to the type that
+is written.
 
 Source: the forward pass of the authors' model class (RUC-GSAI/YuLan-Mini); technical report (arXiv 2412.17743), section 2.
 """
@@ -50,7 +51,7 @@ RowMap = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What a fold wrote; `bytes` counts the weights."""
+    """The result of a fold; `bytes` is the size of the weights."""
 
     output: Path
     dtype: str
@@ -62,7 +63,7 @@ class FoldReport:
 def fold_checkpoint(
     source: Path, output: Path, dtype: str = "auto", max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> FoldReport:
-    """Write the Llama form of a native checkpoint; `auto` keeps the type that its matrices are stored in.
+    """Write the Llama form of a native checkpoint; `dtype="auto"` keeps the type in which its matrices are stored.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is Llama already, or has no Llama form.
@@ -70,7 +71,7 @@ def fold_checkpoint(
     """
     started = time.monotonic()
     if find_architecture(source) == "llama":
-        raise CheckpointError(f"{source}: is stored as Llama already; use it as it is, there is nothing to fold")
+        raise CheckpointError(f"{source}: is stored as Llama already, so there is nothing to fold; use it as it is")
     fold = Fold.open(source)
     chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else WEIGHT_DTYPES[dtype]
     specs = [TensorSpec(name, shape, chosen) for name, shape in list_llama_tensors(fold.config).items()]
@@ -83,7 +84,7 @@ def fold_checkpoint(
 
 @dataclass(frozen=True)
 class Fold:
-    """A native checkpoint, seen as the Llama tensors that compute the same; `alphas` and the norm are read at once."""
+    """An opened native checkpoint whose tensors can be read in their Llama form; `alphas` and `embedding_norm` are in memory."""
 
     config: NativeConfig
     tensors: TensorFolder
@@ -92,7 +93,7 @@ class Fold:
 
     @classmethod
     def open(cls, source: Path) -> "Fold":
-        """Open a native checkpoint and check that it is complete and can be folded.
+        """Open a native checkpoint, and check that it is complete and can be folded.
 
         Raises:
             CheckpointError: see `fold_checkpoint`.
@@ -109,32 +110,34 @@ class Fold:
         return cls(config, tensors, alphas, norm)
 
     def find_stored_name(self, name: str) -> str:
-        """Return the native tensor that a Llama tensor is made of."""
+        """Return the name of the native tensor from which a Llama tensor is computed."""
         return "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tied else name
 
     def read_rows(self, piece: Piece) -> torch.Tensor:
-        """Read the native rows that some Llama rows are made of."""
-        if piece.name.endswith("o_proj.bias"):  # Llama's attention_bias gives this projection one too
+        """Read the native rows from which rows of a Llama tensor are computed."""
+        if piece.name.endswith(
+            "o_proj.bias"
+        ):  # Llama's attention_bias adds a bias here; the native architecture has none
             return torch.zeros(piece.stop - piece.start)
         return self.tensors.read_rows(self.find_stored_name(piece.name), piece.start, piece.stop)
 
     def fold_rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return rows of a Llama tensor, computed in float64 and rounded once.
+        """Compute rows of a Llama tensor from native rows, in float64, and round them once.
 
         Raises:
             CheckpointError: the stored rows are damaged, or too large for `dtype`.
         """
         folded = self._find_row_map(name)(rows.double()).to(dtype)
-        # The extremes are NaN where any number is, and need no second copy.
+        # Minimum and maximum are NaN if any number is, and computing them needs no second copy.
         if not torch.stack(torch.aminmax(folded)).isfinite().all():
             raise CheckpointError(
                 f"{self.tensors.folder}: {self.find_stored_name(name)} gives NaN or infinite values as {dtype}; "
-                "download it again, or where that does not help fold with --dtype float32"
+                "download it again, or if that does not help, fold with --dtype float32"
             )
         return folded
 
     def _find_row_map(self, name: str) -> RowMap:
-        """Return what the fold does to a stored tensor; it only ever mixes numbers within a row."""
+        """Return the function that folds rows of a tensor; it never mixes numbers of different rows."""
         if name == "model.embed_tokens.weight":
             return self._map_embedding()
         if name == "lm_head.weight":
@@ -158,7 +161,7 @@ class Fold:
         if projection == "o_proj":
             return factor * self.config.residual_scale
         if projection == "q_proj":
-            # The native logits carry sqrt(dim_model_base_attn) / head_dim, Llama's own 1 / sqrt(head_dim).
+            # The native model scales attention logits by sqrt(dim_model_base_attn) / head_dim, Llama by 1 / sqrt(head_dim).
             return factor * math.sqrt(self.config.dim_model_base_attn / self.config.head_dim)
         return factor
 
@@ -167,7 +170,7 @@ class Fold:
         if weight is None:
             return lambda rows: rows * config.scale_emb
 
-        # These norms act on one row of the table at a time, so a row can be stored as what they make of it.
+        # These norms act on each row of the embedding table alone, so the table can hold the normalised rows.
         def normalise(rows: torch.Tensor) -> torch.Tensor:
             rows = rows * config.scale_emb
             if config.embedding_norm == "layer":
@@ -182,19 +185,19 @@ class Fold:
         return weight + 1 if self.config.gemma_norm else weight
 
     def _find_alpha(self, name: str) -> float:
-        """Return a stored alpha; where the layout has none its factor is 1, whatever the configuration lists."""
+        """Return a stored alpha, or 1 where none is stored: the alphas in the configuration are initial values only."""
         return self.alphas.get(name, 1.0)
 
 
 @dataclass(frozen=True)
 class FoldedTensors:
-    """The Llama tensors of a fold, as they are written."""
+    """The Llama tensors of a fold, as a source of rows for `write_shards`."""
 
     fold: Fold
     dtype: torch.dtype
 
     def needs_whole(self, name: str) -> bool:
-        """Return False: the fold only ever mixes numbers within a row."""
+        """Return False: the fold never mixes numbers of different rows."""
         return False
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
@@ -207,7 +210,7 @@ class FoldedTensors:
 
 
 def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of the folded model with their shapes, in the order of the layers."""
+    """Return the names and shapes of the folded model's tensors, in the order of the layers."""
     width, inner = config.hidden_size, config.intermediate_size
     rows = config.num_heads * config.head_dim
     key_rows = config.num_key_value_heads * config.head_dim
@@ -268,7 +271,7 @@ def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str,
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "use_cache": True,
-        # Both spellings: servers that pin an older transformers read only the first.
+        # Both names, because servers with an older transformers read only the first.
         "torch_dtype": name_dtype(dtype),
         "dtype": name_dtype(dtype),
         **tokens,
@@ -276,7 +279,7 @@ def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str,
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a checkpoint's tokenizer files, without the references to code that some carry."""
+    """Copy a checkpoint's tokenizer files without `auto_map`, which in some of them refers to remote code."""
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

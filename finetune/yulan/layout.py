@@ -1,4 +1,4 @@
-"""The published layout of a YuLan-Mini checkpoint: its configuration, and the tensors that belong to it.
+"""The published layout of a YuLan-Mini checkpoint: its configuration, and the names and shapes of its tensors.
 
 Source: the authors' configuration files and model classes (RUC-GSAI/YuLan-Mini, and the remote code of their checkpoints).
 """
@@ -17,14 +17,14 @@ from finetune.yulan.tensors import TensorFolder
 NATIVE_TYPES = ("yulanmini", "miniyulan")
 Architecture = Literal["llama", "yulanmini"]
 Shape = tuple[int, ...]
-SCALAR: Shape = ()  # stored as [] or [1]: both are accepted everywhere
+SCALAR: Shape = ()  # published with the shape [] or [1]; the kit reads both
 
-# A comma before a closing bracket, as Before-Annealing's config.json has it; strings are matched first and kept.
+# A comma before a closing bracket, as in Before-Annealing's config.json. Strings are matched first, so that they are kept.
 _STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's `config.json`, also with the stray commas that some were published with.
+    """Read a checkpoint's `config.json`; accept stray commas, with which one was published.
 
     Raises:
         CheckpointError: there is no configuration, or it cannot be read.
@@ -44,10 +44,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_architecture(folder: Path) -> Architecture:
-    """Tell whether a checkpoint is stored as Llama or in YuLan-Mini's own architecture; its remote code is never run.
+    """Return the architecture in which a checkpoint is stored: Llama or native. Remote code is never run.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: it is another architecture.
     """
     model_type = read_config(folder).get("model_type")
     if model_type == "llama":
@@ -77,10 +77,10 @@ PUBLISHED_SIZES: Mapping[str, int | bool] = {
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """What a published configuration says about the arithmetic.
+    """The values of a published configuration that the forward pass depends on.
 
-    `residual_scale` is the factor on both residual branches (1 where the configuration means none). Dead switches
-    (`embed_tokens_alpha`, `use_emb_alpha`, `dim_model_base`, every initial `*_alpha` value) are left out on purpose.
+    `residual_scale` is the factor on both residual branches, 1 where the configuration sets none. Keys without an effect on the
+    forward pass (`embed_tokens_alpha`, `use_emb_alpha`, `dim_model_base`, the initial `*_alpha` values) are left out on purpose.
     """
 
     vocab_size: int
@@ -109,10 +109,10 @@ class NativeConfig:
 
 
 def parse_native_config(config: Mapping[str, Any], source: Path) -> NativeConfig:
-    """Read the published keys, with every fault in one message.
+    """Read the published keys of a configuration, and report all faults in one message.
 
     Raises:
-        CheckpointError: keys are missing or impossible, or ask for what the published model class cannot do either.
+        CheckpointError: keys are missing or have impossible values, or set something that the published model class cannot compute.
     """
     reader = _ConfigReader(config)
     hidden, heads = reader.read_int("hidden_size"), reader.read_int("num_attention_heads")
@@ -125,9 +125,9 @@ def parse_native_config(config: Mapping[str, Any], source: Path) -> NativeConfig
     if config.get("use_sliding_window") or config.get("sliding_window") is not None:
         reader.faults.append("a sliding window is set, which the published model class cannot compute")
     if config.get("hidden_act", "silu") != "silu":
-        reader.faults.append(f"hidden_act is {config['hidden_act']!r}; only silu is known")
+        reader.faults.append(f"hidden_act is {config['hidden_act']!r}; it must be silu")
     if config.get("rms_type", "llama") not in ("llama", "gemma"):
-        reader.faults.append(f"rms_type is {config['rms_type']!r}; known are llama and gemma")
+        reader.faults.append(f"rms_type is {config['rms_type']!r}; it must be llama or gemma")
     if config.get("embedding_ln") and config.get("embedding_rmsln"):
         reader.faults.append("embedding_ln and embedding_rmsln are both true; the published model class has one norm")
     wesar = bool(config.get("wesar_weights", True))
@@ -166,12 +166,12 @@ def _read_residual_scale(reader: "_ConfigReader", layers: int) -> float:
     if value == "muparam":
         return 1.0 / math.sqrt(layers) if layers else 1.0
     scale = reader.read_float("hidden_states_shrink", 1.0)
-    # The published class applies it in this range only; outside, the branches are added as they are.
+    # The published class applies the factor only in this range, and otherwise none.
     return scale if 0 <= scale < 1 else 1.0
 
 
 class _ConfigReader:
-    """Collect every fault of a configuration instead of stopping at the first."""
+    """Read the keys of a configuration and collect all faults, instead of stopping at the first."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -194,7 +194,7 @@ class _ConfigReader:
 
 
 def list_native_tensors(config: NativeConfig) -> dict[str, Shape]:
-    """Return every tensor of the published layout with its shape; `lm_head.weight` is there when untied."""
+    """Return the names and shapes of the published layout's tensors; `lm_head.weight` is among them only when untied."""
     width = config.hidden_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, width)}
     if config.embedding_norm != "none":
@@ -238,10 +238,10 @@ def _list_layer_tensors(config: NativeConfig) -> dict[str, Shape]:
 
 
 def check_tensors(tensors: TensorFolder, expected: Mapping[str, Shape], optional: frozenset[str] = frozenset()) -> None:
-    """Compare names and shapes with what the configuration asks for.
+    """Compare the names and shapes of a folder's tensors with the expected ones.
 
     Raises:
-        CheckpointError: with the first few of every kind of fault.
+        CheckpointError: they differ; the message names the first few of each kind of fault.
     """
     missing = [name for name in expected if name not in tensors.entries]
     unexpected = [name for name in tensors.names if name not in expected and name not in optional]

@@ -1,6 +1,6 @@
 """Build `nano`: YuLan-Mini's architecture and published layout with a few million random weights.
 
-It stands in for the real starts wherever something must run offline on a laptop: the demo, the tests, the benchmarks. Its
+It replaces the real base checkpoints where something must run offline on a laptop: the demo, the tests, the benchmarks. Its
 tokenizer is a byte-level BPE trained on the bundled text, with the special tokens at their real ids.
 """
 
@@ -18,7 +18,7 @@ from finetune.files.json_files import write_json
 from finetune.yulan.layout import NativeConfig, list_native_tensors, parse_native_config
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 
-NANO_VERSION = 1  # part of the cache key, as CONFIG is: raise it when the code below makes other bytes
+NANO_VERSION = 1  # a part of the cache key, like CONFIG; raise it when the code below changes what is written
 _SEED = 20241217
 _MAX_SHARD_BYTES = 2 * 10**9
 _VOCABULARY = 1536
@@ -88,7 +88,7 @@ CONFIG: dict[str, Any] = {
 
 
 def build_nano(output: Path, text_files: Sequence[Path]) -> None:
-    """Write the nano checkpoint; the same text files give the same bytes.
+    """Write the nano checkpoint; the same text files always give the same bytes.
 
     Raises:
         OutputError: the output folder is not empty or cannot be written.
@@ -103,9 +103,9 @@ def build_nano(output: Path, text_files: Sequence[Path]) -> None:
 
 
 def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
-    """Draw every tensor from one seeded generator, so that effective weights have the usual size 1/sqrt(fan in).
+    """Draw every tensor from one seeded generator; a matrix times its alpha has the usual standard deviation 1/sqrt(fan in).
 
-    WeSaR stores a matrix at one small common scale and keeps its size in the alpha beside it.
+    WeSaR draws all matrices with the same small standard deviation, and puts their scales into the alphas.
     Source: WeSaR (arXiv 2410.05052); the published configurations.
     """
     generator = torch.Generator().manual_seed(_SEED)
@@ -125,13 +125,14 @@ def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
 
 def _make_alpha(name: str, config: NativeConfig, spread: float) -> torch.Tensor:
     if name == "lm_head_alpha":
-        # The head reads normalised states: logits then spread by about one, and the loss starts near ln(vocabulary).
+        # The last hidden states are normalised, so the logits have a standard deviation of about 1 and the first loss is near
+        # ln(vocabulary).
         return torch.tensor(1 / (math.sqrt(config.hidden_size) * spread))
     if "norm" in name:
         return torch.tensor(1.0)
     fan_in = config.intermediate_size if name.endswith("down_proj_alpha") else config.hidden_size
     alpha = 1 / (math.sqrt(fan_in) * spread)
-    # The published layout stores the attention's alphas as vectors of one, all others as scalars.
+    # The published layout stores the attention's alphas with the shape [1], all others as scalars.
     return torch.tensor([alpha]) if "self_attn" in name else torch.tensor(alpha)
 
 

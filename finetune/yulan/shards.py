@@ -1,6 +1,6 @@
-"""Write weights as safetensors shards, a few rows in memory at a time.
+"""Write weights as safetensors shards, with only a few rows in memory at a time.
 
-Reading, arithmetic and writing overlap: every core takes a piece of its own through all three, with one writing at a time.
+Reading, arithmetic and writing overlap: each core reads, computes and writes one piece, and only one core writes at a time.
 
 Source of the format: github.com/huggingface/safetensors, README, "Format"; of the shards' names and index: transformers'
 `save_pretrained`.
@@ -24,9 +24,9 @@ from finetune.files.json_files import write_json
 from finetune.yulan.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# A piece and its float64 copy stay within a processor's cache; larger ones cost memory and gain no time.
+# A piece and its float64 copy fit a processor's cache. Larger pieces take more memory and save no time.
 _PIECE_ELEMENTS = 1 << 19
-_KEPT_BYTES = 31 << 20  # glibc adapts to blocks below 32 MiB
+_KEPT_BYTES = 31 << 20  # glibc raises its mmap threshold only for blocks below 32 MiB
 _FLUSHED_BYTES = 1 << 27
 
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its place is planned before its values exist."""
+    """The name, shape and type of a tensor that is to be written; its place in the file follows from these."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,13 +42,13 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
-        """Its size in the file."""
+        """The size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a tensor: those from `start` up to `stop`. A tensor of fewer than two dimensions is one piece."""
+    """The rows of a tensor from `start` to `stop` (exclusive). A tensor of fewer than two dimensions is one piece."""
 
     name: str
     start: int
@@ -56,23 +56,23 @@ class Piece:
 
 
 class RowSource(Protocol):
-    """Tensors that are made a piece at a time, several at once in threads."""
+    """A source of tensors that makes them piece by piece; several threads call it at the same time."""
 
     def needs_whole(self, name: str) -> bool:
-        """Tell whether the rows of a tensor depend on one another, so that they must come in one piece."""
+        """Return whether a tensor must be made in one piece, because its rows depend on one another."""
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Read what is stored and return what is to be written."""
+        """Return the rows of a piece, with the type that is to be written."""
 
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """Tensors in memory, to be written as they are."""
+    """Tensors in memory that are written unchanged."""
 
     tensors: Mapping[str, torch.Tensor]
 
     def needs_whole(self, name: str) -> bool:
-        """Return True: nothing is saved by cutting what is in memory."""
+        """Return True: pieces would save no memory, since the tensors are in memory already."""
         return True
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
@@ -81,7 +81,7 @@ class StoredTensors:
 
 
 def list_pieces(specs: Sequence[TensorSpec], source: RowSource) -> list[Piece]:
-    """Cut tensors into pieces, in order."""
+    """Return the pieces of all tensors, in order."""
     pieces = []
     for spec in specs:
         rows = spec.shape[0] if spec.shape else 1
@@ -92,15 +92,15 @@ def list_pieces(specs: Sequence[TensorSpec], source: RowSource) -> list[Piece]:
 
 
 def run_pieces(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> Iterator[Result]:
-    """Yield what `work` returns for every piece, in order, with as many at once as there are cores.
+    """Yield the results of `work` for all pieces, in order; one thread for each core runs it.
 
-    The first error is raised, and what has not begun is dropped.
+    The first error is raised, and pieces whose work has not begun are dropped.
     """
     threads = torch.get_num_threads()
-    # glibc gives memory of this size back to the system at every free, and a page costs more to get than to fill; once a
-    # larger block was freed it keeps them.
+    # By default glibc returns blocks of a piece's size to the system at every free, and getting new pages takes longer than
+    # filling them. After one larger block was freed, glibc keeps such blocks.
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
-    # One thread for each piece: torch's own would wait for one another busily and starve those that read and write.
+    # torch uses one thread for each piece: more would wait for each other in busy loops, and slow down reading and writing.
     executor = ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from executor.map(work, pieces)
@@ -110,9 +110,9 @@ def run_pieces(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> Iter
 
 
 def write_shards(folder: Path, specs: Sequence[TensorSpec], source: RowSource, max_shard_bytes: int) -> int:
-    """Write tensors as their source gives them, into as few files as the limit allows; return their bytes.
+    """Write the tensors of a source into as few files as the limit allows; return their size in bytes.
 
-    A tensor larger than the limit gets a file of its own. Every piece is read and finished once, in order.
+    A tensor larger than the limit gets a file of its own. Each piece is made once, in order.
     """
     shards = _plan_shards(specs, max_shard_bytes)
     total = sum(spec.bytes for spec in specs)
@@ -165,10 +165,10 @@ def _write_tensors(file: FileIO, specs: Sequence[TensorSpec], source: RowSource,
 
 
 class _Flusher:
-    """Sends what was written to the disk while more is made, and lets go of the memory that held it.
+    """Flushes written bytes to the disk while more are made, and drops them from the system's page cache.
 
-    Gigabytes of output would otherwise push what is still to be read, and what other programs need, out of the system's
-    memory; and getting new memory for each of them takes longer than writing them.
+    Otherwise gigabytes of output would replace in that cache the files that are still to be read. Getting new pages for the
+    output also takes longer than writing it.
     """
 
     def __init__(self) -> None:
@@ -182,22 +182,22 @@ class _Flusher:
     def __exit__(self, *error: object) -> None:
         self.executor.shutdown(wait=True)
         for sent in self.sent:
-            sent.result()  # raises the disk's error, of which the system tells only once
+            sent.result()  # raises the disk's error, which the system reports only once
 
     def count(self, file: FileIO, size: int) -> None:
-        """Add to what waits; send it when it is enough to keep the disk busy."""
+        """Count written bytes, and flush the file when there are enough to keep the disk busy."""
         self.waiting += size
         if self.waiting >= _FLUSHED_BYTES:
             self.waiting = 0
             self.sent.append(self.executor.submit(_let_go, file))
 
     def close_file(self, file: FileIO) -> None:
-        """Send the rest of a file and close it, after what was sent before."""
+        """Flush the rest of a file and close it, after the earlier flushes."""
         self.sent.append(self.executor.submit(_close, file))
 
 
 def _let_go(file: FileIO) -> None:
-    # Begins to write what is not on the disk yet, and frees what is. Not every system has it; it is a help, no promise.
+    # This begins to write pages that are not on the disk yet, and frees those that are. Systems without this call work too.
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -231,5 +231,5 @@ def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
         }
         position += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors then start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the tensors then begin at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text

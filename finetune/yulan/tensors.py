@@ -1,7 +1,7 @@
-"""Read the weights of a folder tensor by tensor: one safetensors file, or several with their index.
+"""Read the weights of a folder tensor by tensor, from one safetensors file or from several with their index.
 
-The headers are read and checked here rather than by a memory map of the whole file: a map counts as resident memory once
-it is read through, and a truncated file would only be noticed at the tensor that is missing.
+The kit reads and checks the headers itself and does not map the whole file: the pages of a map count as resident memory once they
+are read, and a truncated file would be noticed only at the first missing tensor.
 
 Source of the format: github.com/huggingface/safetensors, README, "Format".
 """
@@ -50,7 +50,7 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its file, and its bytes in it."""
+    """The place of one tensor: its file, and the range of its bytes there."""
 
     file: Path
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorFolder:
-    """The tensors of a checkpoint folder by name; nothing is held open, and reads may come from several threads."""
+    """The tensors of a checkpoint folder by name. It holds no file open, and several threads may read at the same time."""
 
     folder: Path
     entries: Mapping[str, TensorEntry]
@@ -73,7 +73,7 @@ class TensorFolder:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors."""
+        """The size of all tensors, in bytes."""
         return sum(entry.end - entry.start for entry in self.entries.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ class TensorFolder:
         return self.entries[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own.
+        """Read one tensor into new memory.
 
         Raises:
             CheckpointError: the file has become shorter since it was opened.
@@ -94,7 +94,7 @@ class TensorFolder:
         return self._read_bytes(name, entry.start, entry.end).reshape(entry.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read some rows (first indices) of a tensor into memory of their own.
+        """Read the rows (first indices) of a tensor from `start` to `stop` (exclusive) into new memory.
 
         Raises:
             CheckpointError: the file has become shorter since it was opened.
@@ -106,7 +106,7 @@ class TensorFolder:
 
     def _read_bytes(self, name: str, start: int, end: int) -> torch.Tensor:
         entry = self.entries[name]
-        # Not a bytearray: filling gigabytes with zeros first would be noticed.
+        # torch.empty does not fill the memory with zeros first, as a bytearray does; for gigabytes that takes noticeable time.
         found = torch.empty(end - start, dtype=torch.uint8)
         view, filled = found.numpy().data, 0
         with entry.file.open("rb", buffering=0) as file:
@@ -125,7 +125,8 @@ def open_tensors(folder: Path) -> TensorFolder:
     """Open the safetensors weights of a folder and check that they are complete.
 
     Raises:
-        CheckpointError: no weights, only pickled ones, a missing or truncated file, or an index that does not fit.
+        CheckpointError: the folder has no weights or only pickled ones, a file is missing or truncated, or the index does not
+            fit the files.
     """
     if (folder / INDEX_FILE).is_file():
         return TensorFolder(folder, _open_shards(folder))
@@ -137,7 +138,7 @@ def open_tensors(folder: Path) -> TensorFolder:
     if pickles:
         raise CheckpointError(
             f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when they are opened; "
-            "convert them to model.safetensors on a machine where you trust them, or take the folder's safetensors version"
+            "download the checkpoint's safetensors version, or convert them to model.safetensors if you trust them"
         )
     raise CheckpointError(f"{folder}: holds no weights (neither {SINGLE_FILE} nor {INDEX_FILE})")
 
@@ -168,10 +169,11 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not an index of weights (expected an object with weight_map)") from error
     for shard in sorted(set(pairs.values())):
-        # A downloaded index must not make us read, or write, anywhere else.
+        # A downloaded index must not lead to files outside its folder.
         if PurePosixPath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise CheckpointError(
-                f"{path}: names the file {shard!r}, which lies outside the folder; the index was tampered with"
+                f"{path}: names the file {shard!r}, which lies outside the folder; the index may be malicious, download it again "
+                "from a source that you trust"
             )
         if not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names the file {shard!r}; only .safetensors files are read")
@@ -183,7 +185,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of one safetensors file after checking its header against its size.
+    """Return the tensors of one safetensors file, after comparing its header with its size.
 
     Raises:
         CheckpointError: the file is truncated, or is not safetensors.

@@ -172,16 +172,16 @@ stages:
 """
     )
     problems = list_problems(path, "stages.tow.seed=1")
-    assert problems[0] == "stages[4]: the name one stands twice"
+    assert problems[0] == "stages[4]: the name one stands twice; give every stage its own"
     assert problems[1].startswith(
-        "stages[5]: needs a name of letters, digits, - and _, which becomes its folder; found '../up'"
+        "stages[5]: needs a name of letters, digits, - and _, which also names its folder; found '../up'"
     )
     assert problems[2].startswith("stages[6]: needs a name")
-    assert problems[3] == "one: output: is the folder one in the chain's own output; remove it"
+    assert problems[3] == "one: output: a stage writes to the folder one in the chain's output; remove this key"
     assert problems[4] == "one: trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"
-    assert problems[5] == "two: model.checkpoint: goes on from the stage before; remove it"
+    assert problems[5] == "two: model.checkpoint: this stage continues from the stage before; remove this key"
     assert problems[6].startswith("two: data.train: missing.jsonl does not exist")
-    assert problems[7] == "out: seed: does not belong to a stage that exports"
+    assert problems[7] == "out: seed: does not belong to a stage that exports; remove it"
     assert problems[8] == "out: export.dtyp: unknown key; did you mean 'dtype'?"
     assert problems[9] == "--set stages.tow.seed=1: the stage 'tow' is unknown; did you mean 'two'?"
     assert len(problems) == 10
@@ -207,7 +207,7 @@ stages:
         # The reference lacked the trained token rows, without a word.
         (
             "[{name: a, adapter: {train_tokens: [5]}}, {name: b, method: dpo, trainer: {precompute_ref_log_probs: true}}]",
-            "b: trainer.precompute_ref_log_probs: is computed before TRL knows",
+            "b: trainer.precompute_ref_log_probs: TRL computes these before it knows",
         ),
     ],
 )
@@ -276,8 +276,8 @@ def test_a_later_stage_adopts_positions_that_it_does_not_set(write):
 def test_a_later_stage_may_not_change_the_adapter_that_it_continues(write):
     path = write(CONTINUED.replace("{max_positions: 2048, rope_theta: 980000.0}", "{quantize: nf4}"))
     assert list_problems(path, "stages.second.adapter.rank=8") == [
-        "second: adapter.rank: the stage before was trained with 4, and goes on with it; remove this key; found 8",
-        "second: model.quantize: the stage before was trained with none, and goes on with it; remove this key; found nf4",
+        "second: adapter.rank: the stage before was trained with 4, and its adapter must keep that; remove this key; found 8",
+        "second: model.quantize: the stage before was trained with none, and its adapter must keep that; remove this key; found nf4",
     ]
 
 

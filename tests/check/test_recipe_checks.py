@@ -96,7 +96,7 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
             "data: {train: openai/gsm8k}",
             "data.train: openai/gsm8k does not exist; a data set of the hub is written {hub:",
         ),
-        ("data: {train: [{path: pairs.jsonl, split: x}]}", "data.train[1].split: belongs to a data set of the hub"),
+        ("data: {train: [{path: pairs.jsonl, split: x}]}", "data.train[1].split: works only for a data set of the hub"),
         ("data: {train: [{path: pairs.jsonl, weight: 0}]}", "data.train[1].weight: must be above 0; found 0"),
         ("data: {train: [{path: pairs.jsonl, rows: 0}]}", "data.train[1].rows: must be at least 1; found 0"),
         (
@@ -108,7 +108,7 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
         ("data: {template: my.jinja}", "data.template: my.jinja does not exist"),
         ("data: {format: alpacca}", "data.format: 'alpacca' is unknown; did you mean 'alpaca'?"),
         ("data: {held_out: 1.5}", "data.held_out: must be a share below 1"),
-        ("data: {held_out: 2, eval: pairs.jsonl}", "data.held_out: data.eval names files to evaluate on already"),
+        ("data: {held_out: 2, eval: pairs.jsonl}", "data.held_out: data.eval names rows to evaluate on already"),
         ("data: {max_tokens: 0}", "data.max_tokens: must be at least 8; found 0"),
         ("adapter: {rank: 0}", "adapter.rank: must be at least 1; found 0"),
         ("adapter: {dropout: 1.0}", "adapter.dropout: must be at least 0 and below 1; found 1.0"),
@@ -118,9 +118,12 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
         ("adapter: {kind: none, rank: 8}", "adapter.rank: has no effect where adapter.kind is none"),
         ("adapter: {kind: none}\nmodel: {quantize: nf4}", "model.quantize: nf4 weights cannot be trained in full"),
         ("adapter: {init: pissa}\nmodel: {quantize: nf4}", "adapter.init: pissa changes the base weights"),
-        ("adapter: {init: pissa, dora: true}", "adapter.dora: cannot be combined with init: pissa"),
+        ("adapter: {init: pissa, dora: true}", "adapter.dora: cannot be combined with adapter.init: pissa"),
         ("trainer: {lerning_rate: 1e-4}", "trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
-        ("trainer: {max_length: 12}", "trainer.max_length: set data.max_tokens instead; the kit owns this setting"),
+        (
+            "trainer: {max_length: 12}",
+            "trainer.max_length: set data.max_tokens instead; the kit sets this option itself",
+        ),
         ("trainer: {learning_rate: fast}", "trainer.learning_rate: must be float; found 'fast'"),
         ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be float; found True"),
         ("trainer: {lr_scheduler_type: cosin}", "trainer.lr_scheduler_type: must be one of linear, cosine,"),
@@ -151,7 +154,7 @@ MIXTURES = {
     "mixture: phase1, sources: {web: {path: pairs.jsonl, weight: 2}}": "data.sources.web: takes no weight and no number",
     "mixture: phase1, sources: {web: {hub: c4}}": "data.sources.web.hub: must read owner/name; found 'c4'",
     "mixture: phase1, sources: {web: {wait: 2, path: pairs.jsonl}}": "data.sources.web.wait: unknown key; did you mean",
-    "mixture: phase1, sources: {web: pairs.jsonl}, train: pairs.jsonl": "data.train: data.mixture and data.sources say",
+    "mixture: phase1, sources: {web: pairs.jsonl}, train: pairs.jsonl": "data.train: data.mixture and data.sources name the rows to train on",
 }
 
 
@@ -174,7 +177,7 @@ def test_all_problems_come_together(write):
     )
     assert problems == [
         "methud: unknown key; did you mean 'method'?",
-        "trainer.max_length: set data.max_tokens instead; the kit owns this setting",
+        "trainer.max_length: set data.max_tokens instead; the kit sets this option itself",
         "trainer.packng: unknown key; did you mean 'packing'?",
         "data.train: pair.jsonl does not exist; pairs.jsonl does",
         "adapter.rank: must be at least 1; found -1",

@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     [
         ("before-anealing", "is unknown; did you mean 'before-annealing'?"),
         ("phase26", "is unknown; did you mean 'phase"),
-        ("base-4k", "the authors' documents give no link; use a local folder"),
+        ("base-4k", "the authors' documents give no link to it; give a local folder instead"),
         ("./missing", "is unknown"),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_reader_sees_all_or_nothing(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OutputError, match="another process has just written it"), write_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match="another process wrote it at the same time"), write_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("x")
     assert (tmp_path / "out" / "mine").read_text() == "x"

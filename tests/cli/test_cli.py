@@ -91,7 +91,9 @@ def test_a_recipe_takes_files_in_the_proportions_of_a_phase(call, folder):
     text = RECIPE.replace("train: rows.jsonl", "mixture: phase27, sources: {web: rows.jsonl, chinese: more.jsonl}")
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-    sentence = "mixture phase27: your sources stand for 48.0% of its tokens; renormalised to the whole, by text: web 79.1%, chinese 20.9%"
+    sentence = (
+        "mixture phase27: your sources stand for 48.0% of its tokens; scaled to 100%, by text: web 79.1%, chinese 20.9%"
+    )
     assert sentence in call("check", "recipe.yaml")[1]
     status, out, _ = call("preview", "recipe.yaml", "--json")
     counts = json.loads(out)["counts"]

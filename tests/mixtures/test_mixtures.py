@@ -110,7 +110,7 @@ def test_shares_are_renormalised(names, shares, left_out):
 
 def test_what_is_left_out_is_said():
     assert match_sources(MIXTURE, ["fineweb-edu", "ioccc"]).describe() == (
-        "mixture test: your sources stand for 70.0% of its tokens; renormalised to the whole, by text: fineweb-edu 71.4%, "
+        "mixture test: your sources stand for 70.0% of its tokens; scaled to 100%, by text: fineweb-edu 71.4%, "
         "ioccc 28.6%. Left out: 2 of 4 data sets (the-stack-v2/R, the-stack-v2/Coq)"
     )
     whole = match_sources(MIXTURE, ["web", "code", "mathematics"]).describe()
@@ -131,7 +131,7 @@ def test_what_is_left_out_is_said():
 )
 def test_names_that_stand_for_nothing(names, reason):
     found = list(list_unknown_sources(find_mixture("phase26"), names))
-    shadowed = "all that it stands for in phase26 has a more specific name here; remove it"
+    shadowed = "other sources with more specific names cover all of it in phase26; remove it"
     assert found == [("web", shadowed) if reason is None else (names[0], reason)]
 
 

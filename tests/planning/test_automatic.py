@@ -98,7 +98,7 @@ def test_a_recipe_may_say_no_more_than_auto(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.global_batch=4"], "is split up by auto: true"),
+        (["trainer.global_batch=4"], "trainer.global_batch: needs auto: true"),
         (["trainer.auto=yes"], "trainer.auto: must be true or false; found 'yes'"),
         (["trainer.auto=true", "trainer.global_batch=0"], "must be a whole number above 0"),
         (["trainer.atuo=true"], "did you mean 'auto'"),

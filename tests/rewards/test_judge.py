@@ -200,16 +200,25 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
         (["rewards.judge.run=nowhere"], "rewards.judge.run: nowhere: there is no such folder"),
         (["rewards.judge.run=''"], "rewards.judge.run: is missing; name a finished run of method: reward"),
         (["rewards.judge.weight=0"], "rewards.judge.weight: must be above 0; found 0"),
-        (["rewards.judge.clip=[10, -20]"], "rewards.judge.clip: must be the lowest and the highest score that count"),
+        (["rewards.judge.clip=[10, -20]"], "rewards.judge.clip: must be the lowest and the highest score, such as"),
         (["rewards.judge.clip=[-20]"], "rewards.judge.clip: must be the lowest and the highest"),
         (["rewards.judge.wieght=1"], "rewards.judge.wieght: unknown key; did you mean 'weight'?"),
-        (["model.checkpoint=base"], "rewards.judge.run: {run} was trained on nano, and this run on base"),
-        (["model.quantize=nf4"], "model.quantize: the judge {run} was trained on a base held as none"),
-        (["model.rope_theta=490000"], "model.rope_theta: the judge {run} was trained with that of its base"),
-        (["model.architecture=native"], "model.architecture: the judge reads with the Llama form"),
-        (["adapter={kind: none}"], "adapter.kind: the judge reads with the base, which must stay as it is; set lora"),
-        (["adapter.init=pissa"], "adapter.init: pissa changes the base, which the judge reads with"),
-        (["data.template=chatml"], "data.template: the judge {run} reads texts in yulan-mini; set that; found chatml"),
+        (["model.checkpoint=base"], "rewards.judge.run: {run} was trained on nano, and this run trains on base"),
+        (
+            ["model.quantize=nf4"],
+            "model.quantize: the judge {run} was trained with none, and uses the base model of this run",
+        ),
+        (["model.rope_theta=490000"], "model.rope_theta: the judge {run} was trained with that of its checkpoint"),
+        (["model.architecture=native"], "model.architecture: the judge needs a base model of Llama weights"),
+        (
+            ["adapter={kind: none}"],
+            "adapter.kind: the judge uses the base model of this run, so training must not change it; set lora",
+        ),
+        (["adapter.init=pissa"], "adapter.init: pissa changes the base model, which the judge uses too"),
+        (
+            ["data.template=chatml"],
+            "data.template: the judge {run} was trained with yulan-mini; set that; found chatml",
+        ),
         (["method=dpo", "trainer={}"], "rewards: has no effect on dpo"),
     ],
 )
@@ -238,7 +247,7 @@ def test_what_is_no_judge_for_this_run_is_told(make_recipe, copy_judge):
     assert "it would be a second model in memory" in tell(f"rewards.judge.run={whole}")
     earlier = copy_judge("earlier", method="sft", base_fingerprint="0" * 64, template_fingerprint="0" * 16)
     told = tell(f"model.checkpoint={earlier}", "adapter={}")
-    assert "both must come from the same checkpoint" in told
+    assert "both must have the same base checkpoint" in told
     assert "both must have the same template" in told
 
 

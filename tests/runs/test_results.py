@@ -52,7 +52,7 @@ def test_the_native_model_begins_where_its_fold_does(train, read_losses):
 
 
 def test_a_start_without_a_native_form_is_refused(make_recipe, nano_llama, tmp_path):
-    with pytest.raises(CheckpointError, match="is stored as Llama, so there is nothing native to train"):
+    with pytest.raises(CheckpointError, match="is stored as Llama, so its native architecture cannot be trained"):
         run_training(make_recipe("run", "model.architecture=native", f"model.checkpoint={nano_llama}"))
     assert not (tmp_path / "run").exists()
 

@@ -1,13 +1,12 @@
-"""YuLan-Mini's own architecture as transformers configurations, one for each of its two published names.
+"""The transformers configurations of the native architecture, one for each of its two published names.
 
-Dead switches: published configurations carry keys that change nothing here. They are kept as they are, so that a saved
-folder equals the one it was read from.
+Published configurations have some keys without an effect here. They are kept, so that a saved folder equals the one that was read:
 
     embed_tokens_alpha, use_emb_alpha      the published class never creates such a parameter
-    dim_model_base                         only a check in the published configuration class; the logits use dim_model_base_logits
-    use_liger                              which kernels computed the same arithmetic
-    gradient_checkpointing_step            which layers the authors recomputed; transformers' own switch decides here
-    dim_model_base_lr                      a learning rate, which an optimizer reads
+    dim_model_base                         the published configuration class only checks it; the logits use dim_model_base_logits
+    use_liger                              selected the authors' kernels, which compute the same
+    gradient_checkpointing_step            selected the layers with gradient checkpointing; here transformers' switch decides
+    dim_model_base_lr                      a learning rate, which only an optimizer uses
     num_steps_, num_epochs_trained_…       a record of the run that wrote the folder
 
 Source: github.com/RUC-GSAI/YuLan-Mini (the configuration class beside pretrain/modeling_yulanmini.py); the published configurations.
@@ -35,23 +34,23 @@ ALPHAS = (
     "norm_alpha",
     "lm_head_alpha",
 )
-# What the model uses beyond NativeConfig: these must be numbers where they are given.
+# Keys that the model uses in addition to NativeConfig; their values must be numbers.
 _NUMBERS = (*ALPHAS, "z_loss", "shrink_alpha", "initializer_range", "init_scale_o", "attention_dropout")
 _OPTIONAL_NUMBERS = ("dim_model_base_init", "dim_model_base_lmh")
 
 
 class YuLanMiniConfig(PreTrainedConfig):
-    """The published configuration: the sizes of the 2.42 B model, and neutral factors as the published class has them.
+    """The published configuration; defaults are the sizes of the 2.42 B model and the published class's factors of 1.
 
-    The `*_alpha` values are initial values: once a model has weights, only its parameters count.
+    The `*_alpha` values are initial values. The forward pass of a loaded model uses only its parameters.
 
     Raises:
-        CheckpointError: on construction, where the values are impossible or ask for what the published class cannot compute.
+        CheckpointError: on construction, if values are impossible or set something that the published class cannot compute.
     """
 
     model_type = "yulanmini"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads it as a class attribute
-    mlp_bias = False  # what transformers' Llama parts ask for; the architecture has none
+    mlp_bias = False  # transformers' LlamaMLP reads it; this architecture has no such bias
 
     vocab_size: int = PUBLISHED_SIZES["vocab_size"]
     hidden_size: int = PUBLISHED_SIZES["hidden_size"]
@@ -106,15 +105,15 @@ class YuLanMiniConfig(PreTrainedConfig):
     dim_model_base_lmh: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take the published keys, and refuse what cannot work."""
+        """Check the values."""
         super().__post_init__(**kwargs)
         self.read_native(Path())
 
     def read_native(self, folder: Path) -> NativeConfig:
-        """Return the factors of the forward pass; `folder` is named in the message.
+        """Return the values that the forward pass depends on; `folder` is named in the error message.
 
         Raises:
-            CheckpointError: with every fault.
+            CheckpointError: the values are impossible; the message lists every fault.
         """
         faults = [
             f"{name} must be a number; found {value!r}"
@@ -126,12 +125,12 @@ class YuLanMiniConfig(PreTrainedConfig):
         return parse_native_config(self.to_published(), folder)
 
     def to_published(self) -> dict[str, Any]:
-        """Return the values under their published names; transformers keeps both RoPE keys in `rope_parameters`."""
+        """Return the values under their published names; transformers holds both RoPE keys in `rope_parameters`."""
         content = {**vars(self), "model_type": self.model_type}
         return _rename_published(content)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what a saved `config.json` holds: the published keys, as they were read."""
+        """Return the content of a saved `config.json`: the published keys with the values that were read."""
         content = _rename_published(super().to_diff_dict())
         if "dtype" in content:
             content["torch_dtype"] = content.pop("dtype")
@@ -154,10 +153,10 @@ for _config in CONFIG_CLASSES.values():
 
 
 def load_native_config(folder: Path) -> YuLanMiniConfig:
-    """Read a published folder's configuration, also where its JSON has the stray comma that transformers cannot read.
+    """Read a published folder's configuration, also with stray commas in its JSON, which transformers cannot read.
 
     Raises:
-        CheckpointError: it is missing, of another architecture, or asks for what cannot work.
+        CheckpointError: the configuration is missing, has impossible values, or is of another architecture.
     """
     content = read_config(folder)
     model_type = content.pop("model_type", None)
@@ -165,15 +164,15 @@ def load_native_config(folder: Path) -> YuLanMiniConfig:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {model_type!r}; the native architecture is {' or '.join(CONFIG_CLASSES)}"
         )
-    parse_native_config(content, folder)  # first, so that its message names the folder
+    parse_native_config(content, folder)  # before the class checks the same values, so that an error names the folder
     return CONFIG_CLASSES[model_type](**content)
 
 
 def compute_initial_std(config: YuLanMiniConfig, name: str) -> float:
-    """Return the standard deviation that a matrix starts with; `name` ends in the module's own name.
+    """Return the standard deviation of a matrix's initial values; `name` ends in the name of its module.
 
-    WeSaR's alphas carry the sizes, so the published runs start all matrices alike, at `initializer_range`. The other
-    switches are muP's: widths against `dim_model_base_init`, the head against `dim_model_base_lmh`.
+    In WeSaR the alphas hold the scales, so the published runs draw all matrices with `initializer_range`. The other cases are
+    those of muP: the width relative to `dim_model_base_init`, and for the head `dim_model_base_lmh`.
     Source: `_init_weights` of pretrain/modeling_yulanmini.py at a6fea4b.
     """
     std, name = config.initializer_range, name.rpartition(".")[2]

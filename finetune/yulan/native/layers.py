@@ -1,4 +1,4 @@
-"""The parts in which YuLan-Mini differs from Llama: its norms, its scaled embedding, its factors on every projection.
+"""The modules in which YuLan-Mini differs from Llama: norms, a scaled embedding, and factors on every projection.
 
 Source: github.com/RUC-GSAI/YuLan-Mini, pretrain/modeling_yulanmini.py at a6fea4b.
 """
@@ -24,17 +24,20 @@ from finetune.yulan.native.configuration import YuLanMiniConfig
 
 
 def make_alpha(config: YuLanMiniConfig, name: str, shape: tuple[int, ...] = ()) -> nn.Parameter:
-    """Make a trainable factor with its configured initial value."""
+    """Make a trainable factor with its initial value from the configuration."""
     return nn.Parameter(torch.full(shape, float(vars(config)[name])))
 
 
 def multiply(value: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
-    """Multiply by a factor that the configuration may leave out; as a scalar it never widens a tensor's type."""
+    """Multiply a tensor by a factor, or return it unchanged if there is none.
+
+    The factor is reshaped to a scalar, so that it never changes the tensor's type.
+    """
     return value if alpha is None else value * alpha.reshape(())
 
 
 class YuLanMiniRMSNorm(nn.Module):
-    """RMSNorm times `ln_scale` and a factor; `rms_type: gemma` stores the weight less 1."""
+    """RMSNorm multiplied by `ln_scale` and an alpha; `rms_type: gemma` stores the weight minus 1."""
 
     def __init__(self, native: NativeConfig) -> None:
         super().__init__()
@@ -45,9 +48,9 @@ class YuLanMiniRMSNorm(nn.Module):
     def forward(
         self, states: torch.Tensor, alpha: torch.Tensor | None = None, *, rounds_once: bool = False
     ) -> torch.Tensor:
-        """Normalise the last dimension in float32 or wider; between the factors it is rounded as in the published runs.
+        """Normalise the last dimension in float32 or wider, and round to the input's type where the published runs do.
 
-        They round once, at the end, only after the last layer.
+        They round after each factor. Only the norm after the last layer rounds once, at the end (`rounds_once`).
         """
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -60,7 +63,7 @@ class YuLanMiniRMSNorm(nn.Module):
 
 
 class YuLanMiniHeadNorm(nn.Module):
-    """A LayerNorm without bias for each head, named `norms.N` as the published layout stores them."""
+    """A LayerNorm without bias for each head; their names `norms.N` are those of the published layout."""
 
     def __init__(self, heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
@@ -68,16 +71,16 @@ class YuLanMiniHeadNorm(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(head_dim, eps=eps, bias=False) for _ in range(heads))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Normalise states of (rows, heads, tokens, head_dim), all heads at once."""
+        """Normalise queries or keys of the shape (rows, heads, tokens, head_dim), all heads together."""
         weights = torch.stack([*self.norms.parameters()]).unsqueeze(1).to(states.dtype)
         return functional.layer_norm(states, states.shape[-1:], eps=self.eps) * weights
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding table times a factor, whose gradient alone is times another.
+    """An embedding whose output is multiplied by `embed_scale`, and whose gradient is also multiplied by `gradient_scale`.
 
-    The factor belongs to the module, so that `inputs_embeds` made with it are what the layers expect; PEFT reads
-    `embed_scale` to scale its own share alike.
+    The module applies the scale itself, so that `inputs_embeds` made with it are what the layers expect. PEFT reads
+    `embed_scale` and scales the output of trained token rows by it too.
     """
 
     def __init__(self, rows: int, width: int, embed_scale: float, gradient_scale: float) -> None:
@@ -87,22 +90,22 @@ class ScaledEmbedding(nn.Embedding):
         self.gradient_scale = gradient_scale if 0 <= gradient_scale < 1 else 1.0
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the scaled rows, (rows, tokens, width)."""
+        """Return the scaled embeddings, (rows, tokens, width)."""
         states = super().forward(input_ids) * self.embed_scale
         if self.gradient_scale == 1.0:
             return states
-        # The difference is exactly 0, so the value is unchanged to the last bit.
+        # The difference is exactly 0, so the output is unchanged and only the gradient is scaled.
         fixed = states.detach()
         return fixed + (states - fixed) * self.gradient_scale
 
 
 class YuLanMiniAttention(LlamaAttention):
-    """Llama's attention with a factor on every projection, its own logit scale and, where asked for, head norms."""
+    """Llama's attention with an alpha on every projection, another logit scale and, with `qk_layernorm`, head norms."""
 
     def __init__(self, config: YuLanMiniConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         native = config.read_native(Path())
-        # Llama's attention_bias gives the output projection a bias too; here it never has one.
+        # With attention_bias Llama's output projection has a bias too; here it has none.
         self.o_proj = nn.Linear(native.num_heads * native.head_dim, native.hidden_size, bias=False)
         self.scaling = math.sqrt(native.dim_model_base_attn) / native.head_dim
         for name in ("q_proj_alpha", "k_proj_alpha", "v_proj_alpha", "o_proj_alpha"):
@@ -120,14 +123,14 @@ class YuLanMiniAttention(LlamaAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; hidden states are (rows, tokens, width), and so is the first result."""
+        """Return the attention's output, (rows, tokens, width) like `hidden_states`, and the attention weights."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = multiply(self.q_proj(hidden_states), self.q_proj_alpha).view(heads).transpose(1, 2)
         key = multiply(self.k_proj(hidden_states), self.k_proj_alpha).view(heads).transpose(1, 2)
         value = multiply(self.v_proj(hidden_states), self.v_proj_alpha).view(heads).transpose(1, 2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        # In float32 or wider, and rounded once, as in the published runs.
+        # RoPE runs in float32 or wider and is rounded once, as in the published runs.
         wide = torch.promote_types(query.dtype, torch.float32)
         query, key = (
             rotated.to(value.dtype)
@@ -151,7 +154,7 @@ class YuLanMiniAttention(LlamaAttention):
 
 
 class YuLanMiniDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, with factors on the norms, on the MLP's two sides and on both residual branches."""
+    """Attention and MLP, with factors on the norms, on the MLP's input and output, and on both residual branches."""
 
     def __init__(self, config: YuLanMiniConfig, layer_idx: int) -> None:
         super().__init__()
@@ -167,7 +170,7 @@ class YuLanMiniDecoderLayer(GradientCheckpointingLayer):
             self.register_parameter(name, make_alpha(config, name) if native.norm_alphas else None)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Return the states after this layer, (rows, tokens, width)."""
+        """Return the hidden states after this layer, (rows, tokens, width)."""
         normed = self.input_layernorm(hidden_states, self.input_layernorm_alpha)
         attended, _ = self.self_attn(normed, **kwargs)
         hidden_states = hidden_states + attended * self.residual_scale

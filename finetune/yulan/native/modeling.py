@@ -1,8 +1,8 @@
-"""YuLan-Mini's own architecture as transformers models, made of Llama's parts and what differs from them.
+"""The transformers models of the native architecture: Llama's modules, and those in which YuLan-Mini differs.
 
-Importing this module registers the classes: afterwards `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` load
-published folders of both names (`yulanmini`, `miniyulan`) in plain transformers code too. `load_native` also loads the
-one whose `config.json` is not valid JSON, and compares the tensors with the configuration first.
+Importing this module registers the classes. After that, `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` load published
+folders of both names (`yulanmini`, `miniyulan`) in any transformers code. `load_native` also loads the published folder whose
+`config.json` is not valid JSON, and compares the tensors with the configuration first.
 
 Source: github.com/RUC-GSAI/YuLan-Mini, pretrain/modeling_yulanmini.py at a6fea4b; technical report (arXiv 2412.17743),
 section 2; WeSaR (arXiv 2410.05052).
@@ -47,7 +47,7 @@ from finetune.yulan.tensors import open_tensors
 
 
 class YuLanMiniPreTrainedModel(LlamaPreTrainedModel):
-    """What both models share: their configuration, what can be recorded, and the initial weights."""
+    """The base class of both models: their configuration, the outputs that transformers can record, and initial weights."""
 
     config: YuLanMiniConfig
     _no_split_modules = ["YuLanMiniDecoderLayer"]  # noqa: RUF012 - transformers reads these as class attributes
@@ -58,7 +58,7 @@ class YuLanMiniPreTrainedModel(LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Give one module the authors' initial weights; tensors that were loaded are left alone."""
+        """Initialise one module as the authors do; transformers leaves loaded tensors unchanged."""
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("_alpha"):
                 init.constant_(parameter, float(vars(self.config)[name]))
@@ -76,7 +76,7 @@ class YuLanMiniPreTrainedModel(LlamaPreTrainedModel):
 
 
 class YuLanMiniModel(YuLanMiniPreTrainedModel):
-    """The layers between token ids and normalised states."""
+    """The model from token ids to the last hidden states, without the head."""
 
     def __init__(self, config: YuLanMiniConfig) -> None:
         super().__init__(config)
@@ -108,10 +108,10 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the layers; `inputs_embeds` are what `embed_tokens` returns, (rows, tokens, width).
+        """Return the last hidden states, (rows, tokens, width); `inputs_embeds` must come from `embed_tokens`.
 
-        Packed rows: every restart of `position_ids` begins a document, where no tokens are cached and the attention
-        mask is absent or all ones.
+        A row may hold several packed documents: a new one begins where `position_ids` start again. This works only without
+        cached tokens, and with an attention mask that is absent or all ones.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -123,7 +123,7 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + seen
         elif attention_mask is not None and past_key_values is None and bool((attention_mask == 1).all()):
             attention_mask = None  # transformers looks for packed documents only where no mask is given
-        # Before the cache is made: transformers takes a row with a cache, even an empty one, for a single document.
+        # The mask is made before the cache, because with a cache, even an empty one, transformers sees one document in a row.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=states,
@@ -149,7 +149,7 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
 
 
 class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
-    """The language model: logits, the loss with its z term, and generation."""
+    """The language model: it computes logits and the loss with its z term, and generates."""
 
     config: YuLanMiniConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -162,16 +162,16 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         self.register_parameter("lm_head_alpha", make_alpha(config, "lm_head_alpha") if native.wesar else None)
         self.logit_scale = native.dim_model_base_logits / native.hidden_size
         self.loss_function = functools.partial(compute_loss, z_loss=config.z_loss)
-        # What `skip_logits` means where a caller does not say.
+        # The default of `skip_logits` in `forward`.
         self.skips_logits = False
-        # A hook, because trainers with a fused head multiply the inner model's last state by lm_head.weight themselves.
+        # A hook, because trainers with a fused head multiply the inner model's last hidden state by lm_head.weight themselves.
         self.model.register_forward_hook(self._scale_last_state)
         self.post_init()
 
     def _scale_last_state(
         self, _: nn.Module, args: tuple[Any, ...], output: BaseModelOutputWithPast
     ) -> BaseModelOutputWithPast:
-        """Put the head's factors on the last state; the last of the recorded hidden states stays as the norm gives it."""
+        """Multiply the last hidden state by the head's factors; the recorded `hidden_states` do not have these factors."""
         output.last_hidden_state = multiply(output.last_hidden_state * self.logit_scale, self.lm_head_alpha)
         return output
 
@@ -189,9 +189,9 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits of (rows, tokens, vocabulary) and, with labels, the loss; the parameters are transformers' own.
+        """Return logits of the shape (rows, tokens, vocabulary) and, with labels, the loss; the parameters are transformers'.
 
-        With labels, `skip_logits` leaves the logits out, and the loss holds only a few of them at a time; the name is Liger's.
+        With labels and `skip_logits` (Liger's name) the result has no logits, and the loss holds only a few of them at a time.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -232,7 +232,7 @@ class MiniYuLanModelForCausalLM(YuLanMiniForCausalLM):
 
 
 class _FitAlpha(ConversionOps):
-    """Give a stored alpha the model's shape: both `[]` and `[1]` were published for the same name."""
+    """Reshape a stored alpha to the model's shape, because the same alpha was published as `[]` and as `[1]`."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -256,9 +256,9 @@ AutoModelForCausalLM.register(MiniYuLanConfig, MiniYuLanModelForCausalLM)
 
 
 def load_native(folder: Path, *, config: YuLanMiniConfig | None = None, **options: Any) -> YuLanMiniForCausalLM:
-    """Load a published folder; `options` are those of `from_pretrained` (`dtype`, `attn_implementation`, …).
+    """Load a native checkpoint; `options` are those of `from_pretrained` (`dtype`, `attn_implementation`, …).
 
-    A `config` that differs from the folder's own only in how it reads positions may take its place.
+    `config` replaces the folder's own; it may differ only in its positions and RoPE.
 
     Raises:
         CheckpointError: the configuration cannot be read or used, or the tensors do not fit it.
@@ -267,14 +267,17 @@ def load_native(folder: Path, *, config: YuLanMiniConfig | None = None, **option
     optional = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
     check_tensors(open_tensors(folder), list_native_tensors(config.read_native(folder)), optional)
     if not (folder / "generation_config.json").is_file():
-        # transformers would read config.json once more, which not every published folder survives.
+        # Otherwise transformers reads config.json again, which fails where that is not valid JSON.
         options.setdefault("generation_config", GenerationConfig.from_model_config(config))
     model: YuLanMiniForCausalLM = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     return model
 
 
 def flatten_alphas(model: nn.Module) -> None:
-    """Give every alpha of no dimensions one, because FSDP2 shares out rows; it computes the same and can be read back."""
+    """Reshape every alpha from `[]` to `[1]`, because FSDP2 shards the first dimension.
+
+    The model computes the same, and the saved alphas can be loaded again.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() == 0:

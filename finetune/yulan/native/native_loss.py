@@ -1,13 +1,13 @@
-"""The loss of pre-training, cross entropy with a z term: from logits, or from states without ever holding all logits."""
+"""The pre-training loss, cross entropy with a z term: from logits, or from hidden states without holding all logits."""
 
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-# Tokens whose logits are held at once: 256 x 99,000 float32 numbers are 100 MB.
+# The number of tokens whose logits are held together: 256 x 99,000 float32 numbers are 100 MB.
 CHUNK_TOKENS = 256
-# Rows of the head whose gradient is rounded at once, so that it is never there twice.
+# The number of head rows whose gradient is rounded together, so that the whole gradient never exists in two types.
 _HEAD_ROWS = 16384
 
 
@@ -20,10 +20,10 @@ def compute_loss(
     ignore_index: int = -100,
     **_: Any,
 ) -> torch.Tensor:
-    """Return the mean over the trained tokens of `lse - logit + z_loss * lse**2`, lse = logsumexp of the token's logits.
+    """Return the mean over the trained tokens of `lse - logit + z_loss * lse**2`, where lse is the logsumexp of the logits.
 
-    With `num_items_in_batch` the sum is divided by it instead, as the Trainer asks for under gradient accumulation.
-    Logits are (rows, tokens, vocabulary); `labels` are shifted here, `shift_labels` are already.
+    With `num_items_in_batch` the sum is divided by that number instead; the Trainer passes it for gradient accumulation.
+    Logits are (rows, tokens, vocabulary). `labels` are shifted here; `shift_labels` are shifted already.
     Source: `lse_square_scale` of Liger's fused cross entropy, which pretrain/modeling_yulanmini.py trains with.
     """
     targets = _shift(labels, shift_labels, ignore_index).to(logits.device)
@@ -45,9 +45,10 @@ def compute_fused_loss(
     ignore_index: int = -100,
     **_: Any,
 ) -> torch.Tensor:
-    """Return `compute_loss` of the logits `states @ weight.T`, of which only those of `CHUNK_TOKENS` tokens ever exist.
+    """Return `compute_loss` of the logits `states @ weight.T`, holding the logits of only `CHUNK_TOKENS` tokens at a time.
 
-    States are (rows, tokens, width). Their gradients are computed in the same pass, so nothing is computed twice.
+    `states` are hidden states, (rows, tokens, width). The gradients are computed together with the loss, so that no logits are
+    computed twice.
     Source: fused linear cross entropy of Liger (arXiv 2410.10989), section 3.2.
     """
     targets = _shift(labels, shift_labels, ignore_index).to(states.device)
@@ -70,7 +71,7 @@ def _shift(labels: torch.Tensor, shift_labels: torch.Tensor | None, ignore_index
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Add up a chunk's loss and its gradients, and let go of its logits before the next."""
+    """Compute the loss and its gradients chunk by chunk, and free the logits of each chunk before the next."""
 
     @staticmethod
     def forward(
@@ -83,7 +84,7 @@ class _FusedLoss(torch.autograd.Function):
         ignore_index: int,
         is_differentiated: bool,
     ) -> torch.Tensor:
-        """Return the loss; both gradients wait for the backward pass."""
+        """Return the loss, and keep both gradients for the backward pass."""
         sums_dtype = torch.promote_types(states.dtype, torch.float32)
         loss = torch.zeros((), dtype=sums_dtype, device=states.device)
         needs_states, needs_weight = (is_differentiated and needed for needed in context.needs_input_grad[:2])
@@ -106,22 +107,24 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients that were computed with the loss, scaled where they are: they can be asked for once."""
+        """Return the gradients that `forward` computed, scaled in place. This works once for each forward pass."""
         if context.gradients is None:
-            raise RuntimeError("the fused loss computes its gradients once; call forward again before another backward")
+            raise RuntimeError(
+                "the fused loss keeps its gradients for one backward pass; call forward again before another"
+            )
         gradients, context.gradients = context.gradients, None
         return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *(None,) * 5)
 
 
 def _make_sums(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return zeros for a head's gradient, some rows each: parts of one tensor where nothing will be rounded."""
+    """Return zeros for the head's gradient, in blocks of rows; they are views of one tensor if no rounding follows."""
     if weight.dtype == dtype:
         return list(torch.zeros_like(weight).split(_HEAD_ROWS))
     return [torch.zeros_like(rows, dtype=dtype) for rows in weight.split(_HEAD_ROWS)]
 
 
 def _join_sums(sums: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """Return the sums as one gradient of the head's own type; they are let go of one by one."""
+    """Return the blocks as one gradient of the head's type; each block is freed once it is rounded."""
     if sums[0].dtype == weight.dtype:
         return sums[0].as_strided(weight.shape, weight.stride())
     return torch.cat([sums.pop(0).to(weight.dtype) for _ in range(len(sums))])
@@ -130,7 +133,7 @@ def _join_sums(sums: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 def _turn_into_gradient(
     logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor, z_loss: float, ignore_index: int
 ) -> torch.Tensor:
-    """Return the loss of a chunk of logits, (tokens, vocabulary), which become its gradient in place.
+    """Return the loss of a chunk of logits, (tokens, vocabulary), and replace the logits in place with its gradient.
 
     The gradient of a token's loss is `softmax * (1 + 2 * z_loss * lse)`, less 1 at the target.
     """
@@ -149,7 +152,7 @@ def _turn_into_gradient(
 
 
 def add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to sums that may be wider than the factors, without rounding the product to their type first."""
+    """Add `left @ right` to `sums`, whose type may be wider, without rounding the product to the narrower type first."""
     if sums.dtype == left.dtype:
         sums.addmm_(left, right)
     elif sums.device.type == "cuda":

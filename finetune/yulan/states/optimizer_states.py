@@ -1,6 +1,6 @@
-"""Optimizer states in DeepSpeed's universal layout, read without DeepSpeed, tensor by tensor.
+"""Read optimizer states in DeepSpeed's universal layout without DeepSpeed, tensor by tensor.
 
-State files are pickles: they are read with `weights_only=True`, which runs nothing that a file brings along.
+The files are pickles. They are read with `weights_only=True`, which runs no code from a file.
 Source: the layout that DeepSpeed 0.16's `ds_to_universal` writes.
 """
 
@@ -18,22 +18,22 @@ from torch import nn
 from finetune.errors import CheckpointError
 
 POINTER = "latest_universal"
-RESULT = "model"  # where a run directory keeps what it trained
+RESULT = "model"  # the folder in a run directory that holds the trained weights and the optimizer state
 _HEAD = "lm_head.weight"
 _PARTS = ("fp32", "exp_avg", "exp_avg_sq")
-# optimizer_state.pt pickles these two beside its groups. The readers get empty classes of those names instead.
+# optimizer_state.pt pickles objects of these two classes beside its groups. An empty class is loaded instead of each.
 _STUBBED = ("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.zero.config.ZeroStageEnum")
 
 
 class _Stub:
-    """Stand for a DeepSpeed object whose content is not needed."""
+    """A replacement for a DeepSpeed object whose content is not needed."""
 
     def __init__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True)
 class StateGroup:
-    """A parameter group as it was trained; `lr` is the base one, before any schedule."""
+    """A parameter group of the optimizer; `lr` is the base learning rate, before any schedule."""
 
     names: tuple[str, ...]
     lr: float
@@ -44,7 +44,7 @@ class StateGroup:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """The fp32 weight of one parameter with its AdamW moments, all in one shape."""
+    """The fp32 weight of one parameter and its AdamW moments, all of the same shape, and its number of steps."""
 
     weight: torch.Tensor
     exp_avg: torch.Tensor
@@ -54,7 +54,7 @@ class ParameterState:
 
 @dataclass(frozen=True)
 class OptimizerStates:
-    """An opened folder; no tensor of it is held."""
+    """An opened folder with an optimizer state: its groups, and the shapes of its tensors, which are not in memory."""
 
     folder: Path
     step: int
@@ -63,14 +63,14 @@ class OptimizerStates:
 
 
 def open_states(folder: Path) -> OptimizerStates:
-    """Read what a folder with `latest_universal` holds, or a run directory with such a result, except the tensors.
+    """Open a folder with `latest_universal`, or a run directory with such a result; read everything but the tensors.
 
     Raises:
-        CheckpointError: a file is absent, unreadable, or says something that does not fit the others.
+        CheckpointError: a file is missing or unreadable, or contradicts another.
     """
     root = _find_root(folder)
     path = root / "mp_rank_00_model_states.pt"
-    # Mapped: of this file's own copy of the weights nothing is read.
+    # Mapped, because this file also holds a copy of the weights, which is not needed.
     model, groups = load_file(path, mmap=True), load_file(root / "zero" / "optimizer_state.pt")
     try:
         shapes = [_read_shapes(root, part) for part in model["param_shapes"]]
@@ -78,10 +78,11 @@ def open_states(folder: Path) -> OptimizerStates:
         options = groups["param_groups"]
         if not len(shapes) == len(lrs) == len(options):
             raise CheckpointError(
-                f"{path}: {len(shapes)} groups of names, {len(lrs)} learning rates, {len(options)} groups of options; these must be as many"
+                f"{path}: {len(shapes)} groups of names, {len(lrs)} learning rates and {len(options)} groups of options; the three "
+                "numbers must be equal; download the optimizer state again"
             )
         for part in shapes:
-            # A tied head, for which newer versions write a rounded weight alone.
+            # The head is tied. Newer versions of DeepSpeed write only a rounded weight for it.
             if _HEAD in part and not find_state_file(root, _HEAD, "exp_avg").is_file():
                 del part[_HEAD]
         made = tuple(
@@ -94,7 +95,7 @@ def open_states(folder: Path) -> OptimizerStates:
             raise ValueError(f"{step} steps")
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError, StopIteration, OSError) as error:
         raise CheckpointError(
-            f"{path}: not the states of a universal checkpoint: {error!r}; download it again"
+            f"{path}: is not the optimizer state of a universal checkpoint: {error!r}; download it again"
         ) from error
     return OptimizerStates(root, step, made, {name: shape for part in shapes for name, shape in part.items()})
 
@@ -102,7 +103,7 @@ def open_states(folder: Path) -> OptimizerStates:
 def _read_shapes(root: Path, part: Any) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, shape in part.items():
-        find_state_file(root, name, "fp32")  # or it leads out of the folder
+        find_state_file(root, name, "fp32")  # refuses a name that leads out of the folder
         shapes[name] = tuple(shape)
         if not all(type(size) is int and size >= 0 for size in shapes[name]):
             raise ValueError(f"{name} cannot have the shape {shape!r}")
@@ -110,13 +111,13 @@ def _read_shapes(root: Path, part: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(root: Path, names: Sequence[str]) -> None:
-    """Make sure that no parameter stands in two groups, and that the files of each are there."""
+    """Check that no parameter stands in two groups, and that no file is missing."""
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise CheckpointError(f"{root}: {doubled[0]} stands in two groups ({len(doubled)} such); download it again")
     files = [(name, part) for name in names for part in _PARTS]
     if missing := [f"{name}/{part}.pt" for name, part in files if not find_state_file(root, name, part).is_file()]:
         raise CheckpointError(
-            f"{root / 'zero'}: {missing[0]} is missing ({len(missing)} such files); download the states again, or train "
+            f"{root / 'zero'}: {missing[0]} is missing ({len(missing)} such files); download the optimizer state again, or train "
             "with optimizer.states: fresh"
         )
 
@@ -131,10 +132,10 @@ def _read_group(names: tuple[str, ...], lr: float, options: Any) -> StateGroup:
 
 
 def read_state(states: OptimizerStates, name: str, shape: torch.Size) -> ParameterState:
-    """Read one parameter's tensors, in `shape`.
+    """Read the weight and the moments of one parameter, reshaped to `shape`.
 
     Raises:
-        CheckpointError: a file is absent or unreadable, or its tensor is misshapen or not finite.
+        CheckpointError: a file is missing or unreadable, or its tensor has another shape or values that are not finite.
     """
     weight, first, second = (_read_tensor(find_state_file(states.folder, name, part), name, shape) for part in _PARTS)
     has_step = find_state_file(states.folder, name, "step").is_file()
@@ -142,14 +143,14 @@ def read_state(states: OptimizerStates, name: str, shape: torch.Size) -> Paramet
 
 
 def find_state_file(root: Path, name: str, part: str) -> Path:
-    """Return where a part of one parameter's state lies: `fp32`, `exp_avg`, `exp_avg_sq` or `step`.
+    """Return the path of one part of a parameter's state; the parts are `fp32`, `exp_avg`, `exp_avg_sq` and `step`.
 
     Raises:
         CheckpointError: the name leads out of the folder.
     """
     folder = root / "zero" / name
     if name in ("", ".", "..") or "/" in name or "\\" in name or not folder.resolve().is_relative_to(root):
-        raise CheckpointError(f"{root}: {name!r} leads out of the folder; such states are not read")
+        raise CheckpointError(f"{root}: {name!r} leads out of the folder; such an optimizer state is not read")
     return folder / f"{part}.pt"
 
 
@@ -160,35 +161,41 @@ def _read_step(root: Path, name: str) -> int:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {name} must have a whole number as its step: {error}") from error
     if step < 0:
-        raise CheckpointError(f"{path}: {name} has step {step}; download the states again")
+        raise CheckpointError(f"{path}: {name} has step {step}; download the optimizer state again")
     return step
 
 
 def _read_tensor(path: Path, name: str, shape: torch.Size) -> torch.Tensor:
-    content = load_file(path, mmap=True)  # of a share of a tensor, only that is copied
+    content = load_file(path, mmap=True)  # mapped, so that only the part that is copied takes memory
     tensor = content.get("param") if isinstance(content, dict) else None
     if (
         not isinstance(tensor, torch.Tensor)
         or (tensor.dtype, tensor.layout) != (torch.float32, torch.strided)
-        or tensor.device.type != "cpu"  # of a meta tensor there is nothing
+        or tensor.device.type != "cpu"  # a meta tensor has no values
     ):
-        raise CheckpointError(f"{path}: {name} must be a float32 tensor under 'param'; download the states again")
+        raise CheckpointError(
+            f"{path}: {name} must be a float32 tensor under 'param'; download the optimizer state again"
+        )
     if tensor.shape != shape and not tensor.numel() == shape.numel() == 1:
-        raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}; the model's is {list(shape)}")
+        raise CheckpointError(
+            f"{path}: {name} has the shape {list(tensor.shape)}, in the model it has {list(shape)}; use the optimizer state of "
+            "this model"
+        )
     tensor = tensor.detach()
-    # One sum is 30 times faster than asking every value, and is finite only where all are; huge ones may overflow it.
+    # The sum is 30 times faster than a check of every value. If it is finite, every value is; large finite values may still
+    # overflow it.
     if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{path}: {name} holds values that are not finite; download the states again")
+        raise CheckpointError(f"{path}: {name} holds values that are not finite; download the optimizer state again")
     if path.stem == "exp_avg_sq" and tensor.numel() and tensor.min() < 0:
-        raise CheckpointError(f"{path}: {name} holds means of squares below 0; download the states again")
+        raise CheckpointError(f"{path}: {name} holds second moments below 0; download the optimizer state again")
     return tensor.reshape(shape)
 
 
 def check_parameters(states: OptimizerStates, model: nn.Module) -> None:
-    """Compare the names and shapes of states with a model's parameters.
+    """Compare the names and shapes of an optimizer state with a model's parameters.
 
     Raises:
-        CheckpointError: one is missing, not the model's, or misshapen.
+        CheckpointError: a parameter is missing, not one of the model's, or of another shape.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     misshapen = {name for name in shapes.keys() & states.shapes if not _fits(states.shapes[name], shapes[name])}
@@ -201,7 +208,7 @@ def check_parameters(states: OptimizerStates, model: nn.Module) -> None:
             name = min(names)
             sizes = f": {list(states.shapes[name])}, the model's is {list(shapes[name])}" if names is misshapen else ""
             raise CheckpointError(
-                f"{states.folder}: {name} is {text}{sizes} ({len(names)} such); take the states of this model"
+                f"{states.folder}: {name} is {text}{sizes} ({len(names)} such); use the optimizer state of this model"
             )
 
 
@@ -211,7 +218,9 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 def _find_root(folder: Path) -> Path:
     if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
-        raise CheckpointError(f"{folder}: holds no optimizer states (there is no {POINTER} in it)")
+        raise CheckpointError(
+            f"{folder}: holds no optimizer state (there is no {POINTER} in it); give a folder that has one"
+        )
     folder = folder if (folder / POINTER).is_file() else folder / RESULT
     pointer = folder / POINTER
     try:
@@ -219,15 +228,15 @@ def _find_root(folder: Path) -> Path:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{pointer}: cannot be read: {error}; download it again") from error
     if not root.is_relative_to(folder.resolve()) or root == folder.resolve():
-        raise CheckpointError(f"{pointer}: must name a folder inside {folder}")
+        raise CheckpointError(f"{pointer}: must name a folder inside {folder}; download it again")
     return root
 
 
 def load_file(path: Path, *, mmap: bool = False) -> Any:
-    """Return the tensors and plain values of a state file; nothing that it brings along is run.
+    """Return the tensors and plain values of a state file; no code from it is run.
 
     Raises:
-        CheckpointError: it cannot be read, or holds anything else.
+        CheckpointError: the file cannot be read, or holds other objects.
     """
     with _refuse_unreadable(path), torch.serialization.safe_globals([(_Stub, name) for name in _STUBBED]):
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
@@ -237,7 +246,7 @@ def load_file(path: Path, *, mmap: bool = False) -> Any:
 def _refuse_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = (str(error).splitlines() or [""])[0][:160]
         raise CheckpointError(
             f"{path}: cannot be read as tensors and plain values ({reason}); download it again"

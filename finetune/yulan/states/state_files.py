@@ -1,4 +1,4 @@
-"""Write optimizer states in DeepSpeed's universal layout, so that any reader of it can go on from them."""
+"""Write the optimizer state in DeepSpeed's universal layout, so that any program that reads this layout can continue from it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from finetune.yulan.states.optimizer_states import ParameterState, StateGroup
 
 
 def write_states(folder: Path, step: int, groups: Sequence[StateGroup], read: Callable[[str], ParameterState]) -> None:
-    """Write the states of all groups into a folder, one parameter at a time; `read` returns each.
+    """Write the optimizer state of all groups into a folder, one parameter at a time; `read` returns that of a parameter.
 
     Source: the layout that DeepSpeed 0.16's `ds_to_universal` writes.
     """
@@ -37,6 +37,6 @@ def write_states(folder: Path, step: int, groups: Sequence[StateGroup], read: Ca
 def _write_parameter(folder: Path, state: ParameterState) -> None:
     folder.mkdir(parents=True)
     for part, tensor in (("fp32", state.weight), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-        # A clone: a view would be saved with all of the storage that it looks into.
+        # A view would be saved with its whole storage, so it is cloned.
         torch.save({"cat_dim": 0, "param": tensor.detach().float().cpu().clone()}, folder / f"{part}.pt")
     torch.save(torch.tensor(float(state.step)), folder / "step.pt")

@@ -1,4 +1,4 @@
-"""What a folder of optimizer states holds, without reading its large tensors."""
+"""Report the content of a folder with an optimizer state, without reading its large tensors."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _PARTS = ("fp32", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class GroupReport:
-    """A parameter group; `parameters` counts values, `tensors` names."""
+    """A parameter group; `parameters` counts single values, `tensors` counts tensors."""
 
     lr: float
     weight_decay: float
@@ -27,7 +27,7 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class StatesReport:
-    """The states of a folder; `variant_notes` say how it differs from the usual form."""
+    """The optimizer state of a folder; `variant_notes` say how its files differ from DeepSpeed's usual ones."""
 
     step: int
     parameters: int
@@ -37,15 +37,15 @@ class StatesReport:
     variant_notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the report as plain JSON values."""
         return asdict(self)
 
 
 def report_states(folder: Path) -> StatesReport:
-    """Open a folder's states and return what they are.
+    """Return the report of a folder's optimizer state.
 
     Raises:
-        CheckpointError: the states cannot be read, or files are missing.
+        CheckpointError: the optimizer state cannot be read, or files are missing.
     """
     states = open_states(folder)
     sizes = {name: math.prod(shape) for name, shape in states.shapes.items()}
@@ -62,17 +62,17 @@ def _list_notes(folder: Path, states: OptimizerStates) -> Iterator[str]:
     if len(states.groups) == 1:
         yield "one parameter group: every parameter had the same learning rate and weight decay"
     if (states.folder / "zero" / "lm_head.weight").is_dir() and "lm_head.weight" not in states.shapes:
-        yield "lm_head.weight is tied and has no moments of its own; it is left aside"
+        yield "lm_head.weight is tied and has no moments of its own; the kit ignores its folder"
     without = [name for name in states.shapes if not find_state_file(states.folder, name, "step").is_file()]
     if without:
-        yield f"{len(without)} parameters have no step of their own; {states.step} is taken"
+        yield f"{len(without)} parameters have no step of their own; the kit uses {states.step}"
     alphas = [name for name in states.shapes if name.endswith("_alpha")]
     contents = [load_file(find_state_file(states.folder, name, "fp32")) for name in alphas]
     if plain := sum(isinstance(content, dict) and "cat_dim" not in content for content in contents):
         yield f"{plain} alphas are stored without cat_dim"
     trainer = folder / "trainer_state.json"
     if trainer.is_file() and (said := _read_trainer_step(trainer)) != states.step:
-        yield f"trainer_state.json says step {said}; the states' own step {states.step} is taken"
+        yield f"trainer_state.json says step {said}; the kit uses the optimizer state's own step, {states.step}"
 
 
 def _read_trainer_step(path: Path) -> object:
@@ -84,7 +84,7 @@ def _read_trainer_step(path: Path) -> object:
 
 
 def describe_states(report: StatesReport) -> str:
-    """Return a short table for a person."""
+    """Return the report as a short table."""
     lines = [
         f"step {report.step:,}, {report.optimizer}, {report.parameters:,} parameters, {describe_size(report.bytes)}",
         "",

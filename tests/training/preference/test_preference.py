@@ -281,13 +281,16 @@ def test_pairs_are_evaluated_in_plain_numbers(chain):
         ("adapter.rank=8", "adapter.rank: "),
         ("model.quantize=nf4", "model.quantize: "),
         ("adapter.targets=all-linear", "adapter.targets: "),
-        ("adapter.init=pissa", "adapter.init: has no effect, as the adapter of "),
+        ("adapter.init=pissa", "adapter.init: has no effect, as this run continues the adapter of "),
         ("adapter.kind=none", "adapter.kind: "),
-        ("trainer.precompute_ref_log_probs=true", "trainer.precompute_ref_log_probs: is computed before"),
+        (
+            "trainer.precompute_ref_log_probs=true",
+            "trainer.precompute_ref_log_probs: TRL computes these before it knows",
+        ),
         ("trainer.loss_type=sigmiod", "trainer.loss_type: 'sigmiod' is unknown; did you mean 'sigmoid'?"),
         ("trainer.loss_type=[sigmoid, sfd]", "trainer.loss_type: 'sfd' is unknown"),
-        ("trainer.sync_ref_model=true", "trainer.sync_ref_model: the reference stays the start"),
-        ("data.train_on=all", "data.train_on: dpo learns from whole answers"),
+        ("trainer.sync_ref_model=true", "trainer.sync_ref_model: the reference model stays as it is before step 1"),
+        ("data.train_on=all", "data.train_on: dpo always trains on whole answers"),
         ("data.format=alpaca", "data.format: holds rows of the format alpaca"),
     ],
 )
@@ -308,9 +311,9 @@ def test_an_earlier_run_settles_the_adapter(chain):
 def test_without_an_adapter_the_reference_is_computed_once(make_pairs_recipe):
     full = ("adapter={kind: none}",)
     assert make_pairs_recipe("full", "dpo", *full).recipe.trainer["precompute_ref_log_probs"] is True
-    with pytest.raises(RecipeError, match="a second copy of all weights would be held"):
+    with pytest.raises(RecipeError, match="would need a second copy of all weights as the reference model"):
         make_pairs_recipe("full", "dpo", *full, "trainer.precompute_ref_log_probs=false")
-    with pytest.raises(RecipeError, match="kto compares the answers of one batch; set at least 2; found 1"):
+    with pytest.raises(RecipeError, match="kto compares the answers of one micro-batch; set at least 2; found 1"):
         make_pairs_recipe("kto", "kto", "trainer.per_device_train_batch_size=1")
 
 

@@ -175,7 +175,7 @@ def test_what_does_not_go_together_is_told_at_once(make_recipe, tmp_path):
     ("overrides", "message"),
     [
         (["data.max_tokens=4096"], "exceeds the 2,048 positions"),
-        (["optimizer.states=published"], "holds no optimizer states"),
+        (["optimizer.states=published"], "holds no optimizer state "),
         (["schedule.decay=linear", "schedule.decay_end=1"], "is over when this run begins"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_second_backward_is_refused():
     states, weight, labels = make_case()
     loss = compute_fused_loss(states, weight, labels, Z_LOSS)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="computes its gradients once"):
+    with pytest.raises(RuntimeError, match="keeps its gradients for one backward pass"):
         loss.backward()
 
 

@@ -103,7 +103,9 @@ def test_storages_of_a_gpu_and_a_wrong_step_elsewhere_change_nothing(universal, 
     )
     shutil.copyfile(variants / "trainer_state.readme_style.json", copied / "trainer_state.json")
     assert_equal_states(open_states(universal / "case"), open_states(copied))
-    assert report_states(copied).variant_notes == ("trainer_state.json says step 0; the states' own step 10 is taken",)
+    assert report_states(copied).variant_notes == (
+        "trainer_state.json says step 0; the kit uses the optimizer state's own step, 10",
+    )
 
 
 def test_a_tied_head_without_moments_and_absent_steps_are_left_aside(folder):
@@ -119,8 +121,8 @@ def test_a_tied_head_without_moments_and_absent_steps_are_left_aside(folder):
     assert (states.step, set(states.shapes)) == (7, set(SHAPES))
     assert read_state(states, NAME, torch.Size([4])).step == 7
     assert report_states(folder).variant_notes == (
-        "lm_head.weight is tied and has no moments of its own; it is left aside",
-        "3 parameters have no step of their own; 7 is taken",
+        "lm_head.weight is tied and has no moments of its own; the kit ignores its folder",
+        "3 parameters have no step of their own; the kit uses 7",
     )
 
 
@@ -230,7 +232,7 @@ def test_steps_that_are_no_number_are_refused(folder, step, own):
 
 def test_huge_learning_rates_are_refused(folder):
     change_model(folder, lambda model: model["lr_scheduler"].update(base_lrs=[10**400, 1e-2]))
-    with pytest.raises(CheckpointError, match="not the states of a universal checkpoint"):
+    with pytest.raises(CheckpointError, match="is not the optimizer state of a universal checkpoint"):
         open_states(folder)
 
 
@@ -263,7 +265,7 @@ def test_a_missing_file_is_told_before_anything_is_loaded(folder, part):
 
 def test_means_of_squares_below_zero_are_refused(folder):
     torch.save({"param": torch.tensor([1.0, -1e-9, 0.0, 1.0])}, find_part(folder, part="exp_avg_sq"))
-    with pytest.raises(CheckpointError, match="holds means of squares below 0"):
+    with pytest.raises(CheckpointError, match="holds second moments below 0"):
         read_state(open_states(folder), NAME, torch.Size([4]))
 
 
@@ -317,7 +319,7 @@ def test_impossible_groups_are_refused(folder, change):
 
 
 def test_a_folder_without_states_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no optimizer states"):
+    with pytest.raises(CheckpointError, match="holds no optimizer state "):
         open_states(tmp_path)
 
 
