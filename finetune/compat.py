@@ -38,12 +38,17 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 # --- TRL 1.16 ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_trl() -> None:
-    """Set the width of TRL's tiles of logits, and keep its notice about the experimental namespace to this kit's authors.
+def load_trainer_class(module: str, name: str) -> Any:
+    """Return a class of TRL, or of transformers, and keep TRL's notice about its experimental namespace to this kit's authors.
 
-    TRL has no option for the width. ORPO and CPO live in that namespace; a test of ours says when they move.
+    TRL gives the notice when ORPO or CPO is first imported from there; a test of ours says when they move.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    return getattr(_load(module), name)
+
+
+def narrow_logit_tiles() -> None:
+    """Set the width of TRL's tiles of logits, for which TRL has no option."""
     _load("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
 

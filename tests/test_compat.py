@@ -3,6 +3,9 @@
 import ast
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -16,7 +19,8 @@ PACKAGE = Path(compat.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "compat.py")
 # Each private or patched name of a library, by the function that uses it.
 NAMES = {
-    "prepare_trl": ["trl.trainer.utils:_CHUNKED_LOGPROB_CHUNK_SIZE"],
+    "load_trainer_class": [],
+    "narrow_logit_tiles": ["trl.trainer.utils:_CHUNKED_LOGPROB_CHUNK_SIZE"],
     "skip_row_preparation": [
         "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset",
         "trl.trainer.kto_trainer:KTOTrainer._prepare_dataset",
@@ -53,7 +57,8 @@ NAMES = {
 }
 # The tests that fail when a patch no longer does what it should.
 NOTICED_BY = {
-    "prepare_trl": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
+    "load_trainer_class": "test_compat.py::test_a_run_is_not_told_that_trl_calls_a_trainer_experimental",
+    "narrow_logit_tiles": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
     "skip_row_preparation": "training/preference/test_preference.py",
     "copy_rows": "training/preference/test_preference.py",
     "replace_chat_template": "training/test_online.py",
@@ -97,6 +102,25 @@ def test_the_names_are_there(place):
     for name in path.split("."):
         assert hasattr(found, name), f"{place} is gone; look at finetune/compat.py"
         found = getattr(found, name)
+
+
+def test_a_run_is_not_told_that_trl_calls_a_trainer_experimental():
+    """The trainer's configuration is made first, so this import must be silent too."""
+    imported = "getattr(importlib.import_module(module), name)"
+    for load, is_silent in (("load_trainer_class(module, name)", True), (imported, False)):
+        code = (
+            "import importlib, warnings\n"
+            "from finetune.compat import load_trainer_class\n"
+            "from finetune.recipe.methods import METHODS\n"
+            "module, name = METHODS['orpo'].config_module, METHODS['orpo'].config_class\n"
+            "with warnings.catch_warnings(record=True) as told:\n"
+            "    warnings.simplefilter('always')\n"
+            f"    {load}\n"
+            "print(any('trl.experimental' in str(warning.message) for warning in told))\n"
+        )
+        clean = {name: value for name, value in os.environ.items() if name != "TRL_EXPERIMENTAL_SILENCE"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+        assert done.stdout.splitlines()[-1] == str(not is_silent)
 
 
 def test_an_attribute_is_replaced_for_a_while():

@@ -1,6 +1,5 @@
 """Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.compat import prepare_trl, skip_row_preparation
+from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_preparation
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
@@ -67,9 +66,9 @@ def build_trainer(
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
-    prepare_trl()
+    narrow_logit_tiles()
     recipe, method = resolved.recipe, resolved.method
-    trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
+    trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
     if method.shape in ("pair", "labelled"):
         trainer_class = skip_row_preparation(trainer_class)
     config = make_config(resolved, splits.evaluation is not None, precision)
@@ -150,7 +149,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
     }
-    config_class = getattr(importlib.import_module(method.config_module), method.config_class)
+    config_class = load_trainer_class(method.config_module, method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
     except (ValueError, TypeError) as error:
