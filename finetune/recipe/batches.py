@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from finetune.recipe.methods import Method
-from finetune.recipe.recipe_file import ACCUMULATION, BATCH, DEFAULT_BATCH, GLOBAL_BATCH
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH, read_split_option
 from finetune.recipe.sections import Recipe
 
 # Keys of the section trainer that are the kit's own. What they lead to stands beside them in the resolved recipe.
@@ -14,12 +14,12 @@ DEFAULT_GLOBAL_BATCH = 32
 
 def read_batch(recipe: Recipe) -> int:
     """Return the rows that a device computes at once."""
-    return int(recipe.trainer.get(BATCH, DEFAULT_BATCH))
+    return int(read_split_option(recipe.trainer, BATCH))
 
 
 def read_accumulation(recipe: Recipe) -> int:
     """Return the batches of one optimizer step."""
-    return int(recipe.trainer.get(ACCUMULATION, 1))
+    return int(read_split_option(recipe.trainer, ACCUMULATION))
 
 
 def read_global_batch(recipe: Recipe) -> int:

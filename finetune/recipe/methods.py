@@ -1,6 +1,6 @@
 """The table of training methods. It holds names only, so that a recipe can be checked without importing torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -263,3 +263,12 @@ METHODS: Mapping[str, Method] = {
 }
 # The method of a recipe that names none.
 DEFAULT_METHOD = METHODS["sft"]
+
+
+def name_methods(fits: Callable[[Method], bool]) -> str:
+    """Return the names of the methods that fit, as a message lists them: `grpo or rloo`."""
+    return " or ".join(name for name, method in METHODS.items() if fits(method))
+
+
+# Which method trains the judge of another's answers.
+JUDGE_METHOD = name_methods(lambda method: method.trains_reward_model)

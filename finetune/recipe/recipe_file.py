@@ -14,10 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finetune.errors import describe_unknown_name
 from finetune.recipe.sections import Recipe
+from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import describe_value, load_recipe_file, parse_yaml
 
-# How the rows of a step are split up, as transformers names it, and its default; and their number, as this kit does.
-BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+# How the rows of a step are split up, as transformers names it; and their number, as this kit does.
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 GLOBAL_BATCH = "global_batch"
 
 
@@ -113,9 +114,15 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
         _open_split(target)
 
 
+def read_split_option(trainer: Mapping[str, Any], name: str) -> Any:
+    """Return what a section `trainer` says about the rows of a step, or the default that the trainers of all methods share."""
+    options = read_trainer_options("transformers.training_args", "TrainingArguments")
+    return trainer.get(name, options[name].default)
+
+
 def _open_split(trainer: dict[str, Any]) -> None:
     """Leave to `auto`, which was asked for after the recipe was written, how the rows of its steps are computed."""
-    batch, accumulation = trainer.get(BATCH, DEFAULT_BATCH), trainer.get(ACCUMULATION, 1)
+    batch, accumulation = (read_split_option(trainer, key) for key in (BATCH, ACCUMULATION))
     if not isinstance(batch, int) or not isinstance(accumulation, int):
         return  # which is a problem of its own
     if {BATCH, ACCUMULATION} & set(trainer):

@@ -21,7 +21,7 @@ from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
-from finetune.recipe.batches import KIT_OPTIONS
+from finetune.recipe.batches import KIT_OPTIONS, read_batch
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -137,7 +137,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     if evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.
-        options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
+        options.setdefault("per_device_eval_batch_size", read_batch(recipe))
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
         "output_dir": recipe.output,
