@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
@@ -125,6 +125,11 @@ def make_without_weights(model_class: Any, config: Any, **options: Any) -> Any:
     return model_class._from_config(config, **options)
 
 
+def name_attention(config: Any) -> str:
+    """Return the attention kernel that was chosen for a model; models of transformers read this name, too."""
+    return str(config._attn_implementation)
+
+
 @contextlib.contextmanager
 def build_masks_as_in_run() -> Iterator[None]:
     """Let transformers decide about attention masks as in a run; for tensors without content it would always build them."""
@@ -212,6 +217,36 @@ def leave_all_modes() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which tensors have content again, within a mode that makes them without."""
     context: contextlib.AbstractContextManager[Any] = _load("torch.utils._python_dispatch")._disable_current_modes()
     return context
+
+
+class Operations(NamedTuple):
+    """Operations of torch's own library that have private names."""
+
+    attention_backward: Any
+    read_number: Any
+    unsafe_view: Any
+
+
+def load_operations() -> Operations:
+    """Return what a CPU runs in place of FlashAttention's backward pass, what reads a number out of a tensor, and a view.
+
+    A plan replaces them, or counts what a GPU's would allocate; a dispatch mode knows an operation by this object alone.
+    """
+    aten = _load("torch").ops.aten
+    return Operations(
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        aten._local_scalar_dense.default,
+        aten._unsafe_view.default,
+    )
+
+
+def load_dispatch_mode() -> type[Any]:
+    """Return a base class for modes that see every operation, whose methods torch does not guard from being compiled.
+
+    The guard costs a third of every call, and a plan compiles nothing. `TorchDispatchMode` reads the flag when a class is made.
+    """
+    mode = _load("torch.utils._python_dispatch").TorchDispatchMode
+    return type("DispatchMode", (mode,), {"_should_skip_dynamo": classmethod(lambda cls: False)})
 
 
 def identify_storage(tensor: Any) -> int:
