@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
 # width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
@@ -38,12 +38,17 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 # --- TRL 1.16 ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_trl() -> None:
-    """Set the width of TRL's tiles of logits, and keep its notice about the experimental namespace to this kit's authors.
+def load_trainer_class(module: str, name: str) -> Any:
+    """Return a class of TRL, or of transformers, and keep TRL's notice about its experimental namespace to this kit's authors.
 
-    TRL has no option for the width. ORPO and CPO live in that namespace; a test of ours says when they move.
+    TRL gives the notice when ORPO or CPO is first imported from there; a test of ours says when they move.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    return getattr(_load(module), name)
+
+
+def narrow_logit_tiles() -> None:
+    """Set the width of TRL's tiles of logits, for which TRL has no option."""
     _load("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE = LOGIT_COLUMNS
 
 
@@ -118,6 +123,11 @@ def copy_rows(dataset_class: type[Any], rows: Any) -> Any:
 def make_without_weights(model_class: Any, config: Any, **options: Any) -> Any:
     """Return a model of a configuration; `from_pretrained` needs weights, and a constructor takes no attention kernel."""
     return model_class._from_config(config, **options)
+
+
+def name_attention(config: Any) -> str:
+    """Return the attention kernel that was chosen for a model; models of transformers read this name, too."""
+    return str(config._attn_implementation)
 
 
 @contextlib.contextmanager
@@ -213,6 +223,36 @@ def identify_storage(storage: Any) -> int:
     """Return the number of a tensor's storage, which tensors that share it have in common; without content it has no address."""
     number: int = storage._cdata
     return number
+
+
+class Operations(NamedTuple):
+    """Operations of torch's own library that have private names."""
+
+    attention_backward: Any
+    read_number: Any
+    unsafe_view: Any
+
+
+def load_operations() -> Operations:
+    """Return what a CPU runs in place of FlashAttention's backward pass, what reads a number out of a tensor, and a view.
+
+    A plan replaces them, or counts what a GPU's would allocate; a dispatch mode knows an operation by this object alone.
+    """
+    aten = _load("torch").ops.aten
+    return Operations(
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        aten._local_scalar_dense.default,
+        aten._unsafe_view.default,
+    )
+
+
+def load_dispatch_mode() -> type[Any]:
+    """Return a base class for modes that see every operation, whose methods torch does not guard from being compiled.
+
+    The guard costs a third of every call, and a plan compiles nothing. `TorchDispatchMode` reads the flag when a class is made.
+    """
+    mode = _load("torch.utils._python_dispatch").TorchDispatchMode
+    return type("DispatchMode", (mode,), {"_should_skip_dynamo": classmethod(lambda cls: False)})
 
 
 def find_share(shape: Any, mesh: Any, placements: Any) -> tuple[Sequence[int], Sequence[int]]:

@@ -3,6 +3,9 @@
 import ast
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -16,7 +19,8 @@ PACKAGE = Path(compat.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "compat.py")
 # Each private or patched name of a library, by the function that uses it.
 NAMES = {
-    "prepare_trl": ["trl.trainer.utils:_CHUNKED_LOGPROB_CHUNK_SIZE"],
+    "load_trainer_class": [],
+    "narrow_logit_tiles": ["trl.trainer.utils:_CHUNKED_LOGPROB_CHUNK_SIZE"],
     "skip_row_preparation": [
         "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset",
         "trl.trainer.kto_trainer:KTOTrainer._prepare_dataset",
@@ -37,6 +41,7 @@ NAMES = {
         "trl.trainer.kto_trainer:KTOTrainer._precompute_ref_logps",
     ],
     "make_without_weights": ["transformers:PreTrainedModel._from_config"],
+    "name_attention": ["transformers:PreTrainedConfig._attn_implementation"],
     "build_masks_as_in_run": ["transformers.masking_utils:is_tracing"],
     "complete_head": ["peft.utils.other:TrainableTokensWrapper"],
     "leave_adapters_in_place": ["peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer"],
@@ -45,6 +50,12 @@ NAMES = {
     "shard_on_cpu": ["accelerate.state:PartialState._shared_state", "accelerate.state:AcceleratorState"],
     "wrap_backward": ["accelerate:Accelerator.backward"],
     "load_fake_tensors": ["torch._subclasses.fake_tensor:FakeTensor", "torch._subclasses.fake_tensor:FakeTensorMode"],
+    "load_dispatch_mode": ["torch.utils._python_dispatch:TorchDispatchMode._should_skip_dynamo"],
+    "load_operations": [
+        "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+        "torch.ops:aten._local_scalar_dense.default",
+        "torch.ops:aten._unsafe_view.default",
+    ],
     "leave_all_modes": ["torch.utils._python_dispatch:_disable_current_modes"],
     "identify_storage": ["torch:UntypedStorage._cdata"],
     "find_share": ["torch.distributed.tensor._utils:compute_local_shape_and_global_offset"],
@@ -53,7 +64,8 @@ NAMES = {
 }
 # The tests that fail when a patch no longer does what it should.
 NOTICED_BY = {
-    "prepare_trl": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
+    "load_trainer_class": "test_compat.py::test_a_run_is_not_told_that_trl_calls_a_trainer_experimental",
+    "narrow_logit_tiles": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
     "skip_row_preparation": "training/preference/test_preference.py",
     "copy_rows": "training/preference/test_preference.py",
     "replace_chat_template": "training/test_online.py",
@@ -61,6 +73,7 @@ NOTICED_BY = {
     "run_losses_in_place": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
     "take_reference_as_known": "planning/step/test_preference_steps.py::test_prediction_matches_a_real_run",
     "make_without_weights": "planning/step/test_step_memory.py",
+    "name_attention": "yulan/native/test_modeling.py",
     "build_masks_as_in_run": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
     "complete_head": "training/test_run.py",
     "leave_adapters_in_place": "planning/step/test_step_memory.py",
@@ -69,6 +82,8 @@ NOTICED_BY = {
     "shard_on_cpu": "models/test_engine.py",
     "wrap_backward": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
     "load_fake_tensors": "planning/step/test_tracker.py",
+    "load_dispatch_mode": "test_compat.py::test_torch_calls_a_mode_without_a_guard",
+    "load_operations": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
     "leave_all_modes": "planning/step/test_step_memory.py",
     "identify_storage": "planning/step/test_tracker.py",
     "find_share": "training/pretraining/test_annealing.py",
@@ -99,6 +114,25 @@ def test_the_names_are_there(place):
         found = getattr(found, name)
 
 
+def test_a_run_is_not_told_that_trl_calls_a_trainer_experimental():
+    """The trainer's configuration is made first, so this import must be silent too."""
+    imported = "getattr(importlib.import_module(module), name)"
+    for load, is_silent in (("load_trainer_class(module, name)", True), (imported, False)):
+        code = (
+            "import importlib, warnings\n"
+            "from finetune.compat import load_trainer_class\n"
+            "from finetune.recipe.methods import METHODS\n"
+            "module, name = METHODS['orpo'].config_module, METHODS['orpo'].config_class\n"
+            "with warnings.catch_warnings(record=True) as told:\n"
+            "    warnings.simplefilter('always')\n"
+            f"    {load}\n"
+            "print(any('trl.experimental' in str(warning.message) for warning in told))\n"
+        )
+        clean = {name: value for name, value in os.environ.items() if name != "TRL_EXPERIMENTAL_SILENCE"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+        assert done.stdout.splitlines()[-1] == str(not is_silent)
+
+
 def test_an_attribute_is_replaced_for_a_while():
     owner = types.SimpleNamespace(name="before")
     with compat.replace_attribute(owner, "name", "within"):
@@ -121,6 +155,19 @@ def test_rows_keep_their_order_without_a_copy():
 
     copied = compat.copy_rows(Rows, rows)
     assert isinstance(copied, Rows) and copied["number"][:] == rows["number"][:] != list(range(8))
+
+
+def test_torch_calls_a_mode_without_a_guard():
+    """Else torch wraps the method that a mode is called by, when the class is made."""
+    TorchDispatchMode = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+
+    def count(self, operation, types, arguments=(), options=None):
+        return operation(*arguments, **(options or {}))
+
+    ours = type("Ours", (compat.load_dispatch_mode(),), {"__torch_dispatch__": count})
+    theirs = type("Theirs", (TorchDispatchMode,), {"__torch_dispatch__": count})
+    assert ours.__torch_dispatch__ is count
+    assert theirs.__torch_dispatch__ is not count
 
 
 def test_views_share_a_storage():
@@ -152,18 +199,53 @@ def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
+def list_patches(tree):
+    """Yield what belongs into compat.py: private names of others, and functions put in the place of others."""
+    foreign = list_foreign_names(tree)
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else ""
+            names = [*str(module).split("."), *(part for alias in node.names for part in alias.name.split("."))]
+            yield from (name for name in names if is_private(name) or name == "mock")
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not is_own(node.value):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and find_root(node) in foreign:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            value = node.value
+            is_function = isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
+            if is_function and not is_own(node.targets[0].value):
+                yield ast.unparse(node.targets[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "replace_attribute":
+            yield from (ast.unparse(owner) for owner in node.args[:1] if find_root(owner) in foreign)
+
+
+def is_own(node):
+    """Tell whether an expression is the object itself; `super()` counts, as a class may extend what it inherits."""
+    return ast.unparse(node) in ("self", "cls", "super()")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch._subclasses import fake_tensor",
+        "import torch._subclasses.fake_tensor",
+        "from trl.trainer.utils import _use_triton",
+        "from unittest import mock",
+        "rows._indices",
+        "tensor.untyped_storage()._cdata",
+        "from trl.trainer import utils\nutils.SIZE = 1",
+        "model.to = lambda *arguments: model",
+        "def load(content): pass\noptimizer.load_state_dict = load",
+        "from transformers import masking_utils\nreplace_attribute(masking_utils, 'is_tracing', answer)",
+    ],
+)
+def test_a_patch_is_found(source):
+    assert list(list_patches(ast.parse(source)))
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_patches_a_library_or_uses_its_private_names(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    foreign = list_foreign_names(tree)
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("finetune"):
-            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
-            found += [name for name in names if is_private(name) or name == "mock"]
-        elif isinstance(node, ast.Attribute) and find_root(node) in foreign:
-            is_operation = ".ops." in ast.unparse(node)  # operations of torch are called by these names everywhere
-            found += [ast.unparse(node)] if is_private(node.attr) and not is_operation else []
-            found += [ast.unparse(node)] if isinstance(node.ctx, ast.Store) else []
-    # Torch documents this class in a module with a private name.
-    assert [name for name in found if (path.name, name) != ("tracker.py", "_python_dispatch")] == []
+    assert list(list_patches(ast.parse(path.read_text(encoding="utf-8")))) == []

@@ -14,7 +14,7 @@ from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_al
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import find_recipe, list_templates
 from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
-from finetune.recipe.methods import METHODS, Method
+from finetune.recipe.methods import METHODS, Method, name_methods
 from finetune.recipe.recipe_file import Draft, describe_unknown_key, read_recipe
 from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
 from finetune.recipe.trl_options import read_trainer_options
@@ -84,7 +84,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     if method is not None and method.is_online:
         yield from check_rewards(recipe, method, earlier)
     elif method is not None and recipe.rewards != RewardsSection():
-        online = " or ".join(name for name, other in METHODS.items() if other.is_online)
+        online = name_methods(lambda other: other.is_online)
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.checkpoints.checkpoint_table import have_different_weights
 from finetune.errors import FinetuneError
 from finetune.files.resources import list_templates
-from finetune.recipe.methods import Method
+from finetune.recipe.methods import JUDGE_METHOD, Method
 from finetune.recipe.recipe_file import describe_unknown_key
 from finetune.recipe.sections import JudgeSection, Recipe
 from finetune.rewards.rules import RULES
@@ -59,7 +59,7 @@ def _check_judge(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
     if len(judge.clip) != 2 or not judge.clip[0] < judge.clip[1]:
         yield f"rewards.judge.clip: must be the lowest and the highest score, such as [-20, 10]; found {list(judge.clip)}"
     if not judge.run:
-        yield "rewards.judge.run: is missing; name a finished run of method: reward"
+        yield f"rewards.judge.run: is missing; name a finished run of method: {JUDGE_METHOD}"
         return
     try:
         result = open_result(Path(judge.run).expanduser())
@@ -67,7 +67,7 @@ def _check_judge(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
         yield f"rewards.judge.run: {error}"
         return
     if not result.is_reward_model:
-        yield f"rewards.judge.run: {judge.run} is no reward model; train one with method: reward"
+        yield f"rewards.judge.run: {judge.run} is no reward model; train one with method: {JUDGE_METHOD}"
         return
     yield from _check_borrowing(recipe, result)
     if result.lineage is not None:

@@ -6,7 +6,7 @@ With `trainer.auto: true` the kit picks the first two, and other settings that d
 from collections.abc import Iterator, Mapping
 
 from finetune.recipe.methods import Method
-from finetune.recipe.recipe_file import ACCUMULATION, BATCH, DEFAULT_BATCH, GLOBAL_BATCH
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH, read_split_option
 from finetune.recipe.sections import Recipe
 
 # Keys of the section trainer that belong to the kit and not to the trainer's configuration class. In the resolved recipe the
@@ -18,12 +18,12 @@ DEFAULT_GLOBAL_BATCH = 32
 
 def read_batch(recipe: Recipe) -> int:
     """Return the micro-batch size: rows for each device and forward pass."""
-    return int(recipe.trainer.get(BATCH, DEFAULT_BATCH))
+    return int(read_split_option(recipe.trainer, BATCH))
 
 
 def read_accumulation(recipe: Recipe) -> int:
     """Return the number of micro-batches in one optimizer step."""
-    return int(recipe.trainer.get(ACCUMULATION, 1))
+    return int(read_split_option(recipe.trainer, ACCUMULATION))
 
 
 def read_global_batch(recipe: Recipe) -> int:

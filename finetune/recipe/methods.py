@@ -1,6 +1,6 @@
 """The table of training methods. It names classes and does not import them, so that a recipe is checked without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -264,3 +264,12 @@ METHODS: Mapping[str, Method] = {
 }
 # The method of a recipe that names none.
 DEFAULT_METHOD = METHODS["sft"]
+
+
+def name_methods(fits: Callable[[Method], bool]) -> str:
+    """Return the names of the methods that fit, as a message lists them: `grpo or rloo`."""
+    return " or ".join(name for name, method in METHODS.items() if fits(method))
+
+
+# Which method trains the judge of another's answers.
+JUDGE_METHOD = name_methods(lambda method: method.trains_reward_model)

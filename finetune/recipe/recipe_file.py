@@ -14,10 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finetune.errors import describe_unknown_name
 from finetune.recipe.sections import Recipe
+from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import describe_value, load_recipe_file, parse_yaml
 
-# transformers' options for the micro-batch size and the accumulation steps, and its default for the first.
-BATCH, ACCUMULATION, DEFAULT_BATCH = "per_device_train_batch_size", "gradient_accumulation_steps", 8
+# transformers' options for the micro-batch size and the accumulation steps.
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 # The kit's own option for the effective batch size.
 GLOBAL_BATCH = "global_batch"
 
@@ -117,9 +118,15 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
         _open_split(target)
 
 
+def read_split_option(trainer: Mapping[str, Any], name: str) -> Any:
+    """Return the micro-batch size or the accumulation steps of a section `trainer`, or the default of all trainers."""
+    options = read_trainer_options("transformers.training_args", "TrainingArguments")
+    return trainer.get(name, options[name].default)
+
+
 def _open_split(trainer: dict[str, Any]) -> None:
     """Remove the recipe's batch sizes and gradient checkpointing, which `auto` will pick, and keep its effective batch size."""
-    batch, accumulation = trainer.get(BATCH, DEFAULT_BATCH), trainer.get(ACCUMULATION, 1)
+    batch, accumulation = (read_split_option(trainer, key) for key in (BATCH, ACCUMULATION))
     if not isinstance(batch, int) or not isinstance(accumulation, int):
         return  # the check of the trainer's options reports it
     if {BATCH, ACCUMULATION} & set(trainer):

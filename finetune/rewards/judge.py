@@ -15,6 +15,7 @@ from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import FinetuneError, TrainingError
 from finetune.files.cache import hash_file
 from finetune.models.opening import load_trained
+from finetune.recipe.methods import JUDGE_METHOD
 from finetune.recipe.sections import JudgeSection
 from finetune.runs.results import Result, open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
@@ -78,7 +79,7 @@ def open_judge(result: Result) -> Judge:
         FinetuneError: it is no reward model, or its base or template is not the one that it was trained with.
     """
     if not result.is_reward_model:
-        raise FinetuneError(f"{result.folder}: is no reward model; train one with method: reward")
+        raise FinetuneError(f"{result.folder}: is no reward model; train one with method: {JUDGE_METHOD}")
     loaded = load_trained(result)
     loaded.model.config.pad_token_id = loaded.tokenizer.pad_token_id
     return Judge(loaded.model, loaded.tokenizer, loaded.template)

@@ -1,6 +1,5 @@
 """Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.compat import prepare_trl, skip_row_preparation
+from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_preparation
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
-from finetune.recipe.batches import KIT_OPTIONS
+from finetune.recipe.batches import KIT_OPTIONS, read_batch
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -67,9 +66,9 @@ def build_trainer(
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
-    prepare_trl()
+    narrow_logit_tiles()
     recipe, method = resolved.recipe, resolved.method
-    trainer_class = getattr(importlib.import_module(method.trainer_module), method.trainer_class)
+    trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
     if method.shape in ("pair", "labelled"):
         trainer_class = skip_row_preparation(trainer_class)
     config = make_config(resolved, splits.evaluation is not None, precision)
@@ -138,7 +137,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     if evaluates:
         options.setdefault("eval_strategy", "epoch")
         # Never larger than in training, where it is known to fit.
-        options.setdefault("per_device_eval_batch_size", options.get("per_device_train_batch_size", 8))
+        options.setdefault("per_device_eval_batch_size", read_batch(recipe))
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
         "output_dir": recipe.output,
@@ -150,7 +149,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
         "logging_nan_inf_filter": False,
     }
-    config_class = getattr(importlib.import_module(method.config_module), method.config_class)
+    config_class = load_trainer_class(method.config_module, method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
     except (ValueError, TypeError) as error:

@@ -8,11 +8,12 @@ from typing import Any
 import bitsandbytes  # noqa: F401 - registers the operations below
 import torch
 
-from finetune.compat import do_nothing, identify_storage, replace_attribute, run_losses_in_place
+from finetune.compat import do_nothing, identify_storage, load_operations, replace_attribute, run_losses_in_place
 from finetune.planning.step.stages import list_weights
 from finetune.planning.step.tracker import KernelWorkspace, Substitute
 from finetune.yulan.native import native_loss as native_loss
 
+_OPERATIONS = load_operations()
 _FLOAT_BYTES = 4
 # FlashAttention's backward pass pads rows to this many tokens.
 _FLASH_ROUNDING = 128
@@ -45,7 +46,7 @@ def _measure_dequantized(arguments: Sequence[Any], output: Any) -> int:
 
 
 GPU_WORKSPACES: Mapping[Any, KernelWorkspace] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _measure_flash_backward,
+    _OPERATIONS.attention_backward: _measure_flash_backward,
     torch.ops.bitsandbytes.gemm_4bit.default: _measure_dequantized,
 }
 
@@ -56,7 +57,7 @@ def answer_truths(answer: bool) -> dict[Any, Substitute]:
     def read(arguments: Sequence[Any]) -> bool | int:
         return answer if arguments[0].dtype == torch.bool else 1
 
-    return {torch.ops.aten._local_scalar_dense.default: read}
+    return {_OPERATIONS.read_number: read}
 
 
 def _take_all(arguments: Sequence[Any]) -> Any:
@@ -78,7 +79,7 @@ def _view(arguments: Sequence[Any]) -> Any:
     return torch.ops.aten.view.default(*arguments)
 
 
-CHEAPER_VIEW: Mapping[Any, Substitute] = {torch.ops.aten._unsafe_view.default: _view}
+CHEAPER_VIEW: Mapping[Any, Substitute] = {_OPERATIONS.unsafe_view: _view}
 MASKED_SELECTION: Mapping[Any, Substitute] = {
     torch.ops.aten.index.Tensor: _take_all,
     torch.ops.aten.nonzero.default: _find_all,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.compat import identify_storage, load_fake_tensors
+from finetune.compat import identify_storage, load_dispatch_mode, load_fake_tensors
 
 FakeTensor, _ = load_fake_tensors()
+DispatchMode: Any = load_dispatch_mode()
 # What a kernel allocates for itself while it runs: its arguments and outputs -> bytes.
 KernelWorkspace = Callable[[Sequence[Any], Any], int]
 # The bytes that a process keeps of a tensor that counts for a part.
@@ -35,7 +35,7 @@ class Peak:
     stage: str
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(DispatchMode):
     """Log every storage that appears or dies, under the stage that is set when it appears.
 
     A storage's part is decided afterwards, since what it is for shows only later: a gradient begins as a workspace,
@@ -48,7 +48,7 @@ class MemoryTracker(TorchDispatchMode):
         substitutes: Mapping[Any, Substitute] | None = None,
         share: Share | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.stage = FORWARD
         self._is_paused = False
         self._workspaces = workspaces or {}
@@ -59,11 +59,6 @@ class MemoryTracker(TorchDispatchMode):
         self._stages: list[str] = []
         self._parts: dict[int, str] = {}
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Let torch call the method below as it is: what guards it from being compiled costs a third of every call."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

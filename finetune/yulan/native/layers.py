@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from finetune.compat import name_attention
 from finetune.yulan.layout import NativeConfig
 from finetune.yulan.native.configuration import YuLanMiniConfig
 
@@ -138,7 +139,7 @@ class YuLanMiniAttention(LlamaAttention):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name_attention(self.config), eager_attention_forward)
         mixed, weights = attend(
             self,
             query,
