@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.check.recipes import load_recipe, resolve_names
-from finetune.compat import prepare_trl
+from finetune.compat import load_trainer_class
 from finetune.errors import RecipeError
 from finetune.models.precision import Precision
 from finetune.recipe.methods import METHODS
@@ -22,9 +22,9 @@ class Called(Exception):  # noqa: N818 - it is no error
 def collect_options(monkeypatch):
     """Return the options that a method's configuration class gets for a recipe, or None where it gets one twice."""
 
-    prepare_trl()
-
     def collect(method, trainer):
+        load_trainer_class(method.config_module, method.config_class)
+
         def record(**options):
             raise Called(options)
 
