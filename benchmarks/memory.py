@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.check.recipes import load_recipe
 from finetune.files.resources import list_recipes
-from finetune.planning.step.stages import ADAPTER
 from finetune.planning.step.step_memory import measure_step
+from finetune.planning.step.step_parts import ADAPTER
 
 # Small steps would drown in what Python and the C library take for themselves.
 TOKENS = 2048
