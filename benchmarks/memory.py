@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.check.recipes import load_recipe
 from finetune.files.resources import list_recipes
-from finetune.planning.step.stages import ADAPTER
 from finetune.planning.step.step_memory import measure_step
+from finetune.planning.step.step_parts import ADAPTER
 
 # With shorter rows the memory of Python and the C library would hide that of a step.
 TOKENS = 2048

@@ -131,7 +131,7 @@ def describe_tier(tier: Tier, plan: Plan) -> dict[str, Any]:
         "micro_batch_size": 1,
         "peak_bytes": plan.peak_bytes,
         "memory_bytes": plan.memory_bytes,
-        "stage": plan.peak_stage,
+        "stage": plan.peak_phase,
         "parts": parts,
     }
 

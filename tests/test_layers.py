@@ -82,6 +82,18 @@ def test_imports_point_to_earlier_rooms(path):
             assert target in YULAN_MAY_IMPORT, f"{name_module(path)} imports {name}"
 
 
+def test_few_modules_of_training_are_doors():
+    """Other rooms know how to start a run, build its trainer and read its rows; how a run works is training's own."""
+    doors = {
+        name
+        for path in MODULES
+        if name_room(path) != "training"
+        for name in list_imports(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[1] == "training"
+    }
+    assert doors <= {f"finetune.training.{name}" for name in ("run", "trainer", "training_rows")}
+
+
 @pytest.mark.parametrize("path", [m for m in MODULES if name_room(m) != "cli"], ids=name_module)
 def test_imports_stand_at_the_top(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""Find how a recipe fits: `trainer.auto` keeps the rows of a step, and the rest follows from the device's memory.
+"""Choose the settings that `trainer.auto` leaves open, so that a recipe fits the device's memory.
 
-In this order, and as little as is needed: keep all activations, compute layers twice, move what they keep to the host's memory,
-hold the optimizer in 8 bits and pages. Then as many rows at once as fit.
+The effective batch size stays as it is. With the smallest micro-batch size, the first of these levels that fits is taken: no
+gradient checkpointing, gradient checkpointing, activation offloading, an 8-bit paged optimizer. Then the micro-batch size is
+raised as far as it fits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,22 +17,22 @@ from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
-_KEEP = {"gradient_checkpointing": False}
-_AGAIN = {"gradient_checkpointing": True}
-_OFFLOAD = {**_AGAIN, "activation_offloading": True}
+_NO_CHECKPOINTING = {"gradient_checkpointing": False}
+_CHECKPOINTING = {"gradient_checkpointing": True}
+_OFFLOAD = {**_CHECKPOINTING, "activation_offloading": True}
 _PAGED = {**_OFFLOAD, "optim": "paged_adamw_8bit"}
 _LEVELS: tuple[tuple[Mapping[str, Any], str], ...] = (
-    (_KEEP, "nothing is computed twice"),
-    (_AGAIN, "layers are computed again in the backward pass"),
-    (_OFFLOAD, "what layers keep waits in the host's memory"),
-    (_PAGED, "optimizer states in 8 bits and pages, which rounds them"),
+    (_NO_CHECKPOINTING, "all activations stay in memory"),
+    (_CHECKPOINTING, "gradient checkpointing"),
+    (_OFFLOAD, "activations wait in the host's memory"),
+    (_PAGED, "optimizer moments in 8 bits, which rounds them, and paged to the host's memory"),
 )
 DECIDED = (BATCH, ACCUMULATION, *_PAGED)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that were chosen, why, the peak with them, and how much lower it is than with the choice before."""
+    """Settings that were chosen, and why; `saves_bytes` is how much lower the peak is than with the choice before."""
 
     settings: Mapping[str, Any]
     reason: str
@@ -39,28 +40,29 @@ class Choice:
     saves_bytes: int
 
     def describe(self) -> str:
-        """Return one line for a person."""
+        """Return the choice as one line for a person."""
         settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in self.settings.items())
         saved = f", saves {self.saves_bytes / 1e9:.2f} GB" if self.saves_bytes > 0 else ""
         return f"{settings}: {self.reason}; peak {self.peak_bytes / 1e9:.2f} GB{saved}"
 
 
 def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRecipe, tuple[Choice, ...]]:
-    """Return a recipe with what `trainer.auto` leaves open filled in, and why; any other recipe as it is.
+    """Pick micro-batch size, gradient checkpointing, offloading and optimizer for a recipe that says `trainer.auto`.
 
-    Keys that the recipe sets are kept.
+    The effective batch size and every key that the recipe sets stay. A recipe without `trainer.auto`, or one that sets batch
+    sizes and gradient checkpointing itself, is returned unchanged and without choices.
 
     Raises:
-        RecipeError: the rows of a step cannot be split between the processes.
-        MachineError: the target has no memory to fit.
-        TrainingError: nothing that keeps the training fits.
+        RecipeError: the effective batch size cannot be split evenly between the processes.
+        MachineError: the target does not say how much memory it has.
+        TrainingError: no choice fits.
     """
     said = set(resolved.recipe.trainer)
-    # A recipe whose settings were chosen once has all three keys.
-    if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_KEEP} <= said:
+    # With all three keys, as in the recipe of a resumed run, nothing is left to choose.
+    if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_NO_CHECKPOINTING} <= said:
         return resolved, ()
     if target.memory_bytes is None:
-        raise MachineError("trainer.auto: say what has to be fitted: --memory 8GB, or --gpu NAME")
+        raise MachineError("trainer.auto: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
     is_split = {BATCH, ACCUMULATION} <= said
     rows = _count_rows(resolved, target, is_split)
     resolved = _split_rows(resolved, rows, _read_smallest_batch(resolved))
@@ -69,16 +71,20 @@ def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedR
         return resolved, tuple(choices)
     resolved, plan = _grow_batch(resolved, target, plan, rows)
     settings = {key: resolved.recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
-    return resolved, (*choices, Choice(settings, f"{rows * target.processes} rows a step", plan.peak_bytes, 0))
+    return resolved, (*choices, Choice(settings, f"effective batch size {rows * target.processes}", plan.peak_bytes, 0))
 
 
 def _read_smallest_batch(resolved: ResolvedRecipe) -> int:
-    """Return the micro-batch size that the choice begins with: the recipe's, or the smallest that its method allows."""
+    """Return the micro-batch size to begin with: the recipe's, or the smallest that its method allows."""
     return int(resolved.recipe.trainer.get(BATCH, resolved.method.smallest_batch))
 
 
 def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int:
-    """Return the rows of one process's share of a step."""
+    """Return how many rows of an optimizer step each process trains on.
+
+    Raises:
+        RecipeError: the recipe contradicts itself, or the rows cannot be split evenly.
+    """
     recipe, batch = resolved.recipe, _read_smallest_batch(resolved)
     if is_split:
         rows = batch * int(recipe.trainer[ACCUMULATION])
@@ -86,8 +92,8 @@ def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int
             raise RecipeError(
                 "trainer",
                 [
-                    f"global_batch: {recipe.trainer[GLOBAL_BATCH]} rows, but {BATCH} and {ACCUMULATION} make "
-                    f"{rows * target.processes} with {target.processes} processes; leave one of the two out"
+                    f"global_batch: is {recipe.trainer[GLOBAL_BATCH]}, but {BATCH} and {ACCUMULATION} make an effective batch size of "
+                    f"{rows * target.processes} with {target.processes} processes; remove one of the two"
                 ],
             )
         return rows
@@ -97,7 +103,7 @@ def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int
             "trainer",
             [
                 f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
-                f"in batches of {batch}"
+                f"with a micro-batch size of {batch}; set a multiple of {target.processes * batch}"
             ],
         )
     return rows
@@ -108,6 +114,11 @@ def _split_rows(resolved: ResolvedRecipe, rows: int, batch: int) -> ResolvedReci
 
 
 def _choose_level(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRecipe, Plan, list[Choice]]:
+    """Return the recipe with the first level that fits, its plan, and every level that was tried.
+
+    Raises:
+        TrainingError: no level fits.
+    """
     choices: list[Choice] = []
     before = 0
     for settings, reason in _list_levels(resolved, target):
@@ -118,13 +129,14 @@ def _choose_level(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRec
             return changed, plan, choices
         before = plan.peak_bytes
     raise TrainingError(
-        f"trainer.auto: {describe_verdict(plan)}, a row at a time, with\n  {choices[-1].describe()}\nit would take less with\n  "
+        f"trainer.auto: {describe_verdict(plan)}, with a micro-batch size of {changed.recipe.trainer[BATCH]} and\n  {choices[-1].describe()}\n"
+        "these changes alter the training and need less memory\n  "
         + "\n  ".join(change.describe() for change in list_changes(changed) if not change.keeps_training)
     )
 
 
 def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the levels that the recipe's own keys and the device leave; the last is there in any case."""
+    """Yield the levels that agree with the recipe's own keys and that the device can run; without any, one that sets nothing."""
     said, method = resolved.recipe.trainer, resolved.method
     known = read_trainer_options(method.config_module, method.config_class)
     usable = [
@@ -138,18 +150,21 @@ def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Map
 
 
 def _grow_batch(resolved: ResolvedRecipe, target: Target, plan: Plan, rows: int) -> tuple[ResolvedRecipe, Plan]:
-    """Compute as many rows at once as fit: what a row adds is measured once, and the result is planned to be sure."""
-    start = resolved.recipe.trainer[BATCH]
-    larger = [batch for batch in range(start + 1, rows + 1) if rows % batch == 0]
+    """Raise the micro-batch size as far as it fits.
+
+    The first step up shows how many bytes a row adds. Larger sizes are tried from the largest that should fit downwards.
+    """
+    smallest = resolved.recipe.trainer[BATCH]
+    larger = [batch for batch in range(smallest + 1, rows + 1) if rows % batch == 0]
     if not larger or plan.memory_bytes is None:
         return resolved, plan
     second = _split_rows(resolved, rows, larger[0])
     planned = make_plan(second, target)
     if not planned.fits:
         return resolved, plan
-    a_row = max((planned.peak_bytes - plan.peak_bytes) // (larger[0] - start), 1)
-    room = start + (plan.memory_bytes - plan.peak_bytes) // a_row
-    for batch in sorted((batch for batch in larger[1:] if batch <= room), reverse=True):
+    row_bytes = max((planned.peak_bytes - plan.peak_bytes) // (larger[0] - smallest), 1)
+    largest = smallest + (plan.memory_bytes - plan.peak_bytes) // row_bytes
+    for batch in sorted((batch for batch in larger[1:] if batch <= largest), reverse=True):
         grown = _split_rows(resolved, rows, batch)
         attempt = make_plan(grown, target)
         if attempt.fits:
@@ -158,5 +173,5 @@ def _grow_batch(resolved: ResolvedRecipe, target: Target, plan: Plan, rows: int)
 
 
 def describe_choices(choices: tuple[Choice, ...]) -> str:
-    """Return what was chosen, a line each."""
+    """Return the choices as text, one a line."""
     return "\n".join(["trainer.auto chose", *(f"  {choice.describe()}" for choice in choices)])

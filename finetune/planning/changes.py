@@ -1,4 +1,4 @@
-"""What makes a training step smaller: the changes that leave the training as it is first, then those that alter it."""
+"""Changes to a recipe that lower the peak memory of its training step."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,14 +13,14 @@ _SHORTEST_ROW = 256
 
 @dataclass(frozen=True)
 class Change:
-    """Settings to change together, what that does, and whether the same gradients are computed as before."""
+    """Settings that are changed together, and why; `keeps_training` says that the gradients stay the same."""
 
     settings: Mapping[str, Any]
     reason: str
     keeps_training: bool = True
 
     def describe(self) -> str:
-        """Return the change as one would type it, with its reason."""
+        """Return the change as options of the command line, with its reason."""
         return f"{' '.join(f'-s {key}={_write(value)}' for key, value in self.settings.items())}: {self.reason}"
 
 
@@ -29,50 +29,60 @@ def _write(value: Any) -> str:
 
 
 def is_packed(resolved: ResolvedRecipe) -> bool:
-    """Tell whether a row of a batch may hold several documents, which then need a mask."""
+    """Tell whether a row of a batch may hold several documents; attention then needs a mask."""
     return bool(resolved.recipe.trainer.get("packing")) or resolved.method.is_pretraining
 
 
 def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
-    """Yield what would take less room than a recipe does, in the order to try it in."""
+    """Yield the changes that may lower the peak memory of a recipe, in the order in which to try them."""
     recipe, method, trains_all = resolved.recipe, resolved.method, resolved.trains_all_weights
     batch, trainer = read_batch(recipe), recipe.trainer
     if batch > 1:
         rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * read_accumulation(recipe)}
-        yield Change({f"trainer.{key}": value for key, value in rows.items()}, "the same steps, a row at a time")
+        yield Change(
+            {f"trainer.{key}": value for key, value in rows.items()}, "micro-batch size 1, same effective batch size"
+        )
     if not trainer.get("gradient_checkpointing", True):
-        yield Change({"trainer.gradient_checkpointing": True}, "keeps one tensor a layer and computes the rest again")
+        yield Change(
+            {"trainer.gradient_checkpointing": True},
+            "stores one tensor per layer; the backward pass computes the other activations again",
+        )
     if method.is_online:
         half = max(int(resolved.read_option("max_completion_length")) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
     elif not trainer.get("activation_offloading") and not method.is_pretraining:
-        yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
+        yield Change({"trainer.activation_offloading": True}, "activations wait in the host's memory")
     if method.is_pretraining:
         yield from _list_moments(recipe)
     elif "8bit" not in str(trainer.get("optim", "")):
-        yield Change({"trainer.optim": "paged_adamw_8bit"}, "optimizer states in 8 bits, paged", keeps_training=False)
+        yield Change(
+            {"trainer.optim": "paged_adamw_8bit"},
+            "optimizer moments in 8 bits, paged to the host's memory",
+            keeps_training=False,
+        )
     if recipe.adapter.train_tokens:
-        reason = "no copies of the tables and no gradient of the head, but chat tokens stay as they are"
+        reason = "no copies of the embedding tables and no gradient of the head; the chat tokens are not trained"
         yield Change({"adapter.train_tokens": []}, reason, keeps_training=False)
     if not trains_all and recipe.model.quantize == "none":
-        yield Change({"model.quantize": "nf4"}, "linear layers in 4 bits", keeps_training=False)
+        yield Change({"model.quantize": "nf4"}, "weights of linear layers in 4 bits", keeps_training=False)
     if recipe.data.max_tokens > _SHORTEST_ROW:
         half = max(recipe.data.max_tokens // 2, _SHORTEST_ROW)
         yield Change({"data.max_tokens": half}, "shorter rows", keeps_training=False)
     if trains_all and not method.is_pretraining:
         adapter = {"adapter.kind": "lora", "model.quantize": "nf4", "model.dtype": "auto"}
-        yield Change(adapter, "trains an adapter of a 4-bit base instead of all weights", keeps_training=False)
+        yield Change(adapter, "trains an adapter on a 4-bit base model instead of all weights", keeps_training=False)
 
 
 def _list_moments(recipe: Recipe) -> Iterator[Change]:
+    """Yield the cheaper ways to hold the optimizer state of a pre-training run."""
     if recipe.optimizer.moments == "float32":
-        reason = "float32 copies and moments in main memory; every step waits for them"
+        reason = "float32 copies of the weights and moments in main memory; every step waits for them"
         yield Change({"optimizer.moments": "cpu"}, reason)
         yield Change({"optimizer.moments": "8bit"}, "moments in 8 bits", keeps_training=False)
 
 
 def apply_change(resolved: ResolvedRecipe, change: Change) -> ResolvedRecipe:
-    """Return a recipe with a change made."""
+    """Return a recipe with the settings of a change."""
     for key, value in change.settings.items():
         section, _, name = key.partition(".")
         if section == "trainer":

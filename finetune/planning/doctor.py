@@ -1,4 +1,4 @@
-"""Look at this machine, and say what the kit will use on it and what would add to that."""
+"""Describe this machine: its device and memory, what the kit will use on it, and what to install or set."""
 
 import os
 import platform
@@ -17,14 +17,14 @@ from finetune.files.sizes import GIB
 from finetune.models.loading import check_quantization
 from finetune.models.precision import choose_device, choose_precision
 
-# The base in 16 bits as published, its fold, and an export of it.
+# The base checkpoint in 16 bits as published, its folded copy, and an export.
 _DISK_BYTES = 15 * 10**9
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run would find here; `uses` is what `auto` resolves to, `memory_bytes` the device's own."""
+    """What a run finds on this machine; `memory_bytes` is the device's, `uses` says what `auto` means here."""
 
     device: str
     name: str
@@ -43,7 +43,7 @@ class Machine:
 
 
 def examine_machine() -> Machine:
-    """Look at the device that a run would choose, what runs on it, and the disk that the cache lies on."""
+    """Examine the device that a run would choose, what can run on it, and the disk of the cache."""
     device = choose_device()
     quantization = tuple(name for name in ("nf4", "int8") if _can_quantize(name, device))
     attention = ("sdpa", "eager", *(("flash_attention_2",) if find_spec("flash_attn") else ()))
@@ -51,10 +51,10 @@ def examine_machine() -> Machine:
     cache = find_cache()
     disk = _read_free_disk(cache)
     lora, full = (choose_precision("auto", device, trains_all) for trains_all in (False, True))
-    has_bf16 = lora.weights == torch.bfloat16  # which `auto` takes wherever the device computes in it by itself
+    has_bf16 = lora.weights == torch.bfloat16  # `auto` chooses bfloat16 wherever the device has it
     uses = {
-        "adapter on a base in": _NAMES[lora.weights],
-        "all weights in": f"{_NAMES[full.weights]}, computing in {'float32' if full.autocast == 'no' else full.autocast}",
+        "dtype for adapters": _NAMES[lora.weights],
+        "dtype for training all weights": f"{_NAMES[full.weights]}, computing in {'float32' if full.autocast == 'no' else full.autocast}",
         "attention": "flash or memory-efficient kernels, by torch" if device.type == "cuda" else "torch's own",
     }
     return Machine(
@@ -86,7 +86,7 @@ def _can_quantize(name: str, device: torch.device) -> bool:
 
 
 def _read_memory(device: torch.device) -> tuple[int, int]:
-    """Return all and the free memory of the device; Apple's GPU shares the machine's."""
+    """Return total and free bytes of the device; Apple's GPU shares the machine's memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(total), int(free)
@@ -95,7 +95,7 @@ def _read_memory(device: torch.device) -> tuple[int, int]:
 
 
 def _read_driver() -> str | None:
-    """Return the version of NVIDIA's driver, where its own tool is there to tell it."""
+    """Return the version of NVIDIA's driver, or None where `nvidia-smi` does not tell it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
@@ -104,7 +104,7 @@ def _read_driver() -> str | None:
 
 
 def _read_free_disk(folder: Path) -> int:
-    """Return the free bytes of the disk that a folder lies on, or will."""
+    """Return the free bytes of the disk that holds a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -114,7 +114,7 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
     advice = []
     if device.type == "cpu":
         advice.append(
-            "no GPU that torch can use: `finetune demo` and nano run here, the real base needs days; "
+            "torch finds no GPU: `finetune demo` and nano run here, the real base model would need days; "
             "with an NVIDIA card install its driver and torch's CUDA build: https://pytorch.org/get-started"
         )
     if device.type == "cuda" and not has_bf16:
@@ -122,7 +122,7 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         advice.append(
             "several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml -m finetune train RECIPE; "
-            "fsdp2.yaml there shares out what one of them cannot hold"
+            "use fsdp2.yaml there to shard what one GPU cannot hold"
         )
         if not find_spec("deepspeed"):
             advice.append("recipes/accelerate/zero2.yaml and zero3.yaml need DeepSpeed: pip install deepspeed")
@@ -135,18 +135,18 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
             "model.quantize: nf4 does not run here; pip install bitsandbytes helps on NVIDIA GPUs and CPUs, else use sft_lora"
         )
     if device.type == "cuda" and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
-        advice.append("export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves fewer gaps in the card's memory")
+        advice.append("export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True reduces fragmentation of GPU memory")
     if disk < _DISK_BYTES:
         advice.append(
-            f"the cache's disk has {disk / 1e9:.1f} GB free; the base, its fold and an export take {_DISK_BYTES / 1e9:.0f} GB: "
+            f"the cache's disk has {disk / 1e9:.1f} GB free; the base checkpoint, its folded copy and an export take {_DISK_BYTES / 1e9:.0f} GB: "
             "set FINETUNE_CACHE and HF_HOME to a larger disk"
         )
-    advice.append("what fits: finetune plan RECIPE" + (" --memory 8GB" if device.type == "cpu" else ""))
+    advice.append("see what fits: finetune plan RECIPE" + (" --memory 8GB" if device.type == "cpu" else ""))
     return advice
 
 
 def describe_machine(machine: Machine) -> str:
-    """Return the report as lines for a person."""
+    """Return the report as text for a person."""
     lines = [
         f"device        {machine.device}: {machine.name}" + (f" x {machine.devices}" if machine.devices > 1 else ""),
         f"memory        {machine.memory_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} free",

@@ -1,4 +1,4 @@
-"""Estimate how long a run takes: its arithmetic by formula, over a card's published rate times an assumed utilisation."""
+"""Estimate how long a step takes: its floating point operations, divided by a card's published rate times an assumed utilisation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 
 @dataclass(frozen=True)
 class StepWork:
-    """The tokens of one optimizer step, all rows full, and the floating point operations they cost."""
+    """The tokens of one optimizer step whose rows are all full, and the floating point operations that they cost."""
 
     tokens: int
     flops: int
@@ -19,7 +19,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class CardTime:
-    """An estimate for one card."""
+    """The estimated speed on one card."""
 
     card: str
     seconds_per_step: float
@@ -27,22 +27,23 @@ class CardTime:
 
 
 def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int = 0) -> StepWork:
-    """Return the work of one step, with so many more scorings of its texts than its method has by itself.
+    """Count the tokens and floating point operations of one step; `scorings` are forward passes beyond those of its method.
 
-    A matrix of n weights costs 2n operations a token forward and as many for the gradient of its input; the gradient of
-    the weights as many again where they are trained; a checkpointed layer runs forward twice. Attention over rows of s
-    tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The loss computes
-    its logits a second time for their gradient. A pair is two texts; a reference scores every text once more, forward only.
+    A matrix of n weights costs 2n operations a token in the forward pass, 2n for the gradient of its input, and 2n for the
+    gradient of its weights where they are trained. With gradient checkpointing, layers run forward twice. Attention over rows of
+    s tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The loss computes its
+    logits a second time for their gradient. A pair is two texts. A reference model adds one forward pass over every text.
+
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """
     recipe, trains_all = resolved.recipe, resolved.trains_all_weights
-    again = 1 if recipe.trainer.get("gradient_checkpointing", True) else 0
+    checkpointed = 1 if recipe.trainer.get("gradient_checkpointing", True) else 0
     length = recipe.data.max_tokens
     linear, table, width = count_matrix_weights(sizes)
     layers = int(sizes["num_hidden_layers"])
     trained_rows = trains_all or bool(recipe.adapter.train_tokens)
-    for_linear = 2 * linear * (2 + again + (1 if trains_all else 0))
-    for_attention = 2 * length * width * layers * (1 + again + 2.5)
+    for_linear = 2 * linear * (2 + checkpointed + (1 if trains_all else 0))
+    for_attention = 2 * length * width * layers * (1 + checkpointed + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))
     for_scoring = (scorings + _count_scorings(resolved)) * 2 * (linear + length * width * layers + table)
     tokens = read_batch(recipe) * read_accumulation(recipe) * length * (2 if resolved.method.shape == "pair" else 1)
@@ -50,14 +51,14 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
 
 
 def _count_scorings(resolved: ResolvedRecipe) -> int:
-    """Return how often a row's texts are scored rather than learnt from, by the model and by its reference model."""
+    """Count the forward passes over a row's texts that no gradient is computed for: by the model and by its reference model."""
     has_reference = resolved.method.has_reference and not resolved.recipe.trainer.get("precompute_ref_log_probs")
     extra = resolved.method.scored_texts
     return int(has_reference) * (1 + extra) + extra
 
 
 def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return the weights of all linear layers, those of one table, and the width of all attention heads together."""
+    """Count the weights of all linear layers and of one embedding table; return the width of all attention heads as well."""
     hidden, inner = int(sizes["hidden_size"]), int(sizes["intermediate_size"])
     heads, key_heads = int(sizes["num_attention_heads"]), int(sizes["num_key_value_heads"])
     width = heads * int(sizes.get("head_dim") or hidden // heads)
@@ -67,6 +68,6 @@ def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def estimate_time(work: StepWork, card: Card, processes: int = 1) -> CardTime:
-    """Return how long a card would take at the assumed utilisation, and what as many cards as processes get done together."""
+    """Estimate the seconds of a step on one card, and the tokens per second of all processes together."""
     seconds = work.flops / (card.tflops * 1e12 * UTILISATION)
     return CardTime(card.name, seconds, work.tokens * processes / seconds)

@@ -1,4 +1,4 @@
-"""Answer the question before a run: does it fit, what takes the room, and how long will it take."""
+"""Forecast a run: whether it fits the memory, which parts take it, and how long a step lasts."""
 
 import os
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from finetune.planning.hardware import (
     Card,
     find_card,
 )
-from finetune.planning.step.answering import (
+from finetune.planning.step.dry_model import read_sizes
+from finetune.planning.step.online_step import (
     add_answers,
     as_training_step,
     count_cache_bytes,
     count_judge_bytes,
     count_reference_scorings,
 )
-from finetune.planning.step.dry_model import read_sizes
 from finetune.planning.step.step_memory import StepMemory, measure_step
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
@@ -41,9 +41,10 @@ CONTEXT, ROUNDING, GAPS = "CUDA context and cuBLAS", "allocator rounding", "allo
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for: a GPU of some memory, a card of the table, or a CPU; no memory means that none was asked for.
+    """The device that a plan is made for: a GPU of some memory, a card of the table, or a CPU.
 
-    With several processes, each has such a device, and the plan is of one of them.
+    `memory_bytes` is None where nobody asked whether the run fits. With several processes, each has such a device, and the plan
+    is for one of them.
     """
 
     is_gpu: bool
@@ -55,12 +56,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """A forecast: `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors; times are estimates."""
+    """A forecast; `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors, and `times` are estimates."""
 
     peak_bytes: int
     tensor_bytes: int
     parts: Mapping[str, int]
-    peak_stage: str
+    peak_phase: str
     fits: bool | None
     memory_bytes: int | None
     device: str
@@ -85,10 +86,10 @@ def choose_target(
     engine: Engine | None = None,
     processes: int | None = None,
 ) -> Target:
-    """Return what a recipe is planned for; a GPU, unless the recipe itself asks for the CPU.
+    """Return the target of a plan: a GPU, unless the recipe asks for the CPU and no card is named.
 
     Raises:
-        MachineError: no card has that name, or an engine has nobody to share with.
+        MachineError: no card has that name, or an engine is named without the number of processes.
     """
     engine, processes = _complete_engine(engine, processes)
     card = find_card(gpu) if gpu else None
@@ -104,16 +105,16 @@ def _complete_engine(engine: Engine | None, processes: int | None) -> tuple[Engi
 
 
 def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
-    """Forecast the memory and the time of a checked recipe's training steps, every row full.
+    """Forecast the memory and the time of a checked recipe's training step, with every row full.
 
     Raises:
-        FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
+        FinetuneError: the sizes of the base checkpoint cannot be found, or the recipe cannot be trained.
     """
     check_engine(resolved, target.engine)
     has_bf16 = target.card is None or target.card.has_bf16
     trained, sizes = as_training_step(resolved), read_sizes(resolved)
     step = measure_step(trained, target.is_gpu, has_bf16, target.engine, target.processes)
-    stage, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
+    phase, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
     if judge := count_judge_bytes(resolved.recipe):
         parts["judge: its adapter"] = judge
     tensor_bytes = sum(parts.values())
@@ -127,7 +128,7 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
         peak_bytes=peak,
         tensor_bytes=tensor_bytes,
         parts=parts,
-        peak_stage=stage,
+        peak_phase=phase,
         fits=fits,
         memory_bytes=target.memory_bytes,
         device="gpu" if target.is_gpu else "cpu",
@@ -153,7 +154,7 @@ def _list_overheads(step: StepMemory, processes: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Step:
-    """One change that was made to fit, and the peak before and after it."""
+    """One change that was made so that a recipe fits; `before` and `after` are the peaks in bytes."""
 
     change: Change
     before: int
@@ -161,15 +162,15 @@ class Step:
 
 
 def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, tuple[Step, ...]]:
-    """Change a recipe until it fits its target, the training as little as possible; return its plan and the changes.
+    """Change a recipe until it fits its target; return its plan and the changes.
 
-    Where nothing fits, the last and smallest plan is returned.
+    Changes that keep the training as it is are tried first. Where nothing fits, the smallest plan is returned.
 
     Raises:
-        MachineError: the target has no memory to fit.
+        MachineError: the target does not say how much memory it has.
     """
     if target.memory_bytes is None:
-        raise MachineError("--fit: say what has to be fitted: --memory 8GB, or --gpu NAME")
+        raise MachineError("--fit: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
     plan, steps = make_plan(resolved, target), list[Step]()
     while plan.fits is False:
         for change in list_changes(resolved):
@@ -185,7 +186,7 @@ def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, t
 
 
 def find_target(device: torch.device) -> Target:
-    """Return the device of this process as what a run has to fit; processes that share one must come to the same answer."""
+    """Return the device of this process as the target of a plan; all processes of a launch get the same answer."""
     engine, processes = find_engine(), int(os.environ.get("WORLD_SIZE", "1"))
     if device.type != "cuda":
         return Target(False, int(psutil.virtual_memory().available) // processes, None, engine, processes)
@@ -193,16 +194,16 @@ def find_target(device: torch.device) -> Target:
         cards = range(torch.cuda.device_count())
         memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
     else:
-        free, _ = torch.cuda.mem_get_info(device)  # asking makes the context, which is part of the plan
+        free, _ = torch.cuda.mem_get_info(device)  # asking creates the context, which the plan counts
         memory = int(free) + CONTEXT_BYTES
     return Target(True, memory, None, engine, processes)
 
 
 def check_fits(resolved: ResolvedRecipe, device: torch.device) -> None:
-    """Refuse a run that cannot fit what is free on its GPU, before anything is loaded.
+    """Refuse a run that cannot fit the free memory of its GPU, before anything is loaded.
 
     Raises:
-        TrainingError: with what takes the room, and what would take less.
+        TrainingError: it does not fit; the message names the largest parts and what would take less.
     """
     plan = make_plan(resolved, find_target(device))
     if not plan.fits:
@@ -215,7 +216,7 @@ def check_fits(resolved: ResolvedRecipe, device: torch.device) -> None:
 
 
 def describe_steps(steps: tuple[Step, ...]) -> str:
-    """Return the changes with what each saves; those that alter the training are marked."""
+    """Return the changes as text, with what each saves; those that alter the training are marked."""
     if not steps:
         return "nothing needs to change"
     lines = ["changes made to fit"]
@@ -226,14 +227,14 @@ def describe_steps(steps: tuple[Step, ...]) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return the plan as a short table with bars, the verdict and the estimates."""
+    """Return the plan as text: a short table with bars, the verdict and the estimates."""
     lines = [f"{'part':<34}{'GB':>8}  share of the peak"]
     for part, size in plan.parts.items():
         share = size / plan.peak_bytes
         if round(share, 3) > 0:
             lines.append(f"{part:<34}{size / 1e9:>8.2f}  {'█' * max(1, round(share * _BAR))} {share:.1%}")
     lines += [
-        f"{'peak, in ' + plan.peak_stage:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
+        f"{'peak, in ' + plan.peak_phase:<34}{plan.peak_bytes / 1e9:>8.2f}  of it tensors {plan.tensor_bytes / 1e9:.2f}",
         "",
     ]
     if plan.processes > 1:
@@ -250,7 +251,7 @@ def describe_plan(plan: Plan) -> str:
         for time in plan.times
     ]
     if plan.times:
-        without = "; the time in which answers are written comes on top" if plan.writes_answers else ""
+        without = "; the time for generating answers is not included" if plan.writes_answers else ""
         lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed{without})")
     return "\n".join(lines)
 

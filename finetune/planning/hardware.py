@@ -1,4 +1,4 @@
-"""The cards that a plan can be made for, and what a GPU's memory holds besides tensors. Never imports torch."""
+"""The GPUs that a plan can be made for, and what their memory holds besides tensors. Never imports torch."""
 
 import re
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from finetune.errors import MachineError, describe_unknown_name
 from finetune.files.sizes import GIB, MIB
 
-# The context with the kernels that a run loads into it: 426 MiB were seen before the first kernel (pull request 1053 of
-# unslothai/unsloth-zoo), about 400 MB with few (issue 109888 of pytorch/pytorch); no card of ours has measured more yet.
+# The CUDA context with the kernels that a run loads: 426 MiB before the first kernel (pull request 1053 of
+# unslothai/unsloth-zoo), about 400 MB with few kernels (issue 109888 of pytorch/pytorch). No run of ours has shown more yet.
 CONTEXT_BYTES = 512 * MIB
-# cuBLAS's own workspace, the larger one of the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
+# The workspace of cuBLAS, in its larger size for the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
 CUBLAS_BYTES = 32 * MIB
-# NCCL's channels between processes, 4 MiB each by default (NCCL_BUFFSIZE). An assumption: their number follows the wiring.
+# NCCL's channels between processes, 4 MiB each by default (NCCL_BUFFSIZE). Their number depends on the wiring, so this is an assumption.
 NCCL_BYTES = 256 * MIB
 # The share of live tensors that the caching allocator may hold in gaps: its large segments are multiples of 2 and 20 MiB
-# (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption: none of ours was measured on a card.
+# (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption, not measured on a card.
 FRAGMENTATION = 0.05
-# The share of the published peak that training is taken to reach. An assumption: kernels of usual shape lie at 30 to 50 %.
+# The share of the published rate that training reaches. An assumption: kernels of usual shapes reach 30 to 50 %.
 UTILISATION = 0.35
 
 
@@ -36,9 +36,9 @@ class Card:
 
 
 # Source: NVIDIA's data sheets, and for GeForce the whitepapers of each architecture (Turing, Ampere GA102, Ada, Blackwell).
-# Compared with tables that other kits publish: A100, H100, L40S, RTX 3090, 4090, 5090. The other GeForce cards from Ampere
-# on were compared by the rule that these keep, twice the published float32 rate; the rest is unchecked.
-# Laptop cards at their highest power; most are sold with less.
+# A100, H100, L40S, RTX 3090, 4090 and 5090 agree with tables that other kits publish. The other GeForce cards from Ampere on
+# follow the rule that those keep: twice the published float32 rate. The rest is unchecked.
+# Laptop cards are listed at their highest power; most are sold with less.
 CARDS: tuple[Card, ...] = (
     Card("RTX 2060", 6, 25.8, has_bf16=False),
     Card("RTX 3050", 8, 18.2),
@@ -67,12 +67,12 @@ CARDS: tuple[Card, ...] = (
     Card("H100", 80, 989.0),
     Card("H200", 141, 989.0),
 )
-# The cards that a plan without a card of its own gives times for.
+# A plan that names no card gives times for these.
 TYPICAL_CARDS = ("RTX 4060 Laptop", "RTX 3090", "RTX 4090", "A100", "H100")
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, however it is capitalised and with or without its maker's.
+    """Return a card by its name; upper and lower case and the maker's name make no difference.
 
     Raises:
         MachineError: the table has no such card.

@@ -1,4 +1,4 @@
-"""What TRL's online trainers need to ask in our form: prompts in exactly our tokens, answers that end at our stop tokens."""
+"""Make TRL's online trainers encode prompts as this kit does, and end answers at the template's stop tokens."""
 
 import copy
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_prom
 
 
 def bind_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> PreTrainedTokenizerBase:
-    """Return a copy of the tokenizer whose chat template is our own encoding of prompts.
+    """Return a copy of the tokenizer whose `apply_chat_template` is the kit's own encoding of prompts.
 
-    TRL asks a tokenizer for the tokens of a conversation. The library's method would turn a control token's spelling in a
-    question into the token itself, and renders templates without their span marks differently; ours does neither.
+    TRL asks the tokenizer for the tokens of a conversation. The library's method would turn a question that spells a control
+    token into that token, and renders templates without their span marks differently.
     """
     bound = copy.copy(tokenizer)
 
@@ -35,15 +35,15 @@ def bind_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) ->
 
 
 def set_stop_tokens(model: PreTrainedModel, stop_tokens: Sequence[int]) -> None:
-    """Let generation end where an answer ends in our template; TRL reads it from the model."""
+    """Set the tokens that end an answer in the template; TRL reads them from the model's generation settings."""
     model.generation_config.eos_token_id = list(stop_tokens)
 
 
 class PromptOrder(TrainerCallback):
-    """Give every epoch an order of prompts that follows from the seed and its number alone.
+    """Shuffle the prompts of each epoch by the seed and the number of the epoch.
 
-    TRL's sampler draws the orders one after the other, so a run that is resumed in its second epoch would go through the
-    order of the first again (TRL 1.16, `RepeatSampler`).
+    TRL's sampler draws one order after another from the same generator. A run that is resumed in its second epoch would repeat
+    the order of the first (TRL 1.16, `RepeatSampler`).
     """
 
     def on_epoch_begin(
@@ -54,9 +54,9 @@ class PromptOrder(TrainerCallback):
         train_dataloader: DataLoader[Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Seed the sampler before it draws."""
+        """Seed the sampler before it draws the order of this epoch."""
         batches: Any = train_dataloader.batch_sampler if train_dataloader is not None else None
         while isinstance(batches, BatchSamplerShard):
             batches = batches.batch_sampler
-        epoch = int((state.epoch or 0) + 1e-6)  # a whole number that was summed up of steps
+        epoch = int((state.epoch or 0) + 1e-6)  # a sum of fractions, close to a whole number
         batches.sampler.generator.manual_seed(args.seed + epoch)

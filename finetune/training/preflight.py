@@ -1,6 +1,6 @@
-"""Look at what will really be trained, before step 1.
+"""Check before step 1 what will really be trained, and that an evaluation fits.
 
-Every check is an error: a run that trains on nothing, never stops, or dies at its first evaluation must not start.
+Every fault is an error: a run must not start that trains on nothing, never learns to stop, or dies at its first evaluation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,9 @@ BatchRow = tuple[list[int], list[int]]
 
 
 def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
-    """Check the first real batch: trained tokens, a stop token, one bos per row, no padding that is trained.
+    """Check the first batch: it has trained tokens and a stop token, each row has one bos, and no padding is trained.
+
+    Without `stop_tokens`, rows may lack them.
 
     Raises:
         TrainingError: naming the row of the batch and what is wrong with it.
@@ -37,30 +39,32 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
         _check_row(where, token_ids, labels, tokenizer)
-    # Without stop tokens to look for where rows may rightly lack them.
     if stop_tokens and not any(label in stop_tokens for _, labels in rows for label in labels):
         names = ", ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
         raise TrainingError(
-            f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would never stop; "
+            f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would not learn to stop; "
             "look at the rows with `finetune preview`"
         )
 
 
 def check_packed_batch(trainer: Trainer) -> None:
-    """Check the first batch of full rows: trained tokens, each trained as itself, never the first of a document.
+    """Check the first batch of packed rows: each trained token is its own label and has a token of its document before it.
 
     Raises:
-        TrainingError: nothing is trained.
+        TrainingError: nothing is trained, or a label is wrong.
     """
     batch = _draw_first_batch(trainer)
     ids, labels = batch["input_ids"], batch["labels"]
     is_trained = labels != IGNORED_LABEL
     if (is_trained & ((labels != ids) | (batch["position_ids"] == 0))).any():
-        raise TrainingError("first batch: a token is trained as another, or without anything before it")
+        raise TrainingError(
+            "first batch: a token is trained with another token's label, or is the first of its document, which has nothing to follow from; "
+            "this is a fault of the kit: please report it"
+        )
 
 
 def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
-    # Iterating draws from the global generator; the run itself must not notice that somebody has looked.
+    # Iterating draws random numbers, and the run must draw the same ones as without this check.
     with torch.random.fork_rng(devices=[]):
         batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
     if not any((labels != IGNORED_LABEL).any() for _, _, labels in _list_texts(batch)):
@@ -76,16 +80,16 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
     bos = token_ids.count(tokenizer.bos_token_id)
     if bos != 1 or token_ids[0] != tokenizer.bos_token_id:
         raise TrainingError(
-            f"{where}: must begin with {tokenizer.bos_token} and hold it once; found it {bos} times; "
+            f"{where}: must begin with {tokenizer.bos_token} and contain it once; found it {bos} times; "
             "remove it from the data, or from the template"
         )
     wrong = next((i for i, label in enumerate(labels) if label not in (IGNORED_LABEL, token_ids[i])), None)
     if wrong is not None:
-        raise TrainingError(f"{where}: token {wrong} is {token_ids[wrong]} but would be trained as {labels[wrong]}")
+        raise TrainingError(f"{where}: token {wrong} is {token_ids[wrong]}, but its label is {labels[wrong]}")
 
 
 def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
-    """Yield the rows of a batch without their padding, both sides of pairs; a packed batch is split where positions restart."""
+    """Yield token ids and labels of each row, without padding; pairs give two rows, and packs are split where positions restart."""
     for ids, mask, labels in _list_texts(batch):
         if "position_ids" in batch:
             starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
@@ -98,7 +102,7 @@ def _split_rows(batch: dict[str, torch.Tensor]) -> Iterator[BatchRow]:
 
 
 def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield ids, mask and labels of a batch as supervised training would have them, whatever trainer it is for."""
+    """Yield ids, mask and labels of a batch, each (rows, tokens), in the form of supervised training for every method."""
     if "chosen_labels" in batch:
         for side in ("chosen", "rejected"):
             ids, mask, labels = (batch[f"{side}_{name}"].cpu() for name in ("input_ids", "attention_mask", "labels"))
@@ -110,14 +114,14 @@ def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, 
         labels = batch["labels"].cpu()
     elif "completion_mask" in batch:
         labels = ids.masked_fill(batch["completion_mask"].cpu() == 0, IGNORED_LABEL)
-    else:  # a reward model reads its score where a text ends
+    else:  # a reward model reads its score at the last token of a text
         ends = torch.arange(ids.shape[1]) == mask.sum(1, keepdim=True) - 1
         labels = ids.masked_fill(~ends, IGNORED_LABEL)
     yield ids, mask, labels
 
 
 def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
-    """Return as many of the longest rows as one evaluation step of all processes takes; packed ones are equally long."""
+    """Return the longest rows, as many as one evaluation step of all processes takes; packed rows are equally long."""
     size = args.per_device_eval_batch_size * args.world_size
     if isinstance(rows, PackedRows):
         return Subset(rows, range(min(size, len(rows))))
@@ -126,7 +130,7 @@ def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> 
 
 
 def _measure_lengths(rows: Dataset) -> list[int]:
-    """Return the length of each row in tokens; a pair's is that of its longer side."""
+    """Return the tokens of each row; of a pair, those of its longer side."""
     if "input_ids" in rows.column_names:
         return [len(ids) for ids in rows["input_ids"]]
     answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
@@ -137,9 +141,8 @@ def _measure_lengths(rows: Dataset) -> list[int]:
 class EvaluationCheck(TrainerCallback):
     """Run one evaluation step over the longest held-out rows before step 1, so that no run dies at its first evaluation.
 
-    It is a callback because it must come after the model has been wrapped: an evaluation before `train()` leaves accelerate
-    with a model that it believes to be prepared, and processes then train apart without exchanging gradients
-    (transformers 5.23, accelerate 1.15).
+    It is a callback because the model must be wrapped first. After an evaluation before `train()`, accelerate would take the
+    model for prepared, and the processes would train without exchanging gradients (transformers 5.23, accelerate 1.15).
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -155,14 +158,14 @@ class EvaluationCheck(TrainerCallback):
         """
         held = self._trainer.eval_dataset
         rows = choose_longest_rows(held, args)
-        # Rows that are handed to `evaluate` would lose what was computed of them before, such as reference log-probabilities.
+        # `evaluate(rows)` would prepare the rows anew, and lose columns such as the reference model's log-probabilities.
         self._trainer.eval_dataset = rows
         try:
             with torch.random.fork_rng(devices=[]):
                 self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"evaluation does not fit: {len(rows)} of the longest held-out rows run out of memory together; "
+                f"evaluation does not fit: a batch of the {len(rows)} longest held-out rows runs out of memory; "
                 "lower trainer.per_device_eval_batch_size"
             ) from error
         finally:

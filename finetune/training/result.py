@@ -1,4 +1,4 @@
-"""Write what a run has trained, so that an export, an evaluation or another run can take it from there."""
+"""Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
 from finetune.yulan.tensors import name_dtype
 
-# What an export is compared on. The real model needs minutes for so many on a processor.
+# An export is compared on these rows. On a CPU the real model takes minutes for so many.
 _ANSWERED_ROWS = 8
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _LONGEST_SAMPLE = 64, 8192, 1024
 
@@ -30,7 +30,7 @@ def write_result(
     trainer: Trainer,
     weights: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write `adapter/` or `model/` of a run directory; `weights` in place of the model's own where they were gathered."""
+    """Write `adapter/` or `model/` into a run directory; `weights` are the gathered ones where the model was sharded."""
     recipe = setup.resolved.recipe
     trained = ADAPTER_FOLDER if isinstance(model, PeftModel) else MODEL_FOLDER
     with write_folder(run / trained) as folder:
@@ -51,12 +51,15 @@ def write_result(
 
 
 def _describe_lineage(setup: Setup) -> Lineage:
+    """Return where the result comes from: its base checkpoint, its template, its method, and the runs before this one."""
     model, earlier, runs = setup.resolved.recipe.model, setup.resolved.earlier, tuple[EarlierRun, ...]()
     checkpoint = model.checkpoint
     if earlier is not None and earlier.lineage is not None:
         before = earlier.lineage
         runs = (*before.earlier, EarlierRun(before.checkpoint, before.method, checkpoint))
-        if earlier.is_adapter:  # its base is trained on, too, and is found by the name that the first run gave it
+        if (
+            earlier.is_adapter
+        ):  # it belongs to the same base, which is found again by the name in the first run's recipe
             checkpoint = before.checkpoint
     return Lineage(
         checkpoint=checkpoint,
@@ -75,7 +78,7 @@ def _describe_lineage(setup: Setup) -> Lineage:
 
 
 def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
-    """Return held-out prompts with the model's own answers, or the prompts alone where its weights lie apart."""
+    """Return held-out prompts with the model's own answers, or the prompts alone where its weights are sharded."""
     rows = setup.sample_rows.select(range(min(_ANSWERED_ROWS, len(setup.sample_rows))))
     if is_sharded(trainer):
         return [SampleRow(ids, ids) for ids in rows["input_ids"]]
@@ -83,7 +86,7 @@ def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, traine
 
 
 def _choose_sample_rows(rows: Dataset) -> list[SampleRow]:
-    """Return the first rows, up to a number of rows and of tokens, each cut where it is very long."""
+    """Return the first rows, up to a number of rows and of tokens; very long rows are cut."""
     chosen: list[SampleRow] = []
     tokens = 0
     for row in rows.select(range(min(_SAMPLE_ROWS, len(rows)))):

@@ -1,13 +1,14 @@
-"""One training run, from a resolved recipe to a run directory. Read it from top to bottom."""
+"""Train a resolved recipe and write its run directory. `run_training` is the story of a run; the helpers follow in its order."""
 
 import time
 
-from transformers import Trainer, set_seed
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
 
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
-from finetune.models.precision import choose_device, choose_precision
+from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
 from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_training_base
@@ -23,38 +24,26 @@ from finetune.training.preflight import EvaluationCheck, check_first_batch, chec
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
-from finetune.training.trainer import Aids, add_journal, build_trainer, make_config
+from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
 
 
 def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
-    """Train what a recipe says and leave a run directory.
+    """Train what a recipe says and write a run directory.
 
     Raises:
-        FinetuneError: anything of the user's that stops the run; before step 1 nothing is left behind.
+        FinetuneError: the user can mend what stopped the run; before step 1 nothing is left behind.
     """
     started = time.monotonic()
-    recipe, run = resolved.recipe, resolved.output
-    # The device, the precision and the trainer's options: what is wrong with them is said before any work is done.
-    device = choose_device(resolved.uses_cpu)
-    check_engine(resolved, find_engine())
-    precision = choose_precision(
-        recipe.model.dtype, device, resolved.trains_all_weights, keeps_masters=resolved.method.is_pretraining
-    )
-    config = make_config(resolved, resolved.evaluates, precision)
-    # A fresh run needs an empty folder; a resumed one needs the recipe, rows, base and reward model that it began with.
-    checkpoint = find_resume_point(recipe, run) if resume else None
-    if not resume and config.process_index == 0:
-        check_fresh_output(run)
-    setup = prepare(resolved, config, precision)
-    if checkpoint is not None:
-        check_same_inputs(run, setup.rows_fingerprint, setup.base, fingerprint_judge(recipe.rewards.judge))
-    with leave_nothing_before_step_one(run, checkpoint):
+    # Options that cannot work are refused before any work is done.
+    device, precision, config = _configure(resolved)
+    checkpoint = _open_output(resolved, config, resume)
+    setup = _prepare_inputs(resolved, config, precision, checkpoint)
+    with leave_nothing_before_step_one(resolved.output, checkpoint):
         trained = build_model(setup, config, device)
-        aids = Aids(setup.states, trained.judge)
-        trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, aids)
-        add_journal(trainer, run)
-        # What will really be trained is looked at before step 1.
+        inputs = MethodInputs(setup.states, trained.judge)
+        trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
+        add_journal(trainer, resolved.output)
         _check_rows(trainer, setup)
         describe_work(trainer, setup.splits.report)
         record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
@@ -63,11 +52,8 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             record.write_start()
             if sheet is not None and checkpoint is None:
                 sheet.write_before(trained.model)
-        # Processes that generate answers must not all generate the same ones.
-        set_seed(recipe.seed + (config.process_index if resolved.method.is_online else 0))
-        with translate_os_errors(run):
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-    summary = summarise_run(trainer, run, output.global_step, time.monotonic() - started)
+        steps = _train(resolved, trainer, checkpoint)
+    summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
     _write_results(setup, trainer, trained, sheet)
     if trainer.is_world_process_zero():
         record.write_end(summary)
@@ -75,21 +61,58 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     return summary
 
 
-def _open_answers(setup: Setup) -> AnswerSheet | None:
-    """Return the sheet of answers before and after, where the recipe keeps answers and the model can generate."""
-    resolved = setup.resolved
-    if not resolved.recipe.answers or resolved.method.trains_reward_model:
-        return None
-    return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
+def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
+    """Choose the device and the precision, and make the trainer's configuration.
+
+    Raises:
+        FinetuneError: the machine or the engine cannot do what the recipe asks, or the trainer refuses an option.
+    """
+    device = choose_device(resolved.uses_cpu)
+    check_engine(resolved, find_engine())
+    dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
+    precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
+    return device, precision, make_config(resolved, resolved.evaluates, precision)
+
+
+def _open_output(resolved: ResolvedRecipe, config: TrainingArguments, resume: bool) -> str | None:
+    """Return the checkpoint to resume from, or None for a fresh run, which needs an empty folder.
+
+    Raises:
+        FinetuneError: the folder is not empty, or there is nothing to resume with this recipe.
+    """
+    if resume:
+        return find_resume_point(resolved.recipe, resolved.output)
+    if config.process_index == 0:
+        check_fresh_output(resolved.output)
+    return None
+
+
+def _prepare_inputs(
+    resolved: ResolvedRecipe, config: TrainingArguments, precision: Precision, checkpoint: str | None
+) -> Setup:
+    """Find the base, prepare the rows, and for a resumed run compare both with those that it began with.
+
+    Raises:
+        FinetuneError: one of them cannot be used, or has changed since the run began.
+    """
+    setup = prepare(resolved, config, precision)
+    if checkpoint is not None:
+        judge = fingerprint_judge(resolved.recipe.rewards.judge)
+        check_same_inputs(resolved.output, setup.rows_fingerprint, setup.base, judge)
+    return setup
 
 
 def _check_rows(trainer: Trainer, setup: Setup) -> None:
-    """Look at the first batch, and have the longest held-out rows tried before step 1."""
+    """Check the first batch, and let the trainer evaluate the longest held-out rows before step 1.
+
+    Raises:
+        TrainingError: the first batch would not train what it should.
+    """
     report, method = setup.splits.report, setup.resolved.method
     if method.is_pretraining:
         check_packed_batch(trainer)
-    elif not method.is_online:  # which trains on answers that are not there yet
-        # Texts that are split, and answers that a recipe lets be cut, may fill a batch without any stop token.
+    elif not method.is_online:  # an online method has no answers to check yet
+        # A text that was split, or an answer that was cut as the recipe allows, may lack its stop token.
         may_lack_stops = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)
         check_first_batch(trainer, setup.tokenizer, stop_tokens)
@@ -97,8 +120,28 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
         trainer.add_callback(EvaluationCheck(trainer))
 
 
+def _open_answers(setup: Setup) -> AnswerSheet | None:
+    """Return the sheet of answers before and after, or None where the recipe wants none or the model cannot generate."""
+    resolved = setup.resolved
+    if not resolved.recipe.answers or resolved.method.trains_reward_model:
+        return None
+    return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
+
+
+def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: str | None) -> int:
+    """Train to the end and return the number of the last step."""
+    # Each process of an online method must sample answers of its own.
+    offset = trainer.args.process_index if resolved.method.is_online else 0
+    set_seed(resolved.recipe.seed + offset)
+    with translate_os_errors(resolved.output):
+        return int(trainer.train(resume_from_checkpoint=checkpoint).global_step)
+
+
 def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet: AnswerSheet | None) -> None:
-    """Write answers, weights and the plot. Every process must call it; those that hold shares of weights send them."""
+    """Write the answers after training, the weights and the loss plot.
+
+    Every process must call it: where weights are sharded, all of them send their shares to the first.
+    """
     run, recipe = setup.resolved.output, setup.resolved.recipe
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
@@ -111,10 +154,10 @@ def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet:
 
 
 def check_finished_run(resolved: ResolvedRecipe) -> None:
-    """Make sure that the run in a recipe's output is of this recipe, these rows and this base.
+    """Check that a finished run was trained with this recipe, on these rows and from this base checkpoint.
 
     Raises:
-        TrainingError: something of it has changed since.
+        TrainingError: one of them has changed since.
     """
     recipe, run = resolved.recipe, resolved.output
     check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")

@@ -1,4 +1,4 @@
-"""Everything of a run that is fixed before its trainer is built: base, rows, template, and the model to train."""
+"""Prepare what a run needs before its trainer is built: base checkpoint, tokenizer, template, rows, and the model to train."""
 
 import logging
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains on: `base` is the folder of its weights, `states` the optimizer states that it continues from."""
+    """What a run trains from and on; `base` is the folder of weights, `states` the optimizer state that it continues from."""
 
     resolved: ResolvedRecipe
     precision: Precision
@@ -42,24 +42,24 @@ class Setup:
 
     @property
     def rows_fingerprint(self) -> str:
-        """The hash of all rows and of how they are split."""
+        """The hash of all rows and of the split into trained and held-out ones."""
         return self.splits.report.fingerprint
 
     @property
     def sample_rows(self) -> Dataset:
-        """The held-out rows, or the rows that are trained where there are none."""
+        """The held-out rows, or the training rows where none are held out."""
         return self.splits.train if self.splits.evaluation is None else self.splits.evaluation
 
     @property
     def title(self) -> str:
-        """Method and base checkpoint, in a few words."""
+        """Method and base checkpoint, for the title of a plot."""
         recipe = self.resolved.recipe
         return f"{recipe.method} from {Path(recipe.model.checkpoint).name}"
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model to train, its tokenizer as the trainer uses it, and the reward model that reads with the same base."""
+    """The model to train, the tokenizer that its trainer uses, and the reward model that shares its base, if any."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -67,14 +67,14 @@ class TrainedModel:
 
 
 def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Precision) -> Setup:
-    """Find the base, open tokenizer and template, and prepare the rows.
+    """Find the base checkpoint, open tokenizer and template, and prepare the rows.
 
     Raises:
         FinetuneError: one of them cannot be found or used.
     """
     recipe = resolved.recipe
-    # Downloads, folds and caches are made by one process; the others then find them.
-    with config.main_process_first(desc="preparing the start"):
+    # The first process downloads, folds and fills the caches; the others wait and read them.
+    with config.main_process_first(desc="preparing the base checkpoint and the rows"):
         base = find_training_base(resolved)
         tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
         template = find_template(recipe.data.template, tokenizer)
@@ -90,9 +90,9 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
 
 
 def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -> TrainedModel:
-    """Load the base and give it its adapter; a reward model that the recipe names borrows the same base."""
+    """Load the base model and attach its adapter; a reward model that the recipe names shares the same base."""
     resolved, recipe, judge = setup.resolved, setup.resolved.recipe, None
-    set_seed(recipe.seed)  # the head of a reward model begins at random
+    set_seed(recipe.seed)  # the head of a reward model is initialized at random
     base = load_base(setup.base, recipe.model, setup.precision, device, resolved.method.head)
     _warn_of_untrained_tokens(setup, base)
     if recipe.rewards.judge.run:
@@ -110,13 +110,14 @@ def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -
 
 
 def _warn_of_untrained_tokens(setup: Setup, base: PreTrainedModel) -> None:
+    """Warn of the template's tokens whose embeddings look untrained and which the run will not train."""
     adapter = setup.resolved.recipe.adapter
     control_tokens = list_template_tokens(setup.tokenizer, setup.template)
     untrained = set(find_untrained_tokens(base, control_tokens)) - set(adapter.train_tokens)
     if untrained and not adapter.trains_all_weights:
         names = ", ".join(f"{setup.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(untrained))
         logger.warning(
-            "these tokens of the template look untrained in this base checkpoint: %s; to train their rows set "
+            "these tokens of the template look untrained in this base checkpoint: %s; to train their embeddings set "
             "adapter.train_tokens: %s",
             names,
             sorted(untrained),

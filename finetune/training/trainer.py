@@ -1,4 +1,4 @@
-"""Build the trainer of a recipe's method: pass its options through, and decide what the kit owns."""
+"""Build the trainer of a recipe's method, with the recipe's options and those that the kit sets itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
 from finetune.recipe.batches import KIT_OPTIONS, read_batch
+from finetune.recipe.methods import Method
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -43,14 +44,14 @@ _RENAMED_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Aids:
-    """What some methods need beside model and rows: the states that a pre-training goes on from, the judge of answers."""
+class MethodInputs:
+    """What some methods need besides model and rows: the optimizer state that pre-training continues from, the reward model."""
 
     states: OptimizerStates | None = None
     judge: BorrowingJudge | None = None
 
 
-NO_AIDS = Aids()
+NO_INPUTS = MethodInputs()
 
 
 def build_trainer(
@@ -59,85 +60,82 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     precision: Precision,
-    aids: Aids = NO_AIDS,
+    inputs: MethodInputs = NO_INPUTS,
 ) -> Trainer:
-    """Return the method's trainer over rows that are tokens already.
+    """Build the trainer of the recipe's method, over rows that are tokens already.
 
     Raises:
         RecipeError: TRL or transformers refuses a combination of options.
     """
     narrow_logit_tiles()
-    recipe, method = resolved.recipe, resolved.method
-    trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
-    if method.shape in ("pair", "labelled"):
-        trainer_class = skip_row_preparation(trainer_class)
+    method = resolved.method
     config = make_config(resolved, splits.evaluation is not None, precision)
-    score = None if aids.judge is None else aids.judge.score
-    rewards = AnswerRewards(recipe.rewards, model.generation_config.eos_token_id, score) if method.is_online else None
-    start, pad_token = _copy_adapter(model), int(tokenizer.pad_token_id)
+    rewards = _make_rewards(resolved, model, inputs)
+    adapter_before = _copy_adapter(model)
     try:
-        trainer: Trainer = trainer_class(
-            model=model,
-            args=config,
-            processing_class=tokenizer,
-            **(
-                pack_splits(recipe, splits, tokenizer)
-                if method.is_pretraining
-                else _choose_rows(splits, resolved, pad_token)
-            ),
-            **({} if rewards is None else {"reward_funcs": rewards.make_functions()}),
+        trainer: Trainer = _find_trainer_class(method)(
+            model=model, args=config, processing_class=tokenizer, **_list_rows(resolved, splits, tokenizer, rewards)
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
-    _restore_parameters(model, start)
+    _restore_adapter(model, adapter_before)
     set_shared_type(trainer, precision.shared)
     if not method.collator_class:
         trainer.data_collator = adapt_collator(method, trainer.data_collator)
     if isinstance(model, PeftModel):
         settle_reference(model, drop=resolved.adapter_starts_empty)
     if method.is_pretraining:
-        set_up_pretraining(trainer, recipe, aids.states)
+        set_up_pretraining(trainer, resolved.recipe, inputs.states)
+    _set_callbacks(trainer, resolved, rewards)
+    return trainer
+
+
+def _find_trainer_class(method: Method) -> Any:
+    trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
+    return skip_row_preparation(trainer_class) if method.shape in ("pair", "labelled") else trainer_class
+
+
+def _make_rewards(
+    resolved: ResolvedRecipe, model: PreTrainedModel | PeftModel, inputs: MethodInputs
+) -> AnswerRewards | None:
+    if not resolved.method.is_online:
+        return None
+    score = None if inputs.judge is None else inputs.judge.score
+    return AnswerRewards(resolved.recipe.rewards, model.generation_config.eos_token_id, score)
+
+
+def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRewards | None) -> None:
+    """Remove transformers' own displays, and add what the method needs."""
+    method = resolved.method
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
     if rewards is not None:
         trainer.add_callback(CompletionWriter(resolved.output, rewards))
-        if config.shuffle_dataset:
+        if trainer.args.shuffle_dataset:
             trainer.add_callback(PromptOrder())
-    return trainer
 
 
 def add_journal(trainer: Trainer, run: Path) -> None:
-    """Show a progress bar, and write every logged step into the run directory."""
+    """Let the trainer show a progress bar, and write every logged step into the run directory."""
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
 
 
 def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision) -> TrainingArguments:
-    """Return the trainer's configuration for a recipe.
+    """Make the trainer's configuration for a recipe.
 
     Raises:
-        RecipeError: a combination of options that transformers refuses.
+        RecipeError: TRL or transformers refuses a combination of options.
     """
     recipe, method = resolved.recipe, resolved.method
     options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
-    # transformers 5 renamed these, and warns of TRL's own default under the old name; people know the old one.
+    # Recipes use the names that people know. transformers 5 renamed these options, and warns where TRL's defaults use the old name.
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
             options[new] = options.pop(old)
-    options.setdefault("activation_checkpointing", True)
-    # Both follow from the machine and from our own bar; transformers' defaults would warn, and hide the bar.
-    options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    options.setdefault("disable_tqdm", False)
-    if find_engine() == "fsdp2":
-        # Otherwise every process keeps whole gradients until the last batch of a step.
-        options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
-    options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
-    if evaluates:
-        options.setdefault("eval_strategy", "epoch")
-        # Never larger than in training, where it is known to fit.
-        options.setdefault("per_device_eval_batch_size", read_batch(recipe))
+    _add_defaults(options, read_batch(recipe) if evaluates else None)
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
         "output_dir": recipe.output,
@@ -146,7 +144,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         "bf16": precision.autocast == "bf16",
         "fp16": precision.autocast == "fp16",
         "prediction_loss_only": True,
-        # Otherwise a NaN would be averaged away in the log, and the run would go on with broken weights.
+        # The filter would hide a NaN loss from the log, and the run would continue with broken weights.
         "logging_nan_inf_filter": False,
     }
     config_class = load_trainer_class(method.config_module, method.config_class)
@@ -158,43 +156,68 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     return config
 
 
+def _add_defaults(options: dict[str, Any], eval_batch: int | None) -> None:
+    """Set the options that the recipe leaves open and whose own defaults do not suit the kit or the machine.
+
+    `eval_batch` is the micro-batch size of the evaluation, or None where there is none.
+    """
+    options.setdefault("activation_checkpointing", True)
+    # By default torch warns on a machine without a GPU, and the progress bar is hidden.
+    options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    options.setdefault("disable_tqdm", False)
+    if find_engine() == "fsdp2":
+        # Otherwise every process keeps whole gradients until the last batch of a step.
+        options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
+    options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    if eval_batch is not None:
+        options.setdefault("eval_strategy", "epoch")
+        # No larger than the micro-batch size of training, which fits.
+        options.setdefault("per_device_eval_batch_size", eval_batch)
+
+
 def _list_row_options(resolved: ResolvedRecipe) -> dict[str, Any]:
-    """Rows arrive as tokens, cut by our own rule; TRL only packs them, which needs the length of a pack."""
+    """Return the options about rows: the kit tokenizes and cuts them itself, and TRL may only pack them."""
     recipe = resolved.recipe
     if resolved.method.is_online:
         return {"reward_weights": list(list_weights(recipe.rewards).values())}
     packs = bool(recipe.trainer.get("packing"))
     if resolved.method.shape != "sequence":
-        # Nothing is cut by it; ORPO and CPO would only warn of a default of their own without it.
+        # No row is longer, so nothing is cut; without it ORPO and CPO warn that they use a default.
         return {"max_length": recipe.data.max_tokens, "remove_unused_columns": False}
     length = {"max_length": recipe.data.max_tokens if packs else None}
     return {**length, "dataset_kwargs": None if packs else {"skip_prepare_dataset": True}}
 
 
-def _choose_rows(splits: Splits, resolved: ResolvedRecipe, pad_token: int) -> dict[str, Any]:
+def _list_rows(
+    resolved: ResolvedRecipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, rewards: AnswerRewards | None
+) -> dict[str, Any]:
+    """Return the trainer's arguments about rows: data sets, collator and reward functions."""
     method, seed, held = resolved.method, resolved.recipe.seed, splits.evaluation
-    collator = make_collator(method, pad_token)
+    if method.is_pretraining:
+        return pack_splits(resolved.recipe, splits, tokenizer)
+    collator = make_collator(method, int(tokenizer.pad_token_id))
     return {
         "train_dataset": choose_rows(splits.train, method, seed),
         "eval_dataset": None if held is None else choose_rows(held, method, seed),
-        # KTO needs it within the constructor already, where the reference model's log-probabilities may be computed.
+        # KTO's constructor may compute the reference model's log-probabilities, and needs the collator for it.
         **({} if collator is None else {"data_collator": collator}),
+        **({} if rewards is None else {"reward_funcs": rewards.make_functions()}),
     }
 
 
 def _copy_adapter(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """Return copies of an adapter's parameters; a model that is trained in full is left alone, and has none."""
+    """Return copies of an adapter's trained parameters, by name; none for a model without an adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _restore_parameters(model: PreTrainedModel | PeftModel, start: dict[str, torch.Tensor]) -> None:
-    """Give the adapter back the float32 values that it had before TRL rounded it to bfloat16.
+def _restore_adapter(model: PreTrainedModel | PeftModel, before: dict[str, torch.Tensor]) -> None:
+    """Restore the float32 values that the adapter had before TRL rounded it to bfloat16.
 
-    TRL casts the adapters of quantized bases. Steps of a usual size are smaller than half a bfloat16 step of
-    the weight, so most of them would be lost.
+    TRL casts the adapters of quantized base models. Most optimizer steps would then be lost: they are smaller than half the
+    distance between two neighbouring bfloat16 numbers.
     """
     for name, parameter in model.named_parameters():
-        if name in start:
-            parameter.data = start[name].to(parameter.device)
+        if name in before:
+            parameter.data = before[name].to(parameter.device)

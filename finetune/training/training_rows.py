@@ -1,4 +1,4 @@
-"""The rows of a recipe: from what it says about them to tokens."""
+"""Read the rows of a recipe and tokenize them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ _ANY_LENGTH = 2**31 - 1
 
 
 def read_source_section(source: str | SourceSection) -> Source:
-    """Return one source of a checked recipe."""
+    """Return one source of rows from a checked recipe."""
     if isinstance(source, str):
         return Source(Path(source))
     is_hub = bool(source.hub)
@@ -31,9 +31,9 @@ def read_source_section(source: str | SourceSection) -> Source:
 
 
 def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[str, ...]]:
-    """Return the sources that a checked recipe trains on, and what a person should know of them.
+    """Return the sources that a checked recipe trains on, and notes about them for a person.
 
-    The shares of a published mixture become weights, counted in text: the authors counted tokens, not rows.
+    The shares of a published mixture become weights by amount of text, since the authors counted tokens, not rows.
     """
     mixture = find_mixture(data.mixture) if data.mixture else None
     if mixture is None:
@@ -47,20 +47,20 @@ def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[
 
 
 def prepare_rows(resolved: ResolvedRecipe) -> tuple[PreTrainedTokenizerBase, Splits]:
-    """Return the tokenizer and the rows of a recipe as a run would train them, without loading any weights."""
+    """Return the tokenizer and the rows that a run of this recipe would train on; no weights are loaded."""
     settings, tokenizer, template = open_data(resolved)
     return tokenizer, load_splits(settings, tokenizer, template, resolved.recipe.seed)
 
 
 def open_data(resolved: ResolvedRecipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
-    """Return what the rows of a recipe are read and rendered with, before any row is read."""
+    """Return the data settings, the tokenizer and the template of a recipe; no row is read."""
     base = find_training_base(resolved)
     tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
     return read_data_settings(resolved), tokenizer, find_template(resolved.recipe.data.template, tokenizer)
 
 
 def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
-    """Return how the rows of a recipe are read."""
+    """Return the settings for reading the rows of a recipe."""
     data = resolved.recipe.data
     train, notes = read_training_sources(data)
     return DataSettings(
@@ -72,7 +72,7 @@ def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
         format=data.format,
         columns=data.columns,
         system=data.system,
-        # Packed rows are cut where they are full; a document itself may be of any length.
+        # Documents of any length are packed into full rows.
         max_tokens=_ANY_LENGTH if resolved.method.is_pretraining else data.max_tokens,
         overflow=data.overflow,
         train_on=data.train_on,

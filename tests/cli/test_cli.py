@@ -128,7 +128,7 @@ def test_the_straight_line(call, folder):
     assert status == 0
     losses, rewards = {"train_loss", "eval_loss"}, {"train_reward", "eval_reward"}
     assert {"run", "steps", "tokens", "seconds"} | losses | rewards == set(json.loads(out))
-    assert "each step: 2 rows (2 a device x 1 accumulated x 1 process)" in err
+    assert "effective batch size: 2 rows (micro-batch size 2 x 1 accumulation steps x 1 process)" in err
 
     status, out, _ = call("export", "run", "-o", "exported", "--json")
     report = json.loads(out)

@@ -70,7 +70,7 @@ def test_two_processes_train_and_export_what_one_does(launch, train, read_losses
     alone = train("alone", *overrides)
     run, notes = launch(config, "shared", *overrides)
     assert f"x 2 processes, {'FSDP2' if config == 'fsdp2' else 'DDP'})" in notes
-    assert notes.count("each step: 8 rows") == 1
+    assert notes.count("effective batch size: 8 rows") == 1
     assert read_losses(run) == pytest.approx(read_losses(alone), abs=1e-4)
     kind = "model" if overrides == FULL else "adapter"
     assert {path.name for path in (run / kind).iterdir()} == {path.name for path in (alone / kind).iterdir()}

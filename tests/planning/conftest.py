@@ -14,7 +14,7 @@ from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import choose_precision
 from finetune.planning.step.dry_model import make_full_rows, make_stand_in_tokenizer
-from finetune.planning.step.stages import LOSS, WORKSPACE, follow_training
+from finetune.planning.step.step_parts import LOSS, WORKSPACE, follow_training
 from finetune.planning.step.tracker import MemoryTracker, Peak
 from finetune.training.trainer import build_trainer
 

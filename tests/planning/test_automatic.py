@@ -141,7 +141,9 @@ def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
         {"gradient_checkpointing": False},
         {"gradient_checkpointing": True},
     ]
-    with pytest.raises(RecipeError, match=r"global_batch: 12 rows, but .* make 24 with 2 processes"):
+    with pytest.raises(
+        RecipeError, match=r"global_batch: is 12, but .* make an effective batch size of 24 with 2 processes"
+    ):
         choose_settings(fixed, Target(True, 1000, None, "ddp", 2))
 
 

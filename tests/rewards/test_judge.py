@@ -17,7 +17,7 @@ from finetune.models.engine import check_engine
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
-from finetune.planning.step.answering import count_judge_bytes
+from finetune.planning.step.online_step import count_judge_bytes
 from finetune.recipe.sections import JudgeSection, RewardsSection
 from finetune.rewards.judge import borrow_base, check_judge, open_judge
 from finetune.rewards.reward_functions import AnswerRewards

@@ -1,4 +1,4 @@
-"""Build a recipe's real model without its weights, and rows that fill every batch to the last token."""
+"""Build a recipe's model without weights, and rows that fill every batch to the last token."""
 
 import copy
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_con
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 
 FakeTensor, _ = load_fake_tensors()
-_STEPS = 2
+_BATCHES = 2
 
 
 def find_model_config(resolved: ResolvedRecipe) -> LlamaConfig | YuLanMiniConfig:
@@ -58,21 +58,21 @@ def find_model_config(resolved: ResolvedRecipe) -> LlamaConfig | YuLanMiniConfig
     section = resolved.recipe.model
     if section.architecture != "native":
         return extend_context(LlamaConfig(**read_sizes(resolved)), section)
-    if _has_published_sizes(resolved):  # which are the defaults of the class, so that no network is needed
+    if _has_published_sizes(resolved):  # they are the defaults of the class, so no network is needed
         return extend_context(YuLanMiniConfig(), section)
     name = section.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
     return extend_context(load_native_config(find_checkpoint(name)), section)
 
 
 def _has_published_sizes(resolved: ResolvedRecipe) -> bool:
-    """Tell whether a recipe names a row of the table whose sizes are known."""
+    """Tell whether a recipe's base checkpoint stands in the table and has the published sizes."""
     return resolved.checkpoint is not None and resolved.checkpoint.has_published_sizes
 
 
 def build_dry_model(
     resolved: ResolvedRecipe, config: LlamaConfig | YuLanMiniConfig, precision: Precision, fake: Any
 ) -> PreTrainedModel | PeftModel:
-    """Return the model that a run would train, quantized and with its adapter, on a CPU that stores nothing."""
+    """Build the model that a run would train, quantized and with its adapter, on tensors without content on a CPU."""
     section = resolved.recipe.model
     model_class: Any = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
     if resolved.method.trains_reward_model:
@@ -80,7 +80,7 @@ def build_dry_model(
     attention = "sdpa" if section.attention == "auto" else section.attention
     with no_init_weights(), torch.device("meta"):
         base = make_without_weights(model_class, config, dtype=precision.weights, attn_implementation=attention)
-        base.tie_weights()  # which is left out with the initialization, and would count the native form's table twice
+        base.tie_weights()  # no_init_weights skips it, and a tied table would be counted twice
         if section.quantize != "none":
             settings = make_quantization(section.quantize, precision.weights)
             base.hf_quantizer = AutoHfQuantizer.from_config(settings)
@@ -102,7 +102,7 @@ def build_dry_model(
 
 
 def _move_to_fake_cpu(module: torch.nn.Module, fake: Any, moved: dict[int, torch.nn.Parameter]) -> None:
-    """Replace a module's tensors by ones that run as the CPU's would: autocast, kernels and placement follow the device."""
+    """Replace a module's tensors by ones without content on the CPU: autocast, kernels and placement follow the device."""
     cpu = torch.device("cpu")
     for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
         if not isinstance(parameter, FakeTensor):
@@ -116,34 +116,34 @@ def _move_to_fake_cpu(module: torch.nn.Module, fake: Any, moved: dict[int, torch
 
 
 def _quantize_layer(layer: Linear4bit, dtype: torch.dtype, quantized: dict[torch.Size, Any]) -> None:
-    """Give a layer the 4-bit weight, its scales and their scales that bitsandbytes makes at loading.
+    """Give a layer the 4-bit weight, scales and scales of scales that bitsandbytes makes when it loads a model.
 
-    `quantized` holds one of each shape: one more like it takes a fifth of the time, and there are 392.
+    `quantized` holds one weight of each shape; copying its form takes a fifth of the time, and a model has 392 such layers.
     """
     dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
     if dense.shape not in quantized:
         quantized[dense.shape] = quantization.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
     packed, state = quantized[dense.shape]
     weight: Any = torch.nn.Parameter(torch.empty_like(packed), requires_grad=False)
-    weight.quant_state = _make_alike(state)
+    weight.quant_state = _copy_form(state)
     layer.weight = weight
     if layer.bias is not None:
         layer.bias = torch.nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
 
 
-def _make_alike(state: QuantState) -> QuantState:
-    """Return a state of the same sizes that shares no tensor."""
+def _copy_form(state: QuantState) -> QuantState:
+    """Return a quantization state of the same sizes that shares no tensor."""
     alike = copy.copy(state)
     for name in ("absmax", "code", "offset"):
         if getattr(state, name) is not None:
             setattr(alike, name, torch.empty_like(getattr(state, name)))
     if state.nested:
-        alike.state2 = _make_alike(state.state2)
+        alike.state2 = _copy_form(state.state2)
     return alike
 
 
 def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
-    """Give a layer its 8-bit weight and a scale for each row."""
+    """Give a layer an 8-bit weight and a scale for each of its rows."""
     weight: Any = torch.nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
     weight.CB = weight.SCB = None
     layer.weight = weight
@@ -152,7 +152,7 @@ def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
 
 
 def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
-    """Return the Llama configuration of what a recipe trains: a table's, or what its folder or its hub page says.
+    """Return the Llama configuration of the model that a recipe trains: from the table, its folder, or its hub page.
 
     Raises:
         CheckpointError: it cannot be found or read.
@@ -169,7 +169,7 @@ def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
 
 
 def _find_weights(earlier: Result) -> str:
-    """Return the folder of the weights that an earlier run was trained on, or its start's name where that is gone."""
+    """Return the folder of the weights that an earlier run was trained on, or the name of its base checkpoint."""
     if earlier.kind == "model":
         return str(earlier.folder)
     if earlier.lineage is None:
@@ -196,11 +196,11 @@ def _download_config(name: str) -> Path:
 
 
 def make_full_rows(resolved: ResolvedRecipe) -> Splits:
-    """Return rows that fill two steps: each as long as a row may be, or two to a pack where rows are packed."""
+    """Return rows for two batches: each of the most tokens that a row may have, or of half as many where rows are packed."""
     packs, most = is_packed(resolved), resolved.recipe.data.max_tokens
     length = most // 2 if packs else most
     batch = read_batch(resolved.recipe)
-    count = _STEPS * batch * (2 if packs else 1)
+    count = _BATCHES * batch * (2 if packs else 1)
     columns = _fill_columns(resolved.method.shape, length)
     rows = Dataset.from_dict({name: [value] * count for name, value in columns.items()})
     report = SplitReport(count, count, 0, 0, 0, count * length, count * length, length, length, [])
@@ -208,7 +208,7 @@ def make_full_rows(resolved: ResolvedRecipe) -> Splits:
 
 
 def _fill_columns(shape: RowShape, length: int) -> Mapping[str, Any]:
-    """Return a row of which every text is full: for pairs both, with the prompt in their first half."""
+    """Return the columns of one full row; where prompt and answer are apart, each takes half of the tokens."""
     row = list(range(1, length + 1))
     prompt, answer = row[: length // 2], row[length // 2 :]
     if shape == "pair":
@@ -219,6 +219,6 @@ def _fill_columns(shape: RowShape, length: int) -> Mapping[str, Any]:
 
 
 def make_stand_in_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that only pads: TRL asks for one, and rows are tokens already."""
+    """Return a tokenizer that can only pad: TRL asks for one, though the rows are tokens already."""
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")

@@ -1,4 +1,4 @@
-"""What GPU kernels allocate, where the CPU's, which a plan runs through, allocate more or less."""
+"""Make a plan, which runs CPU kernels, count what the kernels of a GPU would allocate."""
 
 import contextlib
 from collections import deque
@@ -9,7 +9,7 @@ import bitsandbytes  # noqa: F401 - registers the operations below
 import torch
 
 from finetune.compat import do_nothing, identify_storage, load_operations, replace_attribute, run_losses_in_place
-from finetune.planning.step.stages import list_weights
+from finetune.planning.step.step_parts import list_weights
 from finetune.planning.step.tracker import KernelWorkspace, Substitute
 from finetune.yulan.native import native_loss as native_loss
 
@@ -21,7 +21,7 @@ _SMALLEST_OFFLOADED, _STASHED_TENSORS = 1024, 5
 
 
 def _measure_flash_backward(arguments: Sequence[Any], output: Any) -> int:
-    """Return the bytes of FlashAttention 2's own buffers: float32 query gradients, a sum per row, expanded key gradients.
+    """Count the bytes of FlashAttention 2's own buffers: float32 query gradients, a sum per row, expanded key gradients.
 
     Source: mha_bwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp of torch 2.13: dq_accum, softmax_d,
     dk_expanded and dv_expanded.
@@ -35,13 +35,13 @@ def _measure_flash_backward(arguments: Sequence[Any], output: Any) -> int:
 
 
 def _measure_dequantized(arguments: Sequence[Any], output: Any) -> int:
-    """Return the bytes of one 4-bit layer in full: long inputs are multiplied with a dequantized copy.
+    """Count the bytes of one dequantized 4-bit layer: long inputs are multiplied with such a copy.
 
     Source: _dequant_linear_fallback in bitsandbytes/backends/cuda/ops.py of 0.50.
     """
     activations, shape, blocksize = arguments[0], arguments[2], arguments[4]
     elements = shape[0] * shape[1]
-    # The weight, and its scales twice: as they come out of their 8 bits, and with their offset.
+    # The weight, and its float32 scales twice: dequantized from 8 bits, and with the offset added.
     return int(elements * activations.element_size() + 2 * (elements // blocksize) * _FLOAT_BYTES)
 
 
@@ -51,8 +51,8 @@ GPU_WORKSPACES: Mapping[Any, KernelWorkspace] = {
 }
 
 
-def answer_truths(answer: bool) -> dict[Any, Substitute]:
-    """Return what a number is taken for where the program asks a tensor without content: truths as given, else 1."""
+def answer_item_calls(answer: bool) -> dict[Any, Substitute]:
+    """Return the substitute for `Tensor.item()` on tensors without content: `answer` for a bool tensor, else 1."""
 
     def read(arguments: Sequence[Any]) -> bool | int:
         return answer if arguments[0].dtype == torch.bool else 1
@@ -61,7 +61,7 @@ def answer_truths(answer: bool) -> dict[Any, Substitute]:
 
 
 def _take_all(arguments: Sequence[Any]) -> Any:
-    """Select by a mask as if it held everywhere: the most that a batch can train."""
+    """Select by a mask as if it were true everywhere, which is the most that a batch can train."""
     tensor, indices = arguments[0], arguments[1]
     if len(indices) != 1 or indices[0].dtype != torch.bool:
         return torch.ops.aten.index.Tensor(*arguments)
@@ -69,17 +69,17 @@ def _take_all(arguments: Sequence[Any]) -> Any:
 
 
 def _find_all(arguments: Sequence[Any]) -> Any:
-    """Return the places of a mask as if it held everywhere."""
+    """Return the indices of a mask as if it were true everywhere."""
     mask = arguments[0]
     return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
 
 
 def _view(arguments: Sequence[Any]) -> Any:
-    """Take the view whose result torch remembers by its arguments; the other shares its storage as well."""
+    """Return an ordinary view, whose output torch caches for tensors without content; `_unsafe_view` shares the storage as well."""
     return torch.ops.aten.view.default(*arguments)
 
 
-CHEAPER_VIEW: Mapping[Any, Substitute] = {_OPERATIONS.unsafe_view: _view}
+CACHED_VIEW: Mapping[Any, Substitute] = {_OPERATIONS.unsafe_view: _view}
 MASKED_SELECTION: Mapping[Any, Substitute] = {
     torch.ops.aten.index.Tensor: _take_all,
     torch.ops.aten.nonzero.default: _find_all,
@@ -87,19 +87,19 @@ MASKED_SELECTION: Mapping[Any, Substitute] = {
 
 
 class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Do to memory what TRL's offloading does: what is kept leaves the device, but for the last few tensors, until needed.
+    """Imitate what TRL's activation offloading does to memory: saved tensors leave the device, except for the last few.
 
     Source: OffloadActivations in trl/models/activation_offloading.py of 1.16.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._stay = {identify_storage(tensor.untyped_storage()) for _, tensor in list_weights(model)}
+        self._resident = {identify_storage(tensor.untyped_storage()) for _, tensor in list_weights(model)}
         self._leaving: deque[torch.Tensor] = deque(maxlen=_STASHED_TENSORS)
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Size, torch.dtype]:
         small = tensor.numel() * tensor.element_size() < _SMALLEST_OFFLOADED
-        if small or identify_storage(tensor.untyped_storage()) in self._stay:
+        if small or identify_storage(tensor.untyped_storage()) in self._resident:
             return tensor
         self._leaving.append(tensor)
         return tensor.shape, tensor.dtype
@@ -113,6 +113,6 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
 
 @contextlib.contextmanager
 def allocate_as_gpu() -> Iterator[None]:
-    """Run the losses as on a GPU, where kernels work in place and torch's own operations on a CPU would copy."""
+    """Let the losses allocate as on a GPU: kernels work in place there, and torch's CPU operations would copy."""
     with run_losses_in_place(), replace_attribute(native_loss, "add_product", do_nothing):
         yield

@@ -1,4 +1,4 @@
-"""What several processes share out between them, and what each holds on top while they exchange it.
+"""Count what one process holds when several share a run: its shares of sharded tensors, and its buffers for exchanging them.
 
 Sources: ZeRO (arXiv 1910.02054), sections 3.1 and 5; DeepSpeed's documented defaults (docs/_pages/config-json.md);
 `fully_shard` and `DistributedDataParallel` in torch 2.13. DeepSpeed was not run for this.
@@ -14,24 +14,24 @@ import yaml
 
 from finetune.errors import MachineError
 from finetune.models.engine import Engine
-from finetune.planning.step import tracker as stage
-from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, SCALES, WEIGHTS
+from finetune.planning.step import tracker as phase
+from finetune.planning.step.step_parts import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, SCALES, WEIGHTS
 
 BUCKETS, GATHERED, COPIES = "buckets of gradients", "gathered from other processes", "float32 copies of weights"
-# DeepSpeed's defaults: elements of a bucket, elements that ZeRO-3 keeps gathered, and tensors too small to be shared out.
+# DeepSpeed's defaults: elements of a bucket, elements that ZeRO-3 keeps gathered, elements up to which a tensor is not sharded.
 _BUCKET, _MOST_GATHERED, _SMALLEST_SHARED = 500_000_000, 1_000_000_000, 100_000
-_STAGES = (stage.FORWARD, stage.LOSS, stage.BACKWARD, stage.AGAIN, stage.STEP)
-_BACKWARD = (stage.LOSS, stage.BACKWARD, stage.AGAIN)
-# A layer's gathered weights and the next one's on their way; its gradient, and the copy that is sent.
+_PHASES = (phase.FORWARD, phase.LOSS, phase.BACKWARD, phase.CHECKPOINTING, phase.STEP)
+_BACKWARD = (phase.LOSS, phase.BACKWARD, phase.CHECKPOINTING)
+# FSDP2 gathers the next layer while one runs; gradients are held twice, once as the copy that is sent.
 _LAYERS_AT_ONCE = 2
 
-# The parts whose floating-point tensors engines share out.
+# The parts whose floating-point tensors are sharded with the weights.
 _SHARED_WEIGHTS = (WEIGHTS | {ADAPTER, FROZEN_ADAPTER}) - {SCALES}
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Processes under one engine; `compute_bytes` is the size of an element that they compute in."""
+    """How many processes share a run, and by which engine; `compute_bytes` is the size of one element of the compute dtype."""
 
     engine: Engine
     processes: int
@@ -43,11 +43,11 @@ class Sharing:
         return self.engine in ("fsdp2", "zero3")
 
     def count_share(self, tensor: torch.Tensor, part: str) -> int:
-        """Return the bytes that one process, the first, keeps of a tensor."""
+        """Count the bytes of a tensor that the first process keeps; no other keeps more."""
         size = tensor.untyped_storage().nbytes()
         is_weight = part in _SHARED_WEIGHTS
         if self.engine.startswith("zero") and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
-            size = tensor.numel() * self.compute_bytes  # DeepSpeed holds them in the type that it computes in
+            size = tensor.numel() * self.compute_bytes  # DeepSpeed holds both in its compute dtype
         is_shared = part in (GRADIENTS, OPTIMIZER) or (is_weight and self.shares_weights)
         if self.engine in ("one", "ddp") or not is_shared or tensor.ndim == 0:
             return size
@@ -58,20 +58,20 @@ class Sharing:
         return -(-tensor.numel() // self.processes) * (size // tensor.numel())
 
     def list_extras(self, model: torch.nn.Module) -> dict[str, dict[str, int]]:
-        """Return what a process holds beyond its own tensors, stage -> part -> bytes; an upper bound where it varies."""
+        """Count what a process holds beyond its own tensors: phase -> part -> bytes; an upper bound where it varies."""
         if self.engine == "one":
             return {}
         sizes = _measure_model(model)
-        if self.engine == "ddp":  # torch keeps the gradients of all buckets beside those of the parameters
-            return {name: {BUCKETS: sizes.gradient_bytes} for name in _STAGES}
+        if self.engine == "ddp":  # torch holds all gradients in buckets, beside those of the parameters
+            return {name: {BUCKETS: sizes.gradient_bytes} for name in _PHASES}
         if self.engine == "fsdp2":
             return self._list_fsdp_extras(sizes)
         copies = 4 * -(-sizes.trained // self.processes)
-        extras = {name: {COPIES: copies} for name in _STAGES}
+        extras = {name: {COPIES: copies} for name in _PHASES}
         for name in _BACKWARD:
             extras[name][BUCKETS] = _BUCKET * self.compute_bytes
         if self.engine == "zero3":
-            for name in (stage.FORWARD, *_BACKWARD):
+            for name in (phase.FORWARD, *_BACKWARD):
                 extras[name][GATHERED] = min(sizes.elements * self.compute_bytes, _MOST_GATHERED * self.compute_bytes)
         return extras
 
@@ -83,16 +83,16 @@ class Sharing:
         table_gradient = table if sizes.trains_tables else 0
         backward = max(layer + gradients, (table + 2 * table_gradient) if sizes.trains_tables else 0)
         return {
-            stage.FORWARD: {GATHERED: max(layer, table)},
-            stage.LOSS: {GATHERED: table + table_gradient},
-            stage.BACKWARD: {GATHERED: backward},
-            stage.AGAIN: {GATHERED: layer + gradients},
+            phase.FORWARD: {GATHERED: max(layer, table)},
+            phase.LOSS: {GATHERED: table + table_gradient},
+            phase.BACKWARD: {GATHERED: backward},
+            phase.CHECKPOINTING: {GATHERED: layer + gradients},
         }
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Sums over a model: elements, and for `layer` and `gradient_bytes` bytes."""
+    """Sizes of a model in elements, but for `layer` and `gradient_bytes`, which are bytes; `layer` is the largest one."""
 
     elements: int
     trained: int
@@ -124,17 +124,17 @@ def _measure_model(model: torch.nn.Module) -> _Sizes:
 
 
 def read_sharing(path: Path) -> tuple[Engine, int]:
-    """Return engine and number of processes of an accelerate configuration file.
+    """Read engine and number of processes from an accelerate configuration file.
 
     Raises:
-        MachineError: the file cannot be read, or asks for an engine that this kit does not train with.
+        MachineError: the file cannot be read, or names an engine that this kit does not train with.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise MachineError(f"{path}: cannot be read as accelerate's configuration ({error})") from error
     if not isinstance(content, Mapping):
-        raise MachineError(f"{path}: must hold keys and values, as recipes/accelerate/fsdp2.yaml does")
+        raise MachineError(f"{path}: must be a mapping of keys to values, as in recipes/accelerate/fsdp2.yaml")
     return _read_engine(path, content), int(content.get("num_processes") or 1)
 
 

@@ -1,4 +1,4 @@
-"""Predict the peak memory of a recipe's training step: the real step, on tensors that have a shape and no content."""
+"""Predict the peak memory of a recipe's training step by running it on tensors that have a shape and no content."""
 
 import contextlib
 import functools
@@ -27,15 +27,15 @@ from finetune.models.precision import Precision, choose_planned_precision
 from finetune.planning.changes import is_packed
 from finetune.planning.step.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
 from finetune.planning.step.kernels import (
-    CHEAPER_VIEW,
+    CACHED_VIEW,
     GPU_WORKSPACES,
     MASKED_SELECTION,
     OffloadedActivations,
     allocate_as_gpu,
-    answer_truths,
+    answer_item_calls,
 )
 from finetune.planning.step.sharing import Sharing
-from finetune.planning.step.stages import (
+from finetune.planning.step.step_parts import (
     LOSS,
     OPTIMIZER,
     WORKSPACE,
@@ -49,7 +49,7 @@ from finetune.recipe.trl_options import read_trainer_options
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.trainer import build_trainer
 
-# A dry run writes nothing, evaluates nothing and says nothing.
+# A dry run writes nothing, evaluates nothing and logs nothing.
 _DRY_OPTIONS: Mapping[str, Any] = {
     "max_steps": 1,
     "use_cpu": True,
@@ -61,7 +61,7 @@ _DRY_OPTIONS: Mapping[str, Any] = {
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
     "warmup_steps": 0,
-    # TRL's own needs the device that it moves from; ours takes its place.
+    # TRL's offloading needs a GPU; `OffloadedActivations` takes its place.
     "activation_offloading": False,
     "tf32": None,
 }
@@ -69,7 +69,7 @@ _DRY_OPTIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The live tensors of a training step at their peak, and the most that the loss ever takes."""
+    """The peak of a training step, the most bytes that the loss ever takes, and the number of trained parameters."""
 
     peak: Peak
     loss_bytes: int
@@ -79,28 +79,21 @@ class StepMemory:
 def measure_step(
     resolved: ResolvedRecipe, is_gpu: bool, has_bf16: bool = True, engine: Engine = "one", processes: int = 1
 ) -> StepMemory:
-    """Run a step of a recipe without content and return its memory on a GPU, or on a CPU; of one process, where it is many.
+    """Run a training step without content and return the memory that one process needs for it on a GPU, or on a CPU.
 
-    It is a later step: optimizer states are there and, where a run accumulates, gradients, as for all but the first batch.
+    It is a later step of a run: the optimizer's moments exist, and gradients too where the run accumulates them.
 
     Raises:
-        FinetuneError: the start's sizes cannot be found, or the recipe cannot be trained.
+        FinetuneError: the sizes of the base checkpoint cannot be found, or the recipe cannot be trained.
     """
     precision = choose_planned_precision(resolved, is_gpu, has_bf16, engine)
     config = find_model_config(resolved)
-    quantization.quantize_blockwise(torch.zeros(256))  # its constant tables need real numbers, once
+    quantization.quantize_blockwise(torch.zeros(256))  # builds its constant tables from real numbers, once
     _, make_mode = load_fake_tensors()
     fake = make_mode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(build_masks_as_in_run())
-        stack.enter_context(leave_adapters_in_place())
-        if resolved.method.reference_columns:
-            method = resolved.method
-            columns = method.reference_columns
-            stack.enter_context(take_reference_as_known(method.trainer_module, method.trainer_class, columns))
-        if is_gpu:
-            stack.enter_context(allocate_as_gpu())
+        _enter_patches(stack, resolved, is_gpu)
         model = build_dry_model(resolved, config, precision, fake)
         stack.enter_context(fake)
         trainer = _build_dry_trainer(resolved, model, precision, folder)
@@ -108,9 +101,6 @@ def measure_step(
         tracker = _make_tracker(resolved, is_gpu, sharing)
         accumulates = read_accumulation(resolved.recipe) > 1
         prepare = functools.partial(make_optimizer_states, keep_gradients=accumulates)
-        # What a plan takes for a CPU is the GPU that pages.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
         follow_training(trainer, tracker, prepare)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     peak = tracker.find_peak(WORKSPACE, sharing.list_extras(model))
@@ -119,8 +109,22 @@ def measure_step(
     return StepMemory(peak, tracker.find_largest(LOSS), trainable)
 
 
+def _enter_patches(stack: contextlib.ExitStack, resolved: ResolvedRecipe, is_gpu: bool) -> None:
+    """Let the libraries run a step on tensors without content, and with the memory of a GPU, until the stack is closed."""
+    method = resolved.method
+    stack.enter_context(build_masks_as_in_run())
+    stack.enter_context(leave_adapters_in_place())
+    if columns := method.reference_columns:
+        stack.enter_context(take_reference_as_known(method.trainer_module, method.trainer_class, columns))
+    if is_gpu:
+        stack.enter_context(allocate_as_gpu())
+    # The dry run computes on a CPU in place of a GPU, which can page.
+    stack.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+
+
 def _measure_loading(model: PreTrainedModel | PeftModel) -> Peak:
-    """Return the moment at which every process still has the whole model that it will keep a share of."""
+    """Return the memory while loading, when every process still holds the whole model before it is sharded."""
     parts: dict[str, int] = {}
     for part, tensor in list_weights(model):
         parts[part] = parts.get(part, 0) + tensor.untyped_storage().nbytes()
@@ -130,8 +134,8 @@ def _measure_loading(model: PreTrainedModel | PeftModel) -> Peak:
 def _build_dry_trainer(
     resolved: ResolvedRecipe, model: PreTrainedModel | PeftModel, precision: Precision, folder: str
 ) -> Trainer:
-    """Return the recipe's own trainer over full rows."""
-    # States that a run goes on from have the sizes of fresh ones.
+    """Return the recipe's own trainer over rows that are all full."""
+    # Moments that a run continues from have the sizes of fresh ones, so none are read.
     optimizer = replace(resolved.recipe.optimizer, states="fresh")
     method = resolved.method
     known = read_trainer_options(method.config_module, method.config_class)
@@ -144,7 +148,7 @@ def _build_dry_trainer(
     if resolved.recipe.trainer.get("activation_offloading"):
         replace_offloading(trainer, OffloadedActivations(model))
     with warnings.catch_warnings():
-        # transformers counts the parameters of 8-bit optimizers by their addresses, which these have not.
+        # transformers counts the parameters of 8-bit optimizers by their addresses, which tensors without content lack.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         with leave_all_modes():
             trainer.create_optimizer()
@@ -153,9 +157,9 @@ def _build_dry_trainer(
 
 
 def _make_tracker(resolved: ResolvedRecipe, is_gpu: bool, sharing: Sharing) -> MemoryTracker:
-    # What the program asks is whether a mask can be left out: whether a batch is one row, without padding or neighbours.
+    # transformers asks a bool tensor whether the mask can be left out: yes for a single row without padding or packed neighbours.
     is_one_row = read_batch(resolved.recipe) == 1 and not is_packed(resolved)
-    substitutes = {**MASKED_SELECTION, **CHEAPER_VIEW, **answer_truths(is_one_row)}
+    substitutes = {**MASKED_SELECTION, **CACHED_VIEW, **answer_item_calls(is_one_row)}
     share = sharing.count_share if sharing.processes > 1 else None
     if is_gpu and resolved.recipe.optimizer.moments == "cpu":
         share = _leave_out_optimizer
@@ -167,7 +171,7 @@ def _leave_out_optimizer(tensor: torch.Tensor, part: str) -> int:
 
 
 def _collate_without_content(collate: Any) -> Any:
-    """Return a collator that builds a real batch, and hands on its shapes."""
+    """Return a collator that builds a real batch and replaces its tensors by empty ones of the same shapes."""
 
     def collate_shapes(rows: list[dict[str, Any]]) -> dict[str, Any]:
         with leave_all_modes():

@@ -1,4 +1,4 @@
-"""Follow every live storage of a training step, on real tensors or on ones without content, and split its peak into parts."""
+"""Log every storage of a training step, on real tensors or on ones without content, and split the peak into parts."""
 
 import contextlib
 import weakref
@@ -12,14 +12,14 @@ from finetune.compat import identify_storage, load_dispatch_mode, load_fake_tens
 
 FakeTensor, _ = load_fake_tensors()
 DispatchMode: Any = load_dispatch_mode()
-# What a kernel allocates for itself while it runs: its arguments and outputs -> bytes.
+# Arguments and output of a kernel -> the bytes that it allocates for itself while it runs.
 KernelWorkspace = Callable[[Sequence[Any], Any], int]
-# The bytes that a process keeps of a tensor that counts for a part.
+# A tensor and its part -> the bytes of it that one process keeps.
 Share = Callable[[torch.Tensor, str], int]
-# What takes the place of an operation that cannot run without content: its arguments -> its output.
+# Arguments of an operation that cannot run without content -> its output.
 Substitute = Callable[[Sequence[Any]], Any]
 
-FORWARD, LOSS, BACKWARD, AGAIN, STEP = "forward", "loss", "backward", "recomputation", "optimizer step"
+FORWARD, LOSS, BACKWARD, CHECKPOINTING, STEP = "forward", "loss", "backward", "gradient checkpointing", "optimizer step"
 # The CUDA allocator hands out multiples of this. Source: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp.
 _BLOCK_BYTES = 512
 _GET_DEVICE = torch.ops.prim.device.default
@@ -27,19 +27,18 @@ _GET_DEVICE = torch.ops.prim.device.default
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment with the most live bytes: its parts sum to `bytes`; `rounding` is what blocks of 512 bytes would add."""
+    """The moment with the most live bytes; `parts` sum to `bytes`, and `rounding` is what blocks of 512 bytes would add."""
 
     bytes: int
     parts: Mapping[str, int]
     rounding: int
-    stage: str
+    phase: str
 
 
 class MemoryTracker(DispatchMode):
-    """Log every storage that appears or dies, under the stage that is set when it appears.
+    """Log when every storage appears and is freed, and the phase in which it appears.
 
-    A storage's part is decided afterwards, since what it is for shows only later: a gradient begins as a workspace,
-    a kept activation as one of many.
+    The part that a storage counts for is set later, when its use is known: at first nothing tells a gradient from a workspace.
     """
 
     def __init__(
@@ -49,14 +48,14 @@ class MemoryTracker(DispatchMode):
         share: Share | None = None,
     ) -> None:
         super().__init__()
-        self.stage = FORWARD
+        self.phase = FORWARD
         self._is_paused = False
         self._workspaces = workspaces or {}
         self._substitutes = substitutes or {}
         self._share = share
         self._events: list[tuple[int, int]] = []  # number of a storage, and +1 or -1
         self._sizes: list[int] = []
-        self._stages: list[str] = []
+        self._phases: list[str] = []
         self._parts: dict[int, str] = {}
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
@@ -65,7 +64,7 @@ class MemoryTracker(DispatchMode):
     ) -> Any:
         """Run an operation and log the storages of what it returns."""
         if func is _GET_DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than all else together
+            return args[0].fake_device  # called more often than all other operations together
         substitute = self._substitutes.get(func)
         if self._is_paused:
             return substitute(args) if substitute else func(*args, **(kwargs or {}))
@@ -77,12 +76,12 @@ class MemoryTracker(DispatchMode):
                 if isinstance(item, torch.Tensor):
                     self._log(item)
         if (workspace := self._workspaces.get(func)) is not None:
-            self._log_passing(workspace(args, output))
+            self._log_workspace(workspace(args, output))
         return output
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Follow nothing for a while."""
+        """Log nothing inside this context."""
         self._is_paused = True
         try:
             yield
@@ -90,35 +89,35 @@ class MemoryTracker(DispatchMode):
             self._is_paused = False
 
     def adopt(self, tensor: torch.Tensor, part: str) -> None:
-        """Count a tensor from here on, and for a part, whenever it was made; where processes share it, only this one's share."""
+        """Count a tensor for a part; of a tensor that processes share, only this one's share."""
         number = self._log(tensor)
         self._parts[number] = part
         if self._share is not None:
             self._sizes[number] = self._share(tensor, part)
 
-    def adopt_live(self, stage: str, part: str) -> None:
-        """Count for a part what was made in a stage and is still live, unless it has a part already."""
+    def adopt_live(self, phase: str, part: str) -> None:
+        """Count for a part every live storage of a phase that has no part yet."""
         for number, _ in self._live.values():
-            if self._stages[number] == stage:
+            if self._phases[number] == phase:
                 self._parts.setdefault(number, part)
 
-    def adopt_stage(self, stage: str, part: str) -> None:
-        """Count for a part all that was made in a stage, unless it has a part already."""
-        for number, made_in in enumerate(self._stages):
-            if made_in == stage:
+    def adopt_phase(self, phase: str, part: str) -> None:
+        """Count for a part every storage of a phase that has no part yet, live or freed."""
+        for number, made_in in enumerate(self._phases):
+            if made_in == phase:
                 self._parts.setdefault(number, part)
 
     def find_peak(self, default_part: str, extras: Mapping[str, Mapping[str, int]] | None = None) -> Peak:
-        """Replay the log and return its highest moment; what has no part counts for `default_part`.
+        """Replay the log and return the moment with the most live bytes; storages without a part count for `default_part`.
 
-        `extras` are bytes that are live all through a stage without being of any storage: stage -> part -> bytes.
+        `extras` are bytes beyond any storage that are live all through a phase: phase -> part -> bytes.
         """
         extras = extras or {}
         added = {name: sum(parts.values()) for name, parts in extras.items()}
         live = highest = moment = 0
         for index, (number, sign) in enumerate(self._events):
             live += sign * self._sizes[number]
-            total = live + added.get(self._stages[number], 0)
+            total = live + added.get(self._phases[number], 0)
             if sign > 0 and total > highest:
                 highest, moment = total, index
         alive: set[int] = set()
@@ -128,14 +127,14 @@ class MemoryTracker(DispatchMode):
         for number in alive:
             part = self._parts.get(number, default_part)
             parts[part] = parts.get(part, 0) + self._sizes[number]
-        stage = self._stages[self._events[moment][0]] if self._events else ""
-        for part, size in extras.get(stage, {}).items():
+        phase = self._phases[self._events[moment][0]] if self._events else ""
+        for part, size in extras.get(phase, {}).items():
             parts[part] = parts.get(part, 0) + size
         rounding = sum(-self._sizes[number] % _BLOCK_BYTES for number in alive)
-        return Peak(highest, parts, rounding, stage)
+        return Peak(highest, parts, rounding, phase)
 
     def find_largest(self, part: str) -> int:
-        """Return the most bytes that a part ever had at one moment, at the peak or not."""
+        """Return the most bytes that a part has at any moment, at the peak or elsewhere."""
         live = highest = 0
         for number, sign in self._events:
             if self._parts.get(number) == part:
@@ -158,15 +157,15 @@ class MemoryTracker(DispatchMode):
         self._live[key] = (number, weakref.ref(storage, forget))
         return number
 
-    def _log_passing(self, size: int) -> None:
+    def _log_workspace(self, size: int) -> None:
         number = self._append(size)
         self._events.append((number, -1))
 
     def _append(self, size: int) -> int:
         number = len(self._sizes)
         self._sizes.append(size)
-        # Backward runs without recording gradients; what records them is a layer that is computed a second time.
-        runs_again = self.stage == BACKWARD and torch.is_grad_enabled()
-        self._stages.append(AGAIN if runs_again else self.stage)
+        # In the backward pass gradients are recorded only where gradient checkpointing runs a layer forward once more.
+        is_checkpointing = self.phase == BACKWARD and torch.is_grad_enabled()
+        self._phases.append(CHECKPOINTING if is_checkpointing else self.phase)
         self._events.append((number, 1))
         return number

@@ -1,4 +1,4 @@
-"""Answers before and after: what the model says to the same few prompts before step 1 and after the last one."""
+"""Record the model's answers to a few prompts before step 1 and after the last step."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _SAMPLE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: as the model sees it, and where it comes from."""
+    """A prompt as token ids; `origin` says which row it comes from."""
 
     token_ids: list[int]
     origin: str
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt as the model sees it, with its likeliest answer before and after, without control tokens."""
+    """One prompt with its greedy answers before and after training; the answers are without control tokens."""
 
     origin: str
     prompt: str
@@ -44,7 +44,7 @@ class Sample:
 
 
 def choose_prompts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset) -> list[Prompt]:
-    """Return two fixed questions and the first prompts of the run's own rows: what stands before a row's first trained token."""
+    """Return two fixed questions and the first prompts of the run's rows: the tokens before a row's first trained one."""
     prompts = [
         Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), "fixed")
         for question in _QUESTIONS
@@ -64,9 +64,9 @@ def answer_prompts(
     prompts: Sequence[Prompt],
     max_tokens: int,
 ) -> list[list[int]]:
-    """Return the likeliest answers as tokens, with the stop token of those that ended; all are generated together.
+    """Generate one answer to each prompt, all in one batch, by the likeliest token each time.
 
-    The model is left as it was, and no random number is drawn.
+    Answers are token ids and include the stop token. The model keeps its mode, and no random number is drawn.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     padding = [longest - len(prompt.token_ids) for prompt in prompts]
@@ -96,7 +96,7 @@ def answer_prompts(
 def answer_rows(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int], rows: Dataset
 ) -> list[SampleRow]:
-    """Return prompts with the model's own answers to them, for an export of a run whose rows are only prompts."""
+    """Return sample rows made of prompts and the model's own answers, for a run whose rows hold prompts only."""
     prompts = [Prompt(row["input_ids"], row["origin"]) for row in rows]
     answers = answer_prompts(model, tokenizer, stop_tokens, prompts, _SAMPLE_TOKENS)
     return [
@@ -111,12 +111,12 @@ def _cut_behind_stop(answer: list[int], stop_tokens: Sequence[int]) -> list[int]
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Tell whether the weights lie apart in several processes, so that one alone cannot answer."""
+    """Tell whether the weights may be sharded, so that one process alone cannot generate."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 class AnswerSheet:
-    """The answers of one run: asked twice, kept in `answers.json`, and shown in `answers.md`."""
+    """Writes the answers of one run to `answers.json` before and after training, and both to `answers.md`."""
 
     def __init__(
         self, run: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset, max_tokens: int
@@ -128,7 +128,7 @@ class AnswerSheet:
         self._max_tokens = max_tokens
 
     def write_before(self, model: PreTrainedModel | PeftModel) -> None:
-        """Ask before step 1."""
+        """Generate the answers before step 1 and write them."""
         answers = self._ask(model)
         samples = [
             Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
@@ -137,7 +137,7 @@ class AnswerSheet:
         write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
 
     def write_after(self, model: PreTrainedModel | PeftModel) -> None:
-        """Ask after the last step, and lay both answers side by side."""
+        """Generate the answers after the last step and write them beside those from before."""
         kept = json.loads((self._run / ANSWERS_FILE).read_text(encoding="utf-8"))
         answers = self._ask(model)
         samples = [replace(Sample(**one), after=answer) for one, answer in zip(kept, answers, strict=True)]
@@ -153,7 +153,7 @@ class AnswerSheet:
 
 
 def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
-    """Return the samples as Markdown, every text indented so that nothing in it is taken for mark-up."""
+    """Return the samples as Markdown; every text is indented, so that nothing in it is read as mark-up."""
     lines = [f"# Answers before and after\n\nThe likeliest token each time, at most {max_tokens} tokens."]
     for sample in samples:
         lines.append(f"## {'A fixed question' if sample.origin == 'fixed' else sample.origin}")

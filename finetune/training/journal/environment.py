@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, commit, and how many processes share the work."""
+"""Describe the environment of a run: versions of libraries, machine, and commit."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Draw `loss.png`: what a run logged to `metrics.jsonl`, as curves."""
+"""Draw `loss.png`: the curves of a run from its `metrics.jsonl`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from finetune.runs.run_files import LOSS_PLOT_FILE
 from finetune.training.journal.progress import read_metrics
 
-# What is drawn below the loss, where a method logs it: a title in plain words, and the names of its curves.
+# Panels below the loss, for methods that log one of their metrics: title, and metric -> label of its curve.
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     (
-        "reward of the answers, against the start",
+        "implicit reward of the answers in the rows",
         {"rewards/chosen": "chosen, training rows", "rewards/rejected": "rejected, training rows"},
     ),
     (
-        "how much more the chosen answers are rewarded",
+        "reward of the chosen answer minus that of the rejected one",
         {
             "rewards/margins": "training rows",
             "eval_rewards/margins": "held-out rows",
@@ -24,7 +24,7 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
         },
     ),
     (
-        "share of pairs in the right order",
+        "share of pairs whose chosen answer has the higher reward",
         {
             "rewards/accuracies": "training rows",
             "eval_rewards/accuracies": "held-out rows",
@@ -40,13 +40,13 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
         "tokens of an answer",
         {"completions/mean_length": "training prompts", "eval_completions/mean_length": "held-out prompts"},
     ),
-    ("how far it has moved from the start (KL, nats)", {"kl": "training rows", "eval_kl": "held-out rows"}),
+    ("KL divergence from the reference model, nats", {"kl": "training rows", "eval_kl": "held-out rows"}),
 )
 _PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
 
 
 def draw_losses(run: Path, title: str) -> None:
-    """Draw `loss.png` from `metrics.jsonl`: loss against step, on trained and on held-out rows, and what preferences log."""
+    """Draw `loss.png` from `metrics.jsonl`: the loss on training and held-out rows by step, and the method's other metrics."""
     lines = read_metrics(run)
     panels = [panel for panel in _PANELS if any(name in line for line in lines for name in panel[1])]
     figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes on: a progress bar and `metrics.jsonl`."""
+"""Show a progress bar and write `metrics.jsonl` while a run trains."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.errors import TrainingError
 from finetune.runs.run_files import METRICS_FILE
 
-PREFLIGHT = "preflight"  # the prefix of an evaluation that only tries whether it fits
+PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
 
 
 class ProgressBar(TrainerCallback):
-    """One bar on standard error, with the newest losses; standard output stays free for results."""
+    """Shows one bar with the newest losses on standard error; standard output stays free for results."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -24,14 +24,14 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Open the bar at the step that the run goes on from."""
+        """Open the bar at the step that the run continues from."""
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Advance by what has been done since."""
+        """Advance the bar to the current step."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -59,7 +59,7 @@ class ProgressBar(TrainerCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Append every logged step to `metrics.jsonl`, and stop the run when the loss is no number any more."""
+    """Appends every logged step to `metrics.jsonl`, and stops the run when the loss is NaN or infinite."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / METRICS_FILE
@@ -67,7 +67,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Drop what a stopped run had logged beyond the checkpoint that this one goes on from."""
+        """Remove the lines that a stopped run logged after the checkpoint that this one continues from."""
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self._file.parent) if line["step"] <= state.global_step]
             self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -95,7 +95,7 @@ class MetricsWriter(TrainerCallback):
             raise TrainingError(
                 f"step {state.global_step}: the training loss is {line['loss']}; lower trainer.learning_rate, "
                 "or set model.dtype: bfloat16 (float32 on a CPU) if it was float16; "
-                "the last checkpoint of the run directory is from before"
+                "the last checkpoint in the run directory is from before this step"
             )
 
 

@@ -1,4 +1,4 @@
-"""The record of a run: `recipe.yaml` and `run.json`, and nothing where it stops before its first step."""
+"""Write the record of a run: `recipe.yaml` and `run.json`; a run that stops before its first step leaves nothing."""
 
 import contextlib
 import shutil
@@ -24,7 +24,7 @@ from finetune.training.setup import Setup
 
 
 class RunRecord:
-    """Writes what a run is before its first step, and what came of it after the last one."""
+    """Writes what a run is before its first step, and its results after the last one."""
 
     def __init__(self, setup: Setup, model: PreTrainedModel | PeftModel, *, resumed: bool) -> None:
         self._setup = setup
@@ -32,7 +32,7 @@ class RunRecord:
         self._resumed = resumed
 
     def write_start(self) -> None:
-        """Write the resolved recipe, what PiSSA begins with, and a record that says "running"."""
+        """Write the resolved recipe, the initial adapter of PiSSA, and a record with the status "running"."""
         run, recipe = self._setup.resolved.output, self._setup.resolved.recipe
         with translate_os_errors(run):
             run.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def leave_nothing_before_step_one(run: Path, checkpoint: str | None) -> Iterator
     try:
         yield
     except BaseException:
-        # The folder was empty when this run began, so all that is in it is ours.
+        # The folder was empty when this run began, so everything in it is from this run.
         if checkpoint is None and not read_metrics(run) and not list_trainer_checkpoints(run):
             shutil.rmtree(run, ignore_errors=True)
         raise

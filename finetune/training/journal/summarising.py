@@ -1,4 +1,4 @@
-"""Say what a run is about to do, and summarise what it has done."""
+"""Log what a run is about to do, and summarise what it has done."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     logger.info("rows: %s", report.describe())
     logger.info(
-        "each step: %d rows (%d a device x %d accumulated x %d %s)",
+        "effective batch size: %d rows (micro-batch size %d x %d accumulation steps x %d %s)",
         batch,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
@@ -30,8 +30,8 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
 
 
 def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
-    """Return what a run has come to, after a last evaluation if there was none at its end."""
-    # The trainer's own history is the same in every process; the file belongs to the first one.
+    """Return the summary of a finished run; evaluate once more where the last step was not evaluated."""
+    # Every process has the trainer's history; only the first writes the file.
     lines = trainer.state.log_history
     if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
         trainer.evaluate()

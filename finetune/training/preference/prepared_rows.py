@@ -1,8 +1,8 @@
-"""Hand rows that are tokens already to TRL's trainers, which would otherwise render and tokenize texts themselves.
+"""Give TRL's preference trainers rows that are tokens already, instead of texts to render and tokenize.
 
-SFT and reward trainers take such rows as they are. The others of TRL 1.16 prepare whatever they are given: DPO and KTO in a
-method of their own, ORPO and CPO by `map` within their constructors. Both are left out here, and what these trainers make of
-a row is made when a batch is collected, from `prompt_ids`, `chosen_ids`, `rejected_ids` or `completion_ids`.
+The SFT and reward trainers of TRL 1.16 accept such rows. The others prepare any rows: DPO and KTO in a method of their own, ORPO
+and CPO by `map` in their constructors. The kit disables both. The collator makes the columns that these trainers read, from
+`prompt_ids`, `chosen_ids`, `rejected_ids` or `completion_ids`.
 """
 
 import importlib
@@ -20,15 +20,15 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class PreparedRows(Dataset):
-    """Rows of which nothing is left to prepare: the constructors of ORPO and CPO map over the rows that they are given."""
+    """Rows that need no preparation, whose `map` does nothing; the constructors of ORPO and CPO call it."""
 
     def map(self, *arguments: Any, **options: Any) -> "PreparedRows":
-        """Return the rows as they are."""
+        """Return the rows unchanged."""
         return self
 
 
 def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
-    """Return the columns that a method's trainer is given; in an order of the seed where it reads them one after the other."""
+    """Return the rows with the columns that the method's trainer reads, shuffled once by the seed where the trainer does not shuffle."""
     chosen = rows.select_columns(list(method.columns))
     if method.shuffles_once:
         chosen = chosen.shuffle(seed=seed)
@@ -36,7 +36,7 @@ def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
 
 
 def make_collator(method: Method, pad_token: int) -> Collate | None:
-    """Return the collator that a trainer's constructor must be handed, or None where it makes its own."""
+    """Make the collator that a trainer's constructor must be given, or return None where it makes its own."""
     if not method.collator_class:
         return None
     collator = getattr(importlib.import_module(method.trainer_module), method.collator_class)
@@ -44,7 +44,7 @@ def make_collator(method: Method, pad_token: int) -> Collate | None:
 
 
 def adapt_collator(method: Method, collate: Collate) -> Collate:
-    """Return a collator that gives TRL's own the columns that it reads."""
+    """Return a collator that first makes the columns that TRL's own collator reads."""
     adapt = _ADAPTERS[method.adapt_rows]
     return collate if adapt is None else lambda rows: collate(adapt(rows))
 
@@ -54,7 +54,7 @@ def _join_prompts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _write_out_sides(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return what ORPO and CPO read of both sides: the whole text, and labels for the answer alone."""
+    """Return the columns that ORPO and CPO read for both sides: the whole text, and labels on the answer only."""
     written: list[dict[str, Any]] = []
     for row in rows:
         features: dict[str, Any] = {}
@@ -68,9 +68,9 @@ def _write_out_sides(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _add_mismatched_answers(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Add to each row the answer of its neighbour in the batch, by which KTO estimates how far the model has moved.
+    """Add to each row the answer of its neighbour in the batch, from which KTO estimates its KL divergence.
 
-    Source: KTO (arXiv 2402.01306), section 4.1; TRL 1.16 rotates by one, too.
+    Source: KTO (arXiv 2402.01306), section 4.1; TRL 1.16 takes the neighbour, too.
     """
     answers = [row["completion_ids"] for row in rows]
     return [{**row, "KL_completion_ids": answers[number - 1]} for number, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Warn in plain words when a preference run goes wrong in a way that its loss does not show."""
+"""Warn when a preference run goes wrong in a way that its loss does not show."""
 
 import logging
 from collections import deque
@@ -8,19 +8,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-# An answer that is e^20 times less likely than at the start is one that the model will hardly give any more.
+# The model hardly ever gives an answer that is e^20 times less likely than before training.
 _MOST_NATS_LOST = 20.0
-# Where the loss takes the mean over an answer's tokens, one nat a token is as much.
+# The limit where the loss is a mean over the tokens of an answer.
 _MOST_NATS_LOST_A_TOKEN = 1.0
-# The losses of TRL's CPO that take the sum; its others, and ORPO, take the mean.
+# The losses of TRL's CPO that are sums over the tokens; its others, and ORPO, are means.
 _SUMS = ("sigmoid", "hinge")
-# The gradient of a logistic loss is the sigmoid of minus its margin: at 20 nothing of it is left in float32 sums.
+# The gradient of a logistic loss is sigmoid(-margin): at 20 it vanishes in float32 sums.
 _LARGEST_MARGIN = 20.0
 _LOGS = 3
 
 
 class PreferenceWatch(TrainerCallback):
-    """Look at the logged rewards: are the chosen answers still likely, and is there still something to learn?"""
+    """Warns when chosen answers become unlikely, or when the margins are so large that no gradient is left."""
 
     def __init__(self, has_reference: bool) -> None:
         self._has_reference = has_reference
@@ -37,7 +37,7 @@ class PreferenceWatch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Warn once for each fault that the last few logs agree on."""
+        """Warn once of each fault that the last three logs show."""
         lost = self._measure_loss_of_chosen(args, logs or {})
         if lost is not None:
             self._losses.append(lost)
@@ -48,20 +48,20 @@ class PreferenceWatch(TrainerCallback):
         if len(self._losses) == _LOGS and min(self._losses) > limit:
             self._warn(
                 "collapse",
-                f"step {state.global_step}: the chosen answers themselves have become unlikely, by {self._losses[-1]:.3g} nats "
-                f"{unit} since the start; the loss still falls because the rejected ones fall faster. Lower "
+                f"step {state.global_step}: the chosen answers have become unlikely, by {self._losses[-1]:.3g} nats "
+                f"{unit} since training began; the loss still falls because the rejected answers become unlikely faster. Lower "
                 "trainer.learning_rate, raise trainer.beta, or stop at an earlier checkpoint",
             )
         if len(self._margins) == _LOGS and min(self._margins) > _LARGEST_MARGIN:
             self._warn(
                 "margin",
-                f"step {state.global_step}: the rewards of chosen and rejected answers are {self._margins[-1]:.3g} apart, where "
-                "nothing is left to learn from these rows; the run only moves further from its start. Stop at an earlier "
+                f"step {state.global_step}: the rewards of chosen and rejected answers are {self._margins[-1]:.3g} apart, so "
+                "nothing is left to learn from these rows; more steps only move the model further away. Stop at an earlier "
                 "checkpoint, lower trainer.learning_rate, or raise trainer.beta",
             )
 
     def _measure_loss_of_chosen(self, args: Any, logs: dict[str, Any]) -> float | None:
-        """Return by how many nats the chosen answers have become less likely, or None where a log does not say."""
+        """Return by how many nats the chosen answers have become less likely, or None where the log does not tell."""
         if self._has_reference:
             return -logs["rewards/chosen"] / args.beta if "rewards/chosen" in logs else None
         if "logps/chosen" not in logs:

@@ -1,4 +1,4 @@
-"""AdamW's moments as an optimizer holds them: torch's in float32, bitsandbytes' in 8 bits."""
+"""Read and set the moments of AdamW: torch holds them in float32, bitsandbytes in 8 bits."""
 
 import importlib
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-# What bitsandbytes' AdamW quantizes together. Source: bitsandbytes/optim/optimizer.py of 0.50, `init_state`.
+# The elements that bitsandbytes' AdamW quantizes with one scale. Source: bitsandbytes/optim/optimizer.py of 0.50, `init_state`.
 _BLOCK = 256
 
 
 def put_moments(optimizer: Any, parameter: nn.Parameter, first: torch.Tensor, second: torch.Tensor, step: int) -> None:
-    """Set what an optimizer remembers of a parameter; the tensors are its own from then on."""
+    """Set both moments and the step of a parameter; the optimizer keeps the tensors and will change them."""
     inner = _unwrap(optimizer)
     if isinstance(inner, torch.optim.AdamW):
         inner.state[parameter] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
@@ -36,7 +36,7 @@ def put_moments(optimizer: Any, parameter: nn.Parameter, first: torch.Tensor, se
 
 
 def get_moments(optimizer: Any, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return both moments in float32, and the parameter's step."""
+    """Return both moments of a parameter in float32, and its step."""
     inner = _unwrap(optimizer)
     state = inner.state[parameter]
     if isinstance(inner, torch.optim.AdamW):

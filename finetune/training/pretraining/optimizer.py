@@ -1,4 +1,4 @@
-"""AdamW for pre-training: in the published groups or in muP's, over float32 copies where the model is held in less."""
+"""Make AdamW for pre-training, with the published parameter groups or muP's, over float32 weights."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,17 +18,17 @@ from finetune.yulan.states.optimizer_states import StateGroup
 # Source: technical report (arXiv 2412.17743), section 3; the DeepSpeed configuration of RUC-GSAI/YuLan-Mini, pretrain/.
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 _BETAS, _EPS = (0.9, 0.95), 1e-15
-# A second moment that 8 bits round to 0 would divide by eps alone.
+# Where 8 bits round a second moment to 0, the update is divided by eps alone, so eps must not be tiny.
 _EPS_8BIT = 1e-8
-_MUP_WIDTH = 256  # where a configuration has no dim_model_base_lr of its own
+_MUP_WIDTH = 256  # for configurations without dim_model_base_lr
 _MASTERS = "masters"
 
 
 def make_groups(model: PreTrainedModel | PeftModel, section: OptimizerSection) -> tuple[StateGroup, ...]:
-    """Return the groups of a fresh start: matrices of the layers, tables, and what is not decayed.
+    """Return the parameter groups of a run without published optimizer state: matrices, tables, and parameters without decay.
 
-    On the native architecture the matrices' learning rate is muP's, `lr * 256 / hidden`; a folded model and an adapter
-    have no such widths, and one rate.
+    On the native architecture, matrices have the learning rate of muP, `lr * 256 / hidden`. A folded model and an adapter have
+    one learning rate.
     """
     lr = LEARNING_RATE if section.learning_rate is None else section.learning_rate
     decay = WEIGHT_DECAY if section.weight_decay is None else section.weight_decay
@@ -56,13 +56,13 @@ def _name_group(name: str, parameter: nn.Parameter) -> str:
 
 @dataclass(frozen=True)
 class OptimizerFactory:
-    """Make AdamW for a model, when the trainer asks for it; `moments` are the recipe's."""
+    """Makes AdamW when the trainer asks for it; `moments` is the recipe's `optimizer.moments`."""
 
     groups: tuple[StateGroup, ...]
     moments: str = "float32"
 
     def make(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return AdamW in these groups, on the model's own weights where they are float32, else on copies."""
+        """Return AdamW with these groups; weights that are not float32 are stepped as float32 copies."""
         parameters = dict(model.named_parameters())
         device = torch.device("cpu") if self.moments == "cpu" else None
         masters = _make_masters((parameters[name] for group in self.groups for name in group.names), device)
@@ -87,15 +87,15 @@ class OptimizerFactory:
         if self.moments == "8bit":
             made: Callable[..., torch.optim.Optimizer] = importlib.import_module("bitsandbytes.optim").AdamW8bit
             return made
-        # One parameter at a time: the fused loops over all of them would hold another copy of each.
+        # foreach would hold another copy of all parameters.
         return lambda groups: torch.optim.AdamW(groups, foreach=False)
 
 
 def _make_masters(parameters: Iterable[nn.Parameter], device: torch.device | None) -> dict[nn.Parameter, nn.Parameter]:
-    """Return float32 copies of the parameters that are held in less, or that are stepped elsewhere.
+    """Return float32 copies of the parameters that are held in fewer bits, or whose optimizer step runs on another device.
 
-    The gradient of one backward pass is of the parameter's own type, as in the published runs; from then on it is
-    float32, so that accumulating and clipping round nothing.
+    One backward pass gives a gradient in the parameter's own dtype, as in the published runs. It is then widened to float32, so
+    that accumulating and clipping do not round.
     """
     masters: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in parameters:
@@ -113,14 +113,14 @@ def _widen_gradient(parameter: torch.Tensor) -> None:
 
 
 def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Let an optimizer step copies and hand the result to the weights; the copies are saved and loaded with its state."""
+    """Let an optimizer step the copies and write the result into the weights; the copies are saved with its state."""
 
     def take_gradients(*_: Any) -> None:
         for parameter, master in masters.items():
             master.grad = None if parameter.grad is None else parameter.grad.to(master.device, torch.float32)
 
     @torch.no_grad()
-    def hand_over(*_: Any) -> None:
+    def write_back(*_: Any) -> None:
         for parameter, master in masters.items():
             master.grad = None
             parameter.copy_(master)
@@ -137,6 +137,6 @@ def _keep_masters(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Paramete
         load_rest({name: value for name, value in content.items() if name != _MASTERS}, **options)
 
     optimizer.register_step_pre_hook(take_gradients)
-    optimizer.register_step_post_hook(hand_over)
+    optimizer.register_step_post_hook(write_back)
     optimizer.register_state_dict_post_hook(save_masters)
     replace_loading(optimizer, load_all)

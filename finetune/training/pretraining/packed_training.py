@@ -1,4 +1,4 @@
-"""Pre-training and annealing on transformers' Trainer: packed rows, the model's own loss, our optimizer and schedule."""
+"""Set up pre-training and annealing on transformers' Trainer: packed rows, optimizer, and learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ PRETRAINING_OPTIONS: Mapping[str, Any] = {
 
 
 def pack_splits(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the rows as the trainer takes them: full ones to train on, and all documents of those to evaluate on."""
+    """Return the trainer's data sets and collator: only full rows are trained on, and all held-out documents are evaluated."""
     length, pad_token = recipe.data.max_tokens, int(tokenizer.pad_token_id)
     held = splits.evaluation
     return {
@@ -38,10 +38,10 @@ def pack_splits(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBa
 
 
 def find_states(recipe: Recipe) -> OptimizerStates | None:
-    """Open the states that a recipe goes on from, or return None for a fresh start.
+    """Open the optimizer state that a recipe continues from, or return None where it begins without one.
 
     Raises:
-        CheckpointError: there are none, or they cannot be read.
+        CheckpointError: there is none, or it cannot be read.
     """
     states = recipe.optimizer.states
     if states == "fresh":
@@ -50,25 +50,20 @@ def find_states(recipe: Recipe) -> OptimizerStates | None:
 
 
 def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates | None) -> None:
-    """Give a trainer its optimizer, its schedule, its number of steps, and the states that it goes on from.
+    """Set a trainer's optimizer, schedule and number of steps, and load the optimizer state that it continues from.
 
     Raises:
-        RecipeError: rows are longer than the model's positions, or the schedule is over before the run begins.
-        CheckpointError: the states are not those of this model.
+        RecipeError: rows are longer than the model's positions, or the schedule ends before the run begins.
+        CheckpointError: the optimizer state is of another model.
     """
-    positions = trainer.model.config.max_position_embeddings
-    if recipe.data.max_tokens > positions:
-        problem = f"data.max_tokens: {recipe.data.max_tokens:,} exceeds the {positions:,} positions of the checkpoint"
-        raise RecipeError(
-            "recipe", [f"{problem}; lower it, or extend the context by model.max_positions and rope_theta"]
-        )
+    _check_positions(trainer, recipe)
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     if isinstance(model, YuLanMiniForCausalLM):
-        model.skips_logits = True  # nobody asks for them here: evaluation keeps losses only
+        model.skips_logits = True  # evaluation keeps losses only
     config = trainer.args
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    tokens_per_step = rows_per_step * recipe.data.max_tokens
-    steps_of_data = math.ceil(len(trainer.train_dataset) / rows_per_step)
+    effective_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    tokens_per_step = effective_batch * recipe.data.max_tokens
+    steps_of_data = math.ceil(len(trainer.train_dataset) / effective_batch)
     schedule = plan_schedule(recipe.schedule, tokens_per_step, steps_of_data, states.step if states else 0)
     if config.max_steps <= 0:
         config.max_steps = schedule.steps
@@ -80,8 +75,17 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
 
     def make_optimizer(model: Any) -> Any:
         optimizer = factory.make(model)
-        # The trainer makes its own schedule only where there is none.
+        # The trainer makes a schedule only where there is none yet.
         trainer.lr_scheduler = LambdaLR(optimizer, schedule.compute_factor)
         return optimizer
 
     trainer.optimizer_cls_and_kwargs = (lambda: make_optimizer, {})
+
+
+def _check_positions(trainer: Trainer, recipe: Recipe) -> None:
+    positions = trainer.model.config.max_position_embeddings
+    if recipe.data.max_tokens > positions:
+        problem = f"data.max_tokens: {recipe.data.max_tokens:,} exceeds the {positions:,} positions of the checkpoint"
+        raise RecipeError(
+            "recipe", [f"{problem}; lower it, or extend the context by model.max_positions and rope_theta"]
+        )

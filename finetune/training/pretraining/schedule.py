@@ -1,4 +1,4 @@
-"""The learning-rate schedule of a pre-training run, in its own steps."""
+"""Plan the learning-rate schedule of a pre-training run."""
 
 import math
 from collections.abc import Callable
@@ -16,12 +16,12 @@ DECAYS = tuple(_DECAYS)
 
 
 def compute_warmup(step: int, steps: int) -> float:
-    """Return the factor that rises from 0 at step 0 to 1 at step `steps`, and stays there."""
+    """Return the factor of a linear warm-up: 0 at step 0, 1 from step `steps` on."""
     return 1.0 if steps <= 0 else min(1.0, max(0, step) / steps)
 
 
 def compute_decay(kind: str, step: int, start: int, end: int) -> float:
-    """Return the factor that is 1 until `start` and 0 from `end` on; `step` counts the updates already made.
+    """Return the factor of a decay: 1 until `start`, 0 from `end` on; `step` counts the updates already made.
 
     Raises:
         ValueError: `kind` is not one of `DECAYS`, or the range is empty.
@@ -35,7 +35,7 @@ def compute_decay(kind: str, step: int, start: int, end: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run of `steps` updates, the first of them number `first` of its count; the range of the decay is in that count."""
+    """The schedule of a run of `steps` updates; warm-up and decay count updates from `first`, the number of the run's first one."""
 
     steps: int
     first: int = 0
@@ -53,10 +53,10 @@ class Schedule:
 
 
 def plan_schedule(section: ScheduleSection, tokens_per_step: int, steps_of_data: int, step_of_states: int) -> Schedule:
-    """Return what a recipe's section means; without a length the run takes the data once.
+    """Turn a recipe's section into a schedule; without `length` the run lasts one pass over the data.
 
     Raises:
-        RecipeError: the decay is over before the run begins, or ends before it starts.
+        RecipeError: the decay ends before the run begins, or before the decay starts.
     """
 
     def to_steps(number: float) -> int:
@@ -72,7 +72,7 @@ def plan_schedule(section: ScheduleSection, tokens_per_step: int, steps_of_data:
         raise RecipeError(
             "schedule",
             [
-                f"the decay from step {start:,} to {end:,} is over when this run begins (step {first:,}), or never lasts; "
+                f"the decay from step {start:,} to step {end:,} is empty, or ends before this run begins (step {first:,}); "
                 "set decay_start and decay_end within the run, or count: run"
             ],
         )

@@ -1,4 +1,4 @@
-"""Optimizer states of a run: loaded from a universal checkpoint before the first step, written as one after the last."""
+"""Load a run's optimizer state from a universal checkpoint before its first step, and write one after its last."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +16,9 @@ from finetune.yulan.states.state_files import write_states
 
 
 class StatesLoader(TrainerCallback):
-    """Give weights and moments what a universal checkpoint holds, each process its own share, where a run begins.
+    """Sets weights and moments from a universal checkpoint when a run begins; each process loads its own share.
 
-    It is a callback because sharding makes new parameters, and what an optimizer held of the old ones is lost.
+    It is a callback because sharding replaces the parameters, and an optimizer would lose the moments of the old ones.
     """
 
     def __init__(self, states: OptimizerStates) -> None:
@@ -33,7 +33,7 @@ class StatesLoader(TrainerCallback):
         optimizer: Any = None,
         **kwargs: object,
     ) -> None:
-        """Load them, unless the run goes on from a checkpoint of its own.
+        """Load weights and moments, unless the run resumes from a checkpoint of its own.
 
         Raises:
             CheckpointError: a file is absent, unreadable, or does not fit its parameter.
@@ -49,14 +49,14 @@ class StatesLoader(TrainerCallback):
 
 
 def list_named_parameters(optimizer: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what an optimizer steps, by name: float32 copies, or shares, of the model's own parameters."""
+    """Yield name and tensor of each parameter that an optimizer steps, which may be a float32 copy or a share."""
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)
 
 
 @torch.no_grad()
 def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterState) -> None:
-    """Set a parameter and its moments to what a file held."""
+    """Set a parameter and its moments to the values of a file."""
     is_share = isinstance(parameter, DTensor)
     parameter.data.copy_(take_share(state.weight, parameter) if is_share else state.weight)
     first, second = (take_share(moment, parameter) for moment in (state.exp_avg, state.exp_avg_sq))
@@ -64,7 +64,7 @@ def load_parameter(optimizer: Any, parameter: nn.Parameter, state: ParameterStat
 
 
 def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor whose parameter may be sharded; only that part of a file is copied."""
+    """Return this process's share of a tensor, or all of it where its parameter is not sharded; only the share is copied."""
     if not isinstance(parameter, DTensor):
         return full.to(parameter.device, copy=True)
     shape, offset = find_share(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -76,7 +76,7 @@ def take_share(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def save_states(folder: Path, optimizer: Any, *, is_writer: bool = True) -> None:
-    """Write an optimizer's states into a result's folder; where they are sharded every process must call it, and one writes."""
+    """Write an optimizer's state into the folder of a result; every process must call it where it is sharded, and one writes."""
     parameters = dict(list_named_parameters(optimizer))
     groups = [
         StateGroup(tuple(g["param_names"]), g.get("initial_lr", g["lr"]), g["betas"], g["eps"], g["weight_decay"])

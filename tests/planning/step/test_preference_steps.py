@@ -13,10 +13,10 @@ from finetune.models.lora import attach_adapter, save_adapter
 from finetune.models.precision import Precision
 from finetune.planning.duration import count_matrix_weights, count_work
 from finetune.planning.forecast import Target, describe_plan, make_plan
-from finetune.planning.step.answering import as_training_step
 from finetune.planning.step.dry_model import read_sizes
-from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER
+from finetune.planning.step.online_step import as_training_step
 from finetune.planning.step.step_memory import measure_step
+from finetune.planning.step.step_parts import ADAPTER, FROZEN_ADAPTER
 from finetune.recipe.sections import ModelSection, Recipe
 from finetune.runs.results import find_earlier
 from finetune.yulan.layout import PUBLISHED_SIZES
@@ -119,4 +119,4 @@ def test_estimates_of_online_methods_count_the_reference_and_name_what_they_leav
     bare = count_work(set_batch(as_training_step(recipe), 4, 1), sizes)
     assert plan.step.tokens == bare.tokens == 4 * 192
     assert plan.step.flops - bare.flops == scored * plan.step.tokens * scoring
-    assert describe_plan(plan).endswith("nothing here was timed; the time in which answers are written comes on top)")
+    assert describe_plan(plan).endswith("nothing here was timed; the time for generating answers is not included)")

@@ -12,10 +12,10 @@ from finetune.cli.main import main
 from finetune.errors import MachineError, RecipeError
 from finetune.files.resources import find_resource_folder
 from finetune.planning.forecast import choose_target, make_plan
-from finetune.planning.step import tracker as stage
+from finetune.planning.step import tracker as phase
 from finetune.planning.step.sharing import BUCKETS, COPIES, GATHERED, Sharing, read_sharing
-from finetune.planning.step.stages import ADAPTER, GRADIENTS, OPTIMIZER, SMALL, TABLES
 from finetune.planning.step.step_memory import measure_step
+from finetune.planning.step.step_parts import ADAPTER, GRADIENTS, OPTIMIZER, SMALL, TABLES
 
 CONFIGS = find_resource_folder("recipes") / "accelerate"
 FULL = ("sft_full", "data.max_tokens=128", "trainer.optim=adamw_torch", "trainer.gradient_accumulation_steps=1")
@@ -73,9 +73,9 @@ def test_zero_shares_follow_the_paper(make_recipe):
     named.model = model
     named.embed_tokens = torch.nn.Embedding(10, 4).requires_grad_(False)
     extras = two.list_extras(named)
-    assert extras[stage.STEP] == {COPIES: 4 * quarter}
-    assert extras[stage.BACKWARD][BUCKETS] == 2 * 500_000_000
-    assert three.list_extras(named)[stage.FORWARD][GATHERED] == 2 * (999 * 1000 + 40)
+    assert extras[phase.STEP] == {COPIES: 4 * quarter}
+    assert extras[phase.BACKWARD][BUCKETS] == 2 * 500_000_000
+    assert three.list_extras(named)[phase.FORWARD][GATHERED] == 2 * (999 * 1000 + 40)
     small = torch.nn.Parameter(torch.zeros(100, 100))
     assert three.count_share(small, ADAPTER) == 2 * small.numel()  # below DeepSpeed's threshold
 
@@ -124,7 +124,7 @@ def test_engine_is_read_from_accelerates_file(name, engine):
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "FSDP 1 is not supported"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "zero_stage is 1"),
         ("distributed_type: TPU", "TPU is unknown"),
-        ("- a list", "must hold keys and values"),
+        ("- a list", "must be a mapping of keys to values"),
         ("a: [", "cannot be read"),
     ],
 )

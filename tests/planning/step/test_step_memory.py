@@ -11,7 +11,8 @@ import torch
 from finetune.checkpoints.finding import find_base_folder
 from finetune.models.loading import load_base
 from finetune.models.precision import Precision, choose_planned_precision
-from finetune.planning.step.stages import (
+from finetune.planning.step.step_memory import measure_step
+from finetune.planning.step.step_parts import (
     ADAPTER,
     GRADIENTS,
     KEPT,
@@ -22,7 +23,6 @@ from finetune.planning.step.stages import (
     TABLES,
     list_weights,
 )
-from finetune.planning.step.step_memory import measure_step
 from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import measure_run
 

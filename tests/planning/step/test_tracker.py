@@ -30,14 +30,14 @@ def test_parts_are_told_afterwards_and_sum_to_the_peak():
         gone = weight + kept
         del gone
         tracker.adopt_live(FORWARD, "kept")
-        tracker.stage = LOSS
+        tracker.phase = LOSS
         gradient = torch.ones(256) + kept
         tracker.adopt(gradient, "gradients")
-    tracker.adopt_stage(LOSS, "loss")
+    tracker.adopt_phase(LOSS, "loss")
     peak = tracker.find_peak("rest")
     assert peak.bytes == 4 * 1024  # weights, kept, the ones, their sum
     assert peak.parts == {"weights": 1024, "kept": 1024, "loss": 1024, "gradients": 1024}
-    assert peak.stage == LOSS
+    assert peak.phase == LOSS
     assert tracker.find_largest("loss") == 1024
 
 

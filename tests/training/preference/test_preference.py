@@ -341,7 +341,7 @@ def test_a_collapse_is_told_once_and_in_plain_words(caplog):
     assert not caplog.records
     log_steps(PreferenceWatch(True), [{"rewards/chosen": -3.0, "rewards/margins": 25.0}] * 5)
     assert len(caplog.records) == 2
-    assert "step 2: the chosen answers themselves have become unlikely, by 30 nats an answer" in caplog.text
+    assert "step 2: the chosen answers have become unlikely, by 30 nats an answer" in caplog.text
     assert "the rewards of chosen and rejected answers are 25 apart" in caplog.text
 
 

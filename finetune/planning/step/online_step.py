@@ -1,11 +1,11 @@
-"""What a plan makes of online methods: a step that can be run dry, and the room of writing answers."""
+"""Plan online methods, whose model writes its own answers: a step that stands in for theirs, and the memory of generation."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.planning.step.stages import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
+from finetune.planning.step.step_parts import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from finetune.planning.step.tracker import Peak
 from finetune.recipe.batches import read_accumulation, read_batch
 from finetune.recipe.methods import DEFAULT_METHOD
@@ -15,20 +15,21 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
-_HELD_ALWAYS = WEIGHTS | {ADAPTER, FROZEN_ADAPTER, OPTIMIZER, GRADIENTS}
-_CACHE_BYTES = 2  # of a key or value, in 16 bits
+_HELD_WHILE_GENERATING = WEIGHTS | {ADAPTER, FROZEN_ADAPTER, OPTIMIZER, GRADIENTS}
+_CACHE_BYTES = 2  # one element of a key or a value, in 16 bits
 
 
 def read_answer_tokens(resolved: ResolvedRecipe) -> int:
-    """Return the most tokens of an answer."""
+    """Return the largest number of tokens of an answer."""
     return int(resolved.read_option("max_completion_length"))
 
 
 def as_training_step(resolved: ResolvedRecipe) -> ResolvedRecipe:
-    """Return a recipe whose step can be run without content, and takes the memory of the method's.
+    """Return a recipe whose training step can be planned: a supervised one in place of an online one, any other unchanged.
 
-    That of a method whose model writes its answers is a supervised step over as many full prompts with their answers: its own
-    trainer would have to write them first. What the reference adds is a pass that keeps nothing. All others run as they are.
+    An online trainer would have to generate answers first, which tensors without content cannot do. Its step takes the memory of
+    a supervised step over as many rows, each a full prompt with a full answer. The pass of the reference model runs without
+    gradients and keeps no activations, so it adds nothing to the peak.
     """
     if not resolved.method.is_online:
         return resolved
@@ -42,12 +43,12 @@ def as_training_step(resolved: ResolvedRecipe) -> ResolvedRecipe:
 
 
 def count_reference_scorings(resolved: ResolvedRecipe) -> int:
-    """Return how often the reference reads the answers of an online method: once, where their distance counts."""
+    """Count the forward passes of an online method's reference model: one, or none where `beta` is 0 and no KL is computed."""
     return int(resolved.method.is_online and float(resolved.read_option("beta")) != 0)
 
 
 def count_cache_bytes(resolved: ResolvedRecipe, sizes: Mapping[str, Any]) -> int:
-    """Return the keys and values of all answers that are written together: those of a whole step."""
+    """Count the bytes of keys and values of all answers that are generated together; by default those of a whole step."""
     recipe = resolved.recipe
     if not resolved.method.is_online:
         return 0
@@ -60,14 +61,14 @@ def count_cache_bytes(resolved: ResolvedRecipe, sizes: Mapping[str, Any]) -> int
 
 
 def count_judge_bytes(recipe: Recipe) -> int:
-    """Return the bytes of the adapter that a judge adds to the base of the run; it lies in memory as in its file, in float32."""
+    """Count the bytes of the judge's adapter; it shares the base model of the run, and is held in float32 as in its file."""
     judge = recipe.rewards.judge
     return (open_result(Path(judge.run)).folder / PEFT_WEIGHTS_FILE).stat().st_size if judge.run else 0
 
 
 def add_answers(peak: Peak, cache_bytes: int) -> tuple[str, dict[str, int]]:
-    """Return the stage and the parts of a step's peak, or those of the time when answers are written, if that takes more."""
-    held = {part: size for part, size in peak.parts.items() if part in _HELD_ALWAYS}
+    """Return phase and parts of the peak: those of the training step, or those of generation where it takes more memory."""
+    held = {part: size for part, size in peak.parts.items() if part in _HELD_WHILE_GENERATING}
     if sum(held.values()) + cache_bytes <= sum(peak.parts.values()):
-        return peak.stage, dict(peak.parts)
+        return peak.phase, dict(peak.parts)
     return "writing answers", {**held, "answers: keys and values": cache_bytes}

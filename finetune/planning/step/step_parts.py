@@ -1,4 +1,4 @@
-"""Run a trainer's steps under a tracker, telling it which stage of a step runs: forward, loss, backward, recomputation, step."""
+"""Train under a memory tracker: tell it the phase of each step, and which part of the memory each tensor belongs to."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from finetune.compat import wrap_backward
 from finetune.models.reference_model import REFERENCE
-from finetune.planning.step import tracker as stage
+from finetune.planning.step import tracker as phase
 from finetune.planning.step.tracker import MemoryTracker
 
 ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "adapter: frozen copy", "gradients", "optimizer"
@@ -27,55 +27,55 @@ _TYPE_NAMES = {
 }
 LINEAR = {dtype: f"weights: linear layers, {name}" for dtype, name in _TYPE_NAMES.items()}
 WEIGHTS = frozenset((TABLES, SMALL, SCALES, *LINEAR.values()))
-# Smaller states stay on the device. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
+# bitsandbytes pages moments of at least so many elements only. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
 _FEWEST_PAGED = 100_000
 
 
 def follow_training(trainer: Trainer, tracker: MemoryTracker, prepare: Callable[[Trainer], None] | None = None) -> None:
-    """Train as the trainer's options say, with every storage followed and counted for its part.
+    """Train as the trainer's options say, and let the tracker log every storage and its part.
 
-    `prepare` runs unfollowed when the trainer is ready for its first step.
+    `prepare` runs when the trainer is ready for its first step; the tracker does not log what it does.
     """
 
-    def begin() -> None:
+    def count_held_tensors() -> None:
         if prepare is not None:
             with tracker.pause():
                 prepare(trainer)
         for part, tensor in list_weights(trainer.model):
             tracker.adopt(tensor, part)
-        for tensor in (*list_states(optimizer), *_list_copies(trainer.model, optimizer)):
+        for tensor in (*list_device_states(optimizer), *_list_copies(trainer.model, optimizer)):
             tracker.adopt(tensor, OPTIMIZER)
         for parameter in trainer.model.parameters():
             if parameter.grad is not None:
                 tracker.adopt(parameter.grad, GRADIENTS)
 
     optimizer = trainer.create_optimizer()
-    trainer.add_callback(_Beginning(begin))
+    trainer.add_callback(_AtTrainBegin(count_held_tensors))
     with contextlib.ExitStack() as stack:
         _watch_backbone(trainer.model, tracker, stack)
         _watch_backward(trainer, tracker, stack)
         _watch_optimizer(optimizer, tracker, stack)
         stack.enter_context(tracker)
         trainer.train()
-    tracker.adopt_stage(stage.LOSS, LOSS)
-    tracker.adopt_stage(stage.AGAIN, RECOMPUTED)
+    tracker.adopt_phase(phase.LOSS, LOSS)
+    tracker.adopt_phase(phase.CHECKPOINTING, RECOMPUTED)
 
 
-class _Beginning(TrainerCallback):
+class _AtTrainBegin(TrainerCallback):
     """Call a function once the trainer is ready for its first step."""
 
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Call the function."""
-        self._begin()
+        self._function()
 
 
 def make_optimizer_states(trainer: Trainer, keep_gradients: bool) -> None:
-    """Take an optimizer step on gradients without content, so that the next step finds what a run's later steps find."""
+    """Take one optimizer step on gradients of zeros, so that the next step begins with moments, as a run's later steps do."""
     optimizer = trainer.optimizer.optimizer  # accelerate's wrapper would skip a step that it did not prepare
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in trainer.model.parameters():
@@ -90,7 +90,7 @@ def make_optimizer_states(trainer: Trainer, keep_gradients: bool) -> None:
 
 
 def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor that a model holds before its first step, with its part: tables, linear layers, norms, adapter."""
+    """Yield every tensor of a model with the part it belongs to: tables, linear layers, norms, adapter."""
     adapts = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
         if adapts and parameter.requires_grad:
@@ -107,8 +107,8 @@ def list_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torc
     yield from ((SMALL, buffer) for buffer in model.buffers())
 
 
-def list_states(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Yield the tensors that an optimizer keeps in the device's memory; paged ones lie in the host's and visit."""
+def list_device_states(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an optimizer's state that are in the device's memory; paged ones are in the host's."""
     is_paged = isinstance(optimizer, Optimizer8bit) and optimizer.is_paged
     for state in optimizer.state.values():
         for name, value in state.items():
@@ -118,13 +118,13 @@ def list_states(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _list_copies(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Yield what an optimizer steps that is not the model's own: float32 copies of weights that are held in less."""
+    """Yield the float32 copies of weights that an optimizer steps where the model holds them in fewer bits."""
     own = {id(parameter) for parameter in model.parameters()}
     yield from (p for group in optimizer.param_groups for p in group["params"] if id(p) not in own)
 
 
 def _list_scales(parameter: Any) -> Iterator[torch.Tensor]:
-    """Yield what bitsandbytes keeps beside a 4-bit weight: block scales, themselves in 8 bits, and their own."""
+    """Yield the tensors that bitsandbytes keeps beside a 4-bit weight: its block scales in 8 bits, and the scales of those."""
     if parameter.dtype != torch.uint8:
         return
     state = parameter.quant_state
@@ -134,20 +134,20 @@ def _list_scales(parameter: Any) -> Iterator[torch.Tensor]:
 
 
 def _watch_backbone(model: torch.nn.Module, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
-    """Tell the layers from the loss, which is all that follows them."""
+    """Set the phase where the layers begin and end; what follows them is the loss."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone: Any = base.base_model
 
     def start_backward(gradient: torch.Tensor) -> None:
-        tracker.stage = stage.BACKWARD
+        tracker.phase = phase.BACKWARD
 
     def leave(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tracker.stage = stage.LOSS
+        tracker.phase = phase.LOSS
         if output.last_hidden_state.requires_grad:
             output.last_hidden_state.register_hook(start_backward)
 
     def enter(module: torch.nn.Module, inputs: Any) -> None:
-        tracker.stage = stage.FORWARD
+        tracker.phase = phase.FORWARD
 
     handles = [backbone.register_forward_pre_hook(enter), backbone.register_forward_hook(leave)]
     for handle in handles:
@@ -155,14 +155,14 @@ def _watch_backbone(model: torch.nn.Module, tracker: MemoryTracker, stack: conte
 
 
 def _watch_backward(trainer: Trainer, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
-    """Count what the forward pass left behind as kept, and every gradient as such once its parameter has it."""
+    """Count what the forward pass leaves in memory as kept activations, and each gradient once its parameter has it."""
 
     def wrap(run_backward: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(run_backward)
         def backward(loss: torch.Tensor, **options: Any) -> None:
-            tracker.adopt_live(stage.FORWARD, KEPT)
+            tracker.adopt_live(phase.FORWARD, KEPT)
             run_backward(loss, **options)
-            tracker.stage = stage.STEP
+            tracker.phase = phase.STEP
 
         return backward
 
@@ -178,8 +178,10 @@ def _watch_backward(trainer: Trainer, tracker: MemoryTracker, stack: contextlib.
 
 
 def _watch_optimizer(optimizer: torch.optim.Optimizer, tracker: MemoryTracker, stack: contextlib.ExitStack) -> None:
+    """Count the tensors of the optimizer's state after each of its steps."""
+
     def count_states(optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
-        for tensor in list_states(optimizer):
+        for tensor in list_device_states(optimizer):
             tracker.adopt(tensor, OPTIMIZER)
 
     stack.callback(optimizer.register_step_post_hook(count_states).remove)
