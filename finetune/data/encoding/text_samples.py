@@ -128,7 +128,7 @@ def _describe(
     shared = zip(trained, found, strict=False)
     start = next((place for place, (old, new) in enumerate(shared) if old != new), min(len(trained), len(found)))
     pieces = [
-        [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids[max(0, start - 1) : start + 3])]
+        [repr(piece)[1:-1] for piece in tokenizer.convert_ids_to_tokens(ids[max(0, start - 1) : start + 3])]
         for ids in (trained, found)
     ]
     text = str(tokenizer.decode(trained[max(0, start - 1) : start + 3]))
