@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
@@ -108,6 +109,15 @@ def test_an_adapter_of_peft_takes_over_the_template_of_its_base(templated_base, 
     export_result(open_result(tmp_path / "adapter"), tmp_path / "export", SETTINGS, LogitVerifier())
     assert find_templates(tmp_path / "export") == OWN_TEMPLATE
     check_stops(tmp_path / "export", [2, 106])
+
+
+def test_the_card_says_only_what_was_tried(make_adapter, tmp_path):
+    """It used to give commands of three programs, none of which was tried."""
+    export_result(open_result(make_adapter(tmp_path / "adapter")), tmp_path / "export", SETTINGS, LogitVerifier())
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert f"reopened by transformers {transformers.__version__}" in card
+    assert "No program that serves models was tried with this folder." in card
+    assert not any(name in card.lower() for name in ("vllm", "sglang", "llama.cpp", "gguf", "ollama"))
 
 
 @pytest.mark.parametrize(
