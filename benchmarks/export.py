@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
-from finetune.yulan.folding import copy_tokenizer, list_llama_tensors, write_llama_config
+from finetune.yulan.folding import list_llama_tensors, write_llama_config
 from finetune.yulan.layout import NativeConfig, list_native_tensors
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import open_tensors
+from finetune.yulan.tokenizer_files import copy_tokenizer
 
 SHARD_BYTES = 2 * 10**9
 # The system counts the parent's peak memory for a child process too, so a parent without libraries launches each command.

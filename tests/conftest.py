@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from legacy_tokenizer import write_legacy_tokenizer
+from safetensors.torch import load_file, save_file
 
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import as_llama, find_checkpoint
@@ -68,6 +71,36 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def legacy_base(nano_llama, tmp_path):
+    """Nano's weights with a small tokenizer of the published kind."""
+    folder = tmp_path / "base"
+    shutil.copytree(nano_llama, folder)
+    write_legacy_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def published_base(nano_llama, tmp_path, shared):
+    """Nano's weights with the larger tokenizer of the published kind that lies beside the checkout."""
+    folder = tmp_path / "base"
+    shutil.copytree(nano_llama, folder)
+    for file in (shared / "reference" / "tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return widen_tables(folder, 6000)
+
+
+def widen_tables(folder, rows):
+    """Repeat the rows of both tables until there is one for every token."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name].repeat(rows // len(tensors[name]) + 1, 1)[:rows].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from finetune.yulan.tensors import list_weight_files
 _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
 # Optimizer states are pickles. They are downloaded only for a recipe that asks for them, and read as tensors and plain values.
 _STATE_FILES = (POINTER, "*_universal/*.pt")
-_FOLD_VERSION = 1
+_FOLD_VERSION = 2
 
 
 def find_checkpoint(name: str) -> Path:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.row_encoder import RowEncoder, TokenRow
 from finetune.data.encoding.template import list_stop_tokens
+from finetune.data.encoding.text_samples import SampleCollector
 from finetune.data.encoding.workers import encode_rows
+from finetune.data.formats.rows import TextSample
 from finetune.data.reading.row_reader import RowReader, choose_held_out
 from finetune.data.reading.sources import hash_source
 from finetune.data.settings import DataSettings
@@ -27,7 +29,7 @@ from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
 # Raise it whenever the same files and settings would give other columns than before.
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 # These settings do not change the rows.
 _NOT_IN_KEY = ("cache", "workers")
 
@@ -39,11 +41,13 @@ class Splits:
     All rows have the columns `input_ids`, `labels` (-100 where a token is not trained), `is_cut`, `place` (the fields of `Place`)
     and `origin` (the same place as text). Pairs add `prompt_ids`, `chosen_ids` and `rejected_ids`. Labelled answers add
     `prompt_ids`, `completion_ids` and `label`. Prompts add `prompt` (messages) and `answer` (the reference answer, or None).
+    `samples` are a few of the rows with their texts.
     """
 
     train: Dataset
     evaluation: Dataset | None
     report: DataReport
+    samples: tuple[TextSample, ...] = ()
 
 
 def load_splits(
@@ -58,7 +62,7 @@ def load_splits(
     check_padding(tokenizer, list_stop_tokens(tokenizer, template))
     if settings.cache is None:
         prepared = _prepare(settings, tokenizer, template, seed, None)
-        return Splits(prepared.select("train"), prepared.select("evaluation"), prepared.report)
+        return prepared.as_splits()
     folder = settings.cache / _make_key(settings, tokenizer, template, seed)
     if not folder.is_dir():
         with write_folder(folder) as partial:
@@ -66,6 +70,7 @@ def load_splits(
             for name, chosen in prepared.chosen.items():
                 numpy.save(partial / f"{name}.npy", chosen)
             (partial / "report.json").write_text(json.dumps(prepared.report.to_json()), encoding="utf-8")
+            (partial / "samples.json").write_text(json.dumps(list(map(asdict, prepared.samples))), encoding="utf-8")
     return _open_cached(folder)
 
 
@@ -76,6 +81,11 @@ class _Prepared:
     rows: Dataset
     chosen: dict[str, Any]
     report: DataReport
+    samples: tuple[TextSample, ...]
+
+    def as_splits(self) -> Splits:
+        """Return the rows by split."""
+        return Splits(self.select("train"), self.select("evaluation"), self.report, self.samples)
 
     def select(self, name: str) -> Dataset | None:
         """Return the rows of a split, or None where it has none."""
@@ -93,8 +103,9 @@ def _open_cached(folder: Path) -> Splits:
             content[name] = SplitReport(**{**content[name], "histogram": histogram})
     report = DataReport(**{**content, "notes": tuple(content["notes"])})
     chosen = {name: numpy.load(folder / f"{name}.npy") for name in ("train", "evaluation")}
-    prepared = _Prepared(Dataset.from_file(str(folder / "rows.arrow")), chosen, report)
-    return Splits(prepared.select("train"), prepared.select("evaluation"), report)
+    samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    rows = Dataset.from_file(str(folder / "rows.arrow"))
+    return _Prepared(rows, chosen, report, tuple(TextSample(**sample) for sample in samples)).as_splits()
 
 
 def _make_key(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, seed: int) -> str:
@@ -119,8 +130,9 @@ def _prepare(
     reader = RowReader(settings, seed)
     encoder = RowEncoder(tokenizer, template, settings.train_on, settings.shape)
     account = Account(settings, encoder)
-    content = ColumnHash()
-    batches = (account.keep(encoded) for encoded in encode_rows(encoder, reader.read(), settings.workers))
+    content, samples = ColumnHash(), SampleCollector(settings)
+    encoded = samples.watch(encode_rows(encoder, reader.read(), settings.workers))
+    batches = (account.keep(batch) for batch in encoded)
     with pause_garbage_search():
         rows = _write_rows(batches, file, content)
     account.check()
@@ -139,7 +151,7 @@ def _prepare(
         notes=(*settings.notes, *long_rows, *reader.describe(), *encoder.describe(), *account.describe_labels()),
         left_out=dict(reader.left_out),
     )
-    return _Prepared(rows, chosen, report)
+    return _Prepared(rows, chosen, report, samples.choose(held))
 
 
 def _check_not_empty(reports: Mapping[str, SplitReport], settings: DataSettings) -> None:

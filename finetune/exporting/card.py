@@ -1,5 +1,6 @@
 """The model card of an export: where it comes from, how near it is to what was trained, how to open it."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 from finetune.exporting.merged import Subject
@@ -68,13 +69,15 @@ def _describe_comparison(comparison: Comparison | None) -> str:
         heading,
         "",
         "Every tensor equals the merge rounded once, to the bit. In float32, on held-out rows "
-        "(the base with the adapter applied live, against this folder reopened):",
+        f"(the base with the adapter applied live, against this folder reopened by transformers {version('transformers')}):",
         "",
         "| largest difference of a logit | mean KL, nats | same likeliest token | rows | positions |",
         "|---|---|---|---|---|",
         f"| {comparison.max_abs:.2e} | {comparison.kl:.2e} | {comparison.top1_agreement:.2%} "
         f"| {comparison.rows} | {comparison.positions} |",
     ]
+    if comparison.texts:
+        lines += ["", f"The reopened tokenizer gives the tokens that were trained, on {comparison.texts} stored rows."]
     if comparison.effect_kl is not None:
         lines += ["", f"The adapter itself moved its base by a KL of {comparison.effect_kl:.3g} nats on the same rows."]
     return "\n".join(lines)
@@ -83,7 +86,10 @@ def _describe_comparison(comparison: Comparison | None) -> str:
 def _describe_use() -> str:
     return """## Use
 
-Plain Llama weights with a chat template; generation stops at the tokens of `generation_config.json`.
+Plain Llama weights with one chat template. `config.json` and `generation_config.json` name the same tokens that end an answer.
+The tokenizer's own `eos_token` is only one of them: a program that stops at nothing else must be told the others.
+
+No program that serves models was tried with this folder.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,8 +100,4 @@ inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
-```
-
-    vllm serve FOLDER
-    python -m sglang.launch_server --model-path FOLDER
-    python convert_hf_to_gguf.py FOLDER        # llama.cpp"""
+```"""

@@ -7,30 +7,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from finetune.data.encoding.rendering import ChatTemplate
-from finetune.data.encoding.template import list_stop_tokens
-from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.exporting.card import write_card
+from finetune.exporting.companions import write_companions
 from finetune.exporting.merged import Subject, open_merged, open_subject
 from finetune.exporting.proof import BaseKind, BaseScores, ExportReport
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.runs.export_settings import ExportSettings, list_refusals
-from finetune.runs.results import Lineage, Result
+from finetune.runs.results import Result
 from finetune.runs.run_files import EXPORT_REPORT_FILE
-from finetune.yulan.folding import copy_tokenizer, describe_llama_config
-from finetune.yulan.layout import parse_native_config, read_config
+from finetune.runs.trained_tokens import has_files_of_base, open_tokenizer
 from finetune.yulan.shards import write_shards
 from finetune.yulan.tensors import name_dtype
 
 if TYPE_CHECKING:  # it loads the libraries of models, which an export without a comparison does not need
     from finetune.exporting.verify import LogitVerifier
-
-# These belong to how the base was stored or loaded once, not to the exported weights.
-_STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def export_result(
@@ -47,8 +39,8 @@ def export_result(
     check_output_free(output)
     subject = open_subject(result)
     _check_base(subject, settings, verifier is not None)
-    # Before the models are run: an adapter or a template that does not fit is then refused at once.
-    template = subject.template
+    # Before the models are run: an adapter, a template or a tokenizer that does not fit is then refused at once.
+    _check_tokenizer(subject)
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
@@ -57,7 +49,7 @@ def export_result(
         merged = replace(merged, quantize=subject.quantize)
     with write_folder(output) as folder:
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
-        _write_companions(folder, subject, template, merged.dtype)
+        write_companions(folder, subject, merged.dtype)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
@@ -71,43 +63,15 @@ def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> N
         raise ExportError(f"{subject.result.folder}: {reason}")
 
 
-def _write_companions(folder: Path, subject: Subject, template: ChatTemplate, dtype: torch.dtype) -> None:
-    """Write configuration, tokenizer with the run's template, and the tokens that stop generation."""
-    stored = read_config(subject.base)
-    if subject.architecture == "yulanmini":
-        config = describe_llama_config(parse_native_config(stored, subject.base), dtype)
-    else:
-        config = {key: value for key, value in stored.items() if key not in _STALE_KEYS}
-        config |= {
-            "architectures": ["LlamaForCausalLM"],
-            "dtype": name_dtype(dtype),
-            "torch_dtype": name_dtype(dtype),
-        }
-    lineage = subject.result.lineage
-    if lineage is not None:
-        _extend_positions(config, lineage)
-    write_json(folder / "config.json", config)
-    copy_tokenizer(subject.tokenizer_folder, folder)
-    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    tokenizer = load_tokenizer_file(folder)
-    stops = list_stop_tokens(tokenizer, template)
-    end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
-    generation = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": sorted({*stops, *([] if end_of_turn is None else [end_of_turn])}),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    write_json(folder / "generation_config.json", generation)
+def _check_tokenizer(subject: Subject) -> None:
+    """Compare the template with the trained one, and the tokenizer with it where its files are not those of the base.
 
-
-def _extend_positions(config: dict[str, Any], lineage: Lineage) -> None:
-    """Write the positions that an adapter was trained with, where they are others than its base's."""
-    if lineage.max_positions is not None:
-        config["max_position_embeddings"] = lineage.max_positions
-    if lineage.rope_theta is not None:
-        config["rope_theta"] = lineage.rope_theta
-        if "rope_parameters" in config:
-            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": lineage.rope_theta}
+    Raises:
+        FinetuneError: it is another template, or gives other tokens.
+    """
+    _ = subject.template
+    if not has_files_of_base(subject.result, subject.base):
+        open_tokenizer(subject.result, subject.base)
 
 
 def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
@@ -137,6 +101,8 @@ def describe_export(report: ExportReport) -> str:
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
         f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows"
     )
+    if verify.texts:
+        lines.append(f"the reopened tokenizer gives the tokens that were trained, on {verify.texts} rows")
     return "\n".join([*lines, f"talk to it: finetune chat {report.output}"])
 
 

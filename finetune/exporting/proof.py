@@ -12,7 +12,7 @@ class Comparison:
     """How near an export is to what was trained; `effect_kl` is how far the adapter had moved its base.
 
     `max_abs` is the largest difference of a logit, `kl` the mean KL(trained || export) in nats, `top1_agreement` the share of
-    positions with the same likeliest token.
+    positions with the same likeliest token. `texts` counts the trained rows that the reopened tokenizer was compared on.
     """
 
     max_abs: float
@@ -21,6 +21,7 @@ class Comparison:
     rows: int
     positions: int
     effect_kl: float | None
+    texts: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,20 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.data.encoding.gates import IGNORED_LABEL
-from finetune.data.encoding.rendering import ChatTemplate, encode_conversations, encode_prompt
-from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
-from finetune.data.formats.row_formats import FORMATS, read_row
-from finetune.data.reading.raw_files import read_file
 from finetune.errors import ExportError
+from finetune.exporting.companion_checks import check_generation, compare_tokens
 from finetune.exporting.merged import Merged, Subject, is_quantized, requantize
 from finetune.exporting.proof import BaseKind, BaseScore, BaseScores, Comparison
-from finetune.files.resources import find_demo_data
 from finetune.models.loading import load_base
 from finetune.models.opening import open_trained
 from finetune.models.precision import Precision, choose_device
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
+from finetune.runs.trained_tokens import make_bundled_samples
 from finetune.yulan.shards import Piece, list_pieces, run_pieces
 from finetune.yulan.tensors import WEIGHT_DTYPES, open_tensors
 
@@ -37,8 +34,6 @@ _FLOAT32_TOLERANCE = 1e-4
 # a KL of order 1e-3; an adapter that got lost moves them by its whole effect.
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
-_PROMPT = ({"role": "user", "content": "a"},)
-_BUNDLED_ROWS = 16
 _MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
 _ROOM = 1.3  # weights, and the logits of the longest row
 
@@ -81,13 +76,14 @@ class LogitVerifier:
         return BaseScores(trained.loss, scores["full"], scores["dequantized"], len(rows), trained.tokens)
 
     def compare(self, folder: Path, subject: Subject, merged: Merged) -> Comparison:
-        """Reopen an export: every tensor to the bit, generation settings, and logits on real rows.
+        """Reopen an export: every tensor to the bit, tokens, generation settings, and logits on real rows.
 
         Raises:
             ExportError: it is not what was trained.
         """
         compare_tensors(folder, merged)
         check_generation(folder, subject.template)
+        texts = compare_tokens(folder, subject)
         kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
         reference = self._run_reference(subject, kind)
         trained, untouched = reference.run.logits, reference.untouched
@@ -100,6 +96,7 @@ class LogitVerifier:
             rows=len(rows),
             positions=trained.shape[0],
             effect_kl=None if untouched is None else _measure_kl(trained, untouched),
+            texts=texts,
         )
         _check(comparison, trained, merged.dtype)
         return comparison
@@ -152,40 +149,12 @@ def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def check_generation(folder: Path, template: ChatTemplate) -> None:
-    """Reopen tokenizer and generation settings as a server does: the same prompt, and an end at every stop token.
-
-    Raises:
-        ExportError: an answer would not end where it was trained to, or be asked for in another form.
-    """
-    tokenizer = load_tokenizer(folder)
-    written = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    stops = {written.eos_token_id} if isinstance(written.eos_token_id, int) else set(written.eos_token_id or ())
-    faults = []
-    if missing := sorted(set(list_stop_tokens(tokenizer, template)) - stops):
-        faults.append(
-            f"generation_config.json stops at {sorted(stops)} and lacks {missing}, which end a trained answer"
-        )
-    if written.pad_token_id in stops:
-        faults.append(f"generation_config.json pads with the stop token {written.pad_token_id}")
-    asked = tokenizer.apply_chat_template(_PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
-    if asked["input_ids"] != encode_prompt(tokenizer, template, _PROMPT):
-        faults.append("the written chat template does not render a prompt as it was trained")
-    if faults:
-        raise ExportError(f"export: {'; '.join(faults)}; nothing was left in the output")
-
-
 def _list_rows(subject: Subject) -> Sequence[SampleRow]:
     """Return the rows of the run, or bundled ones for an adapter that came without."""
     if subject.result.rows:
         return subject.result.rows
-    tokenizer = load_tokenizer(subject.tokenizer_folder)
-    raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
-    conversations = [read_row(FORMATS["messages"], {}, row, place).messages for place, row in raw]
-    return [
-        SampleRow(encoded.token_ids, encoded.token_ids)
-        for encoded in encode_conversations(tokenizer, subject.template, conversations)
-    ]
+    samples = make_bundled_samples(load_tokenizer(subject.tokenizer_folder), subject.template)
+    return [SampleRow(side, side) for sample in samples for side in sample.token_ids]
 
 
 def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:

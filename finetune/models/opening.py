@@ -19,6 +19,7 @@ from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, is_result, open_result
+from finetune.runs.trained_tokens import check_trained_tokens
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,14 @@ def load_trained(result: Result) -> LoadedModel:
     device, lineage = choose_device(), result.lineage
     precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
     base = find_base(result) if result.is_adapter else result.folder
+    tokenizer = load_tokenizer(find_tokenizer_folder(result, base))
+    check_template(result, find_template("auto", tokenizer))
+    check_trained_tokens(result, base, tokenizer)
     head: Head = "language" if result.method is None else result.method.head
     model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head)
     if result.is_adapter:
         model = PeftModel.from_pretrained(model, result.folder)
-    loaded = _complete(model, load_tokenizer(find_tokenizer_folder(result, base)))
-    check_template(result, loaded.template)
-    return loaded
+    return _complete(model, tokenizer)
 
 
 def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:

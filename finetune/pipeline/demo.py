@@ -114,7 +114,7 @@ def describe_demo(result: DemoResult) -> str:
         "",
         "Where everything lies",
         f"  run     {result.run}   (loss.png, metrics.jsonl, adapter/)",
-        f"  export  {result.export}   (opens in transformers, vLLM, SGLang, llama.cpp, Ollama)",
+        f"  export  {result.export}   (reopened with transformers; other programs: docs/export.md)",
         "",
         "The same with your own rows",
         f"  finetune chat {result.export}",

@@ -1,13 +1,16 @@
 """The result of a run on disk: what was trained, where it comes from, and real rows as the model saw them.
 
-The folder of a result (`adapter/` or `model/` of a run directory) holds `finetune.json`, its lineage, and `rows.json`, a few
-rows as token ids on which an export is compared. Reading them needs no torch.
+The folder of a result (`adapter/` or `model/` of a run directory) holds `finetune.json`, its lineage, `rows.json`, a few
+rows as token ids on which an export is compared, and `texts.json`, a few rows with their texts, on which its tokenizer is
+compared. Reading them needs no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.data.formats.rows import TextSample
 from finetune.errors import FinetuneError
 from finetune.files.json_files import read_json, write_json
 from finetune.recipe.methods import METHODS, Method
@@ -20,6 +23,7 @@ from finetune.runs.run_files import (
     RECIPE_FILE,
     RECORD_FILE,
     SAMPLE_ROWS_FILE,
+    TEXT_SAMPLES_FILE,
     find_result_folder,
 )
 
@@ -72,12 +76,16 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Result:
-    """A trained adapter or model on disk; `lineage` is None for a folder that PEFT wrote elsewhere."""
+    """A trained adapter or model on disk; `lineage` is None for a folder that PEFT wrote elsewhere.
+
+    `texts` is empty for such a folder, and for runs of before this kit stored them.
+    """
 
     kind: ResultKind
     folder: Path
     lineage: Lineage | None
     rows: tuple[SampleRow, ...]
+    texts: tuple[TextSample, ...] = ()
 
     @property
     def is_adapter(self) -> bool:
@@ -95,10 +103,11 @@ class Result:
         return self.method is not None and self.method.trains_reward_model
 
 
-def write_lineage(folder: Path, lineage: Lineage, rows: list[SampleRow]) -> None:
-    """Write `finetune.json` and `rows.json` beside the weights of a result."""
+def write_lineage(folder: Path, lineage: Lineage, rows: Sequence[SampleRow], texts: Sequence[TextSample] = ()) -> None:
+    """Write `finetune.json`, `rows.json` and `texts.json` beside the weights of a result."""
     write_json(folder / LINEAGE_FILE, asdict(lineage))
     write_json(folder / SAMPLE_ROWS_FILE, [asdict(row) for row in rows])
+    write_json(folder / TEXT_SAMPLES_FILE, [asdict(text) for text in texts])
 
 
 def is_result(path: Path) -> bool:
@@ -143,12 +152,14 @@ def open_result(path: Path) -> Result:
 def _open_folder(folder: Path, kind: ResultKind) -> Result:
     lineage = read_json(folder / LINEAGE_FILE)
     rows = read_json(folder / SAMPLE_ROWS_FILE) or []
+    texts = read_json(folder / TEXT_SAMPLES_FILE) or []
     try:
         return Result(
             kind,
             folder,
             _read_lineage(lineage) if lineage is not None else None,
             tuple(SampleRow(**row) for row in rows),
+            tuple(TextSample(**text) for text in texts),
         )
     except TypeError as error:
         raise FinetuneError(f"{folder / LINEAGE_FILE}: was written by another version of this kit ({error})") from error

@@ -10,7 +10,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 PISSA_START_FOLDER = "pissa-start"
 # The folder of a result, which is one of these two within the run directory.
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
-LINEAGE_FILE, SAMPLE_ROWS_FILE = "finetune.json", "rows.json"
+LINEAGE_FILE, SAMPLE_ROWS_FILE, TEXT_SAMPLES_FILE = "finetune.json", "rows.json", "texts.json"
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # What a trainer writes last of all into each of its checkpoints.
 TRAINER_STATE_FILE = "trainer_state.json"

@@ -17,6 +17,7 @@ from finetune.training.journal.answers import answer_rows, is_sharded
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
 from finetune.yulan.tensors import name_dtype
+from finetune.yulan.tokenizer_files import copy_tokenizer
 
 # An export is compared on these rows. On a CPU the real model takes minutes for so many.
 _ANSWERED_ROWS = 8
@@ -42,11 +43,11 @@ def write_result(
             model.save_pretrained(folder, state_dict=weights)
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
-        setup.tokenizer.save_pretrained(folder)
+        copy_tokenizer(setup.tokenizer_folder, folder, setup.template.source)
         rows = _choose_sample_rows(setup.sample_rows)
         if setup.resolved.method.is_online:
             rows = _answer_sample_rows(setup, model, trainer)
-        write_lineage(folder, _describe_lineage(setup), rows)
+        write_lineage(folder, _describe_lineage(setup), rows, setup.splits.samples)
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 

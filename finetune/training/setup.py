@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from finetune.data.dataset import Splits, load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
-from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
 from finetune.models.precision import Precision
@@ -20,6 +19,7 @@ from finetune.models.reference_model import describe_reference
 from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge
 from finetune.runs.lineage import find_tokenizer_folder, find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.trained_tokens import open_tokenizer
 from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
 from finetune.training.training_rows import read_data_settings
@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains from and on; `base` is the folder of weights, `states` the optimizer state that it continues from."""
+    """What a run trains from and on.
+
+    `base` is the folder of weights, `states` the optimizer state that it continues from. The files of `tokenizer` lie in
+    `tokenizer_folder`.
+    """
 
     resolved: ResolvedRecipe
     precision: Precision
@@ -39,6 +43,7 @@ class Setup:
     template: ChatTemplate
     splits: Splits
     states: OptimizerStates | None
+    tokenizer_folder: Path
 
     @property
     def rows_fingerprint(self) -> str:
@@ -76,7 +81,7 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
     # The first process downloads, folds and fills the caches; the others wait and read them.
     with config.main_process_first(desc="preparing the base checkpoint and the rows"):
         base = find_training_base(resolved)
-        tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
+        tokenizer = open_tokenizer(resolved.earlier, base)
         template = find_template(recipe.data.template, tokenizer)
         tokenizer.chat_template = template.source
         if recipe.rewards.judge.run:
@@ -86,7 +91,8 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
     reference = describe_reference(resolved, splits.report.train.rows) if resolved.method.has_reference else None
     for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
-    return Setup(resolved, precision, base, tokenizer, template, splits, states)
+    tokenizer_folder = find_tokenizer_folder(resolved.earlier, base)
+    return Setup(resolved, precision, base, tokenizer, template, splits, states, tokenizer_folder)
 
 
 def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -> TrainedModel:

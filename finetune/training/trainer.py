@@ -21,8 +21,9 @@ from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
-from finetune.recipe.batches import KIT_OPTIONS, read_batch
+from finetune.recipe.batches import KIT_OPTIONS
 from finetune.recipe.methods import Method
+from finetune.recipe.recipe_file import BATCH, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -135,7 +136,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
             options[new] = options.pop(old)
-    _add_defaults(options, read_batch(recipe) if evaluates else None)
+    _add_defaults(options, int(read_split_option(recipe.trainer, BATCH)) if evaluates else None)
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
         "output_dir": recipe.output,

@@ -8,15 +8,15 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.dataset import Splits, load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template
-from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.settings import DataSettings, HubDataset, Source
 from finetune.files.cache import find_cache
 from finetune.mixtures.matched import match_sources
 from finetune.mixtures.published import find_mixture
 from finetune.recipe.sections import DataSection, SourceSection
 from finetune.rewards.rules import find_reference_rule
-from finetune.runs.lineage import find_tokenizer_folder, find_training_base
+from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.trained_tokens import open_tokenizer
 
 _ANY_LENGTH = 2**31 - 1
 
@@ -55,7 +55,7 @@ def prepare_rows(resolved: ResolvedRecipe) -> tuple[PreTrainedTokenizerBase, Spl
 def open_data(resolved: ResolvedRecipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
     """Return the data settings, the tokenizer and the template of a recipe; no row is read."""
     base = find_training_base(resolved)
-    tokenizer = load_tokenizer(find_tokenizer_folder(resolved.earlier, base))
+    tokenizer = open_tokenizer(resolved.earlier, base)
     return read_data_settings(resolved), tokenizer, find_template(resolved.recipe.data.template, tokenizer)
 
 

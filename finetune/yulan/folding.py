@@ -7,9 +7,7 @@ is written.
 Source: the forward pass of the authors' model class (RUC-GSAI/YuLan-Mini); technical report (arXiv 2412.17743), section 2.
 """
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,19 +29,10 @@ from finetune.yulan.layout import (
 )
 from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype, open_tensors
+from finetune.yulan.tokenizer_files import copy_tokenizer
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 PAD_TOKEN, EOS_TOKEN, END_OF_TURN = 102, 2, 106
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _TIED_COPY = frozenset({"lm_head.weight"})
 _EMBEDDING_NORM = "model.embedding_layernorm.weight"
 RowMap = Callable[[torch.Tensor], torch.Tensor]
@@ -263,7 +252,9 @@ def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
+        # Both forms: transformers 4.x and mlx-lm read only the first, transformers 5 writes only the second.
         "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rms_norm_eps": config.rms_norm_eps,
         "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
@@ -276,15 +267,3 @@ def describe_llama_config(config: NativeConfig, dtype: torch.dtype) -> dict[str,
         "dtype": name_dtype(dtype),
         **tokens,
     }
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a checkpoint's tokenizer files without `auto_map`, which in some of them refers to remote code."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("auto_map", None) is not None:
-            write_json(path, content)

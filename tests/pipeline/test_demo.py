@@ -15,6 +15,7 @@ def test_the_demo_goes_all_the_way(tmp_path):
     text = describe_demo(result)
     assert f"before {result.loss_before:.3f}   after {result.loss_after:.3f}" in text
     assert f"finetune chat {tmp_path / 'demo' / 'export'}" in text
+    assert not any(name in text for name in ("vLLM", "SGLang", "llama.cpp", "Ollama"))  # no test has shown it
     for folder in ("run", "export"):
         assert str(tmp_path / "demo" / folder) in text
     assert result.loss_before == pytest.approx(9.0, abs=0.5)  # a random network on rows it never saw

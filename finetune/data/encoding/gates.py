@@ -1,10 +1,14 @@
 """Check what every row must hold before it may be trained. Each fault is an error, never a warning."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from finetune.errors import DataError, Place, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a label holds where the token is not trained: PyTorch's cross entropy ignores this value.
 IGNORED_LABEL = -100

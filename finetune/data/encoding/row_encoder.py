@@ -1,14 +1,15 @@
 """Turn rows into tokens in batches: one thread renders a batch while another tokenizes the batch before."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding.gates import IGNORED_LABEL, describe_bos_fault, describe_row_fault
 from finetune.data.encoding.rendering import (
@@ -25,6 +26,9 @@ from finetune.data.formats.messages import Message
 from finetune.data.formats.rows import Row, RowKind
 from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import Place, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
 _Tokenized = tuple[list[Any], list[TokenSpans]]

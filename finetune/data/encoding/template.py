@@ -58,6 +58,8 @@ def _read_template(name: str, path: Path) -> ChatTemplate:
 
 def _find_own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     source = tokenizer.chat_template
+    if isinstance(source, dict):  # where there are several, this one is for chats
+        source = source.get("default")
     if not isinstance(source, str) or not source.strip():
         return None
     for name, path in list_templates().items():

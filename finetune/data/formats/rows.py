@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.data.formats.messages import Message, RowError, check_order
+from finetune.data.settings import RowShape
 from finetune.errors import DataError, Place
 
 RowKind = Literal["conversation", "preference", "labelled", "text", "tokens", "prompt"]
@@ -25,6 +26,19 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     answer: str | None = None
     tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A row as it was read, with the first tokens that were made of it, so that another tokenizer can be held against them.
+
+    `row` holds those fields of `Row` that are filled. `token_ids` has one list for each side of each row that was made of it.
+    """
+
+    kind: RowKind
+    shape: RowShape
+    row: dict[str, Any]
+    token_ids: list[list[int]]
 
 
 def as_prompt(row: Row, place: Place) -> Row:

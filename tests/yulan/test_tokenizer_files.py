@@ -1,0 +1,53 @@
+"""Copying tokenizer files: to the letter, but for references to code and for templates that were not trained."""
+
+import json
+
+import pytest
+
+from finetune.errors import CheckpointError
+from finetune.yulan.tokenizer_files import copy_tokenizer, has_template, remove_keys
+
+CONFIG = (
+    '{\n  "a" : [1, {"chat_template": "inner"}],\n  "chat_template": "x \\" } , {",\n  "legacy": true, "b": "é"\n}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CONFIG, '{\n  "a" : [1, {"chat_template": "inner"}],\n  "legacy": true, "b": "é"\n}\n'),
+        ('{"chat_template": [1, 2], "a": 1}', '{ "a": 1}'),
+        ('{"a": 1,\n"chat_template": null\n}', '{"a": 1\n}'),
+        ('{"chat_template": ""}', "{}"),
+        ('{ "a":  1.0 }', '{ "a":  1.0 }'),
+    ],
+)
+def test_a_key_is_taken_out_and_the_rest_stays(text, expected):
+    found = remove_keys(text, {"chat_template"})
+    assert found == expected
+    content = json.loads(text)
+    content.pop("chat_template", None)
+    assert json.loads(found) == content
+
+
+def test_only_the_trained_template_is_left(tmp_path):
+    (source := tmp_path / "source").mkdir()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    (source / "tokenizer_config.json").write_bytes(CONFIG.encode())
+    (source / "chat_template.jinja").write_text("other")
+    (source / "tokenizer.json").write_bytes(b"{ }\r\n")
+    (copy := tmp_path / "copy").mkdir()
+    copy_tokenizer(source, copy, "trained\n")
+    assert {path.name for path in copy.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert (copy / "chat_template.jinja").read_bytes() == b"trained\n"
+    assert (copy / "tokenizer.json").read_bytes() == b"{ }\r\n"
+    assert (has_template(source), has_template(copy)) == (True, False)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": }'])
+def test_a_damaged_configuration_is_one_message(tmp_path, text):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: is not valid JSON"):
+        copy_tokenizer(tmp_path, tmp_path / "copy")
