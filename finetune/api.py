@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.check.recipes import load_recipe as load_checked_recipe
+from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
+from finetune.errors import DataError
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
 from finetune.evaluation.token_loss import Scores, evaluate_path
 from finetune.exporting.merge import export_result
 from finetune.exporting.proof import ExportReport
 from finetune.exporting.verify import LogitVerifier
-from finetune.files.sizes import parse_memory, parse_size
+from finetune.files.sizes import parse_memory
 from finetune.models.opening import LoadedModel
 from finetune.models.opening import open_model as open_named_model
 from finetune.pipeline.memory_ladder import train_on_device
@@ -26,15 +27,6 @@ from finetune.training.training_rows import prepare_rows
 from finetune.yulan.folding import FoldReport, fold_checkpoint
 
 AnyRecipe = ResolvedRecipe | str | Path
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """Read a recipe file, or a shipped recipe by its name, and check it; each override reads `section.key=value`.
-
-    Raises:
-        RecipeError: with every problem that was found.
-    """
-    return load_checked_recipe(Path(source), overrides)
 
 
 def preview(recipe: AnyRecipe, rows: int = 3) -> Preview:
@@ -81,6 +73,8 @@ def evaluate(
         FinetuneError: the model or the rows cannot be used.
     """
     files = [Path(data)] if isinstance(data, str | Path) else list(map(Path, data))
+    if not files:
+        raise DataError("evaluate: no data file is named; give at least one")
     score = evaluate_pairs if hold_pairs(files) else evaluate_path
     return score(str(model), files, max_tokens)
 
@@ -113,7 +107,8 @@ def fold(
     Raises:
         FinetuneError: it cannot be found, read or folded, or the output folder is not empty.
     """
-    return fold_checkpoint(find_checkpoint(str(checkpoint)), Path(output), dtype, parse_size(max_shard_size))
+    settings = ExportSettings(dtype, max_shard_size)
+    return fold_checkpoint(find_checkpoint(str(checkpoint)), Path(output), settings.dtype, settings.max_shard_bytes)
 
 
 def open_model(name: str | Path) -> LoadedModel:

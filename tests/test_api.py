@@ -10,7 +10,7 @@ import pytest
 
 import finetune
 from finetune.cli.main import main
-from finetune.errors import RecipeError
+from finetune.errors import FinetuneError, RecipeError
 from finetune.files.resources import find_demo_data
 
 FUNCTIONS = ["evaluate", "export", "fold", "load_recipe", "open_model", "plan", "preview", "train"]
@@ -70,3 +70,23 @@ def test_a_chain_is_for_the_command_line(tmp_path):
         match="stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`",
     ):
         finetune.load_recipe("instruct")
+
+
+def test_checking_a_recipe_loads_no_torch():
+    code = "import sys, finetune; finetune.load_recipe('sft_qlora'); print({'torch', 'trl', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()" and not done.stderr
+
+
+def test_choices_that_do_not_exist_are_refused(tmp_path):
+    """They were raw errors of Python's, some of them after the weights had been read."""
+    with pytest.raises(FinetuneError, match="dtype: 'int3' is unknown; known are auto, bfloat16, float16, float32"):
+        finetune.export(tmp_path, tmp_path / "out", dtype="int3")
+    with pytest.raises(FinetuneError, match="base: 'ful' is unknown; did you mean 'full'"):
+        finetune.export(tmp_path, tmp_path / "out", base="ful")
+    with pytest.raises(FinetuneError, match="dtype: 'int3' is unknown"):
+        finetune.fold("nano", tmp_path / "out", dtype="int3")
+    with pytest.raises(FinetuneError, match="no data file is named"):
+        finetune.evaluate("nano", [])
+    assert finetune.load_recipe("demo", "seed=7").recipe.seed == 7  # one override need not be a list
+    assert not list(tmp_path.iterdir())

@@ -34,12 +34,15 @@ FORM_KEYS = (
 _MAY_CHANGE = ("model.max_positions", "model.rope_theta")
 
 
-def adopt_earlier_run(draft: Draft, earlier: Result) -> Draft:
-    """Return the draft with the settings of the run that it continues, and with the problems that arise."""
+def adopt_earlier_run(draft: Draft, earlier: Result, own: Collection[str]) -> Draft:
+    """Return the draft with the settings of the run that it continues, and with the problems that arise.
+
+    `own` holds the keys that must not contradict that run.
+    """
     problems = list(_list_misfits(draft.recipe, earlier))
     if problems or not earlier.is_adapter:
         return draft.add_problems(*problems)
-    recipe, problems = adopt_form(draft.recipe, read_form(earlier), str(earlier.folder), draft.given, draft.given)
+    recipe, problems = adopt_form(draft.recipe, read_form(earlier), str(earlier.folder), draft.given, own)
     return replace(draft, recipe=recipe).add_problems(*problems)
 
 
@@ -53,8 +56,8 @@ def adopt_form(
     """
     kept = {key: value for key, value in form.items() if key not in _MAY_CHANGE or key not in given}
     problems = [
-        f"{key}: {owner} was trained with {_describe(value)}, and its adapter must keep that; remove this key; "
-        f"found {_describe(_look_up(recipe, key))}"
+        f"{key}: {owner} was trained with {_describe(value)}, and its adapter must keep that; set that, or remove "
+        f"this key; found {_describe(_look_up(recipe, key))}"
         for key, value in kept.items()
         if key in own and _look_up(recipe, key) != value
     ]
@@ -86,8 +89,16 @@ def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
 
 
 def read_stage_form(recipe: Recipe) -> Form:
-    """Return the settings of the adapter that a stage of a chain trains."""
-    return {key: _look_up(recipe, key) for key in FORM_KEYS}
+    """Return the settings of the adapter that a stage of a chain will leave behind.
+
+    PiSSA's is saved as plain LoRA of twice the rank, with the same scale.
+    """
+    form = {key: _look_up(recipe, key) for key in FORM_KEYS}
+    adapter = recipe.adapter
+    if adapter.init == "pissa":
+        scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
+        form |= {"adapter.rank": 2 * adapter.rank, "adapter.alpha": scale * 2 * adapter.rank, "adapter.rslora": False}
+    return form
 
 
 def read_form(earlier: Result) -> Form:
@@ -102,7 +113,7 @@ def read_form(earlier: Result) -> Form:
     }
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        form["adapter.targets"] = ("all-linear",) if set(targets) == set(LINEAR_LAYERS) else tuple(sorted(targets))
+        form["adapter.targets"] = _name_targets(targets)
     if earlier.lineage is not None:
         names = ("quantize", "architecture", "max_positions", "rope_theta")
         form |= {f"model.{name}": getattr(earlier.lineage, name) for name in names}
@@ -115,10 +126,15 @@ def _read_tokens(indices: Any) -> tuple[int, ...]:
     return tuple(indices or ())
 
 
+def _name_targets(targets: Collection[str]) -> tuple[str, ...]:
+    """Return the layers of an adapter in one spelling: all seven linear layers are `all-linear`."""
+    return ("all-linear",) if set(targets) == set(LINEAR_LAYERS) else tuple(sorted(targets))
+
+
 def _look_up(recipe: Recipe, key: str) -> Any:
     section, _, name = key.partition(".")
     value = getattr(getattr(recipe, section), name)
-    return tuple(sorted(value)) if name == "targets" else value
+    return _name_targets(value) if name == "targets" else value
 
 
 def _describe(value: Any) -> str:

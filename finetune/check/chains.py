@@ -65,7 +65,8 @@ def resolve_stage(stage: TrainStage) -> ResolvedRecipe:
     if stage.follows is None:
         return stage.resolved
     earlier = open_result(stage.follows)
-    draft = adopt_earlier_run(Draft(stage.follows, stage.run_recipe, (), stage.resolved.given), earlier)
+    # Its own keys were compared with the stage before when the chain was read.
+    draft = adopt_earlier_run(Draft(stage.follows, stage.run_recipe, (), stage.resolved.given), earlier, ())
     if draft.problems:
         raise RecipeError(stage.name, list(draft.problems))
     return resolve_names(draft.recipe, earlier, draft.given)
@@ -216,6 +217,9 @@ class _ChainReader:
             content = load_recipe_file(path)
         except RecipeError as error:
             self._problems += [f"recipe: {item['recipe']}: {problem}" for problem in error.problems]
+            return {}
+        if "stages" in content:
+            self._problems.append(f"recipe: {item['recipe']} is itself a chain; name a recipe of one run")
             return {}
         content.pop("output", None)
         data = content.get("data")

@@ -15,22 +15,29 @@ from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import find_recipe, list_templates
 from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
 from finetune.recipe.methods import METHODS, Method, name_methods
-from finetune.recipe.recipe_file import Draft, describe_unknown_key, read_recipe
+from finetune.recipe.recipe_file import Draft, describe_unknown_key, draft_recipe
 from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
 from finetune.recipe.trl_options import read_trainer_options
+from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
 
 
-def load_recipe(source: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> ResolvedRecipe:
     """Read a recipe, check all of it, and return it with absolute paths, its method and its base checkpoint.
 
-    A shipped recipe is also found by its name (`sft_qlora`) or as `recipes/sft_qlora.yaml`, from any folder.
+    `source` is a file or the name of a shipped recipe (`sft_qlora`). Each override reads `section.key=value`.
 
     Raises:
-        RecipeError: with every problem that was found, not only the first.
+        RecipeError: with every problem that was found, not only the first; or the recipe is a chain of several runs.
     """
-    return resolve_draft(read_recipe(find_recipe(source), overrides), str(source))
+    file = find_recipe(Path(source))
+    content = load_recipe_file(file)
+    if "stages" in content:
+        problem = "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
+        raise RecipeError(str(source), [problem])
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    return resolve_draft(draft_recipe(file, content, overrides), str(source))
 
 
 def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
@@ -44,7 +51,7 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
     except FinetuneError as error:
         earlier, draft = None, draft.add_problems(f"model.checkpoint: {error}")
     if earlier is not None:
-        draft = adopt_earlier_run(draft, earlier)
+        draft = adopt_earlier_run(draft, earlier, draft.given)
     if problems := list_problems(draft, earlier):
         raise RecipeError(name, problems)
     return resolve_names(settle_recipe(draft), earlier, draft.given)

@@ -75,9 +75,9 @@ def write_new_file(file: Path, text: str) -> None:
     Raises:
         OutputError: the path exists, or cannot be written.
     """
-    if file.exists() or file.is_symlink():
-        raise OutputError(f"{file}: exists already; choose another name, or remove it")
     try:
+        if file.exists() or file.is_symlink():
+            raise OutputError(f"{file}: exists already; choose another name, or remove it")
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("x", encoding="utf-8", newline="\n")
     except OSError as error:

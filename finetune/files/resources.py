@@ -52,7 +52,10 @@ def find_recipe(source: Path) -> Path:
     """Return the file of a recipe: the given path, with or without `.yaml`, or else the shipped recipe of that name."""
     own = (source, Path(f"{source}.yaml"))
     shipped = list_all_recipes().get(name_recipe(source), source)
-    return next((path for path in own if path.is_file()), shipped)
+    try:
+        return next((path for path in own if path.is_file()), shipped)
+    except OSError:  # such as a name that is too long for a file; reading it says what is wrong
+        return source
 
 
 def find_demo_data(name: str) -> Path:

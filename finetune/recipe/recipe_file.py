@@ -50,11 +50,6 @@ def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str]
     """Make a draft of a recipe file's content, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
-    if "stages" in content:
-        content.pop("stages")
-        problems.append(
-            "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
-        )
     apply_overrides(content, overrides, problems)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))

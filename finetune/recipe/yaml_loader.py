@@ -63,6 +63,8 @@ def load_recipe_file(source: Path) -> dict[str, Any]:
         raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
     except UnicodeDecodeError as error:
         raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error
+    except OSError as error:
+        raise RecipeError(str(source), [f"cannot be read: {error.strerror}"]) from error
     content = parse_yaml(text, str(source))
     if content is None:
         raise RecipeError(str(source), ["the file is empty; a recipe needs at least data.train"])
@@ -83,8 +85,9 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A date that does not exist, a number of thousands of digits, or thousands of nested brackets.
+        raise RecipeError(source, [f"is not YAML that a recipe can hold: {error}"]) from error
 
 
 def _suggest_neighbour(source: Path) -> str:

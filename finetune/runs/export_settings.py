@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from finetune.errors import ExportError, describe_unknown_name
 from finetune.files.sizes import parse_size
 from finetune.recipe.sections import DtypeChoice
 
@@ -23,6 +24,16 @@ class ExportSettings:
     max_shard_size: str = "2GB"
     base: BaseChoice = "full"
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist, before anything is opened.
+
+        Raises:
+            ExportError: with the choices that exist.
+        """
+        for name, value, known in (("dtype", self.dtype, DtypeChoice), ("base", self.base, BaseChoice)):
+            if value not in get_args(known):
+                raise ExportError(f"export: {name}: {value!r} is {describe_unknown_name(str(value), get_args(known))}")
 
     @property
     def max_shard_bytes(self) -> int:

@@ -37,8 +37,12 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
     device, precision, config = _configure(resolved)
-    checkpoint = _open_output(resolved, config, resume)
-    setup = _prepare_inputs(resolved, config, precision, checkpoint)
+    checkpoint = find_resume_point(resolved.recipe, resolved.output) if resume else None
+    if not resume and config.process_index == 0:
+        check_fresh_output(resolved.output)
+    setup = prepare(resolved, config, precision)
+    if checkpoint is not None:
+        _check_same_run(setup)
     with leave_nothing_before_step_one(resolved.output, checkpoint):
         trained = build_model(setup, config, device)
         inputs = MethodInputs(setup.states, trained.judge)
@@ -74,32 +78,14 @@ def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Train
     return device, precision, make_config(resolved, resolved.evaluates, precision)
 
 
-def _open_output(resolved: ResolvedRecipe, config: TrainingArguments, resume: bool) -> str | None:
-    """Return the checkpoint to resume from, or None for a fresh run, which needs an empty folder.
+def _check_same_run(setup: Setup) -> None:
+    """Compare rows, base and reward model with those that a resumed run began with.
 
     Raises:
-        FinetuneError: the folder is not empty, or there is nothing to resume with this recipe.
+        TrainingError: one of them has changed.
     """
-    if resume:
-        return find_resume_point(resolved.recipe, resolved.output)
-    if config.process_index == 0:
-        check_fresh_output(resolved.output)
-    return None
-
-
-def _prepare_inputs(
-    resolved: ResolvedRecipe, config: TrainingArguments, precision: Precision, checkpoint: str | None
-) -> Setup:
-    """Find the base, prepare the rows, and for a resumed run compare both with those that it began with.
-
-    Raises:
-        FinetuneError: one of them cannot be used, or has changed since the run began.
-    """
-    setup = prepare(resolved, config, precision)
-    if checkpoint is not None:
-        judge = fingerprint_judge(resolved.recipe.rewards.judge)
-        check_same_inputs(resolved.output, setup.rows_fingerprint, setup.base, judge)
-    return setup
+    judge = fingerprint_judge(setup.resolved.recipe.rewards.judge)
+    check_same_inputs(setup.resolved.output, setup.rows_fingerprint, setup.base, judge)
 
 
 def _check_rows(trainer: Trainer, setup: Setup) -> None:

@@ -276,16 +276,43 @@ def test_a_later_stage_adopts_positions_that_it_does_not_set(write):
 def test_a_later_stage_may_not_change_the_adapter_that_it_continues(write):
     path = write(CONTINUED.replace("{max_positions: 2048, rope_theta: 980000.0}", "{quantize: nf4}"))
     assert list_problems(path, "stages.second.adapter.rank=8") == [
-        "second: adapter.rank: the stage before was trained with 4, and its adapter must keep that; remove this key; found 8",
-        "second: model.quantize: the stage before was trained with none, and its adapter must keep that; remove this key; found nf4",
+        "second: adapter.rank: the stage before was trained with 4, and its adapter must keep that; set that, or remove this key; found 8",
+        "second: model.quantize: the stage before was trained with none, and its adapter must keep that; set that, or remove this key; found nf4",
     ]
 
 
-def write_adapter(run, max_positions):
+def write_adapter(run, max_positions, **saved):
     """Write what a finished run leaves, without its weights."""
     folder = run / "adapter"
     folder.mkdir(parents=True)
-    config = {"r": 4, "lora_alpha": 32, "target_modules": list(LINEAR_LAYERS)}
+    config = {"r": 4, "lora_alpha": 32, "target_modules": list(LINEAR_LAYERS), **saved}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     lineage = Lineage("nano", "base", "0", "none", "float32", "chatml", "0", "sft", max_positions=max_positions)
     write_lineage(folder, lineage, [])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "saved", "adopted"),
+    [
+        # PiSSA's adapter is saved as plain LoRA of twice the rank.
+        ("rank: 4, init: pissa", {"r": 8, "lora_alpha": 64}, (8, 64)),
+        # All seven layers by name are what `all-linear` stands for.
+        (f"rank: 4, targets: [{', '.join(LINEAR_LAYERS)}]", {}, (4, 32)),
+    ],
+)
+def test_a_chain_that_passes_the_check_is_run_to_its_end(write, adapter, saved, adopted):
+    """The second stage was refused for a key that all stages share, when the first had been trained."""
+    text = f"model: {{checkpoint: nano}}\ndata: {{train: rows.jsonl}}\nadapter: {{{adapter}}}\nstages: [{{name: a}}, {{name: b}}]\n"
+    second = load_chain(write(text)).trainings[1]
+    assert (second.recipe.adapter.rank, second.recipe.adapter.alpha, second.recipe.adapter.init) == (
+        *adopted,
+        "default",
+    )
+    write_adapter(second.follows, max_positions=None, **saved)
+    run = resolve_stage(second).recipe
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.targets) == (*adopted, ("all-linear",))
+
+
+def test_a_chain_within_a_chain_is_one_problem(write):
+    path = write("model: {checkpoint: nano}\nstages: [{name: a, recipe: instruct, data: {train: rows.jsonl}}]\n")
+    assert list_problems(path) == ["a: recipe: instruct is itself a chain; name a recipe of one run"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import RecipeError
+from finetune.files.resources import find_recipe
 from finetune.recipe.recipe_file import read_recipe
 from finetune.recipe.sections import AdapterSection, Recipe, dump_recipe
 
@@ -191,3 +192,18 @@ def test_a_section_with_nothing_in_it_says_nothing(write, text):
     draft = read_recipe(write(f"seed: 42\n{text}"))
     assert (draft.recipe, draft.problems) == (Recipe(), ())
     assert not {"adapter", "trainer", "rewards.judge"} & draft.given
+
+
+@pytest.mark.parametrize("text", ["seed: 2001-13-45\n", f"seed: {'9' * 5000}\n", f"seed: {'[' * 3000}\n"])
+def test_yaml_that_no_recipe_can_hold_is_a_problem(tmp_path, text):
+    """Each was a traceback."""
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="is not YAML that a recipe can hold"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_paths_that_cannot_be_read_are_problems(tmp_path):
+    (tmp_path / "file").write_text("seed: 1\n", encoding="utf-8")
+    for path in (tmp_path / "file" / "recipe.yaml", tmp_path / ("x" * 300)):
+        with pytest.raises(RecipeError, match="cannot be read: "):
+            read_recipe(find_recipe(path))
