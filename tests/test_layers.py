@@ -38,11 +38,6 @@ RANK = {name: rank for rank, name in enumerate(ROOMS)}
 MOST_MODULES, MOST_LINES = 9, 300
 # A system's own modules are imported where the system has them; types only where they are read.
 TOP_BLOCKS = ("sys.platform != 'win32'", "TYPE_CHECKING")
-# An export loads transformers, half a second of one core, while its weights are on their way.
-LATE = {
-    "finetune.data.encoding.rendering": "from transformers.utils.chat_template_utils import render_jinja_template",
-    "finetune.data.encoding.tokenizer": "import transformers",
-}
 YULAN_MAY_IMPORT = {"errors", "files", "compat", "yulan"}
 
 
@@ -102,11 +97,8 @@ def test_imports_stand_at_the_top(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) in TOP_BLOCKS]
     top = {id(node) for node in [*tree.body, *(inner for block in blocks for inner in block.body)]}
-    late = LATE.get(name_module(path), "")
     inner = [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in top and ast.unparse(node) != late
+        node.lineno for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in top
     ]
     assert not inner, f"{name_module(path)} imports inside a block in lines {inner}"
 

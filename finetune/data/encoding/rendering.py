@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.encoding.spellings import (
     Span,
@@ -144,7 +145,7 @@ def _render(
 ) -> tuple[list[str], list[list[Span]]]:
     if template.spans == "marks":
         try:
-            texts, spans = _render_jinja(
+            texts, spans = render_jinja_template(
                 conversations=[list(messages) for messages in conversations],
                 tools=tools,
                 chat_template=template.source,
@@ -168,7 +169,7 @@ def _render_one(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        texts, _ = _render_jinja(
+        texts, _ = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=template.source,
@@ -178,14 +179,6 @@ def _render_one(
     except (jinja2.TemplateError, TypeError) as error:
         raise _explain(template, error) from error
     return str(texts[0])
-
-
-def _render_jinja(**options: Any) -> tuple[list[str], list[list[Span]]]:
-    # Imported here, as in `tokenizer.py`: an export loads transformers while it reads weights.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(**options)
-    return texts, spans
 
 
 def _explain(template: ChatTemplate, error: Exception) -> TemplateError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import transformers
+
 from finetune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,10 +19,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the tokenizer cannot be read without running code from the folder, or has no padding token.
     """
-    import transformers
-
     try:
-        # An attribute of the module: importing the name at the top would load the registry of architectures, for seconds.
+        # An attribute of the module: importing the name would load the registry of architectures, for seconds.
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
@@ -40,8 +40,6 @@ def load_tokenizer_file(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    import transformers
-
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
