@@ -1,4 +1,4 @@
-"""Export a run: base + adapter → Llama shards, reopened and compared, or nothing at all."""
+"""Export a run: merge base and adapter into Llama weights, reopen them and compare; a failed export leaves nothing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.shards import write_shards
 from finetune.yulan.tensors import name_dtype
 
-if TYPE_CHECKING:  # it loads the libraries of models, which an export without a comparison does not need
+if TYPE_CHECKING:  # an export without a comparison need not load the model libraries
     from finetune.exporting.verify import LogitVerifier
 
-# These belong to how the base was stored or loaded once, not to the exported weights.
+# Keys about how the base was stored or loaded, which are wrong for the exported weights.
 _STALE_KEYS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
@@ -39,15 +39,15 @@ def export_result(
     """Write a result as a Llama folder; with a verifier, reopen it and compare.
 
     Raises:
-        ExportError: the adapter does not fit its base, or what was written is not what was trained; nothing is left.
-        TemplateError: the chat template is not the one that was trained with; nothing is left.
+        ExportError: the adapter does not fit its base, or the export is not what was trained; no output is left.
+        TemplateError: the chat template is not the one of the training; no output is left.
         OutputError: the output folder is not empty or cannot be written.
     """
     started = time.monotonic()
     check_output_free(output)
     subject = open_subject(result)
     _check_base(subject, settings, verifier is not None)
-    # Before the models are run: an adapter or a template that does not fit is then refused at once.
+    # Read both before any model runs, so that a template or an adapter that does not fit is refused at once.
     template = subject.template
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
@@ -61,7 +61,7 @@ def export_result(
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
-        write_json(folder / EXPORT_REPORT_FILE, _describe_for_machines(report, subject))
+        write_json(folder / EXPORT_REPORT_FILE, _make_json_report(report, subject))
         write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
 
@@ -101,7 +101,7 @@ def _write_companions(folder: Path, subject: Subject, template: ChatTemplate, dt
 
 
 def _extend_positions(config: dict[str, Any], lineage: Lineage) -> None:
-    """Write the positions that an adapter was trained with, where they are others than its base's."""
+    """Set the positions and the base of RoPE in the configuration where training changed them."""
     if lineage.max_positions is not None:
         config["max_position_embeddings"] = lineage.max_positions
     if lineage.rope_theta is not None:
@@ -110,7 +110,7 @@ def _extend_positions(config: dict[str, Any], lineage: Lineage) -> None:
             config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": lineage.rope_theta}
 
 
-def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
+def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:
     result = subject.result
     return {
         "dtype": report.dtype,

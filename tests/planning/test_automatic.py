@@ -212,7 +212,7 @@ def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, 
         assert len(steps) == 2  # 8 rows at once, then 4, then 2
         for step in steps:
             assert step.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); ")
-            assert ("going on with" in step) == bool(saving) and "the same 8 rows a step" in step
+            assert ("continuing with" in step) == bool(saving) and "effective batch size stays 8 rows" in step
         assert read_losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
         resolved = read_recipe(tmp_path / name / "recipe.yaml").recipe.trainer
         assert (resolved["per_device_train_batch_size"], resolved["gradient_accumulation_steps"]) == (2, 4)

@@ -246,7 +246,7 @@ def test_a_judge_needs_the_whole_base_and_is_planned(make_recipe, judge_run):
     recipe = make_recipe("run")
     check_engine(recipe, "ddp")
     with pytest.raises(
-        RecipeError, match=r"rewards.judge.run: the judge reads with the whole base, and FSDP2 keeps shares"
+        RecipeError, match=r"rewards.judge.run: the judge needs the whole base model, and FSDP2 shards it"
     ):
         check_engine(recipe, "fsdp2")
     assert count_judge_bytes(recipe.recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -277,5 +277,5 @@ def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys)
     assert (status, printed.out) == (2, "")
     told = printed.err.strip().splitlines()[-1]
     assert told.startswith(
-        f"finetune chat: {run}/adapter: is a reward model, which gives texts a score and cannot speak;"
+        f"finetune chat: {run}/adapter: is a reward model, which scores texts and cannot generate answers;"
     )
