@@ -98,7 +98,7 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     overrides = [f"rewards.judge.run={judge_run}", f"adapter.train_tokens={tokens}", f"model.quantize={quantize}"]
     recipe = make_recipe("run", *overrides)
     base = load_base(nano_llama, recipe.recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
-    judge = borrow_base(base, str(judge_run), pad_token=102, rows_at_once=2)
+    judge = borrow_base(base, str(judge_run), pad_token=102, batch_size=2)
     model = attach_adapter(base, recipe.recipe.adapter, nano_llama)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -189,7 +189,7 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "run").exists()
     template = find_template("chatml", open_judge(open_result(judge_run)).tokenizer)
     with pytest.raises(
-        TrainingError, match="reads texts in the template yulan-mini, and this run writes them in chatml"
+        TrainingError, match="was trained with the template yulan-mini, and this run uses chatml"
     ):
         check_judge(str(judge_run), nano_llama, template)
 
