@@ -211,7 +211,10 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
     ("damage", "message"),
     [
         (edit_config(peft_type="IA3"), "peft_type is 'IA3'; only LORA adapters can be merged"),
-        (edit_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base before training"),
+        (
+            edit_config(init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', which changes the base before training",
+        ),
         (edit_config(init_lora_weights="pissa_niter_4"), "changes the base before training"),
         (edit_config(layer_replication=[[0, 2], [1, 3]]), "uses layer_replication, which this kit cannot merge"),
         (edit_config(bias="all", fan_in_fan_out=True), "uses bias, fan_in_fan_out, which"),

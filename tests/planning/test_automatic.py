@@ -236,7 +236,8 @@ def test_without_auto_the_message_says_what_grew(small_run, tmp_path, monkeypatc
         trainer={"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True}
     )
     with pytest.raises(
-        TrainingError, match=r"(?s)out of memory \(CUDA.*rows half as long would save .* of activations kept.*trainer.auto=true"
+        TrainingError,
+        match=r"(?s)out of memory \(CUDA.*rows half as long would save .* of activations kept.*trainer.auto=true",
     ):
         train_within_memory(recipe)
     assert not (tmp_path / "run").exists()

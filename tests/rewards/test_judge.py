@@ -188,9 +188,7 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
         run_training(make_recipe("run", f"rewards.judge.run={other}"))
     assert not (tmp_path / "run").exists()
     template = find_template("chatml", open_judge(open_result(judge_run)).tokenizer)
-    with pytest.raises(
-        TrainingError, match="was trained with the template yulan-mini, and this run uses chatml"
-    ):
+    with pytest.raises(TrainingError, match="was trained with the template yulan-mini, and this run uses chatml"):
         check_judge(str(judge_run), nano_llama, template)
 
 
