@@ -1,4 +1,4 @@
-"""The public functions behind `import finetune`. They do what the verbs of the command line do, and return what `--json` prints."""
+"""The public functions of `import finetune`. Each does what a verb of the command line does, and returns what `--json` prints."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ AnyRecipe = ResolvedRecipe | str | Path
 
 
 def preview(recipe: AnyRecipe, rows: int = 3) -> Preview:
-    """Return the first rows as the model will see them, with what is trained, and the account of all rows.
+    """Return the first rows as the model will see them, with their trained tokens, and the counts of all rows.
 
     Raises:
         FinetuneError: the recipe or its rows cannot be used.
@@ -40,7 +40,7 @@ def preview(recipe: AnyRecipe, rows: int = 3) -> Preview:
 
 
 def plan(recipe: AnyRecipe, *, memory: str | None = None, gpu: str | None = None) -> Plan:
-    """Forecast the memory and the time of a training step; `memory` reads `8GB`, `gpu` is a card's name.
+    """Forecast the memory and the time of a training step; `memory` is a size such as `8GB`, `gpu` the name of a card.
 
     Raises:
         FinetuneError: the recipe cannot be trained, or the memory or the card is unknown.
@@ -52,12 +52,12 @@ def plan(recipe: AnyRecipe, *, memory: str | None = None, gpu: str | None = None
 
 
 def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> RunSummary:
-    """Train, and leave a run directory; `resume` continues from its newest checkpoint.
+    """Train and write a run directory; `resume` continues from its newest checkpoint.
 
-    `force` trains also what the plan says cannot fit the GPU.
+    `force` also trains what by the plan does not fit the GPU.
 
     Raises:
-        FinetuneError: anything that stops the run; before its first step nothing is left behind.
+        FinetuneError: the user can mend what stopped the run; before the first step nothing is left behind.
     """
     return train_on_device(_resolve(recipe), resume, force)
 
@@ -65,7 +65,7 @@ def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> Ru
 def evaluate(
     model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048
 ) -> Scores | PairScores:
-    """Return the loss on the trained tokens of held-out rows, or how often a model is right on held-out pairs.
+    """Return the loss on the trained tokens of held-out rows, or the accuracy on held-out pairs.
 
     `model` is a run directory, an alias, a hub id or a folder. Rows of more than `max_tokens` tokens are left out.
 
@@ -88,12 +88,12 @@ def export(
     base: BaseChoice = "full",
     verify: bool = True,
 ) -> ExportReport:
-    """Merge the adapter of a run, write Llama-format weights, reopen them and compare.
+    """Merge the adapter of a run, write Llama weights, reopen them and compare.
 
     See `ExportSettings` for the options. `run` may also be an adapter folder that PEFT wrote.
 
     Raises:
-        FinetuneError: the adapter does not fit its base, or the export is not what was trained; nothing is left.
+        FinetuneError: the adapter does not fit its base, or the export is not what was trained; no output is left.
     """
     settings = ExportSettings(dtype, max_shard_size, base, verify)
     return export_result(open_result(Path(run)), Path(output), settings, LogitVerifier() if verify else None)
@@ -102,7 +102,7 @@ def export(
 def fold(
     checkpoint: str | Path, output: str | Path, *, dtype: DtypeChoice = "auto", max_shard_size: str = "2GB"
 ) -> FoldReport:
-    """Write the exact Llama form of a base checkpoint: an alias, a hub id with an optional `@revision`, or a folder.
+    """Fold a base checkpoint exactly into Llama weights; give an alias, a hub id with an optional `@revision`, or a folder.
 
     Raises:
         FinetuneError: it cannot be found, read or folded, or the output folder is not empty.
@@ -112,7 +112,7 @@ def fold(
 
 
 def open_model(name: str | Path) -> LoadedModel:
-    """Open a run, or a model by its alias, hub id or folder; ask it with `.answer("a question")`.
+    """Open a run, or a model by its alias, hub id or folder; `.answer("a question")` generates an answer.
 
     Raises:
         FinetuneError: there is no such model, or its template is not the one that it was trained with.

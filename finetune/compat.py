@@ -1,8 +1,8 @@
-"""Every place where a library is patched, or where a private name of one is used.
+"""Patch libraries and use their private names; no other module of the kit does.
 
-Each function says for which version it was written and why. `tests/test_compat.py` fails when a name that is used here is gone,
-and names for each entry the test that fails when the patch no longer does what it should. Libraries are imported inside the
-functions, and nothing is patched before one of them is called: a recipe can be checked without loading any.
+The headings name the versions for which the functions were written. `tests/test_compat.py` fails when a name that is used here is
+gone, and lists for each function the test that fails when the patch stops working. Libraries are imported inside the functions,
+and nothing is patched before one of them is called, so that a recipe can be checked without loading any.
 """
 
 import contextlib
@@ -11,17 +11,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-# TRL computes the loss from tiles of 4,096 tokens by this many entries of the vocabulary, and holds one tile. Its own
-# width of 32,768 makes 268 MB of it whatever the vocabulary; a quarter of that is still wide enough for a matrix product.
+# TRL computes the loss from tiles of 4,096 tokens by so many entries of the vocabulary, and holds one tile at a time. With its own
+# width of 32,768 a tile takes 268 MB for any vocabulary; a quarter of that is still wide enough for a matrix product.
 LOGIT_COLUMNS = 8192
 
 
 @contextlib.contextmanager
 def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a module, a class or an object another attribute for a while.
+    """Replace an attribute of a module, a class or an object inside this context.
 
     Raises:
-        AttributeError: it has no such attribute, so a patch would change nothing.
+        AttributeError: there is no such attribute, so the patch would change nothing.
     """
     before = getattr(owner, name)
     is_own = name in vars(owner)
@@ -53,9 +53,9 @@ def narrow_logit_tiles() -> None:
 
 
 def skip_row_preparation(trainer_class: type[Any]) -> type[Any]:
-    """Return TRL's trainer class without its own preparation of rows, which would render and tokenize texts again.
+    """Return TRL's trainer class without its preparation of rows, which would render and tokenize texts.
 
-    The SFT trainer has an option for this; those of preference methods prepare whatever they are given.
+    The SFT trainer has an option for this; the trainers of preference methods prepare any rows.
     """
 
     def keep(self: Any, dataset: Any, *arguments: Any, **options: Any) -> Any:
@@ -67,20 +67,20 @@ def skip_row_preparation(trainer_class: type[Any]) -> type[Any]:
 def replace_chat_template(tokenizer: Any, encode: Callable[..., Any]) -> None:
     """Let TRL's online trainers get the tokens of a conversation from `encode`.
 
-    They call `apply_chat_template`, which turns a control token's spelling in a question into the token itself, and renders
-    templates without their generation marks differently.
+    They call `apply_chat_template`, which turns a question that spells a control token into that token, and renders templates
+    without their generation marks differently.
     """
     tokenizer.apply_chat_template = encode
 
 
 def replace_offloading(trainer: Any, context: Any) -> None:
-    """Let a trainer enter another context than TRL's offloading of activations, which needs a GPU."""
+    """Let a trainer enter another context than TRL's activation offloading, which needs a GPU."""
     trainer.maybe_activation_offload_context = context
 
 
 @contextlib.contextmanager
 def run_losses_in_place() -> Iterator[None]:
-    """Let TRL's losses allocate as on a GPU: Triton kernels and products with float32 sums work in place there."""
+    """Let TRL's losses allocate as on a GPU, where Triton kernels and products with float32 sums work in place."""
     kernels, utils = _load("trl.kernels.chunked_logprob"), _load("trl.trainer.utils")
     with contextlib.ExitStack() as stack:
         for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
@@ -91,9 +91,9 @@ def run_losses_in_place() -> Iterator[None]:
 
 @contextlib.contextmanager
 def take_reference_as_known(trainer_module: str, trainer_class: str, columns: Sequence[str]) -> Iterator[None]:
-    """Let a preference trainer find the reference model's log-probabilities in `columns` of its rows, all of them 0.
+    """Let a preference trainer find log-probabilities of the reference model in `columns` of its rows, all 0.
 
-    A run computes them with one pass over all rows before step 1, which a plan leaves out.
+    A run computes them in one pass over all rows before step 1, which a plan skips.
     """
 
     def add_columns(trainer: Any, rows: Any, name: str, batch_size: int) -> Any:
@@ -113,7 +113,7 @@ def take_reference_as_known(trainer_module: str, trainer_class: str, columns: Se
 
 
 def copy_rows(dataset_class: type[Any], rows: Any) -> Any:
-    """Return rows as an object of a subclass of `datasets.Dataset`, with the same order; nothing is copied but names."""
+    """Return the rows, in the same order, as an object of a subclass of `datasets.Dataset`; no data is copied."""
     return dataset_class(rows.data, info=rows.info, indices_table=rows._indices, fingerprint=rows._fingerprint)
 
 
@@ -121,7 +121,7 @@ def copy_rows(dataset_class: type[Any], rows: Any) -> Any:
 
 
 def make_without_weights(model_class: Any, config: Any, **options: Any) -> Any:
-    """Return a model of a configuration; `from_pretrained` needs weights, and a constructor takes no attention kernel."""
+    """Build a model from a configuration; `from_pretrained` needs weights, and the constructor has no option for attention."""
     return model_class._from_config(config, **options)
 
 
@@ -132,7 +132,7 @@ def name_attention(config: Any) -> str:
 
 @contextlib.contextmanager
 def build_masks_as_in_run() -> Iterator[None]:
-    """Let transformers decide about attention masks as in a run; for tensors without content it would always build them."""
+    """Let transformers build or skip attention masks as in a run; for tensors without content it would always build them."""
     with replace_attribute(_load("transformers.masking_utils"), "is_tracing", lambda tensor=None: False):
         yield
 
@@ -141,7 +141,7 @@ def build_masks_as_in_run() -> Iterator[None]:
 
 
 def complete_head(tuned: Any) -> Any:
-    """Give a head of which rows are trained the `bias` that TRL's loss reads; PEFT's wrapper passes on the weight only."""
+    """Add the attribute `bias` to a head with trained token rows: TRL's loss reads it, and PEFT's wrapper lacks it."""
     head = tuned.get_output_embeddings()
     if isinstance(head, _load("peft.utils.other").TrainableTokensWrapper):
         head.register_parameter("bias", None)
@@ -150,7 +150,7 @@ def complete_head(tuned: Any) -> Any:
 
 @contextlib.contextmanager
 def leave_adapters_in_place() -> Iterator[None]:
-    """Let PEFT add an adapter without moving it to its layer's device: tensors without content cannot be moved."""
+    """Let PEFT add an adapter without moving it to the device of its layer: tensors without content cannot be moved."""
     layer = _load("peft.tuners.tuners_utils").BaseTunerLayer
     with replace_attribute(layer, "_move_adapter_to_device_of_base_layer", do_nothing):
         yield
@@ -160,10 +160,10 @@ def leave_adapters_in_place() -> Iterator[None]:
 
 
 def keep_weights_differentiable(model: Any) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel.
+    """Keep bitsandbytes from repacking 4-bit weights for its CPU inference kernel.
 
-    On processors with AVX512-BF16 it does so at the first evaluation, for good, and the kernel has no gradient: training
-    would then fail, or go on without the gradient of the layers before (`Linear4bit.forward`).
+    On processors with AVX512-BF16 it repacks them at the first evaluation, for good. The kernel has no gradient, so training would
+    fail, or continue without gradients for earlier layers (`Linear4bit.forward`).
     """
     layer = _load("bitsandbytes.nn").Linear4bit
     for module in model.modules():
@@ -172,7 +172,7 @@ def keep_weights_differentiable(model: Any) -> None:
 
 
 def replace_loading(optimizer: Any, load: Callable[..., None]) -> None:
-    """Load an optimizer's state by another function; bitsandbytes loads by a method of its own, which calls no hooks."""
+    """Let another function load an optimizer's state; the method of bitsandbytes' optimizers calls no hooks."""
     optimizer.load_state_dict = load
 
 
@@ -180,9 +180,9 @@ def replace_loading(optimizer: Any, load: Callable[..., None]) -> None:
 
 
 def shard_on_cpu(precision: str) -> None:
-    """Let FSDP2 shard between processes on the CPU too; `precision` is `no`, `bf16` or `fp16`.
+    """Let FSDP2 shard on the CPU too; `precision` is `no`, `bf16` or `fp16`.
 
-    accelerate reads FSDP's settings for GPUs only and would quietly keep whole copies, though torch shards over gloo as well
+    accelerate reads FSDP's settings for GPUs only and would silently keep whole copies, though torch can shard over gloo
     (`AcceleratorState.__init__`).
     """
     states, utils = _load("accelerate.state"), _load("accelerate.utils")
@@ -199,7 +199,7 @@ def shard_on_cpu(precision: str) -> None:
 
 @contextlib.contextmanager
 def wrap_backward(trainer: Any, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
-    """Wrap the function that a trainer starts its backward passes with; there is no callback for that moment."""
+    """Wrap the function with which a trainer starts its backward passes; there is no callback for that moment."""
     with replace_attribute(trainer.accelerator, "backward", wrap(trainer.accelerator.backward)):
         yield
 
@@ -208,13 +208,13 @@ def wrap_backward(trainer: Any, wrap: Callable[[Callable[..., None]], Callable[.
 
 
 def load_fake_tensors() -> tuple[Any, Any]:
-    """Return torch's tensors without content and the mode that makes them, which have no public home."""
+    """Return torch's class of tensors without content and the mode that makes them, which are private."""
     module = _load("torch._subclasses.fake_tensor")
     return module.FakeTensor, module.FakeTensorMode
 
 
 def leave_all_modes() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which tensors have content again, within a mode that makes them without."""
+    """Return a context that suspends all dispatch modes, so that new tensors have content again."""
     context: contextlib.AbstractContextManager[Any] = _load("torch.utils._python_dispatch")._disable_current_modes()
     return context
 
@@ -256,24 +256,24 @@ def load_dispatch_mode() -> type[Any]:
 
 
 def find_share(shape: Any, mesh: Any, placements: Any) -> tuple[Sequence[int], Sequence[int]]:
-    """Return shape and offset of what this process holds of a sharded tensor."""
+    """Return shape and offset of this process's share of a sharded tensor."""
     module = _load("torch.distributed.tensor._utils")
     found: tuple[Sequence[int], Sequence[int]] = module.compute_local_shape_and_global_offset(shape, mesh, placements)
     return found
 
 
 def keep_in_place(model: Any) -> None:
-    """Let `model.to` do nothing: the model is where it has to be, and tensors without content cannot be moved."""
+    """Let `model.to` do nothing, since tensors without content cannot be moved."""
     model.to = lambda *arguments, **options: model
 
 
 def keep_gradients(model: Any) -> None:
-    """Let `model.zero_grad` do nothing: a trainer clears gradients as its first act, and a plan's step has some already."""
+    """Let `model.zero_grad` do nothing: a trainer would clear the gradients with which the step of a plan begins."""
     model.zero_grad = do_nothing
 
 
 def do_nothing(*arguments: Any, **options: Any) -> None:
-    """Stand in for what works in place, or has nothing to do."""
+    """Replace a function that works in place or is not needed."""
 
 
 def _load(module: str) -> Any:

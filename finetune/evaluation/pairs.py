@@ -1,4 +1,4 @@
-"""How often a model prefers the chosen answer of held-out pairs: by its score, or by how likely it finds both."""
+"""Measure how often a model prefers the chosen answer of held-out pairs, by its score or by its log-probabilities."""
 
 import logging
 import math
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairScores:
-    """Means over pairs: the share in the right order, by how much the chosen answer is ahead, and the logistic loss of that.
+    """Means over pairs: the share whose chosen answer has the higher score, the margin of the scores, and its logistic loss.
 
-    A reward model gives each whole text a score. Of a language model it is the mean log-probability of an answer's tokens,
-    so that long answers have no disadvantage.
+    A reward model scores the whole text. A language model's score is the mean log-probability of the answer's tokens, so that long
+    answers have no disadvantage.
     """
 
     accuracy: float
@@ -38,10 +38,10 @@ class PairScores:
 
 
 def hold_pairs(files: Sequence[Path]) -> bool:
-    """Tell whether data files hold preference pairs, by their first row.
+    """Tell by the first row whether data files hold preference pairs.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the row cannot be read.
     """
     for _, rows in read_source(Source(files[0])):
         for place, row in rows:
@@ -50,7 +50,7 @@ def hold_pairs(files: Sequence[Path]) -> bool:
 
 
 def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairScores:
-    """Evaluate a reward run, or a language model, on pairs.
+    """Evaluate a reward model or a language model on pairs.
 
     Raises:
         FinetuneError: the model or the rows cannot be used.
@@ -60,7 +60,7 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
     model = open_judge(result) if result is not None and result.is_reward_model else open_model(name)
     rows = _load_pairs(model, model.template, files, max_tokens)
     logger.info("reading %s pairs", f"{len(rows):,}")
-    shown = tqdm(rows, unit="pair", disable=None, leave=False)  # only where a person looks on
+    shown = tqdm(rows, unit="pair", disable=None, leave=False)  # shown in a terminal only
     if isinstance(model, Judge):
         scores = [
             model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in shown
@@ -79,6 +79,7 @@ def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Seque
 
 
 def _measure(loaded: LoadedModel, row: dict[str, list[int]], side: str) -> float:
+    """Return the mean log-probability of the tokens of one answer, in nats."""
     prompt, answer = row["prompt_ids"], row[side]
     ids = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy on the trained tokens of held-out rows."""
+"""Measure loss, perplexity and accuracy on the trained tokens of held-out rows."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from finetune.models.opening import LoadedModel, open_model
 
 logger = logging.getLogger(__name__)
 
-# Positions whose logits are held at once: 256 x 99,000 float32 numbers are 100 MB.
+# Logits are made for so many positions at a time: 256 x 99,000 float32 numbers are 100 MB.
 _CHUNK_POSITIONS = 256
 
 
@@ -43,12 +43,12 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
     for note in splits.report.notes:
         logger.info("%s", note)
     logger.info("reading %s rows", f"{len(splits.train):,}")
-    shown = tqdm(splits.train, unit="row", disable=None, leave=False)  # only where a person looks on
+    shown = tqdm(splits.train, unit="row", disable=None, leave=False)  # shown in a terminal only
     return evaluate_rows(loaded, shown)
 
 
 def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Scores:
-    """Evaluate on rows that are tokens already (`input_ids`, `labels`), one at a time."""
+    """Evaluate on tokenized rows (`input_ids`, `labels`), one at a time."""
     backbone, head = _split_model(loaded)
     loss, correct, tokens = 0.0, 0, 0
     with torch.inference_mode():
@@ -57,10 +57,10 @@ def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) 
             labels = torch.tensor(row["labels"], device=loaded.model.device)[1:]
             chosen = labels != IGNORED_LABEL
             hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][chosen]
-            for states, targets in zip(
+            for outputs, targets in zip(
                 hidden.split(_CHUNK_POSITIONS), labels[chosen].split(_CHUNK_POSITIONS), strict=True
             ):
-                logits = head(states).float()
+                logits = head(outputs).float()
                 loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
                 correct += int((logits.argmax(-1) == targets).sum())
             tokens += int(chosen.sum())
@@ -69,6 +69,6 @@ def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) 
 
 
 def _split_model(loaded: LoadedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return the layers and the head apart, so that logits are made only where they are needed."""
+    """Return the backbone and the head, so that logits are made only where they are needed."""
     model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     return model.model, model.get_output_embeddings()

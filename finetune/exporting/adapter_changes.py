@@ -1,7 +1,7 @@
 """Read a LoRA adapter in PEFT's format, and merge it into base tensors one at a time.
 
 The formulas are those of the papers: LoRA (arXiv 2106.09685), rank-stabilised scaling (arXiv 2312.03732), DoRA
-(arXiv 2402.09353). What this module does not know is refused, never left out in silence.
+(arXiv 2402.09353). An adapter with anything that this module cannot merge is refused.
 """
 
 import json
@@ -20,7 +20,7 @@ from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import TensorFolder, read_header
 
 _PREFIX = "base_model.model."
-# These say how an adapter was trained, not what it computes.
+# Keys of an adapter's configuration that say how it was trained, not what it computes.
 _WITHOUT_EFFECT = frozenset(
     [
         "auto_mapping",
@@ -53,8 +53,8 @@ _WITHOUT_EFFECT = frozenset(
 _KNOWN = frozenset(
     ["alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"]
 )
-# These starts leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ train against a base that they have changed.
-_INNOCENT_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# These initializations leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it before training.
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _SUFFIXES = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -67,7 +67,7 @@ _SUFFIXES = {
 
 @dataclass
 class _Change:
-    """What an adapter holds for one base tensor."""
+    """The parts of an adapter that change one base tensor: its matrices, their scale, and the tokens whose rows it replaces."""
 
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     scale: float = 1.0
@@ -76,22 +76,22 @@ class _Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: base tensor name -> its change."""
+    """An adapter in memory; `changes` maps the name of a base tensor to its change."""
 
     folder: Path
     changes: Mapping[str, _Change]
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether merging changes nothing: every B is zero, and nothing is replaced."""
+        """Tell whether merging changes nothing: every B is zero, and no tensor or row is replaced."""
         return all(set(change.parts) <= {"a", "b"} and not change.parts["b"].any() for change in self.changes.values())
 
     def needs_whole(self, name: str) -> bool:
-        """Tell whether a tensor can only be merged whole: DoRA on a table measures its columns."""
+        """Tell whether a tensor can only be merged whole: DoRA on an embedding table needs the norms of its columns."""
         return name in self.changes and "embedding_magnitude" in self.changes[name].parts
 
     def merge_rows(self, name: str, start: int, base: torch.Tensor) -> torch.Tensor:
-        """Return rows of a base tensor from `start` on with their change, in float32; without a change they come back as they are."""
+        """Merge rows of a base tensor, from row `start` on; the result is float32, or the rows as given where nothing changes them."""
         change = self.changes.get(name)
         if change is None:
             return base
@@ -115,18 +115,18 @@ class Adapter:
 
 
 def _add_product(base: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> None:
-    """Add `(b @ a) * scale` in place, rounded as by PEFT."""
-    if math.frexp(scale)[0] == 0.5:  # a power of two changes no rounding, so the smaller factor can carry it
+    """Add `(b @ a) * scale` in place, with the same rounding as PEFT."""
+    if math.frexp(scale)[0] == 0.5:  # scaling by a power of two does not round, so the smaller matrix can be scaled
         base.addmm_(b * scale, a)
     else:
         base.add_((b @ a).mul_(scale))
 
 
 def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
-    """Read an adapter and compare it with the base that it is to be merged into.
+    """Read an adapter and check that it fits the base that it will be merged into.
 
     Raises:
-        ExportError: with every fault: files missing, a kind of adapter that is not known, tensors that do not fit.
+        ExportError: a file is missing, the kind of adapter is unknown, or tensors do not fit; the message lists the faults.
     """
     config = _read_config(folder)
     stored = _open_weights(folder)
@@ -138,14 +138,14 @@ def read_adapter(folder: Path, base: TensorFolder) -> Adapter:
             faults.append(f"{stored_name} belongs to {name}, which the base does not have")
             continue
         tensor = stored.read(stored_name)
-        # By numpy: torch's threads would wait for one another at each of some 800 small tensors.
+        # numpy is faster here: for each of some 800 small tensors torch would wait for its threads.
         if not numpy.isfinite(tensor.float().numpy()).all():
             faults.append(f"{stored_name} holds NaN or infinite values")
         changes.setdefault(name, _Change()).parts[part] = tensor
     for name, change in changes.items():
         faults += _complete_change(name, change, config, base.shape(name))
     if not changes and not faults:
-        faults.append("it holds no tensors")
+        faults.append("the adapter holds no tensors")
     if faults:
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ExportError(f"{folder}: does not fit the base {base.folder}:\n  " + "\n  ".join(faults[:8]) + more)
@@ -171,9 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ExportError(f"{path}: must hold an object; found {type(config).__name__}; give a folder that PEFT wrote")
     if config.get("peft_type") != "LORA":
-        raise ExportError(
-            f"{path}: is an adapter of the kind {config.get('peft_type')!r}; only LORA can be merged here"
-        )
+        raise ExportError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
     faults = [
         f"{key} is {config.get(key)!r}; expected a number above 0"
         for key in ("r", "lora_alpha")
@@ -185,13 +183,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _find_config_faults(config: Mapping[str, Any]) -> list[str]:
-    """Name what this module would otherwise leave out of the merge."""
+    """List the settings of an adapter that this module cannot merge."""
     faults = []
-    start = config.get("init_lora_weights")
-    if start not in _INNOCENT_STARTS:
+    init = config.get("init_lora_weights")
+    if init not in _HARMLESS_INITS:
         faults.append(
-            f"init_lora_weights is {start!r}, which trains against a changed base, so this adapter does not fit the "
-            "published one; convert it with PEFT's path_initial_model_for_weight_conversion first"
+            f"init_lora_weights is {init!r}, which changes the base before training, so this adapter does not fit the "
+            "published base; convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
     unknown = [key for key, value in config.items() if key not in _WITHOUT_EFFECT | _KNOWN and value]
     if config.get("bias", "none") != "none":
@@ -204,17 +202,17 @@ def _find_config_faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def _split_name(stored_name: str) -> tuple[str, str]:
-    """Split PEFT's name into the base tensor's and the part that it is of."""
+    """Split the name of a stored tensor into the name of the base tensor and the part of its change."""
     name = stored_name.removeprefix(_PREFIX)
     for suffix, part in _SUFFIXES.items():
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix)}.weight", part
-    # What modules_to_save names is stored whole, under the module's own name.
+    # PEFT stores the modules of modules_to_save whole, under their own names.
     return name, "replacement"
 
 
 def _complete_change(name: str, change: _Change, config: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
-    """Fill in scale and tokens; return what does not fit."""
+    """Fill in the scale and the tokens of a change; return the faults that are found."""
     parts = change.parts
     module = name.removesuffix(".weight")
     for first, second in (("a", "b"), ("embedding_a", "embedding_b")):
@@ -231,7 +229,9 @@ def _complete_change(name: str, change: _Change, config: Mapping[str, Any], shap
             return [f"{module}: its A has rank {low_rank.shape[0]}, {PEFT_CONFIG_FILE} says {rank}"]
     if config.get("use_dora") and low_rank is not None and "magnitude" not in parts:
         return [f"{module}: use_dora is set, but its lora_magnitude_vector is missing"]
-    if "embedding_a" in parts and "magnitude" in parts:  # of a table's columns, where a projection's is of its rows
+    if (
+        "embedding_a" in parts and "magnitude" in parts
+    ):  # DoRA scales the columns of a table, and the rows of a projection
         parts["embedding_magnitude"] = parts.pop("magnitude")
     if "token_rows" in parts:
         change.tokens = _find_tokens(config.get("trainable_token_indices"), module)

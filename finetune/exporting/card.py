@@ -1,4 +1,4 @@
-"""The model card of an export: where it comes from, how near it is to what was trained, how to open it."""
+"""Write the model card of an export: where it comes from, how close it is to what was trained, how to open it."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             "---\nlicense: mit\nlanguage: [en, zh]\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
             "# YuLan-Mini, fine-tuned",
             _describe_origin(subject, report),
-            *(["The adapter is empty: this export equals its base."] if changes_nothing else []),
+            *(["The adapter is empty: this export equals its base model."] if changes_nothing else []),
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
             _describe_comparison(report.verify),
             _describe_use(),
@@ -31,12 +31,12 @@ def _describe_origin(subject: Subject, report: ExportReport) -> str:
     if lineage is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"
         rows = [
-            ("start", lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint),
+            ("base checkpoint", lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint),
             ("method", lineage.method),
             *([("chain", lineage.describe_chain())] if lineage.earlier else []),
             ("trained", "all weights" if subject.adapter is None else merged),
             *([("architecture while training", "native, folded here")] if lineage.architecture == "native" else []),
-            ("base while training", "unquantized" if lineage.quantize == "none" else lineage.quantize),
+            ("base model while training", "unquantized" if lineage.quantize == "none" else lineage.quantize),
             *rows,
         ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,4 +1,4 @@
-"""Export a run: base + adapter → Llama shards, reopened and compared, or nothing at all."""
+"""Export a run: merge base and adapter into Llama weights, reopen them and compare; a failed export leaves nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.runs.trained_tokens import has_files_of_base, open_tokenizer
 from finetune.yulan.shards import write_shards
 from finetune.yulan.tensors import name_dtype
 
-if TYPE_CHECKING:  # it loads the libraries of models, which an export without a comparison does not need
+if TYPE_CHECKING:  # an export without a comparison need not load the model libraries
     from finetune.exporting.verify import LogitVerifier
 
 
@@ -31,8 +31,8 @@ def export_result(
     """Write a result as a Llama folder; with a verifier, reopen it and compare.
 
     Raises:
-        ExportError: the adapter does not fit its base, or what was written is not what was trained; nothing is left.
-        TemplateError: the chat template is not the one that was trained with; nothing is left.
+        ExportError: the adapter does not fit its base, or the export is not what was trained; no output is left.
+        TemplateError: the chat template is not the one of the training; no output is left.
         OutputError: the output folder is not empty or cannot be written.
     """
     started = time.monotonic()
@@ -53,7 +53,7 @@ def export_result(
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
-        write_json(folder / EXPORT_REPORT_FILE, _describe_for_machines(report, subject))
+        write_json(folder / EXPORT_REPORT_FILE, _make_json_report(report, subject))
         write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
 
@@ -74,7 +74,7 @@ def _check_tokenizer(subject: Subject) -> None:
         open_tokenizer(subject.result, subject.base)
 
 
-def _describe_for_machines(report: ExportReport, subject: Subject) -> dict[str, Any]:
+def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:
     result = subject.result
     return {
         "dtype": report.dtype,

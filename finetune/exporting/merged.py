@@ -1,4 +1,4 @@
-"""What is to be exported, and its tensors: stored rows, the adapter's change, the fold, and one rounding."""
+"""Compute the tensors of an export: read rows of the base, merge the adapter, fold, and round once."""
 
 import importlib
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
 
 @dataclass(frozen=True)
 class Subject:
-    """A result with everything that belongs to it; `base` is the folder of weights, a full run's own."""
+    """A result to export, and what belongs to it; `base` is its folder of base weights, or its own where all were trained."""
 
     result: Result
     base: Path
@@ -31,10 +31,10 @@ class Subject:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, once it was compared with the one that was trained with.
+        """The chat template, after a check that the result was trained with it.
 
         Raises:
-            TemplateError: it is another one.
+            TemplateError: the result was trained with another one.
         """
         template = find_template("auto", load_tokenizer_file(self.tokenizer_folder))
         check_template(self.result, template)
@@ -47,14 +47,14 @@ class Subject:
 
     @property
     def quantize(self) -> str:
-        """How the base was held while the adapter was trained on it."""
+        """The quantization of the base while the adapter was trained on it."""
         lineage = self.result.lineage
         return "none" if lineage is None or self.adapter is None else lineage.quantize
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The tensors to be exported, computed when asked for and rounded once; a `RowSource`."""
+    """The tensors of an export, computed on demand and rounded once; a `RowSource`."""
 
     tensors: TensorFolder
     specs: tuple[TensorSpec, ...]
@@ -66,21 +66,21 @@ class Merged:
 
     @property
     def changes_nothing(self) -> bool:
-        """Tell whether an adapter is there but has no effect."""
+        """Tell whether there is an adapter that has no effect."""
         return self.adapter is not None and self.adapter.is_empty
 
     def find_stored_name(self, name: str) -> str:
-        """Return the tensor of the base that an exported one is made of."""
+        """Return the name of the base tensor from which an exported one is made."""
         return self.fold.find_stored_name(name) if self.fold else name
 
     def needs_whole(self, name: str) -> bool:
-        """Tell whether a tensor must come in one piece."""
+        """Tell whether a tensor can only be made whole, not row by row."""
         stored = self.find_stored_name(name)
         requantized = self.quantize != "none" and is_quantized(stored)
         return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Read rows of the base and return exported ones."""
+        """Read rows of the base and return the exported rows."""
         name = self.find_stored_name(piece.name)
         rows = self.fold.read_rows(piece) if self.fold else self.tensors.read_rows(name, piece.start, piece.stop)
         if self.quantize != "none" and is_quantized(name):
@@ -91,22 +91,22 @@ class Merged:
 
 
 def open_subject(result: Result) -> Subject:
-    """Find the base of a result.
+    """Find the base, the architecture and the tokenizer of a result.
 
     Raises:
-        ExportError: the base is not the one that was trained with, or the result is a reward model.
+        ExportError: the base has changed since the training, or the result is a reward model.
     """
     if result.is_reward_model:
         raise ExportError(
-            f"{result.folder}: is a reward model; an export is a Llama that speaks, and this one gives a text a score. Use the "
-            "run as it is: `finetune evaluate` tells how often it is right on pairs"
+            f"{result.folder}: is a reward model, and only language models can be exported. Use the "
+            "run as it is: `finetune evaluate` measures it on pairs"
         )
     base = find_base(result) if result.kind == "adapter" else result.folder
     return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
 
 
 def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
-    """Open the tensors of an export; `dtype` may be `auto` (as the base is stored).
+    """Open the tensors of an export; `dtype` may be `auto`, that of the base checkpoint.
 
     Raises:
         ExportError: the adapter does not fit the base.
@@ -129,19 +129,19 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
     if merged.adapter is not None:
         reached = {merged.find_stored_name(spec.name) for spec in merged.specs}
         if lost := sorted(set(merged.adapter.changes) - reached):
-            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which cannot be carried into Llama weights")
+            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which has no counterpart in Llama weights")
     return merged
 
 
-# What follows are the weights that a quantized run really trained on: quantized and dequantized again, one tensor at a time.
+# A quantized run trains on weights that were quantized and dequantized. These functions make them again, one tensor at a time.
 # Source: QLoRA (arXiv 2305.14314), section 3; LLM.int8() (arXiv 2208.07339), section 3. The arithmetic is bitsandbytes' own.
 def is_quantized(name: str) -> bool:
-    """Tell whether a tensor of the base is quantized in training: the linear layers are, tables, norms and biases are not."""
+    """Tell whether training quantizes a tensor of the base: only the weights of linear layers, not tables, norms or biases."""
     return name.endswith("_proj.weight")
 
 
 def requantize(weight: torch.Tensor, quantize: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return what a whole matrix is worth once it was quantized from `dtype`, in float32; `quantize` is nf4 or int8."""
+    """Quantize a whole matrix from `dtype` to nf4 or int8 and dequantize it again, in float32."""
     functional = importlib.import_module("bitsandbytes.functional")
     matrix = weight.to(dtype)
     if quantize == "nf4":

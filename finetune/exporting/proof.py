@@ -1,4 +1,4 @@
-"""What an export reports about itself: how near it is to what was trained, and which base it was merged into."""
+"""The report of an export: how close it is to what was trained, and which base it was merged into."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,11 @@ BaseKind = Literal["full", "dequantized"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How near an export is to what was trained; `effect_kl` is how far the adapter had moved its base.
+    """How close an export is to what was trained.
 
     `max_abs` is the largest difference of a logit, `kl` the mean KL(trained || export) in nats, `top1_agreement` the share of
-    positions with the same likeliest token. `texts` counts the trained rows that the reopened tokenizer was compared on.
+    positions with the same likeliest token. `texts` counts the trained rows that the reopened tokenizer was compared on. `effect_kl` is
+    the mean KL(trained || base without the adapter), None without an adapter.
     """
 
     max_abs: float
@@ -26,7 +27,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BaseScore:
-    """One way to merge on held-out rows: `loss` in nats per trained token; the rest against the model as it was trained."""
+    """One way to merge, on held-out rows; `loss` in nats per trained token, the rest compared with the model as it was trained."""
 
     loss: float
     kl: float
@@ -35,7 +36,7 @@ class BaseScore:
 
 @dataclass(frozen=True)
 class BaseScores:
-    """The adapter on its quantized base, as it was trained, and merged into either base; `tokens` are trained tokens."""
+    """Scores of the adapter on its quantized base, as trained, and merged into either base; `tokens` counts trained tokens."""
 
     trained_loss: float
     full: BaseScore
@@ -51,7 +52,7 @@ class BaseScores:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written; `verify` is None where nothing was compared, `bases` also where the run was not quantized."""
+    """What was written; `verify` and `bases` are None without a comparison, `bases` also for unquantized runs."""
 
     output: Path
     dtype: str

@@ -1,7 +1,7 @@
-"""Reopen an export as anybody would and compare it with what was trained.
+"""Reopen an export in transformers and compare it with what was trained.
 
-Tensors are compared to the bit. Logits are compared on real rows between two independent paths: the full-precision base
-with the adapter applied live by PEFT, and the exported folder in stock transformers, both in float32.
+Tensors are compared to the bit. Logits are compared on real rows, in float32, between two independent paths: the base model with
+the adapter applied live by PEFT, and the exported folder in unchanged transformers.
 """
 
 import gc
@@ -28,19 +28,19 @@ from finetune.runs.trained_tokens import make_bundled_samples
 from finetune.yulan.shards import Piece, list_pieces, run_pieces
 from finetune.yulan.tensors import WEIGHT_DTYPES, open_tensors
 
-# Merging in float32 and applying the adapter live differ by the order of sums only.
+# Merging in float32 and applying the adapter live differ in the order of sums only.
 _FLOAT32_TOLERANCE = 1e-4
-# Rounding the weights to 16 bits moves logits by 2 to 7 % of their spread (measured on the reference checkpoints), which is
-# a KL of order 1e-3; an adapter that got lost moves them by its whole effect.
+# Rounding the weights to 16 bits moves logits by 2 to 7 % of their spread (measured on published checkpoints), which is
+# a KL of order 1e-3; without its adapter, an export would differ by the adapter's whole effect.
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
-_MOST_POSITIONS = 512  # of up to 99,000 logits each: 200 MB
-_ROOM = 1.3  # weights, and the logits of the longest row
+_MOST_POSITIONS = 512  # 200 MB of logits where the vocabulary has 99,000 tokens
+_ROOM = 1.3  # memory for the weights and the logits of the longest row, in sizes of the weights
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What one model gave: its loss over all trained tokens, and the logits of some of them, (positions, vocabulary)."""
+class _Output:
+    """The output of one model: its loss over all trained tokens, and logits of some, (positions, vocabulary)."""
 
     loss: float
     tokens: int
@@ -48,18 +48,18 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """What an export must equal, and the logits of its base without the adapter."""
+class _Expected:
+    """The output that an export must equal, and the logits of the base model without the adapter, if there is one."""
 
-    run: _Run
-    untouched: torch.Tensor | None
+    output: _Output
+    base_logits: torch.Tensor | None
 
 
 @dataclass
 class LogitVerifier:
-    """Runs one model at a time over the rows that a result brought with it, and keeps some of their logits."""
+    """Runs one model at a time over the sample rows of a result, and keeps some of their logits."""
 
-    _references: dict[BaseKind, _Reference] = field(default_factory=dict)
+    _expected: dict[BaseKind, _Expected] = field(default_factory=dict)
 
     def measure_bases(self, subject: Subject) -> BaseScores:
         """Compare the adapter on its quantized base with its merges into the full and the dequantized base."""
@@ -67,11 +67,11 @@ class LogitVerifier:
         trained = _run_rows(open_trained(subject.result).model, rows)
         scores = {}
         for kind in ("full", "dequantized"):
-            reference = self._run_reference(subject, kind).run
+            merged = self._run_expected(subject, kind).output
             scores[kind] = BaseScore(
-                loss=reference.loss,
-                kl=_measure_kl(trained.logits, reference.logits),
-                top1_agreement=_measure_agreement(trained.logits, reference.logits),
+                loss=merged.loss,
+                kl=_measure_kl(trained.logits, merged.logits),
+                top1_agreement=_measure_agreement(trained.logits, merged.logits),
             )
         return BaseScores(trained.loss, scores["full"], scores["dequantized"], len(rows), trained.tokens)
 
@@ -85,8 +85,8 @@ class LogitVerifier:
         check_generation(folder, subject.template)
         texts = compare_tokens(folder, subject)
         kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
-        reference = self._run_reference(subject, kind)
-        trained, untouched = reference.run.logits, reference.untouched
+        expected = self._run_expected(subject, kind)
+        trained, base_logits = expected.output.logits, expected.base_logits
         rows = _list_rows(subject)
         exported = _run_rows(_load(folder), rows).logits
         comparison = Comparison(
@@ -95,31 +95,31 @@ class LogitVerifier:
             top1_agreement=_measure_agreement(trained, exported),
             rows=len(rows),
             positions=trained.shape[0],
-            effect_kl=None if untouched is None else _measure_kl(trained, untouched),
+            effect_kl=None if base_logits is None else _measure_kl(trained, base_logits),
             texts=texts,
         )
         _check(comparison, trained, merged.dtype)
         return comparison
 
-    def _run_reference(self, subject: Subject, kind: BaseKind) -> _Reference:
-        """Run what an export must equal: the base in float32, with the adapter applied live by PEFT."""
-        if kind not in self._references:
+    def _run_expected(self, subject: Subject, kind: BaseKind) -> _Expected:
+        """Run the model that an export must equal: the base in float32, with the adapter applied live by PEFT."""
+        if kind not in self._expected:
             rows, model = _list_rows(subject), _load_base(subject, kind)
             if subject.adapter is None:
-                self._references[kind] = _Reference(_run_rows(model, rows), None)
+                self._expected[kind] = _Expected(_run_rows(model, rows), None)
             else:
                 tuned = PeftModel.from_pretrained(model, subject.adapter).eval()
-                run = _run_rows(tuned, rows)
+                output = _run_rows(tuned, rows)
                 with tuned.disable_adapter():
-                    self._references[kind] = _Reference(run, _run_rows(tuned, rows).logits)
-        return self._references[kind]
+                    self._expected[kind] = _Expected(output, _run_rows(tuned, rows).logits)
+        return self._expected[kind]
 
 
 def compare_tensors(folder: Path, merged: Merged) -> None:
-    """Reopen the written weights and compute each again.
+    """Reopen the written weights and compare each tensor with the merge, computed once more.
 
     Raises:
-        ExportError: a tensor differs, by a single bit.
+        ExportError: a tensor differs in at least one bit, or is not finite.
     """
     written = open_tensors(folder)
 
@@ -141,7 +141,7 @@ def compare_tensors(folder: Path, merged: Merged) -> None:
         name, difference = next(iter(wrong.items()))
         raise ExportError(
             f"export: {len(wrong)} tensors differ after reopening (first: {name}, max difference {difference:.2g}); "
-            "nothing was left in the output; is the disk sound?"
+            "nothing was left in the output; check the disk, and export again"
         )
 
 
@@ -150,7 +150,7 @@ def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _list_rows(subject: Subject) -> Sequence[SampleRow]:
-    """Return the rows of the run, or bundled ones for an adapter that came without."""
+    """Return the sample rows of the run, or bundled rows for an adapter without any."""
     if subject.result.rows:
         return subject.result.rows
     samples = make_bundled_samples(load_tokenizer(subject.tokenizer_folder), subject.template)
@@ -158,7 +158,7 @@ def _list_rows(subject: Subject) -> Sequence[SampleRow]:
 
 
 def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
-    """Load the base in float32; `dequantized` gives its matrices the values that they had while training."""
+    """Load the base in float32; for `dequantized`, its matrices get the values that they had in training."""
     lineage = subject.result.lineage
     section = replace(recall_model(subject.result, subject.base), quantize="none")
     model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
@@ -175,8 +175,8 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> _Run:
-    """Run a model over rows, one at a time, on a GPU that has room for it."""
+def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> _Output:
+    """Run a model over rows, one at a time, on the GPU where it fits."""
     device = _find_room(model)
     model = model.to(device) if model.device != device else model
     share = max(1, _MOST_POSITIONS // len(rows))
@@ -194,11 +194,11 @@ def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> 
             kept.append(logits[:share].clone())
     del model
     gc.collect()
-    return _Run(total / tokens, tokens, torch.cat(kept))
+    return _Output(total / tokens, tokens, torch.cat(kept))
 
 
 def _find_room(model: PreTrainedModel | PeftModel) -> torch.device:
-    """Return the GPU where the whole model fits with room for its work, else where the model is."""
+    """Return the GPU where the model fits into its free memory, else the device that the model is on."""
     device, here = choose_device(), torch.device(model.device)
     if device.type != "cuda" or here == device:
         return here
@@ -206,23 +206,23 @@ def _find_room(model: PreTrainedModel | PeftModel) -> torch.device:
     return device if free > _ROOM * model.get_memory_footprint() else here
 
 
-def _measure_agreement(reference: torch.Tensor, other: torch.Tensor) -> float:
-    return (reference.argmax(-1) == other.argmax(-1)).double().mean().item()
+def _measure_agreement(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
 
 
-def _measure_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the mean KL(reference || other) in nats, in float64 a few rows at a time."""
+def _measure_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the mean KL(expected || found) in nats, computed in float64 a few rows at a time."""
     total = 0.0
-    for first, second in zip(reference.split(32), other.split(32), strict=True):
+    for first, second in zip(expected.split(32), found.split(32), strict=True):
         log_p, log_q = first.double().log_softmax(-1), second.double().log_softmax(-1)
         total += (log_p.exp() * (log_p - log_q)).sum().item()
-    return max(0.0, total / reference.shape[0])
+    return max(0.0, total / expected.shape[0])
 
 
 def _check(comparison: Comparison, trained: torch.Tensor, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         limit = _FLOAT32_TOLERANCE * max(1.0, trained.std().item())
-        # Two tokens can be equally likely; only a difference that float32 does not explain is a fault.
+        # The likeliest token may differ where two are equally likely, so only the size of the difference counts.
         if comparison.max_abs <= limit:
             return
         reason = f"logits differ by up to {comparison.max_abs:.2g} > {limit:.2g}"

@@ -1,4 +1,4 @@
-"""How several processes share a run, as `accelerate launch` has set it up: whole copies, or shares of every tensor."""
+"""Find and set up the engine by which the processes of `accelerate launch` share a run: whole copies, or sharded tensors."""
 
 import os
 from typing import Literal
@@ -18,10 +18,10 @@ _CONFIG = "in accelerate's configuration; see recipes/accelerate/fsdp2.yaml"
 
 
 def find_engine() -> Engine:
-    """Return what this process was launched under.
+    """Return the engine that this process was launched with.
 
     Raises:
-        MachineError: an engine, or a setting of one, that this kit does not train with.
+        MachineError: the kit does not support the engine, or one of its settings.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return "one"
@@ -30,7 +30,7 @@ def find_engine() -> Engine:
             raise MachineError(f"FSDP 1 is not supported; set fsdp_version: 2 {_CONFIG}")
         if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
             raise MachineError(
-                "every process must look at the whole base before it keeps its share of it; "
+                "every process must load the whole base model before it keeps its share; "
                 f"set fsdp_cpu_ram_efficient_loading: false {_CONFIG}"
             )
         return "fsdp2"
@@ -40,36 +40,36 @@ def find_engine() -> Engine:
 
 
 def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
-    """Refuse what an engine cannot share out, before anything is loaded.
+    """Check that an engine can train a recipe, before anything is loaded.
 
     Raises:
-        RecipeError: with the keys to change.
+        RecipeError: it cannot; the message names the keys to change.
     """
     recipe, problems = resolved.recipe, []
     if engine in ("fsdp2", "zero3") and recipe.adapter.train_tokens:
         problems.append(
-            f"adapter.train_tokens: PEFT replaces rows of whole tables, and {ENGINE_NAMES[engine]} keeps shares of them; "
+            f"adapter.train_tokens: PEFT replaces rows of whole embedding tables, and {ENGINE_NAMES[engine]} shards them; "
             "set train_tokens: [], or launch with recipes/accelerate/ddp.yaml"
         )
     if engine in ("fsdp2", "zero3") and recipe.model.quantize == "int8":
-        problems.append("model.quantize: int8 weights cannot be shared out; set nf4 or none")
+        problems.append("model.quantize: int8 weights cannot be sharded; set nf4 or none")
     if engine in ("fsdp2", "zero3") and recipe.rewards.judge.run:
         problems.append(
-            f"rewards.judge.run: the judge reads with the whole base, and {ENGINE_NAMES[engine]} keeps shares of it; "
+            f"rewards.judge.run: the judge needs the whole base model, and {ENGINE_NAMES[engine]} shards it; "
             "launch with recipes/accelerate/ddp.yaml"
         )
     if engine == "fsdp2" and "bit" in str(recipe.trainer.get("optim", "")):
         problems.append(
-            f"trainer.optim: {recipe.trainer['optim']} cannot step shares of tensors; set adamw_torch, whose states are shared"
+            f"trainer.optim: {recipe.trainer['optim']} cannot step sharded tensors; set adamw_torch, whose moments can be sharded"
         )
     if resolved.method.is_pretraining and engine.startswith("zero"):
         problems.append(
-            f"method: {recipe.method} steps an optimizer of its own, which DeepSpeed would replace; launch with "
+            f"method: {recipe.method} uses an optimizer of its own, which DeepSpeed would replace; launch with "
             "recipes/accelerate/fsdp2.yaml"
         )
     if engine == "fsdp2" and recipe.optimizer.moments != "float32":
         problems.append(
-            f"optimizer.moments: {recipe.optimizer.moments} ones cannot be shared out; set float32, whose states are shared"
+            f"optimizer.moments: moments of the kind {recipe.optimizer.moments} cannot be sharded; set float32"
         )
     if problems:
         raise RecipeError(f"under {ENGINE_NAMES[engine]}", problems)
@@ -80,13 +80,13 @@ def _is_on(variable: str) -> bool:
 
 
 def let_cpu_shard(config: TrainingArguments) -> None:
-    """Let FSDP2 shard between processes on the CPU too, where this process was launched so."""
+    """Let FSDP2 shard on the CPU too, where this process was launched with it."""
     if find_engine() == "fsdp2" and config.device.type == "cpu":
         shard_on_cpu("bf16" if config.bf16 else "fp16" if config.fp16 else "no")
 
 
 def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
-    """Let FSDP2 round no loss to the type that it computes in; with a type of its own, a run sums gradients in float32."""
+    """Set the dtype that FSDP2 computes in; it must not round the loss to that dtype, and sums gradients in float32."""
     if find_engine() != "fsdp2":
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -98,15 +98,15 @@ def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
 
 
 def leave_processes() -> None:
-    """End the talk between processes: one that merely exits may be ended by its own threads, with a failed status."""
+    """Close the process group; a process that exits without it may be killed by its own threads and report a failure."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Return the trained weights whole on the main process, nothing on the others, or None where every process has them.
+    """Gather sharded weights: the main process gets all trained weights, the others an empty dictionary.
 
-    Every process must call it: those that hold shares send them.
+    Every process must call it, since each sends its share. Returns None where nothing is sharded.
     """
     engine = find_engine()
     if engine not in ("fsdp2", "zero3"):

@@ -1,4 +1,4 @@
-"""Load a base for training or for use, on the device of this process."""
+"""Load a base model for training or for use, on the device of this process."""
 
 import importlib
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from finetune.recipe.sections import ModelSection
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.native.modeling import flatten_alphas, load_native
 
-# Heads stay as they are where the layers are quantized.
+# Quantization leaves these heads unquantized.
 _HEADS = ("lm_head", "score")
 
 
 def load_base(
     folder: Path, section: ModelSection, precision: Precision, device: torch.device, head: Head = "language"
 ) -> PreTrainedModel:
-    """Load a base in the recipe's architecture and quantization, whole, on one device; a head for scores is a new one.
+    """Load a whole base model on one device, in the recipe's architecture and quantization; `head="score"` adds a new head.
 
     Raises:
         MachineError: the quantization or the attention kernel cannot run here.
@@ -67,10 +67,10 @@ def load_base(
 
 
 def load_config(folder: Path, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
-    """Return a base's configuration, with the recipe's own positions.
+    """Load the configuration of a base model, with the positions that the recipe sets.
 
     Raises:
-        CheckpointError: a native one cannot be read or used.
+        CheckpointError: a native configuration cannot be read or used.
     """
     is_native = section.architecture == "native"
     config = load_native_config(folder) if is_native else LlamaConfig.from_pretrained(folder)
@@ -78,7 +78,7 @@ def load_config(folder: Path, section: ModelSection) -> LlamaConfig | YuLanMiniC
 
 
 def extend_context(config: LlamaConfig | YuLanMiniConfig, section: ModelSection) -> LlamaConfig | YuLanMiniConfig:
-    """Set the longest position and the base of RoPE where a recipe says so, and return the configuration."""
+    """Set the number of positions and the base of RoPE where the recipe sets them; return the same configuration."""
     if section.max_positions is not None:
         config.max_position_embeddings = section.max_positions
     if section.rope_theta is not None:
@@ -98,13 +98,13 @@ def make_quantization(quantize: str, compute_dtype: torch.dtype, is_sharded: boo
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        # FSDP2 and ZeRO-3 share out floating-point tensors only, so the same bytes are called such.
+        # FSDP2 and ZeRO-3 shard floating-point tensors only, so the packed bytes are stored under a floating-point dtype.
         bnb_4bit_quant_storage=compute_dtype if is_sharded else None,
     )
 
 
 def check_quantization(quantize: str, device: torch.device) -> None:
-    """Quantize one small matrix on the device, so that a machine that cannot is told before anything is loaded.
+    """Quantize one small matrix on the device, so that a machine that cannot do it fails before anything is loaded.
 
     Raises:
         MachineError: bitsandbytes is missing, or does not run on this device.

@@ -1,4 +1,4 @@
-"""Attach the trained part of a run to its base, and save it so that it fits the base as published."""
+"""Attach a LoRA adapter to a base model, and save it so that it fits the published weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
 _PISSA = "pissa_niter_16"
-# A trained row differs from the others by its size. Rows that never occurred keep their initial size, or were only decayed.
+# Embeddings of tokens that never occurred in training keep their small initial norm, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
 
@@ -25,17 +25,17 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     """Return the model with a fresh LoRA adapter in float32, or the model itself where all weights are trained.
 
     Raises:
-        TrainingError: a token to be trained lies outside the table.
+        TrainingError: `train_tokens` names a token outside the embedding table.
     """
     if section.trains_all_weights:
         return model
     rows = model.get_input_embeddings().weight.shape[0]
     if beyond := [token for token in section.train_tokens if token >= rows]:
-        raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the table of {rows:,} tokens")
+        raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the embedding table of {rows:,} tokens")
     tokens = list(section.train_tokens)
     config = LoraConfig(
-        # With the second, PEFT trains and keeps the new head for scores as a whole.
-        task_type="CAUSAL_LM" if _speaks(model) else "SEQ_CLS",
+        # SEQ_CLS makes PEFT train and save the whole new head of a reward model.
+        task_type="CAUSAL_LM" if _has_language_head(model) else "SEQ_CLS",
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
@@ -47,19 +47,19 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     )
     model.name_or_path = str(base)
     tuned = get_peft_model(model, config)
-    # Whoever adds another adapter of this form, as TRL does for its reference, must not change the base once more.
+    # TRL adds a second adapter of this configuration as its reference model, which must not change the base weights again.
     config.init_lora_weights = True
     return complete_head(tuned)
 
 
 def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Path) -> PeftModel:
-    """Return the model with the adapter of an earlier run, to be trained further; dropout alone is the recipe's.
+    """Return the model with the adapter of an earlier run, to be trained further; only its dropout is the recipe's.
 
-    A reward model takes over what its adapter shares with that of a language model: all but the rows of a language head.
+    A reward model that continues the adapter of a language model leaves out the trained rows of the language head.
     """
     config = LoraConfig.from_pretrained(folder)
     config.lora_dropout = section.dropout
-    if not _speaks(model) and config.task_type != "SEQ_CLS":
+    if not _has_language_head(model) and config.task_type != "SEQ_CLS":
         return _continue_without_head(model, config, folder)
     return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
 
@@ -76,18 +76,18 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
 
 
 def _list_tables(model: PreTrainedModel) -> list[str]:
-    """Name the tables that carry rows of their own: where the head is tied, PEFT gives it the embedding's."""
-    has_own_head = _speaks(model) and not model.config.tie_word_embeddings
+    """Name the tables whose rows `train_tokens` trains; where the head is tied, PEFT gives it the embedding's rows."""
+    has_own_head = _has_language_head(model) and not model.config.tie_word_embeddings
     return ["embed_tokens", "lm_head"] if has_own_head else ["embed_tokens"]
 
 
-def _speaks(model: PreTrainedModel) -> bool:
-    """Tell a language model from one that gives a text a score."""
+def _has_language_head(model: PreTrainedModel) -> bool:
+    """Tell whether the model has a language head, rather than one that gives a text a score."""
     return model.get_output_embeddings() is not None
 
 
 def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
-    """Return those tokens whose rows look as if training never reached them: far smaller than the usual row."""
+    """Return the tokens whose embeddings look untrained: their norm is far below the median."""
     found = set()
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     for table in (table for table in tables if table is not None):
@@ -98,20 +98,20 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter as PEFT does, without copies of the embedding tables; `weights` in place of the model's own."""
+    """Save the adapter as PEFT does, without copies of the embedding tables; `weights` replace the model's own where given."""
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
 
 
-def subtract_start(folder: Path, start: Path) -> None:
-    """Rewrite a saved PiSSA adapter as a plain LoRA adapter of the unchanged base, exactly.
+def subtract_initial(folder: Path, initial_folder: Path) -> None:
+    """Rewrite a saved PiSSA adapter as an exactly equal LoRA adapter of the unchanged base; `initial` is its first state.
 
     PiSSA moves the leading part `s * B0 A0` of every weight W into its adapter and trains on what remains, so the trained
     weight is `W - s * B0 A0 + s * B A = W + s * [B | -B0] [A ; A0]`: LoRA of twice the rank with the same scale.
 
     Source: PiSSA (arXiv 2404.02948), appendix C.
     """
-    trained, initial = load_file(folder / PEFT_WEIGHTS_FILE), load_file(start / PEFT_WEIGHTS_FILE)
+    trained, initial = load_file(folder / PEFT_WEIGHTS_FILE), load_file(initial_folder / PEFT_WEIGHTS_FILE)
     for name, tensor in trained.items():
         if "lora_A" in name:
             trained[name] = torch.cat([tensor, initial[name]], dim=0)

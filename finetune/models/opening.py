@@ -1,4 +1,4 @@
-"""Open a run or a model for use, and answer in the template that it was trained with."""
+"""Open a run or a model for use, and generate answers with the template that it was trained with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class LoadedModel:
         Temperature 0 takes the likeliest token each time.
 
         Raises:
-            FinetuneError: the number of new tokens or the temperature makes no sense.
+            FinetuneError: the number of new tokens is below 1, or the temperature below 0.
         """
         if max_new_tokens < 1 or temperature < 0:
             raise FinetuneError(
@@ -77,7 +77,7 @@ class LoadedModel:
 
 
 def open_model(name: str) -> LoadedModel:
-    """Open a run (its base as it was trained, with the adapter), or a model by alias, hub id or folder.
+    """Open a run, with its base model and adapter as they were trained, or a model by alias, hub id or folder.
 
     Raises:
         FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
@@ -92,21 +92,21 @@ def open_model(name: str) -> LoadedModel:
 
 
 def open_trained(result: Result) -> LoadedModel:
-    """Open a result as it was trained: its base in the run's quantization and type, with the adapter.
+    """Open a language model as it was trained: its base in the run's quantization and dtype, with the adapter.
 
     Raises:
-        FinetuneError: the base or the template is not the one that it was trained with.
+        FinetuneError: it is a reward model, or the base or the template is not the one that it was trained with.
     """
     if result.is_reward_model:
         raise FinetuneError(
-            f"{result.folder}: is a reward model, which gives texts a score and cannot speak; "
-            "`finetune evaluate` tells how often it is right on pairs"
+            f"{result.folder}: is a reward model, which scores texts and cannot generate answers; "
+            "`finetune evaluate` measures it on pairs"
         )
     return load_trained(result)
 
 
 def load_trained(result: Result) -> LoadedModel:
-    """Load a result as it was trained, a reward model with its head for scores.
+    """Load a result as it was trained; a reward model gets its head for scores.
 
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.

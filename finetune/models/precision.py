@@ -1,4 +1,4 @@
-"""Choose the device of this process, and the types that weights are held and multiplied in."""
+"""Choose the device of this process, and the dtypes of weights and of matrix products."""
 
 import os
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ AutocastDtype = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Precision:
-    """The type that weights are held in, the one that matrix products run in where that differs, and FSDP2's for all it computes."""
+    """The dtype of the weights, the autocast dtype of matrix products, and the dtype that FSDP2 computes in (None: its default)."""
 
     weights: torch.dtype
     autocast: AutocastDtype
@@ -23,7 +23,7 @@ class Precision:
 
 
 def choose_device(use_cpu: bool = False) -> torch.device:
-    """Return this process's own device: the GPU of its LOCAL_RANK, else Apple's, else the CPU."""
+    """Return the device of this process: the NVIDIA GPU of its LOCAL_RANK, else Apple's GPU, else the CPU."""
     if use_cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -36,11 +36,11 @@ def choose_device(use_cpu: bool = False) -> torch.device:
 def choose_precision(
     dtype: str, device: torch.device, trains_all_weights: bool, keeps_masters: bool = False
 ) -> Precision:
-    """Choose what suits the device, or follow the recipe's `model.dtype`.
+    """Choose the precision of a run from the recipe's `model.dtype`; `auto` takes what suits the device.
 
-    Where all weights are trained, `auto` and `float16` hold them in float32: an update that is smaller than half a
-    step of the type would be lost, and float16 gradients cannot be unscaled. An optimizer that keeps float32 masters
-    leaves the model in bfloat16 instead, and all of it computes in that type, as in the published runs.
+    Where all weights are trained, `auto` and `float16` hold them in float32: 16 bits would round most updates away, and float16
+    gradients cannot be unscaled. An optimizer that steps float32 copies (`keeps_masters`) leaves the model in bfloat16, and all of
+    it computes in that dtype, as in the published runs.
     """
     if keeps_masters and trains_all_weights:
         held = replace(choose_precision(dtype, device, trains_all_weights=False), autocast="no")
@@ -72,9 +72,9 @@ def _name_autocast(dtype: str) -> AutocastDtype:
 def choose_planned_precision(
     resolved: ResolvedRecipe, is_gpu: bool, has_bf16: bool, engine: Engine = "one"
 ) -> Precision:
-    """Return the precision that a run would choose on the machine that is planned for, not on this one.
+    """Choose the precision of a run on the machine that a plan is made for.
 
-    float16 is planned as bfloat16, which has the same size and which a CPU can autocast to.
+    float16 is planned as bfloat16, which has the same size and to which a CPU can autocast.
     """
     trains_all, dtype, pretrains = (
         resolved.trains_all_weights,

@@ -1,8 +1,8 @@
-"""What preference losses compare with: the start of the run, without a second copy of its weights.
+"""Set up the reference model of preference losses: the model as it is before step 1, without a second copy of its weights.
 
-TRL gives every adapter that it is handed a twin named `ref`, a copy of the start. A fresh adapter changes nothing yet, so the
-base with the adapter off is the same reference, and the twin is dropped. Going on with an adapter, or from PiSSA, needs it.
-Where all weights are trained, the log-probabilities of the start are computed once, before step 1.
+TRL adds to every adapter a frozen copy named `ref`. A new adapter changes nothing yet, so the base model with the adapter off is
+the same reference model, and the copy is dropped. A run that continues an adapter, or begins with PiSSA, keeps it. Where all
+weights are trained, the log-probabilities of the reference model are computed once before step 1.
 """
 
 import torch
@@ -14,21 +14,23 @@ REFERENCE, _TRAINED = "ref", "default"
 
 
 def describe_reference(resolved: ResolvedRecipe, rows: int) -> str:
-    """Return what the reference model of a recipe is and costs."""
+    """Say what the reference model of a recipe is, and what it costs."""
     once = f"computed once before step 1, with one pass over {rows:,} rows, and kept with the prepared rows"
     if resolved.trains_all_weights:
-        return f"reference: log-probabilities of the start, {once}; so no second copy of the weights is held"
+        return f"reference model: its log-probabilities are {once}; no second copy of the weights is held"
     if resolved.recipe.trainer.get("precompute_ref_log_probs"):
-        return f"reference: log-probabilities of the start, {once}"
+        return f"reference model: its log-probabilities are {once}"
     if resolved.adapter_starts_empty:
-        return "reference: the base with the adapter off; it takes no memory"
-    return "reference: a frozen copy of the adapter as it is now; of the base there is no second copy"
+        return "reference model: the base model with the adapter off; it takes no memory"
+    return (
+        "reference model: the base model with a frozen copy of the adapter; there is no second copy of the base model"
+    )
 
 
 def settle_reference(model: PeftModel, *, drop: bool) -> None:
-    """Drop the twin of an adapter that changes nothing yet, or make it equal to the start to the bit.
+    """Drop TRL's frozen copy of the adapter, or make it equal to the adapter to the bit.
 
-    TRL copies only what has `.default.` within its name, and so leaves out trained token rows, whose names end in it.
+    TRL copies only parameters with `.default.` inside their names. It leaves out trained token rows, whose names end in `.default`.
     """
     if REFERENCE not in model.peft_config:
         return

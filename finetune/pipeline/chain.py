@@ -1,4 +1,4 @@
-"""Run a chain: one stage after the other into one folder, going on where it was cut off."""
+"""Run the stages of a chain one after the other into one folder; a resumed chain continues where it was stopped."""
 
 import contextlib
 import gc
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What became of one stage: `path` is its run directory or its export; `was_done` says that it was found finished."""
+    """The outcome of one stage; `path` is its run directory or its export, `was_done` says that it had finished before."""
 
     name: str
     path: str
@@ -73,15 +73,15 @@ class ChainSummary:
 
 
 def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainSummary:
-    """Run every stage of a checked chain that is not finished yet; `force` trains also what the plan says cannot fit.
+    """Run every stage of a checked chain that has not finished; `force` also trains what by the plan does not fit.
 
     Raises:
-        FinetuneError: anything of the user's that stops a stage; the finished ones stay, for `--resume`.
+        FinetuneError: the user can mend what stopped a stage; finished stages stay, for `--resume`.
     """
     if chain.single is not None:
         summary = train_on_device(chain.single.resolved, resume, force)
         return ChainSummary(str(chain.output), [StageSummary("", summary.run, False, asdict(summary))], None)
-    # The processes of a launcher decide together, and only the first of them writes.
+    # Under a launcher, all processes run every stage together, and only the first one writes.
     processes = _open_processes(chain)
     if processes.process_index == 0:
         _open_output(chain, resume)
@@ -89,7 +89,7 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
     with _leave_nothing_before_stage_one(chain, processes):
         if processes.process_index == 0:
             for stage in chain.trainings:
-                # The rows are kept for their stage; a bad row of the last one is told before the first trains.
+                # A faulty row of the last stage is reported before the first one trains. The rows stay in the cache.
                 prepare_rows(stage.resolved)
         processes.distributed_state.wait_for_everyone()
         summaries = _run_stages(chain, processes, force)
@@ -98,6 +98,7 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
 
 
 def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list[StageSummary]:
+    """Run or skip each stage, and free its memory before the next one."""
     summaries = []
     for number, stage in enumerate(chain.stages, 1):
         logger.info("stage %d of %d: %s", number, len(chain.stages), stage.name)
@@ -105,7 +106,7 @@ def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list
             summaries.append(_run_training(stage, processes, force))
         else:
             summaries.append(_run_export(stage, chain, processes))
-        gc.collect()  # a trainer and its callbacks hold each other, and with them the model
+        gc.collect()  # a trainer and its callbacks refer to each other, and keep the model alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return summaries
@@ -113,7 +114,7 @@ def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list
 
 @contextlib.contextmanager
 def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) -> Iterator[None]:
-    """Remove the output of a chain that stops before its first stage has left anything."""
+    """Remove the output of a chain that stops before its first stage has written anything."""
     try:
         yield
     except BaseException:
@@ -123,20 +124,26 @@ def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) 
 
 
 def _open_processes(chain: Chain) -> TrainingArguments:
+    """Return a trainer configuration, by which the processes of a launcher know their number and wait for each other."""
     first = chain.trainings[0].resolved
     precision = choose_precision(first.recipe.model.dtype, choose_device(first.uses_cpu), first.trains_all_weights)
     config = make_config(first, first.evaluates, precision)
-    logger.debug("running on %s", config.device)  # asking for the device starts the processes' talk
+    logger.debug("running on %s", config.device)  # asking for the device opens the process group
     return config
 
 
 def _open_output(chain: Chain, resume: bool) -> None:
+    """Make the folder of a new chain, or check that a resumed one has the same recipe.
+
+    Raises:
+        FinetuneError: the folder is not empty, or there is nothing to resume with this recipe.
+    """
     file = chain.output / RECIPE_FILE
     if not resume:
         try:
             check_output_free(chain.output)
         except OutputError as error:
-            raise OutputError(f"{error}; or go on with the chain in it by --resume") from None
+            raise OutputError(f"{error}; or resume the chain in it with --resume") from None
         with translate_os_errors(chain.output):
             chain.output.mkdir(parents=True, exist_ok=True)
             file.write_text(dump_chain(chain), encoding="utf-8")
@@ -154,13 +161,13 @@ def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) 
     state = processes.distributed_state
     summary = _read_summary(run)
     checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
-    state.wait_for_everyone()  # all have looked before one changes anything
+    state.wait_for_everyone()  # every process has read the folder before one changes it
     if summary is not None:
         check_finished_run(restore_choices(resolved))
         logger.info("%s: finished already", run)
         return StageSummary(stage.name, str(run), True, summary)
     if processes.process_index == 0 and run.is_dir():
-        # A result that was written just before the stop is written again from the last checkpoint.
+        # The run may have been stopped after writing its result; the last checkpoint gives it again.
         for part in (run / ADAPTER_FOLDER, run / MODEL_FOLDER) if checkpoint else (run,):
             shutil.rmtree(part, ignore_errors=True)
     state.wait_for_everyone()
@@ -168,7 +175,7 @@ def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) 
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
-    """Return what a finished run reported, or None where it has not finished."""
+    """Read the summary of a finished run, or return None where it has not finished."""
     try:
         record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -180,7 +187,7 @@ def _read_summary(run: Path) -> dict[str, Any] | None:
 def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) -> StageSummary:
     record_file = chain.output / CHAIN_RECORD_FILE
     result = open_result(stage.run)
-    # By content: an export is of these weights and these options, or it is made again.
+    # An export of other weights, compared by content, or with other settings is made again.
     weights = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
     identity = {"weights": [hash_file(file) for file in weights], "settings": dict(vars(stage.settings))}
     record = read_json(record_file) or {}

@@ -1,4 +1,4 @@
-"""The whole line on the nano checkpoint with the bundled data: train, export, verify, evaluate, answer."""
+"""Run the demo on the nano checkpoint with the bundled data: train, export, verify, evaluate, and answer questions."""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _LONGEST_ANSWER = 64
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo shows; the losses are nats per trained token of held-out rows, before and after training."""
+    """The results of the demo; losses are nats per trained token of held-out rows, before and after training."""
 
     run: str
     export: str
@@ -37,7 +37,7 @@ class DemoResult:
 
 
 def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
-    """Train nano with nf4 LoRA, export it, and compare it with what it was; `overrides` change the recipe.
+    """Train nano with nf4 LoRA, export it, and compare it with nano before training; `overrides` change the recipe.
 
     Raises:
         OutputError: `output` is not empty.
@@ -53,7 +53,7 @@ def run_demo(output: Path, overrides: Sequence[str] = ()) -> DemoResult:
     run = Path(run_training(resolved).run)
     logger.info("3/4  merging into the full-precision base, and comparing")
     report = export_result(open_result(run), output / "export", ExportSettings(), LogitVerifier())
-    logger.info("4/4  after: the exported model, opened as anybody would")
+    logger.info("4/4  after: the exported model, opened like any other")
     after = evaluate_path(str(report.output), rows, longest)
     answers_after = _ask(str(report.output))
     return DemoResult(
@@ -90,7 +90,7 @@ def _read_comparison(report: ExportReport) -> dict[str, object]:
 
 
 def describe_demo(result: DemoResult) -> str:
-    """Return the summary that a person reads at the end."""
+    """Return the results as text for a person."""
     verify = result.verify
     lines = [
         "",

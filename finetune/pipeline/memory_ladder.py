@@ -1,4 +1,4 @@
-"""Train, and where the device's memory runs out all the same, say which part grew and go on with less of it at once."""
+"""Train within the device's memory: choose settings by the plan, and where memory still runs out, change them and continue."""
 
 import gc
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_on_device(resolved: ResolvedRecipe, resume: bool = False, force: bool = False) -> RunSummary:
-    """Train on this process's device: as planned where its memory decides, else as the recipe says.
+    """Train on this process's device: by the plan on a GPU or with `trainer.auto`, else as the recipe says.
 
     Raises:
         FinetuneError: see `train_as_planned` and `run_training`.
@@ -43,10 +43,10 @@ def train_on_device(resolved: ResolvedRecipe, resume: bool = False, force: bool 
 def train_as_planned(
     resolved: ResolvedRecipe, device: torch.device, resume: bool = False, force: bool = False
 ) -> RunSummary:
-    """Choose what `trainer.auto` leaves open, refuse what cannot fit a GPU unless forced, and train within its memory.
+    """Choose the settings that `trainer.auto` leaves open, refuse what does not fit a GPU unless forced, and train.
 
     Raises:
-        TrainingError: it does not fit.
+        TrainingError: the run does not fit.
     """
     if resume:
         resolved = restore_choices(resolved)
@@ -59,12 +59,12 @@ def train_as_planned(
 
 
 def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
-    """Train; where memory runs out and the recipe says `trainer.auto`, step down a ladder that keeps the optimisation as it is.
+    """Train; where memory runs out under `trainer.auto`, change settings that keep the updates the same, and continue.
 
-    It goes on from the newest checkpoint, or starts again where there is none yet.
+    The run continues from its newest checkpoint, or starts again where it has none.
 
     Raises:
-        TrainingError: it does not fit, with the parts that grew.
+        TrainingError: nothing is left to change; the message names the parts that take the memory.
     """
     started_fresh = not resume
     while True:
@@ -72,54 +72,56 @@ def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSu
             return run_training(resolved, resume)
         except torch.OutOfMemoryError as error:
             reason = ". ".join(str(error).split(". ")[:2])
-            traceback.clear_frames(error.__traceback__)  # what they hold would stay on the device
+            traceback.clear_frames(error.__traceback__)  # the frames would keep their tensors on the device
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        # Other processes know nothing of what happened to this one, so nothing can be agreed with them.
+        # Other processes do not know that this one ran out of memory, so several cannot change settings together.
         steps = list_steps_down(resolved) if resolved.recipe.trainer.get(AUTO) and find_engine() == "one" else iter(())
         change = next(steps, None)
         if change is None:
             raise TrainingError(describe_shortage(resolved, reason))
         resolved = apply_change(resolved, change)
         resume = _prepare_restart(resolved, started_fresh)
-        logger.warning("out of memory (%s); %s with %s", reason, "going on" if resume else "again", change.describe())
+        logger.warning(
+            "out of memory (%s); %s with %s", reason, "continuing" if resume else "starting again", change.describe()
+        )
 
 
 def list_steps_down(resolved: ResolvedRecipe) -> Iterator[Change]:
-    """Yield what takes less memory and computes the same updates, the cheapest first."""
+    """Yield changes that need less memory and give the same updates, the fastest first."""
     recipe, smallest = resolved.recipe, resolved.method.smallest_batch
     batch, rows = read_batch(recipe), _count_rows(recipe)
     smaller = next((size for size in range(batch - 1, smallest - 1, -1) if rows % size == 0), None)
     if smaller is not None:
         settings = {f"trainer.{BATCH}": smaller, f"trainer.{ACCUMULATION}": rows // smaller}
-        yield Change(settings, f"the same {rows} rows a step, fewer at once")
+        yield Change(settings, f"a smaller micro-batch size; the effective batch size stays {rows} rows")
     if not recipe.trainer.get("gradient_checkpointing", True):
-        yield Change({"trainer.gradient_checkpointing": True}, "layers are computed again in the backward pass")
+        yield Change({"trainer.gradient_checkpointing": True}, "gradient checkpointing")
     if not recipe.trainer.get("activation_offloading") and torch.cuda.is_available():
-        yield Change({"trainer.activation_offloading": True}, "what layers keep waits in the host's memory")
+        yield Change({"trainer.activation_offloading": True}, "activations wait in the host's memory")
 
 
 def _prepare_restart(resolved: ResolvedRecipe, started_fresh: bool) -> bool:
-    """Make a run's folder ready to be gone on with by a changed recipe; tell whether there is something to go on from."""
+    """Prepare a run's folder for a changed recipe; return True where it has a checkpoint to continue from."""
     run = resolved.output
     if run.is_dir() and find_complete_checkpoint(run) is not None:
         (run / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")
         return True
-    if run.is_dir() and started_fresh:  # it was empty when this run began, and holds nothing to go on from
+    if run.is_dir() and started_fresh:  # it was empty when this run began, and has no checkpoint
         shutil.rmtree(run)
     return False
 
 
 def restore_choices(resolved: ResolvedRecipe) -> ResolvedRecipe:
-    """Return a recipe with what `trainer.auto` had chosen when its run began, as a resumed run needs it."""
+    """Return a recipe with the settings that `trainer.auto` chose when its run began, for resuming that run."""
     recipe, saved = resolved.recipe, resolved.output / RECIPE_FILE
     if not recipe.trainer.get(AUTO) or not saved.is_file():
         return resolved
     content = yaml.safe_load(saved.read_text(encoding="utf-8"))
     chosen = {key: value for key, value in content.get("trainer", {}).items() if key in DECIDED}
     restored = replace(recipe, trainer={**chosen, **recipe.trainer})
-    # Where memory ran out the run went on, and goes on, with less of it at once than its recipe says.
+    # Where memory ran out, the run continued with a smaller micro-batch size than its recipe sets, and must resume with it.
     before = replace(recipe, trainer=chosen)
     if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
         split = {BATCH: read_batch(before), ACCUMULATION: read_accumulation(before)}
@@ -133,7 +135,7 @@ def _count_rows(recipe: Recipe) -> int:
 
 
 def describe_shortage(resolved: ResolvedRecipe, reason: str) -> str:
-    """Say what by the plan takes the room, what of it grew with the rows, and what would take less."""
+    """Say which parts take the memory by the plan, which of them grow with the length of rows, and what would need less."""
     recipe = resolved.recipe
     target = replace(find_target(choose_device(resolved.uses_cpu)), memory_bytes=None)
     plan = make_plan(resolved, target)
@@ -142,11 +144,13 @@ def describe_shortage(resolved: ResolvedRecipe, reason: str) -> str:
     grown = _list_growth(plan, shorter)
     largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
     suggestions = (
-        plan.suggestions if recipe.trainer.get(AUTO) else ("trainer.auto=true finds what fits", *plan.suggestions)
+        plan.suggestions
+        if recipe.trainer.get(AUTO)
+        else ("trainer.auto=true chooses settings that fit", *plan.suggestions)
     )
     return (
         f"out of memory ({reason}). By the plan a step of full rows needs {plan.peak_bytes / 1e9:.2f} GB: {largest}; "
-        f"from rows half as long it grew by {grown}. It would take less with\n  " + "\n  ".join(suggestions)
+        f"rows half as long would save {grown}. It would take less with\n  " + "\n  ".join(suggestions)
     )
 
 

@@ -1,4 +1,4 @@
-"""Open a trained reward model, and score texts with it: by itself, or with the base of the model that is being trained."""
+"""Open a trained reward model and score texts with it: by itself, or as a judge that shares the base model of a run."""
 
 import copy
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _HEAD = "base_model.model.score.weight"
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward model ready for use, with the tokenizer and the template that it reads texts in."""
+    """A reward model ready for use, with its tokenizer and the template of its texts."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,22 +41,20 @@ class Judge:
 
 @dataclass(frozen=True)
 class BorrowingJudge:
-    """A reward model that reads with the weights of the base that is being trained; adapter and head are its own."""
+    """A reward model that shares the base model of a run; adapter and head are its own."""
 
     model: PeftModel
     head: torch.Tensor
     pad_token: int
-    rows_at_once: int
+    batch_size: int
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
         """Return the reward of each text, given as token ids from bos to the token that ends the answer."""
-        starts = range(0, len(texts), self.rows_at_once)
+        starts = range(0, len(texts), self.batch_size)
         with torch.no_grad():
-            return [
-                score for start in starts for score in self._score_together(texts[start : start + self.rows_at_once])
-            ]
+            return [score for start in starts for score in self._score_batch(texts[start : start + self.batch_size])]
 
-    def _score_together(self, texts: Sequence[Sequence[int]]) -> list[float]:
+    def _score_batch(self, texts: Sequence[Sequence[int]]) -> list[float]:
         ids, mask = _pad_texts(texts, self.pad_token, self.head.device)
         layers = self.model.get_base_model().model
         hidden = layers(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -73,7 +71,7 @@ def _pad_texts(texts: Sequence[Sequence[int]], pad: int, device: torch.device) -
 
 
 def open_judge(result: Result) -> Judge:
-    """Open a reward run as it was trained: its base in the run's quantization and type, with adapter and head.
+    """Open a reward model as it was trained: its base in the run's quantization and dtype, with adapter and head.
 
     Raises:
         FinetuneError: it is no reward model, or its base or template is not the one that it was trained with.
@@ -86,42 +84,44 @@ def open_judge(result: Result) -> Judge:
 
 
 def check_judge(run: str, base: Path, template: ChatTemplate) -> None:
-    """Compare the base and the template of a reward run with those of a run that it is to judge, by content.
+    """Check by content that a reward model has the base and the template of the run whose answers it will score.
 
     Raises:
-        TrainingError: one of them is another.
+        TrainingError: one of them differs.
     """
     lineage = open_result(Path(run)).lineage
     if lineage is None:
-        raise TrainingError(f"rewards.judge.run: {run} does not say which base it belongs to")
+        raise TrainingError(
+            f"rewards.judge.run: {run} does not say on which base checkpoint it was trained; give a run that this kit trained"
+        )
     if lineage.base_fingerprint != fingerprint_checkpoint(base):
         raise TrainingError(
             f"rewards.judge.run: {run} was trained on {lineage.checkpoint} ({lineage.base}), and this run trains {base}, which "
-            "holds other weights; the judge reads with the base of this run, so train both from the same checkpoint"
+            "holds other weights; the judge shares the base model of this run, so train both from the same base checkpoint"
         )
     if lineage.template_fingerprint != template.fingerprint:
         raise TrainingError(
-            f"rewards.judge.run: {run} reads texts in the template {lineage.template}, and this run writes them in "
+            f"rewards.judge.run: {run} was trained with the template {lineage.template}, and this run uses "
             f"{template.name}; set data.template to the one that the judge was trained with"
         )
 
 
 def fingerprint_judge(section: JudgeSection) -> str | None:
-    """Return a hash of the weights of a recipe's judge, or None where it has none."""
+    """Return a hash of the weights of the recipe's judge, or None where the recipe has none."""
     return hash_file(open_result(Path(section.run)).folder / PEFT_WEIGHTS_FILE) if section.run else None
 
 
-def borrow_base(base: PreTrainedModel, run: str, pad_token: int, rows_at_once: int) -> BorrowingJudge:
-    """Open a reward run on a base that is in memory already and has no adapter yet; both may then get their own.
+def borrow_base(base: PreTrainedModel, run: str, pad_token: int, batch_size: int) -> BorrowingJudge:
+    """Open a reward model on a base model that is in memory and has no adapter yet; the base may get another adapter later.
 
-    The layers' modules are made anew and what holds weights is shared: PEFT puts an adapter around a layer, in the module above it.
-    Two adapters of one PEFT model would do without this, but must agree on which token rows they train (PEFT 0.21).
+    Modules that hold weights are shared, and the modules around them are copied, since PEFT puts an adapter into the module above a
+    layer. One PEFT model with two adapters would not do: both would have to train the same token rows (PEFT 0.21).
     """
     folder = open_result(Path(run)).folder
     shared = {id(module): module for module in base.modules() if next(module.children(), None) is None}
     config = LoraConfig.from_pretrained(folder)
-    # The head is applied here: a language model has none for scores, and PEFT would look for one.
+    # The head is applied by `BorrowingJudge`; PEFT would look for one in the language model, which has none for scores.
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     model = PeftModel.from_pretrained(copy.deepcopy(base, shared), folder, config=config)
     head = load_file(folder / PEFT_WEIGHTS_FILE)[_HEAD][0].float().to(base.device)
-    return BorrowingJudge(model.eval(), head, pad_token, rows_at_once)
+    return BorrowingJudge(model.eval(), head, pad_token, batch_size)

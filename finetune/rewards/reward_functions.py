@@ -1,4 +1,4 @@
-"""Judge the model's own answers by a recipe's rules and by a reward run, in the form that TRL's online trainers call."""
+"""Make the reward functions of TRL's online trainers from a recipe's rules and its judge, which is a reward model."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from finetune.runs.run_files import COMPLETIONS_FILE
 
 _SHOWN_ANSWERS = 4
 
-# What a reward run's score is called beside the rules' names.
+# The name of the judge's reward, beside the names of the rules.
 JUDGE = "judge"
 
 RewardFunction = Callable[..., list[float]]
@@ -25,7 +25,7 @@ Score = Callable[[Sequence[Sequence[int]]], list[float]]
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """One answer with its prompt's place and its rewards, unweighted."""
+    """One answer with its rewards, unweighted; `origin` is the row of its prompt."""
 
     origin: str
     question: str
@@ -35,7 +35,7 @@ class JudgedAnswer:
 
 
 class AnswerRewards:
-    """Turns a recipe's rules and judge into TRL's reward functions, and remembers the last answers that were judged."""
+    """Turns a recipe's rules and judge into TRL's reward functions, and keeps the newest answers with their rewards."""
 
     def __init__(self, section: RewardsSection, stop_tokens: Sequence[int], score: Score | None) -> None:
         self._section = section
@@ -95,28 +95,28 @@ class AnswerRewards:
             if not math.isfinite(score):
                 raise TrainingError(
                     f"{where}: the judge gave {score!r} for an answer to this row; expected a finite number; "
-                    f"see whether {judge.run} is right on pairs with `finetune evaluate`"
+                    f"measure {judge.run} on pairs with `finetune evaluate`"
                 )
         lowest, highest = judge.clip
         return [min(max(score, lowest), highest) for score in scores]
 
 
 def list_weights(section: RewardsSection) -> dict[str, float]:
-    """Return the weight of each reward by its name, in the order of their functions; the judge's comes last."""
+    """Return the weight of each reward by its name, in the order of the reward functions; the judge's comes last."""
     weights = {name: float(weight) for name, weight in section.rules.items()}
     return {**weights, JUDGE: section.judge.weight} if section.judge.run else weights
 
 
 def judge_answer(name: str, answer: Answer, where: str) -> float:
-    """Return what one rule gives for one answer.
+    """Return the reward of one rule for one answer.
 
     Raises:
-        TrainingError: the rule fails, or gives no number; the message names the row.
+        TrainingError: the rule fails, or gives no finite number; the message names the row.
     """
-    advice = "mend the rule, or take it out of rewards.rules"
+    advice = "fix the rule, or remove it from rewards.rules"
     try:
         reward = RULES[name].judge(answer)
-    except Exception as error:  # a rule is anybody's code, and must not end a run in a traceback without the row
+    except Exception as error:  # a rule may be a user's code, and its error must name the row
         raise TrainingError(
             f"{where}: the reward {name} failed on an answer to this row ({type(error).__name__}: {error}); {advice}"
         ) from error
@@ -128,7 +128,7 @@ def judge_answer(name: str, answer: Answer, where: str) -> float:
 
 
 class CompletionWriter(TrainerCallback):
-    """Append a few of the newest answers to `completions.jsonl` at every logged step, with what each was given."""
+    """Appends a few of the newest answers to `completions.jsonl` at every logged step, with their rewards."""
 
     def __init__(self, run: Path, rewards: AnswerRewards) -> None:
         self._file = run / COMPLETIONS_FILE
@@ -137,7 +137,7 @@ class CompletionWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Drop what a stopped run had written beyond the checkpoint that this one goes on from."""
+        """Remove the lines that a stopped run wrote after the checkpoint that this one continues from."""
         if state.is_world_process_zero and self._file.is_file():
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
@@ -151,7 +151,7 @@ class CompletionWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Write the first answers of the newest batch, once for each step."""
+        """Write the first answers of the newest batch, once for each logged step."""
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         with self._file.open("a", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""The table of reward rules: each looks at one answer and returns a number.
+"""The table of reward rules: each takes one answer and returns a number.
 
-Rewards lie between 0 and 1, penalties between -1 and 0, so a recipe's weights are what they count. The three penalties are those
-of the authors' own PPO. It is pure Python, so that a recipe can be checked without importing torch.
+Rewards lie between 0 and 1, penalties between -1 and 0, so that a recipe's weights can be compared. The three penalties are those
+of the authors' PPO. The module is pure Python, so that a recipe can be checked without importing torch.
 
 Source: YuLan-Mini (arXiv 2412.17743), post-training: penalties for truncated, mixed-language and one-sentence answers.
 """
@@ -24,7 +24,7 @@ from finetune.data.languages import (
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the model; `reference` is the right one where the row has one, `wanted_tokens` the recipe's length."""
+    """One answer of the model; `reference` is the row's reference answer, if any, `wanted_tokens` the recipe's `length_tokens`."""
 
     question: str
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: what it judges, in a few words, and what it needs of the row or the recipe."""
+    """One rule; `needs_reference` is a need of the row, `needs_length` one of the recipe."""
 
     name: str
     judge: Callable[[Answer], float]
@@ -48,7 +48,7 @@ class Rule:
 _MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-# Longer runs of digits are no number that anybody means, and Python refuses to convert them.
+# More than 300 digits are no meaningful number, and Python refuses to convert very long ones.
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,300})(?:\.[0-9]{1,300})?(?:/[0-9]{1,300})?(?![0-9/])"
     r"|(?<![A-Za-z0-9_.])[-+]?\.[0-9]{1,300}(?![0-9])"
@@ -59,9 +59,9 @@ _RELATIVE_TOLERANCE = 1e-6
 
 
 def judge_final_answer(answer: Answer) -> float:
-    """Return 1 where the final answer is the reference's, as a number where both are numbers.
+    """Return 1 where the final answer equals that of the reference answer; two numbers are compared as numbers.
 
-    A reference without any result, such as `Paris`, must be the whole answer.
+    A reference answer without a marked result or a number, such as `Paris`, must equal the whole answer.
     """
     reference = answer.reference or ""
     found, wanted = find_final_answer(answer.text), find_final_answer(reference)
@@ -76,7 +76,7 @@ def judge_final_answer(answer: Answer) -> float:
 
 
 def find_final_answer(text: str) -> str | None:
-    """Return what a text gives as its result: behind the last `####`, in the last `\\boxed{}`, or its last number."""
+    """Find the result that a text gives: what follows the last `####`, the last `\\boxed{}`, or the last number."""
     text = unicodedata.normalize("NFKC", text)
     if marked := _MARKED.findall(text):
         return str(marked[-1]).strip()
@@ -97,7 +97,7 @@ def _find_boxed(text: str) -> str | None:
 
 
 def _read_number(text: str) -> Fraction | None:
-    """Read a number that may stand with its unit: `$1,200`, `12 apples`, `3/4`, `50%`."""
+    """Read a number that may have a unit: `$1,200`, `12 apples`, `3/4`, `50%`."""
     text = _FRACTION.sub(r"\1/\2", text)
     numbers = _NUMBER.findall(_DECORATION.sub(" ", text))
     if len(numbers) != 1:
@@ -112,14 +112,14 @@ def _tidy(text: str) -> str:
 
 
 def judge_format(answer: Answer) -> float:
-    """Return 1 where the result stands in a marked place, `#### 42` on the last line or `\\boxed{42}`."""
+    """Return 1 where the result is marked: `#### 42` on the last line, or `\\boxed{42}`."""
     lines = unicodedata.normalize("NFKC", answer.text).strip().splitlines()
     is_marked = bool(lines) and _MARKED.search(lines[-1]) is not None
     return float(is_marked or _find_boxed(answer.text) is not None)
 
 
 def judge_length(answer: Answer) -> float:
-    """Return 1 up to the wanted number of tokens, falling evenly to 0 at twice as many."""
+    """Return 1 up to the wanted number of tokens, then less, linearly down to 0 at twice as many."""
     wanted = answer.wanted_tokens or 1
     return min(1.0, max(0.0, 2.0 - answer.tokens / wanted))
 
@@ -134,12 +134,12 @@ def judge_language(answer: Answer) -> float:
 
 
 def penalize_truncated(answer: Answer) -> float:
-    """Return -1 for an answer that was cut before it ended by itself."""
+    """Return -1 for an answer that was cut off before a stop token."""
     return -float(answer.is_truncated)
 
 
 def penalize_mixed_language(answer: Answer) -> float:
-    """Return -1 for an answer that mixes scripts, or leaves the language of its question."""
+    """Return -1 for an answer that mixes scripts, or is not in the language of its question."""
     mixes = describe_mixture(answer.question, answer.text) or describe_language_change(answer.question, answer.text)
     return -float(mixes is not None)
 
@@ -151,7 +151,7 @@ def penalize_one_sentence(answer: Answer) -> float:
 
 
 def find_reference_rule(names: Iterable[str]) -> str | None:
-    """Return the first rule that compares with a row's own answer, as it is called in messages, or None."""
+    """Return the first rule that needs a reference answer, as messages name it, or None."""
     return next((f"the reward {name}" for name in names if RULES[name].needs_reference), None)
 
 

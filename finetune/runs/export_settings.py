@@ -1,4 +1,4 @@
-"""What an export can be asked for, on the command line and as a stage of a chain, and what it refuses."""
+"""The options of an export, on the command line and in a chain, and the combinations that are refused."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ BaseChoice = Literal["full", "dequantized", "auto"]
 class ExportSettings:
     """How an export is written.
 
-    `dtype` is the type of its weights, `auto` that of the base as stored; `max_shard_size` limits a weight file. `base` is what
-    the adapter of a quantized run is merged into: the base as published, the base as it was quantized, or whichever has the
-    lower held-out loss. `verify` reopens the export and compares it with what was trained.
+    `dtype` is the dtype of its weights; `auto` takes that of the base checkpoint. `max_shard_size` limits each weight file. `base`
+    is what the adapter of a quantized run is merged into: the base checkpoint as published (`full`), as it was quantized
+    (`dequantized`), or the one with the lower held-out loss (`auto`). `verify` reopens the export and compares it with what was
+    trained.
     """
 
     dtype: DtypeChoice = "auto"
@@ -37,7 +38,7 @@ class ExportSettings:
 
     @property
     def max_shard_bytes(self) -> int:
-        """The most bytes of a weight file.
+        """The largest number of bytes of a weight file.
 
         Raises:
             OutputError: the size cannot be read.
@@ -46,16 +47,16 @@ class ExportSettings:
 
 
 def list_refusals(settings: ExportSettings, quantize: str, *, verifies: bool, is_stage: bool) -> Iterator[str]:
-    """Yield why the adapter of a run whose base was held as `quantize` cannot be merged as the settings say.
+    """Yield the reasons why an adapter cannot be merged as the settings say; `quantize` is how its base was held in training.
 
-    The sentences name the keys of a chain's stage, or the options of the command line.
+    The reasons name the keys of a chain's stage, or the options of the command line.
     """
     name = "export.base:" if is_stage else "--base"
     skipped = "verify: false leaves out" if is_stage else "--no-verify skips"
     if settings.base == "dequantized" and quantize == "none":
         yield (
-            f"{name} dequantized is for adapters of quantized runs, and this one is trained on unquantized weights; "
+            f"{name} dequantized is for adapters of quantized runs, and this one was trained on an unquantized base; "
             f"use {name} full"
         )
     if settings.base == "auto" and not verifies and quantize != "none":
-        yield f"{name} auto chooses by measuring, which {skipped}; leave one of the two out"
+        yield f"{name} auto chooses by measuring, which {skipped}; remove one of the two"

@@ -1,4 +1,4 @@
-"""Find what a run or its result belongs to: its base by content, its tokenizer, its template."""
+"""Find the base checkpoint, the tokenizer and the template of a run or its result, and check that they are the same ones."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from finetune.yulan.layout import find_architecture
 
 
 def find_training_base(resolved: ResolvedRecipe) -> Path:
-    """Return the folder of the weights that a run trains on: of its base checkpoint, or of the run that it continues.
+    """Find the folder of the weights that a run trains: of its base checkpoint, or of the run that it continues.
 
     Raises:
-        FinetuneError: it cannot be found or read, or the base of the earlier run is not what that was trained on.
+        FinetuneError: it cannot be found or read, or the base of the earlier run has changed since.
     """
     model, earlier = resolved.recipe.model, resolved.earlier
     if earlier is None:
@@ -26,15 +26,15 @@ def find_training_base(resolved: ResolvedRecipe) -> Path:
 
 
 def find_base(result: Result) -> Path:
-    """Return the folder that an adapter was trained on, after comparing its content.
+    """Find the folder of the base that an adapter was trained on, and check its content.
 
     Raises:
         CheckpointError: the base cannot be found.
-        ExportError: a base is there but holds other weights than the adapter was trained on.
+        ExportError: the folder holds other weights than those that the adapter was trained on.
     """
     lineage = result.lineage
     if lineage is None:
-        # As it is: an adapter whose base is a native folder was trained on the native model.
+        # Not folded: PEFT trained this adapter on the folder as it is, in whatever architecture.
         return find_checkpoint(_read_peft_base(result.folder))
     base = Path(lineage.base)
     if not base.is_dir():
@@ -43,13 +43,13 @@ def find_base(result: Result) -> Path:
     if found != lineage.base_fingerprint:
         raise ExportError(
             f"{result.folder}: this adapter was trained on other weights than {base} holds now "
-            f"(content {lineage.base_fingerprint[:12]}, found {found[:12]}); restore the checkpoint {lineage.checkpoint!r} that it was trained on"
+            f"(fingerprint {found[:12]}, expected {lineage.base_fingerprint[:12]}); restore the checkpoint {lineage.checkpoint!r} that it was trained on"
         )
     return base
 
 
 def recall_model(result: Result, base: Path) -> ModelSection:
-    """Return how the weights of a result were opened for its training."""
+    """Return the model settings with which the weights of a result were trained."""
     architecture: TrainedArchitecture = "native" if find_architecture(base) == "yulanmini" else "llama"
     lineage = result.lineage
     if lineage is None:
@@ -63,12 +63,12 @@ def recall_model(result: Result, base: Path) -> ModelSection:
 
 
 def find_tokenizer_folder(result: Result | None, base: Path) -> Path:
-    """Return where the tokenizer lies, with its template: in the folder of a result that has one, else with the base."""
+    """Return the folder with tokenizer and template: that of the result where it has them, else that of the base."""
     return result.folder if result is not None and (result.folder / "tokenizer_config.json").is_file() else base
 
 
 def check_template(result: Result, template: ChatTemplate) -> None:
-    """Compare the template that was found with the one that a result was trained with.
+    """Check that a template is the one that a result was trained with.
 
     Raises:
         TemplateError: it is another one.
@@ -84,6 +84,6 @@ def _read_peft_base(folder: Path) -> str:
     name = (read_json(folder / PEFT_CONFIG_FILE) or {}).get("base_model_name_or_path")
     if not name:
         raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: does not say which base the adapter belongs to; set its base_model_name_or_path"
+            f"{folder / 'adapter_config.json'}: does not name the base model of the adapter; set its base_model_name_or_path"
         )
     return str(name)

@@ -1,4 +1,4 @@
-"""A checked recipe together with everything that it names, looked up once."""
+"""A checked recipe together with what its names stand for."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +13,11 @@ from finetune.runs.results import Result
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """A recipe without problems, with absolute paths, and what its names stand for.
+    """A checked recipe with absolute paths, and what its names stand for.
 
-    `checkpoint` is the row of the table that `model.checkpoint` names, or None for a hub id, a folder or a run. `earlier` is
-    the result of the run that it continues. `given` holds the keys that the recipe or the command line sets itself.
-    `awaits_adapter` marks a later stage of a chain: it will continue the adapter of the stage before, which is not there yet.
+    `checkpoint` is the row of the table that `model.checkpoint` names, or None for a hub id, a folder or a run. `earlier` is the
+    result of the run that it continues. `given` holds the keys that the recipe or the command line sets. `awaits_adapter` marks a
+    stage of a chain that will continue the adapter of the stage before, which is not trained yet.
     """
 
     recipe: Recipe
@@ -39,13 +39,13 @@ class ResolvedRecipe:
 
     @property
     def adapter_starts_empty(self) -> bool:
-        """Whether the adapter changes nothing before step 1, so that the base alone is the reference model."""
+        """Whether the adapter changes nothing before step 1, so that the base model serves as the reference model."""
         continues = self.awaits_adapter or self.adapter_folder is not None
         return self.recipe.adapter.init == "default" and not continues
 
     @property
     def trains_all_weights(self) -> bool:
-        """Whether there is no adapter, and every weight is trained."""
+        """Whether every weight is trained, without an adapter."""
         return self.recipe.adapter.trains_all_weights
 
     @property
@@ -55,20 +55,20 @@ class ResolvedRecipe:
 
     @property
     def uses_cpu(self) -> bool:
-        """Whether the recipe asks for the CPU where there is a GPU."""
+        """Whether the recipe asks for the CPU, even where there is a GPU."""
         return bool(self.recipe.trainer.get("use_cpu"))
 
     def read_option(self, name: str) -> Any:
-        """Return an option of the section trainer, or the default that the method's configuration class gives it."""
+        """Return an option of the section trainer, or its default in the method's configuration class."""
         if name in self.recipe.trainer:
             return self.recipe.trainer[name]
         return read_trainer_options(self.method.config_module, self.method.config_class)[name].default
 
     def change(self, **values: Any) -> "ResolvedRecipe":
-        """Return it with other values of the recipe's sections; what the names stand for stays as it is."""
+        """Return a copy with other values of the recipe's sections; what the names stand for is not looked up again."""
         recipe = replace(self.recipe, **values)
         return replace(self, recipe=recipe, method=METHODS[recipe.method])
 
     def change_trainer(self, **options: Any) -> "ResolvedRecipe":
-        """Return it with some options of the section trainer set."""
+        """Return a copy with some options of the section trainer set."""
         return self.change(trainer={**self.recipe.trainer, **options})

@@ -1,4 +1,4 @@
-"""The result of a run on disk: what was trained, where it comes from, and real rows as the model saw them.
+"""Read and write the result of a run: the trained weights' folder, its lineage, and a few rows as the model saw them.
 
 The folder of a result (`adapter/` or `model/` of a run directory) holds `finetune.json`, its lineage, `rows.json`, a few
 rows as token ids on which an export is compared, and `texts.json`, a few rows with their texts, on which its tokenizer is
@@ -41,10 +41,10 @@ class EarlierRun:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a result comes from: its base checkpoint as the recipe named it, the folder of weights, the template.
+    """Where a result comes from: its base checkpoint as the recipe names it, the folder of weights, the template.
 
-    The base is found again by `checkpoint`. `earlier` holds the runs before this one, the oldest first. An adapter's folder
-    has no configuration of its own; `max_positions` and `rope_theta` say where it was trained with others than its base's.
+    Where the folder `base` is gone, the base is found again by `checkpoint`. `earlier` holds the runs before this one, the oldest
+    first. `max_positions` and `rope_theta` are set where training changed them; an adapter has no other place to record them.
     """
 
     checkpoint: str
@@ -68,7 +68,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One row as the model saw it; `labels` hold -100 where nothing is trained."""
+    """One row as the model saw it; `labels` are -100 for tokens that are not trained."""
 
     input_ids: list[int]
     labels: list[int]
@@ -89,12 +89,12 @@ class Result:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter, which needs its base."""
+        """Whether it is an adapter, which needs its base model."""
         return self.kind == "adapter"
 
     @property
     def method(self) -> Method | None:
-        """The method that trained it, or None where its folder does not say."""
+        """The method that trained it, or None without a lineage."""
         return METHODS.get(self.lineage.method) if self.lineage is not None else None
 
     @property
@@ -117,7 +117,7 @@ def is_result(path: Path) -> bool:
 
 
 def find_earlier(checkpoint: str) -> Result | None:
-    """Return the result that a recipe's `model.checkpoint` names, or None where it names a published or plain checkpoint.
+    """Open the result that a recipe's `model.checkpoint` names; return None where it names a base checkpoint.
 
     Raises:
         FinetuneError: it is a run that has not finished.
@@ -127,7 +127,7 @@ def find_earlier(checkpoint: str) -> Result | None:
 
 
 def open_result(path: Path) -> Result:
-    """Open a run directory, or an adapter folder of ours or of PEFT's.
+    """Open a run directory, the folder of a result, or an adapter folder that PEFT wrote.
 
     Raises:
         FinetuneError: there is no finished result at that path.
@@ -142,7 +142,7 @@ def open_result(path: Path) -> Result:
         return _open_folder(folder, "adapter" if folder.name == ADAPTER_FOLDER else "model")
     if (path / RECORD_FILE).is_file():
         raise FinetuneError(
-            f"{path}: this run has not finished; go on with `finetune train {path / RECIPE_FILE} --resume`"
+            f"{path}: this run has not finished; resume it with `finetune train {path / RECIPE_FILE} --resume`"
         )
     raise FinetuneError(
         f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"

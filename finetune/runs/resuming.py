@@ -1,4 +1,4 @@
-"""Resume a stopped run: only with the same recipe, rows and base, and from a checkpoint that is whole."""
+"""Check that a stopped run can be resumed: from a complete checkpoint, with the same recipe, rows and base checkpoint."""
 
 import difflib
 import logging
@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_fresh_output(run: Path) -> None:
-    """Refuse to begin a run in a folder that is not empty.
+    """Check that a run can begin in a folder, which must be empty or not exist.
 
     Raises:
-        OutputError: it is not, or is no folder.
+        OutputError: it is not empty, or is no folder.
     """
     try:
         check_output_free(run)
     except OutputError as error:
-        raise OutputError(f"{error}; or go on with the run in it by --resume") from None
+        raise OutputError(f"{error}; or resume the run in it with --resume") from None
 
 
 def find_resume_point(recipe: Recipe, run: Path) -> str:
-    """Return the checkpoint to resume from; the recipe must be the one that the run began with.
+    """Find the checkpoint to resume from, and check that the recipe is the one that the run began with.
 
     Raises:
         TrainingError: there is nothing to resume, or the recipe has changed since.
@@ -42,17 +42,17 @@ def find_resume_point(recipe: Recipe, run: Path) -> str:
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None:
         raise TrainingError(
-            f"{run}: was stopped before its first checkpoint; remove the folder and start again without --resume"
+            f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without --resume"
         )
     logger.info("resuming %s from %s", run, checkpoint.name)
     return str(checkpoint)
 
 
 def check_same_recipe(saved: Path, current: str, what: str) -> None:
-    """Compare a recipe with the one that a run or a chain began with.
+    """Check that a recipe is the one that a run or a chain began with; `what` names it in the message.
 
     Raises:
-        TrainingError: naming the lines that differ.
+        TrainingError: it is not; the message lists the lines that differ.
     """
     if changes := _list_changes(saved.read_text(encoding="utf-8"), current):
         raise TrainingError(
@@ -68,20 +68,20 @@ def _list_changes(saved: str, current: str) -> list[str]:
 
 
 def check_same_inputs(run: Path, rows_fingerprint: str, base: Path, judge: str | None) -> None:
-    """Compare rows, base and judge with those that the run began with, by content.
+    """Check by content that rows, base checkpoint and judge are those that the run began with.
 
     Raises:
-        TrainingError: a data file, the checkpoint or the judge has changed meanwhile.
+        TrainingError: one of them has changed.
     """
     record = read_json(run / RECORD_FILE)
     now = {
         "the rows": (record["data"]["fingerprint"], rows_fingerprint),
-        "the base": (record["base_fingerprint"], fingerprint_checkpoint(base)),
+        "the base checkpoint": (record["base_fingerprint"], fingerprint_checkpoint(base)),
         "the judge": (record["judge_fingerprint"], judge),
     }
     changed = " and ".join(name for name, (before, after) in now.items() if before != after)
     if changed:
         raise TrainingError(
-            f"{run}: {changed} changed since this run started, so going on would be another run; "
+            f"{run}: {changed} changed since this run started, so it cannot be resumed; "
             "restore what changed, or start again with another output"
         )

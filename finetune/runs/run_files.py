@@ -1,20 +1,20 @@
-"""The names of the files and folders that runs, chains and exports leave, and how to find them."""
+"""Name the files and folders that runs, chains and exports write, and find them."""
 
 from pathlib import Path
 
-# A run directory. A chain's folder begins with its own recipe, too.
+# Files of a run directory. The folder of a chain has a recipe as well.
 RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
 METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 COMPLETIONS_FILE = "completions.jsonl"
 PISSA_START_FOLDER = "pissa-start"
-# The folder of a result, which is one of these two within the run directory.
+# The folder of a result, one of these two in the run directory, and its files.
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 LINEAGE_FILE, SAMPLE_ROWS_FILE, TEXT_SAMPLES_FILE = "finetune.json", "rows.json", "texts.json"
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# What a trainer writes last of all into each of its checkpoints.
+# The file that a trainer writes last into each of its checkpoints.
 TRAINER_STATE_FILE = "trainer_state.json"
-# A chain, and an export.
+# The record of a chain, and the report of an export.
 CHAIN_RECORD_FILE, EXPORT_REPORT_FILE = "chain.json", "export.json"
 
 
@@ -25,6 +25,6 @@ def find_result_folder(run: Path) -> Path | None:
 
 
 def list_trainer_checkpoints(run: Path) -> list[Path]:
-    """Return the folders `checkpoint-<step>` of a run, the newest first, whole or not."""
+    """Return the folders `checkpoint-<step>` of a run, the newest first, complete or not."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")}
     return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))

@@ -1,13 +1,13 @@
-"""What a finished run reports of itself."""
+"""The summary of a finished run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run reports; losses are nats per trained token, `tokens` counts all that were seen.
+    """What a finished run reports; losses are nats per trained token, `tokens` counts all tokens that were seen.
 
-    The rewards are those of methods whose answers are judged: the weighted sum, on the newest batch and on held-out prompts.
+    Online methods also report the weighted sum of rewards, on the last logged batch and on held-out prompts.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""The checkpoints that a trainer leaves in a run directory, and which of them are whole."""
+"""Find the newest complete checkpoint of a run."""
 
 import json
 import logging
@@ -10,15 +10,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_complete_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run that was written to its end, or None.
+    """Return the newest complete checkpoint of a run, or None.
 
-    A run can be killed while it writes one; the trainer's state is the last file of each.
+    A run can be killed while it writes a checkpoint. The file of the trainer's state is written last, so it tells.
     """
     for checkpoint in list_trainer_checkpoints(run):
         try:
             json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s was not written to its end; going on from an earlier one", checkpoint.name)
+            logger.warning("%s is incomplete; trying an earlier checkpoint", checkpoint.name)
             continue
         return checkpoint
     return None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import write_folder
-from finetune.models.lora import save_adapter, subtract_start
+from finetune.models.lora import save_adapter, subtract_initial
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
 from finetune.runs.run_files import ADAPTER_FOLDER, MODEL_FOLDER, PISSA_START_FOLDER
 from finetune.training.journal.answers import answer_rows, is_sharded
@@ -38,7 +38,7 @@ def write_result(
         if isinstance(model, PeftModel):
             save_adapter(model, folder, weights)
             if recipe.adapter.init == "pissa":
-                subtract_start(folder, run / PISSA_START_FOLDER)
+                subtract_initial(folder, run / PISSA_START_FOLDER)
         else:
             model.save_pretrained(folder, state_dict=weights)
         if recipe.optimizer.save_states:

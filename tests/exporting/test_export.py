@@ -210,9 +210,12 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_config(peft_type="IA3"), "is an adapter of the kind 'IA3'; only LORA can be merged"),
-        (edit_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which trains against a changed base"),
-        (edit_config(init_lora_weights="pissa_niter_4"), "trains against a changed base"),
+        (edit_config(peft_type="IA3"), "peft_type is 'IA3'; only LORA adapters can be merged"),
+        (
+            edit_config(init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', which changes the base before training",
+        ),
+        (edit_config(init_lora_weights="pissa_niter_4"), "changes the base before training"),
         (edit_config(layer_replication=[[0, 2], [1, 3]]), "uses layer_replication, which this kit cannot merge"),
         (edit_config(bias="all", fan_in_fan_out=True), "uses bias, fan_in_fan_out, which"),
         (edit_config(a_switch_of_tomorrow=True), "uses a_switch_of_tomorrow, which"),

@@ -148,7 +148,7 @@ def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
 
 
 def test_methods_that_compare_rows_begin_with_as_many(make_recipe, plan_by_formula):
-    """KTO needs two rows at once, and was planned with one."""
+    """KTO needs a micro-batch size of two, and was planned with one."""
     recipe, _ = choose_settings(make_recipe("kto_qlora", "trainer.auto=true"), Target(True, 179))
     assert recipe.recipe.trainer[BATCH] == 2
     steps = [change.settings for change in list_steps_down(recipe)]
@@ -199,7 +199,7 @@ def train(capsys, *arguments):
 
 
 def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, caplog):
-    """Out of memory before and after the first checkpoint: fewer rows at once, and the losses of an undisturbed run."""
+    """Out of memory before and after the first checkpoint: a smaller micro-batch size, and the losses of an undisturbed run."""
     code, out, _ = train(capsys, small_run, "-s", f"output={tmp_path / 'plain'}")
     assert code == 0 and "trainer.auto chose" in caplog.text
     expected = read_losses(json.loads(out)["run"])
@@ -209,10 +209,10 @@ def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, 
         code, _, _ = train(capsys, small_run, "-s", f"output={tmp_path / name}", *saving)
         assert code == 0
         steps = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
-        assert len(steps) == 2  # 8 rows at once, then 4, then 2
+        assert len(steps) == 2  # micro-batch size 8, then 4, then 2
         for step in steps:
             assert step.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); ")
-            assert ("going on with" in step) == bool(saving) and "the same 8 rows a step" in step
+            assert ("continuing with" in step) == bool(saving) and "effective batch size stays 8 rows" in step
         assert read_losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
         resolved = read_recipe(tmp_path / name / "recipe.yaml").recipe.trainer
         assert (resolved["per_device_train_batch_size"], resolved["gradient_accumulation_steps"]) == (2, 4)
@@ -236,7 +236,8 @@ def test_without_auto_the_message_says_what_grew(small_run, tmp_path, monkeypatc
         trainer={"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True}
     )
     with pytest.raises(
-        TrainingError, match=r"(?s)out of memory \(CUDA.*it grew by .* of activations kept.*trainer.auto=true"
+        TrainingError,
+        match=r"(?s)out of memory \(CUDA.*rows half as long would save .* of activations kept.*trainer.auto=true",
     ):
         train_within_memory(recipe)
     assert not (tmp_path / "run").exists()

@@ -98,7 +98,7 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     overrides = [f"rewards.judge.run={judge_run}", f"adapter.train_tokens={tokens}", f"model.quantize={quantize}"]
     recipe = make_recipe("run", *overrides)
     base = load_base(nano_llama, recipe.recipe.model, Precision(torch.float32, "no"), torch.device("cpu"))
-    judge = borrow_base(base, str(judge_run), pad_token=102, rows_at_once=2)
+    judge = borrow_base(base, str(judge_run), pad_token=102, batch_size=2)
     model = attach_adapter(base, recipe.recipe.adapter, nano_llama)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -188,9 +188,7 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
         run_training(make_recipe("run", f"rewards.judge.run={other}"))
     assert not (tmp_path / "run").exists()
     template = find_template("chatml", open_judge(open_result(judge_run)).tokenizer)
-    with pytest.raises(
-        TrainingError, match="reads texts in the template yulan-mini, and this run writes them in chatml"
-    ):
+    with pytest.raises(TrainingError, match="was trained with the template yulan-mini, and this run uses chatml"):
         check_judge(str(judge_run), nano_llama, template)
 
 
@@ -255,7 +253,7 @@ def test_a_judge_needs_the_whole_base_and_is_planned(make_recipe, judge_run):
     recipe = make_recipe("run")
     check_engine(recipe, "ddp")
     with pytest.raises(
-        RecipeError, match=r"rewards.judge.run: the judge reads with the whole base, and FSDP2 keeps shares"
+        RecipeError, match=r"rewards.judge.run: the judge needs the whole base model, and FSDP2 shards it"
     ):
         check_engine(recipe, "fsdp2")
     assert count_judge_bytes(recipe.recipe) == (judge_run / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -286,5 +284,5 @@ def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys)
     assert (status, printed.out) == (2, "")
     told = printed.err.strip().splitlines()[-1]
     assert told.startswith(
-        f"finetune chat: {run}/adapter: is a reward model, which gives texts a score and cannot speak;"
+        f"finetune chat: {run}/adapter: is a reward model, which scores texts and cannot generate answers;"
     )
