@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations
+from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations, render_conversations
+from finetune.data.formats.messages import THOUGHTS
 from finetune.errors import TemplateError
 from finetune.files.resources import list_templates
 
@@ -94,6 +95,20 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
             f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})"
         )
     return template
+
+
+def list_rendered_thoughts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> dict[str, bool]:
+    """Return the keys of thoughts that a template renders, each with whether it does so in every answer or in the last only."""
+    found = {}
+    for key in THOUGHTS:
+        if key in template.source:
+            marks = [f"thought {number}" for number in range(len(_SAMPLE))]
+            sample = [{**turn, key: mark} for turn, mark in zip(_SAMPLE, marks, strict=True)]
+            (text,) = render_conversations(tokenizer, template, [sample]).texts
+            if marks[-1] in text:
+                answers = [mark for turn, mark in zip(_SAMPLE, marks, strict=True) if turn["role"] == "assistant"]
+                found[key] = all(mark in text for mark in answers)
+    return found
 
 
 def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
