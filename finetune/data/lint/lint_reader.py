@@ -15,7 +15,7 @@ from finetune.data.formats.messages import Message, add_system
 from finetune.data.formats.row_formats import Format, choose_format, read_row
 from finetune.data.formats.rows import Row
 from finetune.data.lint.findings import LintRow, Split
-from finetune.data.reading.raw_files import RawRow
+from finetune.data.reading.arrow_rows import RawRow
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place, TemplateError

@@ -13,7 +13,7 @@ from finetune.data.formats.messages import RowError, add_system
 from finetune.data.formats.row_formats import Format, choose_format, describe_wrong_kind, read_row
 from finetune.data.formats.row_keys import Rendered, describe_unused
 from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, hash_row
-from finetune.data.reading.sources import draw_rows, read_source
+from finetune.data.reading.sources import describe_sources, draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place
 
@@ -150,8 +150,8 @@ class RowReader:
         return {key: fill(value) for key, value in raw.items()}
 
     def describe(self) -> tuple[str, ...]:
-        """Return sentences for the report: which keys are not used, how many rows are left out, and what pairs lose."""
-        notes = [*describe_unused(self.unused)]
+        """Return sentences for the report: which files and keys are not used, how many rows are left out, and what pairs lose."""
+        notes = [*describe_sources((*self._settings.train, *self._settings.evaluation)), *describe_unused(self.unused)]
         notes += [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
