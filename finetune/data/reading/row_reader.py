@@ -40,6 +40,7 @@ class RowReader:
         self.kinds: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
+        self._missing = set(settings.columns.values())
         self.count = self.train_count = 0
 
     def read(self) -> Iterator[SourceRow]:
@@ -70,6 +71,8 @@ class RowReader:
         check_rows(faults)
 
     def _read_row(self, entry: Format, raw: dict[str, Any], place: Place) -> Row:
+        if self._missing:
+            self._missing.difference_update(raw)
         row = read_row(entry, self._settings.columns, self._substitute(raw), place, self._rendered)
         self.unused.update(row.unused)
         if self._settings.shape != "prompt":
@@ -152,6 +155,7 @@ class RowReader:
     def describe(self) -> tuple[str, ...]:
         """Return sentences for the report: which files and keys are not used, how many rows are left out, and what pairs lose."""
         notes = [*describe_sources((*self._settings.train, *self._settings.evaluation)), *describe_unused(self.unused)]
+        notes += [f"data.columns names the key {key!r}, which no row has" for key in sorted(self._missing)]
         notes += [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
