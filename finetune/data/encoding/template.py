@@ -99,15 +99,16 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
 
 def list_rendered_thoughts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> dict[str, bool]:
     """Return the keys of thoughts that a template renders, each with whether it does so in every answer or in the last only."""
-    found = {}
+    found: dict[str, bool] = {}
+    # transformers gives a thought the names that templates know, so a key may be rendered that the source does not name.
+    if not any(key in template.source for key in THOUGHTS):
+        return found
     for key in THOUGHTS:
-        if key in template.source:
-            marks = [f"thought {number}" for number in range(len(_SAMPLE))]
-            sample = [{**turn, key: mark} for turn, mark in zip(_SAMPLE, marks, strict=True)]
-            (text,) = render_conversations(tokenizer, template, [sample]).texts
-            if marks[-1] in text:
-                answers = [mark for turn, mark in zip(_SAMPLE, marks, strict=True) if turn["role"] == "assistant"]
-                found[key] = all(mark in text for mark in answers)
+        sample = [{**turn, key: f"thought {number}"} for number, turn in enumerate(_SAMPLE)]
+        (text,) = render_conversations(tokenizer, template, [sample]).texts
+        rendered = [turn[key] in text for turn in sample if turn["role"] == "assistant"]
+        if rendered[-1]:
+            found[key] = all(rendered)
     return found
 
 

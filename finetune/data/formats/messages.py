@@ -84,7 +84,10 @@ def _read_calls(message: Mapping[str, Any], role: str, where: str) -> list[dict[
 
 
 def _read_thoughts(message: Mapping[str, Any], where: str) -> Message:
-    return {key: read_text(message[key], f"{key} of {where}") for key in THOUGHTS if message.get(key)}
+    thoughts = {key: read_text(message[key], f"{key} of {where}") for key in THOUGHTS if message.get(key)}
+    if len(set(thoughts.values())) > 1:
+        raise RowError(f"{where} has {' and '.join(thoughts)} with different texts; keep one of them")
+    return thoughts
 
 
 def _unknown_role(role: object, where: str) -> RowError:
