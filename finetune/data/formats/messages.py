@@ -24,7 +24,7 @@ MARKS = ("train", "training", "weight", "loss_weight", "loss", "loss_mask")
 # Under these keys a message holds what the assistant thought before its answer. Few chat templates render it.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
 # CSV files hold every value as text.
-_MARK_TEXTS = {"0": False, "1": True, "false": False, "true": True}
+_MARK_TEXTS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 # Which roles may follow a role; "start" is the beginning of the conversation.
 _FOLLOWERS = {"start": ("user",), "user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "tool")}
 
@@ -101,6 +101,8 @@ def _read_sharegpt_message(message: Mapping[str, Any], where: str) -> Message:
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise RowError(f"{where} is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
+    if beside := [key for key in ("tool_calls", "function_call") if message.get(key)]:
+        raise RowError(f"{where} has {beside[0]} beside from and value; give it role and content instead")
     text = read_text(message["value"], f"the value of {where}")
     read: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text}
     if speaker == "function_call":

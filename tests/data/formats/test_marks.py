@@ -11,7 +11,7 @@ from finetune.data.formats.messages import MARKS
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError
 
-FALSE, TRUE = (False, 0, 0.0, "0", "false"), (True, 1, 1.0, "1", "True")
+FALSE, TRUE = (False, 0, 0.0, "0", "0.0", "false"), (True, 1, 1.0, "1", "1.0", "True")
 QUESTIONS = [{"role": "user", "content": text} for text in ("a", "b")]
 FIRST, SECOND = ({"role": "assistant", "content": text} for text in ("FIRST", "SECOND"))
 

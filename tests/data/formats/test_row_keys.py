@@ -156,6 +156,12 @@ def test_both_forms_of_calls_are_refused():
     assert "keep one of them" in refuse({"messages": [USER, ANSWER], "tools": [TOOL], "functions": [TOOL]})
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_calls_beside_a_sharegpt_turn_are_refused(key):
+    turn = {"from": "gpt", "value": "A", key: [CALL] if key == "tool_calls" else CALL["function"]}
+    assert f"message 2 has {key}" in refuse({"conversations": [{"from": "human", "value": "Q"}, turn]})
+
+
 @pytest.mark.parametrize("key", ["args", "parameters", "input"])
 def test_arguments_under_another_name_are_refused(key):
     calls = [{"name": "add", key: {"a": 1}}]
