@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from finetune.data.lint.findings import KINDS
+from finetune.errors import describe_unknown_name
 from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -69,6 +71,22 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--fix", type=Path, metavar="DIR", help="write the rows without findings, unchanged, into a new or empty folder"
     )
+    verb.add_argument(
+        "--only",
+        type=_read_kinds,
+        metavar="KINDS",
+        help="leave out these kinds only, such as unreadable,too_long (with --fix)",
+    )
+
+
+def _read_kinds(text: str) -> frozenset[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in KINDS:
+            raise argparse.ArgumentTypeError(f"{name!r} is {describe_unknown_name(name, KINDS, 'an unknown kind')}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"names no kind; known are {', '.join(KINDS)}")
+    return frozenset(names)
 
 
 def add_plan(verb: argparse.ArgumentParser) -> None:

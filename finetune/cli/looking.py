@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import RecipeError
+from finetune.errors import OutputError, RecipeError
 from finetune.files.speed import load_for_plan
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def run_lint(arguments: argparse.Namespace) -> int:
     from finetune.data.lint.lint_report import describe_fix, describe_lint
     from finetune.training.training_rows import open_data
 
+    if arguments.only is not None and arguments.fix is None:
+        raise OutputError("--only says which rows --fix leaves out; name a new folder too, such as --fix clean")
+
     def lint_stage(stage: TrainStage) -> tuple[Any, str]:
         folder = arguments.fix / stage.name if arguments.fix is not None else None
-        report = lint_data(*open_data(stage.resolved), folder)
+        report = lint_data(*open_data(stage.resolved), folder, arguments.only)
         text = describe_lint(report)
         if folder is not None:
             text += f"\n\n{describe_fix(report)}: {folder}"

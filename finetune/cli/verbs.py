@@ -80,7 +80,7 @@ VERBS: tuple[Verb, ...] = (
         "look for problems in the rows: duplicates, empty answers, overlap and more",
         arguments.add_lint,
         run_lint,
-        ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean"),
+        ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean --only duplicate"),
     ),
     Verb(
         "plan",

@@ -17,7 +17,7 @@ from finetune.data.encoding.columns import ColumnHash, make_record_batch
 from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.row_encoder import RowEncoder, TokenRow
-from finetune.data.encoding.template import list_stop_tokens
+from finetune.data.encoding.template import list_rendered_thoughts, list_stop_tokens
 from finetune.data.encoding.text_samples import SampleCollector
 from finetune.data.encoding.workers import encode_rows
 from finetune.data.formats.rows import TextSample
@@ -29,7 +29,7 @@ from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
 # Raise it whenever the same files and settings would give other columns than before.
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 # These settings do not change the rows.
 _NOT_IN_KEY = ("cache", "workers")
 
@@ -127,7 +127,7 @@ def _prepare(
     seed: int,
     file: Path | None,
 ) -> _Prepared:
-    reader = RowReader(settings, seed)
+    reader = RowReader(settings, seed, list_rendered_thoughts(tokenizer, template))
     encoder = RowEncoder(tokenizer, template, settings.train_on, settings.shape)
     account = Account(settings, encoder)
     content, samples = ColumnHash(), SampleCollector(settings)

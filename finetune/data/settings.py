@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 TrainOn = Literal["assistant", "last", "all"]
+# What the rows of a source are for; a folder of splits is read accordingly.
+SplitName = Literal["train", "evaluation"]
 # What a method trains on: one text with trained spans, a prompt with a chosen and a rejected answer, a prompt with one answer
 # and its label, or a prompt alone.
 RowShape = Literal["sequence", "pair", "labelled", "prompt"]
@@ -26,13 +28,15 @@ class Source:
     """A file, folder, glob or data set of the hub that rows are read from, and how many of its rows are taken.
 
     All rows are taken where neither `rows` nor `weight` is given. `weight` is relative to the weights of the other sources;
-    it divides the rows or, for sources that `weigh_text`, the bytes of text.
+    it divides the rows or, for sources that `weigh_text`, the bytes of text. `split` says what the rows are for: of a folder
+    that holds splits, only the files of one are read.
     """
 
     location: Path | HubDataset
     weight: float | None = None
     rows: int | None = None
     weigh_text: bool = False
+    split: SplitName = "train"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def hold_pairs(files: Sequence[Path]) -> bool:
     Raises:
         DataError: the row cannot be read.
     """
-    for _, rows in read_source(Source(files[0])):
+    for _, rows in read_source(Source(files[0], split="evaluation")):
         for place, row in rows:
             return choose_format("auto", {}, row, place).row_kind == "preference"
     return False
@@ -71,7 +71,12 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
 
 
 def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Sequence[Path], max_tokens: int) -> Dataset:
-    settings = DataSettings(train=tuple(map(Source, files)), shape="pair", max_tokens=max_tokens, overflow="drop")
+    settings = DataSettings(
+        train=tuple(Source(file, split="evaluation") for file in files),
+        shape="pair",
+        max_tokens=max_tokens,
+        overflow="drop",
+    )
     splits = load_splits(settings, model.tokenizer, template, seed=0)
     for note in splits.report.notes:
         logger.info("%s", note)

@@ -38,7 +38,9 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
         FinetuneError: the model or the rows cannot be used.
     """
     loaded = open_model(name)
-    settings = DataSettings(train=tuple(map(Source, files)), max_tokens=max_tokens, overflow="drop")
+    settings = DataSettings(
+        train=tuple(Source(file, split="evaluation") for file in files), max_tokens=max_tokens, overflow="drop"
+    )
     splits = load_splits(settings, loaded.tokenizer, loaded.template, seed=0)
     for note in splits.report.notes:
         logger.info("%s", note)

@@ -67,7 +67,7 @@ def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
         train=train,
         shape=resolved.method.shape,
         needs_answer=find_reference_rule(resolved.recipe.rewards.rules),
-        evaluation=tuple(map(read_source_section, data.eval)),
+        evaluation=tuple(replace(read_source_section(source), split="evaluation") for source in data.eval),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,

@@ -159,6 +159,28 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def test_lint_only_names_kinds_that_there_are(call, folder):
+    write_rows(
+        folder / "rows.jsonl", [{"prompt": "Why?", "completion": text} for text in ("It is so.", "It is so.", " ")]
+    )
+    before = list_files(folder)
+    status, _, err = call("lint", "recipe.yaml", "--fix", "fixed", "--only", "unreadable,duplicates")
+    assert status == 2
+    assert "'duplicates' is an unknown kind; did you mean 'duplicate'?" in err
+    status, _, err = call("lint", "recipe.yaml", "--only", "duplicate")
+    assert (status, "--fix" in err, list_files(folder)) == (2, True, before)
+    status, out, _ = call("lint", "recipe.yaml", "--fix", "fixed", "--only", "duplicate")
+    assert (status, out.endswith("wrote 2 of 3 rows (left out: 1 duplicate): fixed\n")) == (0, True)
+
+
+def test_preview_names_the_keys_that_are_not_used(call, folder):
+    write_rows(
+        folder / "rows.jsonl", [{"prompt": f"{n}?", "completion": "Yes.", "source": "x", "id": n} for n in range(1, 9)]
+    )
+    status, out, _ = call("preview", "recipe.yaml")
+    assert (status, "\nkeys not used: id (8 rows), source (8 rows)\n" in out) == (0, True)
+
+
 def test_lint_reports_and_fixes(call, folder):
     good = [{"prompt": f"What follows {number}?", "completion": f"It is {number + 1}."} for number in range(12)]
     bad = [good[0], {"prompt": "Why?", "completion": " "}, {"question": "Why?"}]

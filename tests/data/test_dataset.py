@@ -345,3 +345,9 @@ def test_the_bundled_sums_are_right():
 
 def test_the_table_of_formats_is_keyed_by_name():
     assert all(name == entry.name for name, entry in FORMATS.items())
+
+
+def test_a_column_that_no_row_has_is_named(load):
+    rows = [{"question": f"q{number}", "reply": "a"} for number in range(3)]
+    columns = {"prompt": "question", "completion": "reply", "system": "sytem"}
+    assert load(rows, columns=columns).report.notes == ("data.columns names the key 'sytem', which no row has",)

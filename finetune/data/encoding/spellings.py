@@ -75,7 +75,8 @@ def holds_spelling(messages: Sequence[Mapping[str, Any]], tools: object, pattern
         content = message.get("content")
         if content and pattern.search(content):
             return True
-        if "tool_calls" in message and pattern.search(json.dumps(message["tool_calls"], ensure_ascii=False)):
+        # Beside its role and text, a message may hold tool calls and thoughts.
+        if len(message) > 2 and pattern.search(json.dumps(message, ensure_ascii=False)):
             return True
     return tools is not None and pattern.search(json.dumps(tools, ensure_ascii=False)) is not None
 

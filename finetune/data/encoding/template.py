@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations
+from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations, render_conversations
+from finetune.data.formats.messages import THOUGHTS
 from finetune.errors import TemplateError
 from finetune.files.resources import list_templates
 
@@ -96,6 +97,21 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
             f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})"
         )
     return template
+
+
+def list_rendered_thoughts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> dict[str, bool]:
+    """Return the keys of thoughts that a template renders, each with whether it does so in every answer or in the last only."""
+    found: dict[str, bool] = {}
+    # transformers gives a thought the names that templates know, so a key may be rendered that the source does not name.
+    if not any(key in template.source for key in THOUGHTS):
+        return found
+    for key in THOUGHTS:
+        sample = [{**turn, key: f"thought {number}"} for number, turn in enumerate(_SAMPLE)]
+        (text,) = render_conversations(tokenizer, template, [sample]).texts
+        rendered = [turn[key] in text for turn in sample if turn["role"] == "assistant"]
+        if rendered[-1]:
+            found[key] = all(rendered)
+    return found
 
 
 def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

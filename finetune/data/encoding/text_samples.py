@@ -60,9 +60,9 @@ class SampleCollector:
 
 
 def _describe_row(row: Row) -> dict[str, Any] | None:
-    """Return the filled fields of a row, or None where they are too long or no JSON."""
+    """Return the filled fields that make a row what it is, or None where they are too long or no JSON."""
     empty = Row()
-    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    values = {field.name: getattr(row, field.name) for field in fields(row) if field.compare}
     content = {name: value for name, value in values.items() if value != getattr(empty, name)}
     try:
         text = json.dumps(content)

@@ -1,6 +1,6 @@
 """Read a raw row: one function for each format.
 
-Every function raises `RowError` for a value that it cannot use. The optional keys of a format are those read with `get`.
+Every function raises `RowError` for a value that it cannot use. What it reads with `get` is optional in `row_formats.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,62 +9,68 @@ from typing import Any
 from finetune.data.formats.messages import (
     Message,
     RowError,
+    add_system,
     describe,
+    is_empty,
     read_list,
     read_message,
     read_messages,
     read_text,
-    read_tools,
 )
 from finetune.data.formats.rows import Row
+from finetune.data.formats.tools import read_tools
 
 
 def read_openai_row(row: Mapping[str, Any]) -> Row:
     """Read `messages`, each with `role` and `content`."""
-    return Row(read_messages(row["messages"]), tools=read_tools(row.get("tools")))
+    return Row(_put_system(row, read_messages(row["messages"])), tools=read_tools(row))
 
 
 def read_sharegpt_row(row: Mapping[str, Any]) -> Row:
     """Read `conversations`, each turn with `from` and `value`."""
-    return Row(_read_sharegpt_turns(row), tools=read_tools(row.get("tools")))
+    return Row(_put_system(row, read_messages(row["conversations"], "conversations")), tools=read_tools(row))
 
 
-def _read_sharegpt_turns(row: Mapping[str, Any]) -> list[Message]:
-    messages = read_messages(row["conversations"], "conversations")
-    if row.get("system") and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": read_text(row["system"], "system")})
-    return messages
+def _put_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the messages of a row with its `system` before them."""
+    if is_empty(row.get("system")):
+        return messages
+    text = read_text(row["system"], "system")
+    if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() != text.strip():
+        raise RowError("has a system message and another text in the key system; keep one of them")
+    return add_system(messages, text)
 
 
 def read_alpaca_row(row: Mapping[str, Any]) -> Row:
     """Read a question in `instruction` and `input`, its answer in `output`, and earlier turns in `history`."""
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": read_text(row["system"], "system")})
-    for number, turn in enumerate(read_list(row.get("history") or [], "history"), 1):
-        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise RowError(f"turn {number} of history is {describe(turn)}; expected a question and an answer")
-        messages += _pair(turn[0], turn[1], f"turn {number} of history")
-    question = read_text(row["instruction"], "instruction")
-    if row.get("input"):
-        question += "\n" + read_text(row["input"], "input")
-    return Row(messages + _pair(question, row["output"], "output"))
+    answer = {"role": "assistant", "content": read_text(row["output"], "output")}
+    return Row([*_read_prompt(row, "instruction"), answer], tools=read_tools(row))
 
 
 def read_prompt_completion_row(row: Mapping[str, Any]) -> Row:
-    """Read a question and its answer: two texts, or two lists of messages."""
-    prompt, completion = row["prompt"], row["completion"]
-    tools = read_tools(row.get("tools"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return Row(read_messages([*prompt, *completion]), tools=tools)
-    return Row(_pair(prompt, completion, "completion"), tools=tools)
+    """Read a question and its answer, each a text or a list of messages."""
+    answer = _read_turns(row["completion"], "assistant", "completion")
+    return Row([*_read_prompt(row, "prompt"), *answer], tools=read_tools(row))
 
 
-def _pair(question: object, answer: object, name: str) -> list[Message]:
-    return [
-        {"role": "user", "content": read_text(question, "the question")},
-        {"role": "assistant", "content": read_text(answer, name)},
-    ]
+def _read_prompt(row: Mapping[str, Any], key: str) -> list[Message]:
+    """Read a question: its system message, earlier turns in `history`, and its text with `input` after it."""
+    messages = _read_turns(row[key], "user", key)
+    if not is_empty(row.get("input")):
+        if not isinstance(row[key], str):
+            raise RowError(f"has input beside {key}, which is no text; write it into the messages")
+        messages = [{"role": "user", "content": f"{row[key]}\n{read_text(row['input'], 'input')}"}]
+    return _put_system(row, [*_read_history(row), *messages])
+
+
+def _read_history(row: Mapping[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    for number, turn in enumerate(read_list(row.get("history") or [], "history"), 1):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise RowError(f"turn {number} of history is {describe(turn)}; expected a question and an answer")
+        messages.append({"role": "user", "content": read_text(turn[0], "the question")})
+        messages.append({"role": "assistant", "content": read_text(turn[1], f"turn {number} of history")})
+    return messages
 
 
 def read_plain_text_row(row: Mapping[str, Any]) -> Row:
@@ -80,6 +86,13 @@ def read_tokens_row(row: Mapping[str, Any]) -> Row:
         raise RowError(
             f"input_ids must be two or more whole numbers from 0 on; found {describe(wrong if ids else ids)}"
         )
+    if row.get("labels") not in (None, ids):
+        raise RowError(
+            "has labels that differ from input_ids, but all tokens are trained; leave labels out, or give texts or messages"
+        )
+    for key in ("attention_mask", "assistant_masks", "completion_mask"):
+        if not all(row.get(key) or [True]):
+            raise RowError(f"has {key} with zeros, but all tokens are trained; leave those tokens out, and the key")
     return Row(token_ids=ids)
 
 
@@ -89,23 +102,51 @@ def read_prompt_row(row: Mapping[str, Any]) -> Row:
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     return Row(
-        _read_turns(row["prompt"], "user", "prompt"), answer=None if answer is None else read_text(answer, "answer")
+        _read_prompt(row, "prompt"),
+        answer=None if answer is None else read_text(answer, "answer"),
+        tools=read_tools(row),
     )
 
 
 def read_preference_row(row: Mapping[str, Any]) -> Row:
-    """Read a pair. Its prompt has a key of its own, or is the beginning that both conversations share."""
+    """Read a pair. Its prompt has a key of its own, or is the beginning that both conversations share, or is both together."""
     chosen = _read_turns(row["chosen"], "assistant", "chosen")
     rejected = _read_turns(row["rejected"], "assistant", "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    prompt = chosen[:shared]
-    if "conversations" in row:
-        prompt = _read_sharegpt_turns(row) + prompt
-    elif "prompt" in row and not shared:
-        prompt = _read_turns(row["prompt"], "user", "prompt")
-    return Row(prompt, chosen[shared:], rejected[shared:], tools=read_tools(row.get("tools")))
+    prompt = _put_system(row, _join_prompt(_read_pair_prompt(row), chosen[:shared]))
+    return Row(prompt, chosen[shared:], rejected[shared:], tools=read_tools(row))
+
+
+def _read_pair_prompt(row: Mapping[str, Any]) -> list[Message]:
+    """Return the prompt of a pair that has a key of its own, without the key `system`."""
+    keys = [key for key in ("conversations", "prompt", "instruction") if not is_empty(row.get(key))]
+    if len(keys) > 1:
+        raise RowError(f"has {' and '.join(keys)}; a pair has one prompt, so keep one of them")
+    if not keys:
+        for key in ("input", "history"):
+            if not is_empty(row.get(key)):
+                raise RowError(f"has {key} without a prompt; map its question, such as data.columns: {{prompt: KEY}}")
+        return []
+    return _read_prompt({**row, "system": None}, keys[0])
+
+
+def _join_prompt(prompt: list[Message], shared: list[Message]) -> list[Message]:
+    """Return the prompt of a pair from its own key and from the turns that both answers begin with.
+
+    The turns may repeat the prompt or its end, or continue it.
+    """
+    if not prompt or not shared:
+        return prompt or shared
+    own, common = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, shared))
+    if any(common[start : start + len(own)] == own for start in range(len(common))):
+        return shared
+    if own[-len(common) :] == common:
+        return prompt
+    if own[-1][0] != "user" and common[0][0] == "user":
+        return [*prompt, *shared]
+    raise RowError("has a prompt that is not how chosen and rejected begin; leave it out, or make them agree")
 
 
 def _read_turns(value: object, role: str, name: str) -> list[Message]:

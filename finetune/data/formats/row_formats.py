@@ -5,10 +5,11 @@ so formats that require more keys come first. This module imports nothing heavy,
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from finetune.data.formats.messages import RowError
+from finetune.data.formats.messages import MARKS, RowError, read_mark
 from finetune.data.formats.readers import (
     read_alpaca_row,
     read_labelled_row,
@@ -20,6 +21,7 @@ from finetune.data.formats.readers import (
     read_sharegpt_row,
     read_tokens_row,
 )
+from finetune.data.formats.row_keys import Rendered, list_unused_keys
 from finetune.data.formats.rows import Row, RowKind, check_row
 from finetune.data.settings import RowShape
 from finetune.errors import DataError, Place
@@ -27,28 +29,59 @@ from finetune.errors import DataError, Place
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the kind of its rows, the keys that every row needs, and the function that reads a row."""
+    """One format: the kind of its rows, the keys that every row needs or may have, and the function that reads a row."""
 
     name: str
     row_kind: RowKind
     required: tuple[str, ...]
+    optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Row]
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The keys that the format reads; each may also have a mark that says whether the row is trained."""
+        return frozenset({*self.required, *self.optional, *_ROW_MARKS})
+
+
+# A row's `loss` is often a figure that somebody measured, so only `loss: true` or `false` is a mark.
+_ROW_MARKS = tuple(key for key in MARKS if key != "loss")
+_CHAT = ("system", "tools", "functions")
+_QUESTION = (*_CHAT, "input", "history")
+
+_NOTHING_RENDERED: Rendered = {}
 
 FORMATS: Mapping[str, Format] = {
     entry.name: entry
     for entry in (
-        Format("sharegpt_preference", "preference", ("conversations", "chosen", "rejected"), read_preference_row),
-        Format("preference", "preference", ("chosen", "rejected"), read_preference_row),
-        Format("labelled_messages", "labelled", ("messages", "label"), read_labelled_row),
-        Format("labelled", "labelled", ("prompt", "completion", "label"), read_labelled_row),
-        Format("messages", "conversation", ("messages",), read_openai_row),
-        Format("sharegpt", "conversation", ("conversations",), read_sharegpt_row),
-        Format("alpaca", "conversation", ("instruction", "output"), read_alpaca_row),
-        Format("prompt_completion", "conversation", ("prompt", "completion"), read_prompt_completion_row),
-        Format("text", "text", ("text",), read_plain_text_row),
-        Format("tokens", "tokens", ("input_ids",), read_tokens_row),
-        Format("prompt", "prompt", ("prompt",), read_prompt_row),
+        Format(
+            "sharegpt_preference",
+            "preference",
+            ("conversations", "chosen", "rejected"),
+            (*_QUESTION, "prompt", "instruction"),
+            read_preference_row,
+        ),
+        Format(
+            "preference",
+            "preference",
+            ("chosen", "rejected"),
+            (*_QUESTION, "prompt", "instruction"),
+            read_preference_row,
+        ),
+        Format("labelled_messages", "labelled", ("messages", "label"), _CHAT, read_labelled_row),
+        Format("labelled", "labelled", ("prompt", "completion", "label"), _QUESTION, read_labelled_row),
+        Format("messages", "conversation", ("messages",), _CHAT, read_openai_row),
+        Format("sharegpt", "conversation", ("conversations",), _CHAT, read_sharegpt_row),
+        Format("alpaca", "conversation", ("instruction", "output"), _QUESTION, read_alpaca_row),
+        Format("prompt_completion", "conversation", ("prompt", "completion"), _QUESTION, read_prompt_completion_row),
+        Format("text", "text", ("text",), (), read_plain_text_row),
+        Format(
+            "tokens",
+            "tokens",
+            ("input_ids",),
+            ("labels", "attention_mask", "assistant_masks", "completion_mask"),
+            read_tokens_row,
+        ),
+        Format("prompt", "prompt", ("prompt",), (*_QUESTION, "answer"), read_prompt_row),
     )
 }
 
@@ -97,8 +130,16 @@ def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any
     )
 
 
-def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], place: Place) -> Row:
+def read_row(
+    entry: Format,
+    columns: Mapping[str, str],
+    row: Mapping[str, Any],
+    place: Place,
+    rendered: Rendered = _NOTHING_RENDERED,
+) -> Row:
     """Read a row and check it: its roles are in order, no text is empty, and it ends with an answer.
+
+    `rendered` says which thoughts the chat template renders, as `list_unused_keys` takes it.
 
     Raises:
         DataError: the row has a fault; the message says what was found and what was expected.
@@ -110,11 +151,25 @@ def read_row(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], 
         fault = f"has no {theirs!r}, which the format {entry.name} needs; found {found}"
         raise DataError(fault, place)
     try:
+        unused = list_unused_keys(named, entry.known, rendered)
         read = entry.read(named)
         check_row(entry.row_kind, read)
+        is_trained = _is_trained(named)
     except RowError as error:
         raise DataError(str(error), place, error.kind) from error
-    return read
+    unused = (*unused, *_list_hidden_keys(row, columns)) if columns else unused
+    return replace(read, unused=unused, is_trained=is_trained) if unused or not is_trained else read
+
+
+def _is_trained(row: Mapping[str, Any]) -> bool:
+    marks = {key: row[key] for key in MARKS if key in row and (key != "loss" or isinstance(row[key], bool))}
+    return read_mark(marks, "the row") is not False if marks else True
+
+
+def _list_hidden_keys(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Return the keys of a row that `columns` gives to the values of other keys."""
+    taken = set(columns.values())
+    return [ours for ours, theirs in columns.items() if theirs in row and ours in row and ours not in taken]
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

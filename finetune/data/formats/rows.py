@@ -1,10 +1,11 @@
-"""The row that every format is read into, and its checks."""
+"""The row that every format is read into, its hash and its checks."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.data.formats.messages import Message, RowError, check_order
-from finetune.data.settings import RowShape
+from finetune.data.formats.messages import THOUGHTS, Message, RowError, check_order
+from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import DataError, Place
 
 RowKind = Literal["conversation", "preference", "labelled", "text", "tokens", "prompt"]
@@ -15,7 +16,8 @@ class Row:
     """A row as read; its kind decides which fields are filled.
 
     `messages` is the whole conversation of a `conversation` or `labelled` row. It is the prompt of a `preference` row, whose two
-    answers are `chosen` and `rejected`, and of a `prompt` row, whose reference answer is `answer`.
+    answers are `chosen` and `rejected`, and of a `prompt` row, whose reference answer is `answer`. `is_trained` is false where the
+    file marks the whole row as not trained. `unused` names the keys of the file's row that nothing reads.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -26,6 +28,13 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     answer: str | None = None
     tools: list[dict[str, Any]] | None = None
+    is_trained: bool = True
+    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+def hash_row(row: Row) -> bytes:
+    """Return a hash of all that is asked and trained: rows with the same hash are the same row."""
+    return hashlib.blake2b(repr(row).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ def as_prompt(row: Row, place: Place) -> Row:
         check_order(messages, ends_with="user")
         if row.tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
             raise RowError("holds tools; a prompt is plain turns")
+        if any(key in message for message in messages for key in THOUGHTS):
+            raise RowError("holds thoughts; a prompt is plain turns")
     except RowError as error:
         raise DataError(f"cannot be asked: {error}", place, error.kind) from error
     answer = str(answers[-1]["content"]) if answers else row.answer
@@ -77,6 +88,21 @@ def check_pair(row: Row) -> None:
             "chosen and rejected differ before their last answer; a pair must share everything before it, so cut both "
             "after the first answer that differs"
         )
+
+
+def check_marks(row: Row, shape: RowShape, train_on: TrainOn) -> None:
+    """Check that the marks of messages can be honoured: a pair trains its answers, and `train_on: all` the whole text.
+
+    Raises:
+        RowError: a message is marked as not trained, and would be trained.
+    """
+    if shape == "sequence":
+        messages, reason = [*row.messages, *row.chosen], "data.train_on: all trains the whole text"
+        messages = messages if train_on == "all" else []
+    else:
+        messages, reason = [*row.messages[-1:], *row.chosen, *row.rejected], "this method trains each answer"
+    if shape != "prompt" and any("train" in message for message in messages):
+        raise RowError(f"holds a message that is marked as not trained, but {reason}; remove the mark or the row")
 
 
 def check_row(kind: RowKind, row: Row) -> None:

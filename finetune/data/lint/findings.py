@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from finetune.data.formats.messages import Message
+from finetune.data.formats.rows import Row
 from finetune.errors import Place
 
 Severity = Literal["error", "warning", "note"]
@@ -33,6 +34,12 @@ KINDS: Mapping[str, Kind] = {
         Kind("overlap", "error", True, "trained, and evaluated on as well"),
         Kind("near_overlap", "error", True, "trained, and nearly the same as a row that is evaluated on"),
         Kind("duplicate", "warning", True, "the same as an earlier row"),
+        Kind(
+            "other_context",
+            "warning",
+            False,
+            "nearly the text of a row that is evaluated on, with another system message, tools or marks",
+        ),
         Kind("near_duplicate", "warning", False, "nearly the same as an earlier row"),
         Kind("mojibake", "warning", False, "text in a wrong encoding, or with lost characters"),
         Kind("control_token", "warning", False, "text that spells a control token"),
@@ -49,7 +56,7 @@ class LintRow:
     """One row as it was read, or `fault`: the kind of finding and its text for a row without messages and tokens.
 
     `messages` ends with the answer, for a pair with the chosen one; `rejected` holds the other answer of a pair. Plain text is
-    one message of the assistant. `raw` is the row as it stands in its file.
+    one message of the assistant. `raw` is the row as it stands in its file, `row` as it is trained, without the recipe's system line.
     """
 
     place: Place
@@ -59,15 +66,17 @@ class LintRow:
     tokens: int = 0
     trained_tokens: int = 0
     raw: Mapping[str, Any] | None = None
+    row: Row = field(default_factory=Row)
     fault: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class LintSettings:
-    """The longest row in tokens, and the spellings of the tokenizer's control tokens."""
+    """The longest row in tokens, the spellings of the tokenizer's control tokens, and the kinds that `--fix` leaves out."""
 
     max_tokens: int
     control_tokens: tuple[str, ...] = ()
+    dropped: frozenset[str] = frozenset(name for name, kind in KINDS.items() if kind.is_dropped)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class LintReport:
     """The numbers of all rows: `rows` = `passed` + the sum of `left_out`.
 
     `left_out` counts each row once, under the first of its kinds in the order of `KINDS`. `tokens`, `trained_tokens`, `sources`
-    (by file) and `languages` count tokens, those of rows that are left out included.
+    (by file) and `languages` count tokens, those of rows that are left out included. `notes` are sentences about the files and
+    keys that are not used.
     """
 
     rows: int
@@ -106,6 +116,7 @@ class LintReport:
     trained_tokens: int
     sources: dict[str, int]
     languages: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; each finding also holds the file, line and text of its first example."""

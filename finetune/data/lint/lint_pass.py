@@ -4,10 +4,12 @@ Texts are not kept. Of each row a hash, a MinHash signature and its place are ke
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 
+from finetune.data.formats.row_keys import describe_unused
+from finetune.data.formats.rows import Row, hash_row
 from finetune.data.languages import describe_language_change, describe_mixture, name_language
 from finetune.data.lint.findings import KINDS, Example, Finding, LintReport, LintRow, LintSettings, Split
 from finetune.data.lint.near_duplicates import NearIndex, sign_text
@@ -46,10 +48,12 @@ class _Tally:
     findings: dict[str, Finding] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
 
-    def count_row(self, row: LintRow, found: Mapping[str, str]) -> None:
-        """Add a row; `found` maps its kinds of findings to their texts."""
+    def count_row(self, row: LintRow, found: Mapping[str, str], dropped: Set[str]) -> None:
+        """Add a row; `found` maps its kinds of findings to their texts, `dropped` are the kinds that `--fix` leaves out."""
         self.rows += 1
+        self.unused.update(row.row.unused)
         self.tokens += row.tokens
         self.trained_tokens += row.trained_tokens
         self.sources[row.place.file] = self.sources.get(row.place.file, 0) + row.tokens
@@ -58,8 +62,7 @@ class _Tally:
             language = name_language(text)
             self.languages[language] = self.languages.get(language, 0) + row.tokens
         for name, text in found.items():
-            kind = KINDS[name]
-            finding = self.findings.setdefault(name, Finding(name, kind.severity, kind.is_dropped))
+            finding = self.findings.setdefault(name, Finding(name, KINDS[name].severity, name in dropped))
             finding.count += 1
             if len(finding.examples) < _MOST_EXAMPLES:
                 finding.examples.append(Example(row.place.file, row.place.line, text))
@@ -75,6 +78,7 @@ class _Tally:
             trained_tokens=self.trained_tokens,
             sources=self.sources,
             languages=dict(sorted(self.languages.items(), key=lambda item: -item[1])),
+            notes=describe_unused(self.unused),
         )
 
 
@@ -89,8 +93,8 @@ def lint_rows(
     tally = _Tally()
     for row in rows:
         found = dict([row.fault] if row.fault else [*_check_row(row, settings), *_compare_row(row, seen)])
-        tally.count_row(row, found)
-        reason = next((name for name, kind in KINDS.items() if kind.is_dropped and name in found), None)
+        tally.count_row(row, found, settings.dropped)
+        reason = _find_reason(row, found, settings.dropped)
         if reason is not None:
             tally.left_out[reason] = tally.left_out.get(reason, 0) + 1
             continue
@@ -98,6 +102,13 @@ def lint_rows(
         if keep is not None:
             keep(row)
     return tally.make_report()
+
+
+def _find_reason(row: LintRow, found: Mapping[str, str], dropped: Set[str]) -> str | None:
+    """Return the gravest kind of finding for which a row is left out. What could not be read as a row cannot be written either."""
+    if row.raw is None and row.fault is not None:
+        return row.fault[0]
+    return next((name for name in KINDS if name in found and name in dropped), None)
 
 
 def _check_row(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, str]]:
@@ -123,19 +134,24 @@ def _check_row(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, str]
 def _compare_row(row: LintRow, seen: Mapping[Split, _Seen]) -> Iterator[tuple[str, str]]:
     """Yield the kind and the text of what a row shares with earlier rows, and remember the row.
 
-    System messages are left out, because many rows share one.
+    Equal rows are asked and trained the same, as for `data.deduplicate`. Rows are nearly the same by their texts alone, without
+    system messages, because many rows share one.
     """
     spoken = [message["content"] for message in row.messages if message["role"] != "system"]
     rejected = [message["content"] for message in row.rejected or ()]
-    digest = hashlib.blake2b(json.dumps([spoken, rejected]).encode(), digest_size=16).digest()
+    digest, context = hash_row(row.row), _hash_context(row.row)
     text = "\n".join([*spoken, *rejected])
     shown = shorten(text)
     is_trained = row.split == "train"
     signature = sign_text(text)
     if is_trained and (place := seen["evaluation"].places.get(digest)):
         yield "overlap", f"the same as {_name_place(place, row)}: {shown}"
-    elif is_trained and signature and (near := seen["evaluation"].near.find(signature)):
-        yield "near_overlap", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
+    elif is_trained and signature:
+        near_rows = seen["evaluation"].near
+        if near := near_rows.find(signature, context):
+            yield "near_overlap", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
+        elif near := near_rows.find(signature):
+            yield "other_context", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
     own = seen[row.split]
     if place := own.places.get(digest):
         yield "duplicate", f"the same as {_name_place(place, row)}: {shown}"
@@ -147,7 +163,17 @@ def _compare_row(row: LintRow, seen: Mapping[Split, _Seen]) -> Iterator[tuple[st
         yield "near_duplicate", f"{near[1]:.0%} the same as {_name_place(near[0], row)}: {shown}"
         if is_trained:  # thousands of copies of one row are each compared with the first only
             return
-    own.near.add(row.place, signature)
+    own.near.add(row.place, signature, context)
+
+
+def _hash_context(row: Row) -> bytes:
+    """Return a hash of all that a row holds beside the texts that are spoken."""
+    parts = [*row.messages, *row.chosen, *row.rejected]
+    texts = [message["content"] for message in parts if message["role"] == "system"]
+    others = [{key: message[key] for key in message if key not in ("role", "content")} for message in parts]
+    numbered = [{"number": number, **other} for number, other in enumerate(others) if other]
+    bare = replace(row, messages=numbered, chosen=[], rejected=[], text="", token_ids=[])
+    return hashlib.blake2b(repr((texts, bare)).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _name_place(place: Place, row: LintRow) -> str:

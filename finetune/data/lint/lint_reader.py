@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding.rendering import ChatTemplate, Encoded, encode_conversations
 from finetune.data.encoding.spellings import encode_plain_texts
+from finetune.data.encoding.template import list_rendered_thoughts
 from finetune.data.formats.messages import Message, add_system
 from finetune.data.formats.row_formats import Format, choose_format, read_row
+from finetune.data.formats.row_keys import Rendered
 from finetune.data.formats.rows import Row
 from finetune.data.lint.findings import LintRow, Split
-from finetune.data.reading.raw_files import RawRow
+from finetune.data.reading.arrow_rows import RawRow
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place, TemplateError
@@ -35,30 +37,33 @@ def read_lint_rows(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> Iterator[LintRow]:
     """Yield every row of a recipe with its tokens or its fault, the rows for evaluation first."""
+    rendered = list_rendered_thoughts(tokenizer, template)
     splits: tuple[tuple[Split, Sequence[Source]], ...] = (
         ("evaluation", settings.evaluation),
         ("train", settings.train),
     )
     for split, sources in splits:
         for name, raw_rows in (part for source in sources for part in read_source(source)):
-            read = _read_rows(name, raw_rows, split, settings)
+            read = _read_rows(name, raw_rows, split, settings, rendered)
             while batch := list(itertools.islice(read, _BATCH_ROWS)):
                 yield from _encode_rows(batch, tokenizer, template)
 
 
-def _read_rows(file: str, raw_rows: Iterator[RawRow], split: Split, settings: DataSettings) -> Iterator[_ReadRow]:
+def _read_rows(
+    file: str, raw_rows: Iterator[RawRow], split: Split, settings: DataSettings, rendered: Rendered
+) -> Iterator[_ReadRow]:
     """Yield the rows of a file. Where the file cannot be read on, the last row yielded says so in its fault."""
     entry: Format | None = None
     try:
         for place, raw in raw_rows:
             try:
                 entry = entry or choose_format(settings.format, settings.columns, raw, place)
-                row = read_row(entry, settings.columns, raw, place)
+                row = read_row(entry, settings.columns, raw, place, rendered)
             except DataError as error:
                 yield _ReadRow(LintRow(place, split, raw=raw, fault=(error.kind, error.fault)))
                 continue
             messages = _list_messages(row, settings.system)
-            yield _ReadRow(LintRow(place, split, messages, row.rejected or None, raw=raw), row)
+            yield _ReadRow(LintRow(place, split, messages, row.rejected or None, raw=raw, row=row), row)
     except DataError as error:
         fault = ("unreadable", f"{error.fault}; what follows it was not read")
         yield _ReadRow(LintRow(error.place or Place(file), split, fault=fault))

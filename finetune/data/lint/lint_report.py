@@ -8,6 +8,7 @@ from finetune.data.lint.findings import KINDS, Finding, LintReport
 def describe_lint(report: LintReport) -> str:
     """Return the report for a terminal: the gravest kinds first, then the shares of tokens."""
     lines = [f"{report.rows:,} rows, {report.tokens:,} tokens ({report.trained_tokens:,} trained)"]
+    lines += ["", *report.notes] if report.notes else []
     for finding in report.findings:
         lines += ["", *_describe_finding(finding)]
     if not report.findings:

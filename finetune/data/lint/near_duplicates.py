@@ -34,26 +34,30 @@ def sign_text(text: str) -> RMinHash | None:
 
 @dataclass
 class NearIndex:
-    """The signatures of the rows so far, with their places.
+    """The signatures of the rows so far, with their places and a hash of what they hold beside their texts, their context.
 
     The signatures have 16 bands of 8 slots. Two texts that share 0.8 of their word groups are found 19 times in 20; two that
     share 0.9 are missed once in 10,000 times.
     """
 
     places: list[Place] = field(default_factory=list)
+    contexts: list[bytes] = field(default_factory=list)
     signatures: list[RMinHash] = field(default_factory=list)
     bands: RMinHashLSH = field(default_factory=lambda: RMinHashLSH(SIMILAR, _SLOTS, _BANDS))
 
-    def find(self, signature: RMinHash) -> tuple[Place, float] | None:
-        """Return the place of the most similar row and the estimated share of word groups, or None below `SIMILAR`."""
-        scored: Iterable[tuple[float, int]] = (
-            (self.signatures[key].jaccard(signature), -key) for key in self.bands.query(signature)
-        )
+    def find(self, signature: RMinHash, context: bytes | None = None) -> tuple[Place, float] | None:
+        """Return the place of the most similar row and the estimated share of word groups, or None below `SIMILAR`.
+
+        With a context, only rows that have the same one are looked at.
+        """
+        keys = (key for key in self.bands.query(signature) if context in (None, self.contexts[key]))
+        scored: Iterable[tuple[float, int]] = ((self.signatures[key].jaccard(signature), -key) for key in keys)
         share, key = max(scored, default=(0.0, 0))
         return (self.places[-key], share) if share >= SIMILAR else None
 
-    def add(self, place: Place, signature: RMinHash) -> None:
+    def add(self, place: Place, signature: RMinHash, context: bytes = b"") -> None:
         """Remember a row."""
         self.bands.insert(len(self.places), signature)
         self.places.append(place)
+        self.contexts.append(context)
         self.signatures.append(signature)

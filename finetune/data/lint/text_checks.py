@@ -82,5 +82,6 @@ def describe_equal_answers(messages: Sequence[Message], rejected: Sequence[Messa
     return f"both answers are: {shorten(rejected[-1]['content'])}"
 
 
-def _normalise(message: Message) -> tuple[str, str]:
-    return message["role"], " ".join(unicodedata.normalize("NFC", message["content"]).split())
+def _normalise(message: Message) -> Message:
+    """Return a message with its text normalised; its tool calls and thoughts stay as they are."""
+    return {**message, "content": " ".join(unicodedata.normalize("NFC", message["content"]).split())}

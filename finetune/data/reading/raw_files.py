@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
 
+from finetune.data.reading.arrow_rows import RawRow, read_arrow, read_parquet
 from finetune.data.reading.json_lists import JsonList
 from finetune.errors import DataError, Place
-
-RawRow = tuple[Place, dict[str, Any]]
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
@@ -25,7 +22,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
     """
     whole = Place(str(path))
     if not path.is_file():
-        raise DataError(_describe_missing(path), whole)
+        raise DataError(describe_missing(path), whole)
     suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSIONS else path.suffix
     kind = path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSIONS else path.suffix
     reader = _READERS.get(kind.lower())
@@ -43,7 +40,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
         raise DataError("the file holds no rows", whole)
 
 
-def _describe_missing(path: Path) -> str:
+def describe_missing(path: Path) -> str:
+    """Say that a file does not exist, and which similar one does."""
     if path.is_dir():
         return "is a folder of no data files"
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -51,32 +49,15 @@ def _describe_missing(path: Path) -> str:
     return "does not exist" + (f"; {path.parent / matches[0]} does" if matches else "")
 
 
-def list_files(path: Path) -> list[Path]:
-    """Return the data files of a path, sorted by name: the file itself, the files in a folder, or the matches of a glob.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    if any(sign in str(path) for sign in "*?[") and not path.exists():
-        pattern = path.relative_to(path.anchor).as_posix()
-        found = sorted(entry for entry in Path(path.anchor or ".").glob(pattern) if entry.is_file())
-        if not found:
-            raise DataError("matches no file", Place(str(path)))
-        return found
-    if not path.is_dir():
-        return [path]
-    found = sorted(entry for entry in path.rglob("*") if entry.is_file() and _is_data_file(entry))
-    if not found:
-        raise DataError(f"{_describe_missing(path)}; known are {', '.join(_READERS)}", Place(str(path)))
-    return found
-
-
-def _is_data_file(path: Path) -> bool:
-    # `Dataset.save_to_disk` writes these files beside the rows.
-    if path.name.startswith(".") or path.name in ("state.json", "dataset_info.json", "dataset_dict.json"):
-        return False
+def has_known_ending(path: Path) -> bool:
+    """Tell whether a file is of a kind that can be read, by its name."""
     kind = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
     return kind.suffix.lower() in _READERS
+
+
+def list_endings() -> str:
+    """Return the endings of the files that can be read, for a message."""
+    return ", ".join(_READERS)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -130,24 +111,6 @@ def _read_text_file(path: Path) -> Iterator[RawRow]:
         yield Place(str(path), 1), {"text": text}
 
 
-def _read_arrow(path: Path) -> Iterator[RawRow]:
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            try:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            except pyarrow.ArrowInvalid:
-                file = pyarrow.ipc.open_file(source)
-                batches = (file.get_batch(number) for number in range(file.num_record_batches))
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Place(str(path), number, "row"), row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        fault = f"is not an Arrow file that can be read ({str(error).splitlines()[0]})"
-        raise DataError(fault, Place(str(path))) from error
-
-
 def _parse_json(line: str, place: Place) -> Any:
     try:
         return json.loads(line)
@@ -176,25 +139,12 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
         raise DataError(f"broken CSV ({error})", Place(str(path), reader.line_num)) from error
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Place(str(path), number, "row"), row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        fault = f"is not a Parquet file that can be read ({str(error).splitlines()[0]})"
-        raise DataError(fault, Place(str(path))) from error
-
-
 _COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 _READERS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": _read_text_file,
 }

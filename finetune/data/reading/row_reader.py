@@ -1,6 +1,5 @@
 """Read the rows of a recipe one after another, and count those that are left out."""
 
-import hashlib
 import random
 import re
 from collections import Counter
@@ -12,8 +11,9 @@ from finetune.data.encoding.gates import check_rows
 from finetune.data.encoding.row_encoder import SourceRow
 from finetune.data.formats.messages import RowError, add_system
 from finetune.data.formats.row_formats import Format, choose_format, describe_wrong_kind, read_row
-from finetune.data.formats.rows import Row, as_prompt, check_pair
-from finetune.data.reading.sources import draw_rows, read_source
+from finetune.data.formats.row_keys import Rendered, describe_unused
+from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, hash_row
+from finetune.data.reading.sources import describe_sources, draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place
 
@@ -23,19 +23,24 @@ _MOST_FAULTS = 1000
 class RowReader:
     """Reads the sources of a recipe as a stream of rows. The seed chooses the rows of a mixture.
 
+    `rendered` says which thoughts the chat template renders, as `list_unused_keys` takes it. `unused` counts the rows that hold
+    a key that is not used, by the key.
     `formats` maps each file to the format of its rows, `kinds` counts rows by kind, `left_out` counts rows by the reason why
     they are left out. `count` is the number of rows that were read and kept, `train_count` those of them for training.
     """
 
-    def __init__(self, settings: DataSettings, seed: int) -> None:
+    def __init__(self, settings: DataSettings, seed: int, rendered: Rendered) -> None:
         self._settings = settings
         self._seed = seed
+        self._rendered = rendered
         self._seen: set[bytes] = set()
         names = "|".join(map(re.escape, settings.substitute))
         self._placeholder = re.compile(r"\{\{\s*(" + names + r")\s*\}\}")
         self.formats: dict[str, str] = {}
         self.kinds: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self._missing = set(settings.columns.values())
         self.count = self.train_count = 0
 
     def read(self) -> Iterator[SourceRow]:
@@ -66,9 +71,12 @@ class RowReader:
         check_rows(faults)
 
     def _read_row(self, entry: Format, raw: dict[str, Any], place: Place) -> Row:
-        row = read_row(entry, self._settings.columns, self._substitute(raw), place)
+        if self._missing:
+            self._missing.difference_update(raw)
+        row = read_row(entry, self._settings.columns, self._substitute(raw), place, self._rendered)
+        self.unused.update(row.unused)
         if self._settings.shape != "prompt":
-            self._check_pair(entry, row, place)
+            self._check_shape(entry, row, place)
             return row
         row = as_prompt(row, place)
         if self._settings.needs_answer and row.answer is None:
@@ -100,20 +108,25 @@ class RowReader:
             raise DataError(fault, place)
         return entry
 
-    def _check_pair(self, entry: Format, row: Row, place: Place) -> None:
-        if entry.row_kind == "preference" and self._settings.shape != "sequence":
-            try:
+    def _check_shape(self, entry: Format, row: Row, place: Place) -> None:
+        """Check that a row can be trained in the shape that the method needs."""
+        try:
+            check_marks(row, self._settings.shape, self._settings.train_on)
+            if entry.row_kind == "preference" and self._settings.shape != "sequence":
                 check_pair(row)
-            except RowError as error:
-                raise DataError(str(error), place, error.kind) from error
+        except RowError as error:
+            raise DataError(str(error), place, error.kind) from error
 
     def _is_left_out(self, row: Row) -> bool:
         if row.label is False and self._settings.shape == "sequence":
             self.left_out["labelled false"] += 1
             return True
+        if not row.is_trained:
+            self.left_out["marked as not trained"] += 1
+            return True
         if not self._settings.deduplicate:
             return False
-        digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+        digest = hash_row(row)
         if digest in self._seen:
             self.left_out["duplicates"] += 1
             return True
@@ -140,8 +153,10 @@ class RowReader:
         return {key: fill(value) for key, value in raw.items()}
 
     def describe(self) -> tuple[str, ...]:
-        """Return sentences for the report: how many rows are left out and why, and whether pairs lose their rejected side."""
-        notes = [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        """Return sentences for the report: which files and keys are not used, how many rows are left out, and what pairs lose."""
+        notes = [*describe_sources((*self._settings.train, *self._settings.evaluation)), *describe_unused(self.unused)]
+        notes += [f"data.columns names the key {key!r}, which no row has" for key in sorted(self._missing)]
+        notes += [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
             notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")

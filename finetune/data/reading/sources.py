@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,9 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from finetune.data.reading.raw_files import RawRow, list_files, read_file
+from finetune.data.reading.arrow_rows import RawRow, list_rows
+from finetune.data.reading.data_folders import choose_files, list_files
+from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import HubDataset, Source
 from finetune.errors import DataError, Place
 from finetune.files.cache import hash_file
@@ -28,8 +30,14 @@ def read_source(source: Source) -> Iterator[tuple[str, Iterator[RawRow]]]:
     if isinstance(source.location, HubDataset):
         yield _name_dataset(source.location), _read_dataset(source.location)
     else:
-        for path in list_files(source.location):
+        for path in list_files(source.location, source.split):
             yield str(path), read_file(path)
+
+
+def describe_sources(sources: Iterable[Source]) -> tuple[str, ...]:
+    """Return sentences that name the files that are not read in the folders of the sources."""
+    paths = dict.fromkeys((source.location, source.split) for source in sources if isinstance(source.location, Path))
+    return tuple(note for path, split in paths for note in choose_files(path, split).describe(path))
 
 
 def hash_source(source: Source) -> str:
@@ -40,7 +48,9 @@ def hash_source(source: Source) -> str:
     """
     is_hub = isinstance(source.location, HubDataset)
     files = (
-        _list_dataset_files(source.location) if isinstance(source.location, HubDataset) else list_files(source.location)
+        _list_dataset_files(source.location)
+        if isinstance(source.location, HubDataset)
+        else list_files(source.location, source.split)
     )
     digest = hashlib.sha256(str(source.location).encode())
     for file in files:
@@ -142,7 +152,7 @@ def _name_dataset(dataset: HubDataset) -> str:
 def _read_dataset(dataset: HubDataset) -> Iterator[RawRow]:
     name, number = _name_dataset(dataset), 0
     for table in _load_dataset(dataset).with_format("arrow").iter(_BATCH_ROWS):
-        for row in table.to_pylist():
+        for row in list_rows(table, name):
             number += 1
             yield Place(name, number, "row"), row
     if not number:

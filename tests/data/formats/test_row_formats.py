@@ -9,7 +9,8 @@ import pytest
 
 from finetune.data.formats.row_formats import choose_format, read_row
 from finetune.data.formats.rows import Row, as_prompt
-from finetune.data.reading.raw_files import list_files, read_file
+from finetune.data.reading.data_folders import list_files
+from finetune.data.reading.raw_files import read_file
 from finetune.errors import DataError, Place
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from finetune.data.formats.rows import Row
 from finetune.data.lint.findings import KINDS, LintRow, LintSettings
 from finetune.data.lint.lint_pass import lint_rows
 from finetune.data.lint.lint_report import describe_fix, describe_lint
@@ -16,7 +17,9 @@ LONG = (
 def make(question="Why is the sky blue?", answer="Because of the air.", **values):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row = {"place": Place("a.jsonl", 1), "split": "train", "messages": messages, "tokens": 10}
-    return LintRow(**{**row, **values})
+    row |= values
+    content = Row(list(row["messages"]), rejected=list(row.get("rejected") or []))
+    return LintRow(**{"row": content, **row})
 
 
 def lint(*rows):
@@ -123,10 +126,11 @@ def test_duplicates_are_told_with_their_first():
     assert (report.rows, report.passed, report.left_out) == (5, 2, {"duplicate": 3})
 
 
-def test_the_system_line_makes_no_difference_to_duplicates():
+def test_rows_that_differ_in_their_system_line_are_no_duplicates():
     system = {"role": "system", "content": "Be brief."}
     row = make()
-    assert counts(row, make(messages=[system, *row.messages])) == {"duplicate": 1}
+    assert counts(row, make(messages=[system, *row.messages])) == {}
+    assert counts(make(LONG), make(messages=[system, *make(LONG).messages])) == {"near_duplicate": 1}
 
 
 def test_the_same_question_with_another_answer_is_no_duplicate():
