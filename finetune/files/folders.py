@@ -94,8 +94,12 @@ def _make_partial(folder: Path) -> tuple[Path, int | None]:
     """Make a temporary folder, with a lock that lasts as long as this process."""
     # It gets the ending `.partial` only after it is locked. Otherwise another process could take it for that of a killed process.
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
-    lock = _lock(made)
-    return made.rename(made.with_suffix(_PARTIAL)), lock
+    try:
+        lock = _lock(made)
+        return made.rename(made.with_suffix(_PARTIAL)), lock
+    except BaseException:  # also a stop by a signal, just here: nothing else removes a folder with this ending
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def _remove_stale_partials(folder: Path) -> None:

@@ -184,7 +184,9 @@ def test_a_judge_of_other_content_is_refused_before_weights_are_loaded(
     make_recipe, copy_judge, tmp_path, judge_run, nano_llama
 ):
     other = copy_judge("judge", base_fingerprint="0" * 64)
-    with pytest.raises(TrainingError, match=r"was trained on nano .* holds other weights; .* from the same base checkpoint"):
+    with pytest.raises(
+        TrainingError, match=r"was trained on nano .* holds other weights; .* from the same base checkpoint"
+    ):
         run_training(make_recipe("run", f"rewards.judge.run={other}"))
     assert not (tmp_path / "run").exists()
     template = find_template("chatml", open_judge(open_result(judge_run)).tokenizer)

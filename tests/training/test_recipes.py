@@ -62,7 +62,7 @@ def test_shipped_recipes_train(tmp_path, name):
         scores = evaluate_pairs(str(run), [find_demo_data("pairs.jsonl")], 256)
         assert 0 <= scores.accuracy <= 1
         assert scores.pairs == 120
-        with pytest.raises(ExportError, match="is a reward model; an export is a Llama that speaks"):
+        with pytest.raises(ExportError, match="is a reward model, and only language models can be exported"):
             export_result(open_result(run), tmp_path / "export", EXPORT)
         return
     report = export_result(open_result(run), tmp_path / "export", EXPORT, LogitVerifier())

@@ -176,7 +176,7 @@ def test_what_does_not_go_together_is_told_at_once(make_recipe, tmp_path):
     [
         (["data.max_tokens=4096"], "exceeds the 2,048 positions"),
         (["optimizer.states=published"], "holds no optimizer state "),
-        (["schedule.decay=linear", "schedule.decay_end=1"], "is over when this run begins"),
+        (["schedule.decay=linear", "schedule.decay_end=1"], "is empty, or ends before this run begins"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing(make_recipe, tmp_path, overrides, message):
