@@ -26,3 +26,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error
+
+
+def remove_later_lines(file: Path, step: int) -> None:
+    """Remove from a file of JSON lines those whose `step` is greater."""
+    # Reading line by line ends lines at "\n" only; splitlines would also cut a text at U+2028.
+    with file.open(encoding="utf-8") as lines:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    file.write_text("".join(kept), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import remove_later_lines
 from finetune.recipe.sections import RewardsSection
 from finetune.rewards.rules import RULES, Answer
 from finetune.runs.run_files import COMPLETIONS_FILE
@@ -139,9 +140,7 @@ class CompletionWriter(TrainerCallback):
     ) -> None:
         """Remove the lines that a stopped run wrote after the checkpoint that this one continues from."""
         if state.is_world_process_zero and self._file.is_file():
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self._file.write_text("".join(kept), encoding="utf-8")
+            remove_later_lines(self._file, state.global_step)
 
     def on_log(
         self,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import remove_later_lines
 from finetune.runs.run_files import METRICS_FILE
 
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
@@ -69,8 +70,8 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Remove the lines that a stopped run logged after the checkpoint that this one continues from."""
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self._file.parent) if line["step"] <= state.global_step]
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            self._file.touch()
+            remove_later_lines(self._file, state.global_step)
 
     def on_log(
         self,

@@ -55,16 +55,6 @@ def make_recipe(tmp_path, nano):
     return make
 
 
-@pytest.fixture
-def train(make_recipe):
-    """Return a function that trains the small recipe and gives its run directory."""
-
-    def run(name, *overrides, resume=False):
-        return Path(run_training(make_recipe(name, *overrides), resume).run)
-
-    return run
-
-
 def read_metrics(run, key):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]
