@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench keys clean
+.PHONY: demo test check bench gpu keys clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -20,7 +20,11 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/gpu_wheels.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+
+# Without an NVIDIA GPU it says so and measures nothing.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 # Write docs/keys.md anew after a change of a key, its text or its values. A test compares the page with the code.
 keys: $(READY)

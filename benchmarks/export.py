@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.yulan.folding import list_llama_tensors, write_llama_config
-from finetune.yulan.layout import NativeConfig, list_native_tensors
+from finetune.yulan.layout import list_native_tensors
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.shards import Piece, TensorSpec, write_shards
 from finetune.yulan.tensors import open_tensors
@@ -93,10 +93,10 @@ def make_inputs(folder: Path, layers: int) -> None:
         copy_tokenizer(tokenizer, output)
     write_llama_config(folder / "llama", native, torch.bfloat16)
     config.save_pretrained(folder / "native")
-    make_adapter(folder / "llama", folder / "adapter", native)
+    make_adapter(folder / "llama", folder / "adapter")
 
 
-def make_adapter(base: Path, folder: Path, native: NativeConfig) -> None:
+def make_adapter(base: Path, folder: Path) -> None:
     """Write a rank-16 adapter of random numbers in PEFT's format; the model exists only on the meta device."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))

@@ -159,6 +159,19 @@ def leave_adapters_in_place() -> Iterator[None]:
 # --- bitsandbytes 0.50 ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def answer_autocast_as_gpu() -> Iterator[None]:
+    """Let `torch.is_autocast_enabled()` tell of the CPU's autocast, in which a dry run takes the place of a GPU's.
+
+    Without a device's name it asks for CUDA. PEFT's quantized layers ask that way, and without autocast they copy their input to
+    float32, which was planned as 1 GiB too much for a row of 28,672 tokens.
+    """
+    torch = _load("torch")
+    ask = torch.is_autocast_enabled
+    with replace_attribute(torch, "is_autocast_enabled", lambda device_type="cpu": ask(device_type)):
+        yield
+
+
 def keep_weights_differentiable(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for its CPU inference kernel.
 

@@ -45,6 +45,7 @@ NAMES = {
     "build_masks_as_in_run": ["transformers.masking_utils:is_tracing"],
     "complete_head": ["peft.utils.other:TrainableTokensWrapper"],
     "leave_adapters_in_place": ["peft.tuners.tuners_utils:BaseTunerLayer._move_adapter_to_device_of_base_layer"],
+    "answer_autocast_as_gpu": ["torch:is_autocast_enabled"],
     "keep_weights_differentiable": ["bitsandbytes.nn:Linear4bit.forward"],
     "replace_loading": ["bitsandbytes.optim:AdamW8bit.load_state_dict"],
     "shard_on_cpu": ["accelerate.state:PartialState._shared_state", "accelerate.state:AcceleratorState"],
@@ -77,6 +78,7 @@ NOTICED_BY = {
     "build_masks_as_in_run": "planning/step/test_step_memory.py::test_prediction_matches_a_real_run",
     "complete_head": "training/test_run.py",
     "leave_adapters_in_place": "planning/step/test_step_memory.py",
+    "answer_autocast_as_gpu": "test_compat.py::test_layers_that_ask_for_cuda_see_the_autocast_of_a_dry_run",
     "keep_weights_differentiable": "training/test_run.py",
     "replace_loading": "training/pretraining/test_optimizer.py",
     "shard_on_cpu": "models/test_engine.py",
@@ -249,3 +251,13 @@ def test_a_patch_is_found(source):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_patches_a_library_or_uses_its_private_names(path):
     assert list(list_patches(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_layers_that_ask_for_cuda_see_the_autocast_of_a_dry_run():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.is_autocast_enabled()
+        with compat.answer_autocast_as_gpu():
+            assert torch.is_autocast_enabled()
+            assert not torch.is_autocast_enabled("cuda")
+    with compat.answer_autocast_as_gpu():
+        assert not torch.is_autocast_enabled()

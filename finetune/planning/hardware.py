@@ -9,12 +9,14 @@ from finetune.files.sizes import GIB, MIB
 # The CUDA context with the kernels that a run loads: 426 MiB before the first kernel (pull request 1053 of
 # unslothai/unsloth-zoo), about 400 MB with few kernels (issue 109888 of pytorch/pytorch). No run of ours has shown more yet.
 CONTEXT_BYTES = 512 * MIB
-# The workspace of cuBLAS, in its larger size for the newest cards. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, torch 2.13.
-CUBLAS_BYTES = 32 * MIB
+# The workspaces of cuBLAS on the newest cards: 32 MiB for each of the two threads that compute, the second of which runs the backward
+# pass, and 2 MiB beside them. Source: aten/src/ATen/cuda/CublasHandlePool.cpp of torch 2.13, and benchmarks/gpu.md.
+CUBLAS_BYTES = 66 * MIB
 # NCCL's channels between processes, 4 MiB each by default (NCCL_BUFFSIZE). Their number depends on the wiring, so this is an assumption.
 NCCL_BYTES = 256 * MIB
-# The share of live tensors that the caching allocator may hold in gaps: its large segments are multiples of 2 and 20 MiB
-# (kRoundLarge, kLargeBuffer in c10/cuda/CUDACachingAllocator.cpp). An assumption, not measured on a card.
+# The share of live tensors that the caching allocator may hold in gaps. With segments that grow, which `finetune` asks for, an H100
+# held 3 % (one row of 2,048 tokens) to 9 % (packed rows) more than it had given out, some of which it would have freed in need.
+# Segments of a fixed size held 2 to 25 % more, and 36 % for DPO (benchmarks/gpu.md).
 FRAGMENTATION = 0.05
 # The share of the published rate that training reaches. An assumption: kernels of usual shapes reach 30 to 50 %.
 UTILISATION = 0.35

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from finetune.compat import (
+    answer_autocast_as_gpu,
     build_masks_as_in_run,
     keep_gradients,
     leave_adapters_in_place,
@@ -118,6 +119,7 @@ def _enter_patches(stack: contextlib.ExitStack, resolved: ResolvedRecipe, is_gpu
         stack.enter_context(take_reference_as_known(method.trainer_module, method.trainer_class, columns))
     if is_gpu:
         stack.enter_context(allocate_as_gpu())
+        stack.enter_context(answer_autocast_as_gpu())
     # The dry run computes on a CPU in place of a GPU, which can page.
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")

@@ -11,6 +11,7 @@ import torch
 from finetune.checkpoints.finding import find_base_folder
 from finetune.models.loading import load_base
 from finetune.models.precision import Precision, choose_planned_precision
+from finetune.planning.hardware import CUBLAS_BYTES
 from finetune.planning.step.step_memory import measure_step
 from finetune.planning.step.step_parts import (
     ADAPTER,
@@ -135,14 +136,17 @@ def test_full_model_matches_formulas(make_recipe):
 
 
 def test_longest_rows_meet_the_goals_within_time_and_memory(make_recipe):
-    """28,672 tokens: below 13 GiB of tensors, and below 7 where activations are offloaded."""
-    long = ("sft_qlora", "model.checkpoint=base", "data.max_tokens=28672", "adapter.train_tokens=[]")
+    """28,672 tokens: what an H100 allocated (benchmarks/gpu.md), and below 7 GiB where activations are offloaded.
+
+    The plan was 8 % too high while PEFT's layers copied their inputs to float32 in the dry run, which they do not on a GPU.
+    """
+    long = ("sft_qlora", "model.checkpoint=base", "data.max_tokens=28672")
     plain = measure_step(make_recipe(*long), is_gpu=True)
     offloaded = measure_step(make_recipe(*long, "trainer.activation_offloading=true"), is_gpu=True)
     kept = 56 * 28672 * 1920 * 2  # one tensor a layer
     assert kept < plain.peak.parts[KEPT] < 1.01 * kept
     assert offloaded.peak.parts[KEPT] < 0.03 * kept
-    assert plain.peak.bytes < 13 * 2**30
+    assert plain.peak.bytes + CUBLAS_BYTES == pytest.approx(11_277_694_464, rel=0.01)
     assert offloaded.peak.bytes < 7 * 2**30
 
 

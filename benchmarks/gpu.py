@@ -1,0 +1,251 @@
+"""Measure on an NVIDIA GPU what the kit says of one: tests, memory against the plan, speed beside a plain TRL script, export and chat.
+
+    python benchmarks/gpu.py [--wheels FOLDER] [--output DIR] [--parts tests,memory,speed,export] [--rehearse]
+
+It makes a random checkpoint of YuLan-Mini's real sizes, so nothing is downloaded. Every part is a process of its own with a time
+limit, all together 8 minutes, and every result is saved as soon as it is known. Without a GPU it says so and ends; `--rehearse` runs
+every part with nano's sizes on the processor. The results are gpu.json and gpu.md beside this file. `--wheels` names a folder of
+gpu_wheels.py, for a machine that has PyTorch and no network.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.lines import read_lines
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the measurement: its command, and the seconds after which it is stopped."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: int
+
+
+def list_parts(base: Path, results: Path, extra: Sequence[str]) -> list[Part]:
+    """Return the parts in their order. The limits sum to less than 8 minutes."""
+
+    def child(script: str, name: str, limit: int, *options: str) -> Part:
+        command = (sys.executable, "-W", "ignore", str(HERE / "gpu_parts" / script), str(base))
+        return Part(name, (*command, str(results / f"{name}.jsonl"), *options, *extra), limit)
+
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-n4",
+        "-p",
+        "no:cacheprovider",
+        "--durations=15",
+        "-o",
+        "addopts=",
+        "-rf",
+        "tests/gpu",
+    )
+    return [
+        Part("tests", (sys.executable, *tests), 110),
+        child("memory.py", "memory", 180),
+        child("speed.py", "speed", 50, "--program", "ours"),
+        child("speed.py", "plain", 50, "--program", "plain TRL"),
+        child("export_chat.py", "export", 50),
+    ]
+
+
+def install_wheels(wheels: Path, folder: Path) -> dict[str, str]:
+    """Install a folder of wheels beside the installed packages; return the environment in which they are found first."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(folder), *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    return {"PYTHONPATH": str(folder)}
+
+
+def run_part(part: Part, environment: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """Run one part within its limit; return its exit status (None: it ran out of time) and its seconds."""
+    started = time.monotonic()
+    with log.open("wb") as file:
+        try:
+            done = subprocess.run(
+                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, timeout=part.limit
+            )
+            status: int | None = done.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    seconds = time.monotonic() - started
+    print(
+        f"{part.name:8} {'ran out of time' if status is None else f'exit {status}'} after {seconds:.0f} s", flush=True
+    )
+    return {"status": status, "seconds": round(seconds, 1)}
+
+
+def ask_device(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the card's name and memory, empty where there is none, and the versions of the libraries."""
+    script = (
+        "import json, torch, transformers, peft, trl, bitsandbytes\n"
+        "card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None\n"
+        "print(json.dumps({'card': card.name if card else '', 'memory': card.total_memory if card else 0,"
+        "'cuda': torch.version.cuda, **{m.__name__: m.__version__ for m in (torch, transformers, peft, trl, bitsandbytes)}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE, env=environment, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """Return all results as Markdown."""
+    device = results["device"]
+    versions = ", ".join(f"{name} {device[name]}" for name in ("torch", "transformers", "peft", "trl", "bitsandbytes"))
+    where = f"{device['card']}, {device['memory'] / 2**30:.0f} GiB, CUDA {device['cuda']}" if device["card"] else "CPU"
+    lines = [f"{where}; Python {platform.python_version()}, {versions}. One run of each.", ""]
+    lines += [*describe_memory(results), "", *describe_speed(results), ""]
+    for row in results.get("export", []):
+        name, values = row["name"], {key: value for key, value in row.items() if key != "name"}
+        lines.append(f"- {name}: " + ", ".join(f"{key} {_short(value)}" for key, value in values.items()))
+    lines += ["", "Parts: " + "; ".join(f"{name} {_short(value)}" for name, value in results["parts"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def describe_memory(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of measured and planned memory."""
+    plans = {row["name"]: row for row in results.get("plans", [])}
+    lines = [
+        "| run | allocated as planned, GiB | measured | difference | in all as planned, GiB | reserved + context |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results.get("memory", []):
+        plan = plans.get(row["name"], {"error": "not planned in time"})
+        if "error" in row or "error" in plan:
+            lines.append(f"| {row['name']} | {row.get('error', plan.get('error'))} |||||")
+            continue
+        allocated, held = row["allocated"] - row["left"], row["reserved"] - row["left"] + row["context"]
+        difference = allocated / plan["allocated"] - 1
+        lines.append(
+            f"| {row['name']} | {_gib(plan['allocated'])} | {_gib(allocated)} | {difference:+.1%} "
+            f"| {_gib(plan['peak'])} | {_gib(held)} |"
+        )
+    return lines
+
+
+def describe_speed(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of speed and memory, side by side."""
+    plain = {row.get("setting"): row for row in results.get("plain", [])}
+    lines = [
+        "| setting | ours, tokens/s | plain TRL, tokens/s | ratio | ours, TFLOP/s | ours, GiB | plain TRL, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results.get("speed", []):
+        other = plain.get(row.get("setting"))
+        if "error" in row or other is None or "error" in other:
+            lines.append(f"| {row['name']} | {row.get('error', 'the other failed')} ||||||")
+            continue
+        ratio = row["tokens_per_second"] / other["tokens_per_second"]
+        lines.append(
+            f"| {row['setting']} | {row['tokens_per_second']:,.0f} | {other['tokens_per_second']:,.0f} | {ratio:.2f} "
+            f"| {row['flops_per_second'] / 1e12:.0f} | {_gib(row['allocated'])} | {_gib(other['allocated'])} |"
+        )
+    lines += [f"| {row['name']} | {row['error']} ||||||" for row in results.get("plain", []) if "error" in row]
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{key} {_short(item)}" for key, item in value.items()) + ")"
+    return str(value)
+
+
+def main() -> None:
+    """Run the parts that were asked for and write both files after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--wheels", type=Path, help="a folder of gpu_wheels.py, installed first")
+    parser.add_argument("--output", type=Path, default=HERE, help="where gpu.json and gpu.md go")
+    parser.add_argument("--parts", default="tests,memory,speed,plain,export", help="what to measure")
+    parser.add_argument("--rehearse", action="store_true", help="every part with nano's sizes, on the processor")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # Four test processes with a thread for every core each would wait for one another.
+        environment = {
+            "OMP_NUM_THREADS": "4",
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "FINETUNE_CACHE": str(folder / "cache"),
+        }
+        if arguments.wheels:
+            environment |= install_wheels(arguments.wheels, folder / "site")
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [*filter(None, [environment.get("PYTHONPATH")]), str(HERE), str(ROOT)]
+        )
+        if arguments.rehearse:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        device = ask_device(environment)
+        if not device["card"] and not arguments.rehearse:
+            print("no NVIDIA GPU is visible, so nothing is measured; --rehearse runs every part on the processor")
+            return
+        measure(arguments, folder, environment, device)
+
+
+def measure(
+    arguments: argparse.Namespace, folder: Path, environment: Mapping[str, str], device: Mapping[str, Any]
+) -> None:
+    """Make the checkpoint, run the parts with the plans beside them, and write the results after each."""
+    extra = ["--rehearse"] if arguments.rehearse else []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    base, lines, logs = folder / "base", folder / "results", arguments.output / "logs"
+    lines.mkdir()
+    logs.mkdir(exist_ok=True)
+    script = str(HERE / "gpu_parts" / "real_base.py")
+    made = run_part(Part("base", (sys.executable, script, str(base), *extra), 40), environment, logs / "base.log")
+    results: dict[str, Any] = {"device": device, "parts": {"base": made}}
+    plans_command = (
+        sys.executable,
+        str(HERE / "gpu_parts" / "plans.py"),
+        str(base),
+        str(lines / "plans.jsonl"),
+        *extra,
+    )
+    wanted = arguments.parts.split(",")
+    with (logs / "plans.log").open("wb") as log:
+        hidden = {**environment, "CUDA_VISIBLE_DEVICES": ""}
+        plans = subprocess.Popen(plans_command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=hidden)
+        try:
+            for part in list_parts(base, lines, extra):
+                if part.name in wanted:
+                    results["parts"][part.name] = run_part(part, environment, logs / f"{part.name}.log")
+                    save(arguments.output, results, lines)
+            plans.wait(timeout=120)
+        finally:
+            plans.kill()
+    save(arguments.output, results, lines)
+    print(describe(results))
+
+
+def save(output: Path, results: dict[str, Any], lines: Path) -> None:
+    """Write gpu.json and gpu.md."""
+    for name in ("plans", "memory", "speed", "plain", "export"):
+        results[name] = read_lines(lines / f"{name}.jsonl")
+    (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (output / "gpu.md").write_text(describe(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Watch a trainer from outside: the time of each step, and the peak of the device's memory while it trains."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def read_peaks() -> tuple[int, int]:
+    """Return the peak of the allocated and of the reserved bytes since the last reset, and reset it."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return peaks
+
+
+def read_context() -> int:
+    """Return the bytes of the card that are in use outside the allocator; with one process on the card, its CUDA context."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+@dataclass
+class Watch(TrainerCallback):
+    """The seconds of every step, the losses, and the peaks before and during the training."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    loading: tuple[int, int] = (0, 0)
+    training: tuple[int, int] = (0, 0)
+    context: int = 0
+    started: float = 0.0
+
+    def on_step_begin(self, *arguments: Any, **values: Any) -> None:
+        """Start the clock."""
+        synchronize()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *arguments: Any, **values: Any) -> None:
+        """Stop the clock."""
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, *arguments: Any, logs: dict[str, Any] | None = None, **values: Any) -> None:
+        """Keep the loss."""
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+@contextlib.contextmanager
+def watch_trainers() -> Iterator[Watch]:
+    """Let every trainer that trains inside this context report to the watch."""
+    watch, train = Watch(), Trainer.train
+
+    def watched(self: Trainer, *arguments: Any, **values: Any) -> Any:
+        watch.loading = read_peaks()
+        self.add_callback(watch)
+        try:
+            return train(self, *arguments, **values)
+        finally:
+            watch.context = read_context()
+            watch.training = read_peaks()
+
+    Trainer.train = watched
+    try:
+        yield watch
+    finally:
+        Trainer.train = train

@@ -1,0 +1,115 @@
+"""What only a GPU shows, with nano: losses as on the processor, resuming, memory that runs out, exports and answers."""
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.exporting.merge import export_result
+from finetune.exporting.verify import LogitVerifier
+from finetune.models.opening import open_model
+from finetune.pipeline.memory_ladder import train_on_device
+from finetune.runs.export_settings import ExportSettings
+from finetune.runs.results import open_result
+from finetune.training.run import run_training
+from finetune.yulan.folding import fold_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+# bfloat16 keeps 8 bits: a loss of 4 rounded at every layer moves by about a hundredth. 4-bit and 8-bit kernels round as well.
+ROUNDING = 0.03
+ALL = ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-4"]
+KINDS = {
+    "bf16": ["model.dtype=bfloat16"],
+    "fp16": ["model.dtype=float16"],
+    "nf4": ["model.quantize=nf4"],
+    "int8": ["model.quantize=int8"],
+    "all weights": ALL,
+    "all weights, 8-bit paged": [*ALL, "trainer.optim=paged_adamw_8bit"],
+    "native": ["model.architecture=native"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_equal_those_of_the_processor(train, read_losses, kind):
+    processor = [setting for setting in KINDS[kind] if not setting.startswith(("model.dtype", "model.quantize=int8"))]
+    processor = [setting for setting in processor if "paged" not in setting]
+    expected = read_losses(train("processor", *processor, "trainer.use_cpu=true"))
+    assert read_losses(train("gpu", *KINDS[kind])) == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto", "simpo"])
+def test_preference_losses_equal_those_of_the_processor(make_pairs_recipe, read_losses, method):
+    def run(name, *overrides):
+        recipe = make_pairs_recipe(name, method, "trainer.learning_rate=1e-4", *overrides)
+        return read_losses(Path(run_training(recipe).run))
+
+    assert run("gpu", "model.dtype=float32") == pytest.approx(run("processor", "trainer.use_cpu=true"), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "all weights, 8-bit paged", "native"])
+def test_a_resumed_run_is_the_same_run(train, kind):
+    saving = [*KINDS[kind], "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.max_steps=4"]
+    straight, resumed = train("straight", *saving), train("resumed", *saving)
+    # As if it had been killed between step 2 and the end.
+    for name in ("adapter", "model", "checkpoint-4"):
+        shutil.rmtree(resumed / name, ignore_errors=True)
+    train("resumed", *saving, resume=True)
+    files = [*straight.glob("adapter/*.safetensors"), *straight.glob("model/*.safetensors")]
+    assert files
+    for file in files:
+        first, second = load_file(file), load_file(resumed / file.relative_to(straight))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "int8", "all weights"])
+def test_an_export_equals_what_was_trained(train, tmp_path, kind):
+    run = train("run", *KINDS[kind])
+    settings = ExportSettings("auto", "2GB", "full")
+    report = export_result(open_result(run), tmp_path / "export", settings, LogitVerifier())
+    assert report.verify.top1_agreement > 0.95
+    model = open_model(str(tmp_path / "export"))
+    assert model.model.device.type == "cuda"
+    assert 0 < model.answer("What is 2 + 2?", max_new_tokens=16).tokens <= 16
+
+
+def test_fold_needs_no_gpu(nano, tmp_path):
+    before = torch.cuda.memory_allocated()
+    fold_checkpoint(nano, tmp_path / "fold", "auto", 2 * 10**9)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_one_step_of_an_online_method(make_recipe, read_losses):
+    overrides = [
+        "method=grpo",
+        "rewards.rules={one_sentence: 1.0}",
+        "trainer.max_steps=1",
+        "trainer.num_generations=4",
+        "trainer.max_completion_length=16",
+        "trainer.beta=0.01",
+    ]
+    assert len(read_losses(Path(run_training(make_recipe("grpo", *overrides)).run))) == 1
+
+
+def test_memory_that_runs_out_makes_the_micro_batch_smaller(make_recipe, read_losses, caplog):
+    """The effective batch size stays, so the losses are those of a run that had enough memory."""
+    wide = ["trainer.per_device_train_batch_size=32", "trainer.gradient_accumulation_steps=1", "trainer.auto=true"]
+    fixed = [*wide, "trainer.gradient_checkpointing=false", "trainer.max_steps=2"]
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    expected = read_losses(Path(train_on_device(make_recipe("enough", *fixed)).run))
+    peak = torch.cuda.max_memory_reserved()
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
+    try:
+        run = Path(train_on_device(make_recipe("short", *fixed)).run)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory" in caplog.text
+    assert read_losses(run) == pytest.approx(expected, rel=ROUNDING)
