@@ -63,11 +63,12 @@ def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
     """Return the settings for reading the rows of a recipe."""
     data = resolved.recipe.data
     train, notes = read_training_sources(data)
+    held = (replace(read_source_section(source), split="evaluation") for source in data.eval)
     return DataSettings(
-        train=train,
+        train=tuple(replace(source, encoding=data.encoding) for source in train),
         shape=resolved.method.shape,
         needs_answer=find_reference_rule(resolved.recipe.rewards.rules),
-        evaluation=tuple(replace(read_source_section(source), split="evaluation") for source in data.eval),
+        evaluation=tuple(replace(source, encoding=data.encoding) for source in held),
         held_out=data.held_out,
         format=data.format,
         columns=data.columns,
@@ -78,6 +79,8 @@ def read_data_settings(resolved: ResolvedRecipe) -> DataSettings:
         train_on=data.train_on,
         substitute=data.substitute,
         deduplicate=data.deduplicate,
+        bad_rows=data.bad_rows,
+        merge_turns=data.merge_turns,
         notes=notes,
         workers=data.workers,
         cache=find_cache() / "rows",
