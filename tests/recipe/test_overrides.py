@@ -42,7 +42,7 @@ def test_a_text_is_taken_to_its_end(tmp_path, text, value):
 
 @pytest.mark.parametrize("text", ["[INST] be brief", "{a: b", "9" * 5000])
 def test_what_is_no_value_is_refused(tmp_path, text):
-    with pytest.raises(RecipeError, match="data.system"):
+    with pytest.raises(RecipeError, match=r"data\.system"):
         read_override("data.system", text, tmp_path / "r.yaml")
 
 

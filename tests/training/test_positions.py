@@ -29,15 +29,15 @@ def notes(tmp_path, nano_llama):
 
 
 def test_long_rows_are_said(notes):
-    (note,) = notes(5000)
+    (note,) = notes(1000)
     assert LONG in note
     assert "set data.max_tokens: 2048" in note
     assert notes(100) == ()
-    assert notes(5000, "model.max_positions=9000") == ()
+    assert notes(1000, "model.max_positions=9000") == ()
 
 
 def test_prompts_count_with_their_answers(notes):
     """Neither prompts nor answers that are too long for the base got a word."""
-    for words, answer, is_long in ((5000, 8, True), (100, 2048, True), (100, 8, False)):
+    for words, answer, is_long in ((1000, 8, True), (100, 2048, True), (100, 8, False)):
         found = notes(words, f"trainer.max_completion_length={answer}", method="grpo")
         assert [LONG in note for note in found] == [True] * is_long
