@@ -116,6 +116,7 @@ def check_marks(row: Row, shape: RowShape, train_on: TrainOn) -> None:
         messages = messages if train_on == "all" else []
     else:
         messages, reason = [*row.messages[-1:], *row.chosen, *row.rejected], "this method trains each answer"
+        messages = [message for message in messages if message["role"] == "assistant"]
     if shape != "prompt" and any("train" in message for message in messages):
         raise RowError(f"holds a message that is marked as not trained, but {reason}; remove the mark or the row")
 
