@@ -135,6 +135,9 @@ def _read_pair_prompt(row: Mapping[str, Any]) -> list[Message]:
     keys = [key for key in ("conversations", "prompt", "instruction") if not is_empty(row.get(key))]
     if len(keys) > 1:
         raise RowError(f"has {' and '.join(keys)}; a pair has one prompt, so keep one of them")
+    named = [key for key in ("prompt", "instruction") if key in row]
+    if not keys and named and not is_empty(row.get("input")):
+        keys = named[:1]
     if not keys:
         for key in ("input", "history"):
             if not is_empty(row.get(key)):

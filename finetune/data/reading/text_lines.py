@@ -41,7 +41,8 @@ def read_lines_or_faults(path: Path, encoding: str = UTF8) -> Iterator[NumberedL
     try:
         compression = COMPRESSIONS.get(path.suffix.lower())
         with pyarrow.input_stream(str(path), compression=compression, buffer_size=_BLOCK_BYTES) as stream:
-            yield from _split_utf8(stream, path) if encoding == UTF8 else _split_decoded(stream, path, encoding)
+            is_utf8 = codecs.lookup(encoding).name == UTF8
+            yield from _split_utf8(stream, path) if is_utf8 else _split_decoded(stream, path, encoding)
     except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
         raise DataError(f"cannot be read ({error})", Place(str(path))) from error
 
@@ -76,6 +77,8 @@ def _split_decoded(stream: Any, path: Path, encoding: str) -> Iterator[NumberedL
             number += rest.count("\n") + error.object[: error.start].decode(encoding, "replace").count("\n") + 1
             fault = f"is no {encoding} text, which data.encoding names ({error.reason}); name the file's own encoding"
             raise DataError(fault, Place(str(path), number)) from error
+        if not number:
+            text = text.removeprefix("\ufeff")
         *lines, rest = (rest + text).split("\n")
         for line in lines:
             number += 1
