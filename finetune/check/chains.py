@@ -206,7 +206,7 @@ class _ChainReader:
         return [text.removeprefix(f"{name}.") for text in self._own if text.startswith(f"{name}.")]
 
     def _override(self, name: str, content: Content, shared: Sequence[str]) -> None:
-        apply_overrides(content, (*shared, *self._list_own_overrides(name)), self._problems)
+        apply_overrides(content, (*shared, *self._list_own_overrides(name)), self._problems, self._file)
 
     def _read_named_recipe(self, item: Content) -> Content:
         """Return the content of the recipe file that a stage names; paths in it are relative to that file."""

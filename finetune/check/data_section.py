@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import is_hub_id
 from finetune.data.formats.row_formats import FORMATS
+from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import describe_unknown_name
 from finetune.files.resources import list_templates
 from finetune.mixtures.matched import list_unknown_sources
@@ -37,6 +38,8 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.held_out: must be a share below 1 (such as 0.05) or a whole number of rows; found {data.held_out}"
     if data.max_tokens < _SHORTEST_ROW:
         yield f"data.max_tokens: must be at least {_SHORTEST_ROW}; found {data.max_tokens}"
+    if not _is_text_encoding(data.encoding):
+        yield f"data.encoding: {data.encoding!r} is no encoding that Python knows; name one such as gb18030 or utf-16"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
 
@@ -100,10 +103,14 @@ def find_file(name: str, folder: Path) -> Path | None:
 
 
 def _is_data(path: Path) -> bool:
-    if path.exists():
-        return True
-    is_glob = any(sign in path.name for sign in "*?[")
-    return is_glob and path.parent.is_dir() and any(path.parent.glob(path.name))
+    return path.exists() or (has_signs(path) and bool(expand_pattern(path)[1]))
+
+
+def _is_text_encoding(name: str) -> bool:
+    try:
+        return isinstance("".encode(name), bytes)
+    except (LookupError, ValueError):
+        return False
 
 
 def _suggest_file(name: str, folder: Path) -> str:

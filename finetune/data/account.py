@@ -7,14 +7,16 @@ from typing import Any
 import numpy
 
 from finetune.data.encoding.gates import check_rows
-from finetune.data.encoding.row_encoder import RowEncoder, TokenRow, cut_row, split_text_row
+from finetune.data.encoding.row_encoder import RowEncoder, SourceRow, TokenRow, cut_row, split_text_row
 from finetune.data.settings import DataSettings
 from finetune.errors import DataError, Place
+
+_MOST_BAD_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The numbers of one split: `rows_read` + `parts` = `rows` + `dropped`.
+    """The numbers of one split: `rows_read` + `parts` = `rows` + `dropped`. `bad` counts the dropped rows that have a fault.
 
     `parts` is how many rows were added by splitting long texts. `answers_cut` counts the `truncated` rows whose answer lost its
     end. `longest`, `median` and `histogram` count tokens, for a pair those of its longer side. `histogram` holds
@@ -32,6 +34,7 @@ class SplitReport:
     median: int
     histogram: list[tuple[int, int]]
     parts: int = 0
+    bad: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Account:
     def __init__(self, settings: DataSettings, encoder: RowEncoder) -> None:
         self._settings = settings
         self._encoder = encoder
-        self._faults: list[tuple[Place, str]] = []
+        self._faults: list[tuple[SourceRow, str]] = []
         self._read = self._long = 0
         self._worst: tuple[int, str] = (0, "")
         self.numbers: list[int] = []
@@ -107,13 +110,16 @@ class Account:
             elif overflow == "truncate" and row.spans and (cut := cut_row(row, limit)).spans:
                 # A row whose answer begins after the limit has no spans left, and would train nothing.
                 kept.append(cut)
+        sound = []
         for row in kept:
-            self._note(row)
-        return kept
+            if fault := self._encoder.find_fault(row):
+                self._faults.append((row.source, fault))
+            else:
+                sound.append(row)
+                self._note(row)
+        return sound
 
     def _note(self, row: TokenRow) -> None:
-        if fault := self._encoder.find_fault(row):
-            self._faults.append((row.source.place, fault))
         self.numbers.append(row.source.number)
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
@@ -129,7 +135,8 @@ class Account:
         Raises:
             DataError: rows are faulty, rows are too long and `overflow` is `error`, or all labels are the same.
         """
-        check_rows(self._faults)
+        if self._settings.bad_rows == "error":
+            check_rows(self.list_faults())
         if self._long and self._settings.overflow == "error":
             raise DataError(
                 f"{self._long:,} of {self._read:,} rows are longer than data.max_tokens: {self._settings.max_tokens} (the "
@@ -143,6 +150,10 @@ class Account:
                 f"all {len(self.liked):,} answers are labelled {word}; this method learns from answers that are liked and from "
                 f"others that are not, so add rows with label: {other}"
             )
+
+    def list_faults(self) -> list[tuple[Place, str]]:
+        """Return the rows that cannot be trained, or that the template refuses, by their places, each with its fault."""
+        return [(source.place, fault) for source, fault in (*self._faults, *self._encoder.refused)]
 
     def describe_labels(self) -> tuple[str, ...]:
         """Return a sentence about the weights to set where liked and disliked answers are not balanced.
@@ -165,9 +176,11 @@ class Account:
         is_held = numpy.fromiter((number in held for number in self.numbers), dtype=bool, count=len(self.numbers))
         chosen = {"train": numpy.flatnonzero(~is_held), "evaluation": numpy.flatnonzero(is_held)}
         counts = {"train": read - len(held), "evaluation": len(held)}
-        return chosen, {name: self._report(chosen[name], counts[name]) for name in chosen}
+        bad = {source.number for source, _ in (*self._faults, *self._encoder.refused)} - set(self.numbers)
+        bad_counts = {"train": len(bad - held), "evaluation": len(bad & held)}
+        return chosen, {name: self._report(chosen[name], counts[name], bad_counts[name]) for name in chosen}
 
-    def _report(self, chosen: Any, rows_read: int) -> SplitReport:
+    def _report(self, chosen: Any, rows_read: int, bad: int) -> SplitReport:
         lengths, cut = numpy.array(self.lengths, int)[chosen], numpy.array(self.cut, int)[chosen]
         ordered = sorted(lengths.tolist())
         kept = len(set(numpy.array(self.numbers, int)[chosen].tolist()))
@@ -184,6 +197,7 @@ class Account:
             median=ordered[len(ordered) // 2] if ordered else 0,
             histogram=_make_histogram(ordered),
             parts=len(ordered) - kept,
+            bad=bad,
         )
 
 
@@ -199,7 +213,7 @@ def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def describe_long_rows(train: SplitReport, held_out: SplitReport | None, settings: DataSettings) -> tuple[str, ...]:
     """Return sentences about the rows that were left out or cut because they are too long."""
     splits = [split for split in (train, held_out) if split is not None]
-    dropped, truncated = sum(s.dropped for s in splits), sum(s.truncated for s in splits)
+    dropped, truncated = sum(s.dropped - s.bad for s in splits), sum(s.truncated for s in splits)
     notes = []
     if dropped:
         notes.append(
@@ -211,3 +225,12 @@ def describe_long_rows(train: SplitReport, held_out: SplitReport | None, setting
             f"{truncated:,} rows are cut at {settings.max_tokens} tokens; {cut:,} answers lose their end and their stop token"
         )
     return tuple(notes)
+
+
+def describe_bad_rows(count: int, faults: Sequence[tuple[Place, str]]) -> tuple[str, ...]:
+    """Return a sentence about the rows that are left out for a fault; it names the first few."""
+    if not count:
+        return ()
+    shown = "; ".join(f"{place}: {fault}" for place, fault in faults[:_MOST_BAD_SHOWN])
+    more = f"; and {count - _MOST_BAD_SHOWN:,} more" if count > _MOST_BAD_SHOWN else ""
+    return (f"{count:,} bad {'row is' if count == 1 else 'rows are'} left out (data.bad_rows: drop): {shown}{more}",)

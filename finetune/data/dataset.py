@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.account import Account, DataReport, SplitReport, describe_long_rows
+from finetune.data.account import Account, DataReport, SplitReport, describe_bad_rows, describe_long_rows
 from finetune.data.encoding.columns import ColumnHash, make_record_batch
 from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import ChatTemplate
@@ -21,15 +21,15 @@ from finetune.data.encoding.template import list_rendered_thoughts, list_stop_to
 from finetune.data.encoding.text_samples import SampleCollector
 from finetune.data.encoding.workers import encode_rows
 from finetune.data.formats.rows import TextSample
-from finetune.data.reading.row_reader import RowReader, choose_held_out
-from finetune.data.reading.sources import hash_source
+from finetune.data.reading.row_reader import BAD, RowReader, choose_held_out
+from finetune.data.reading.sources import describe_sources, hash_source
 from finetune.data.settings import DataSettings
-from finetune.errors import DataError
+from finetune.errors import DataError, Place
 from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
 # Raise it whenever the same files and settings would give other columns than before.
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 # These settings do not change the rows.
 _NOT_IN_KEY = ("cache", "workers")
 
@@ -61,8 +61,7 @@ def load_splits(
     """
     check_padding(tokenizer, list_stop_tokens(tokenizer, template))
     if settings.cache is None:
-        prepared = _prepare(settings, tokenizer, template, seed, None)
-        return prepared.as_splits()
+        return _add_notes(_prepare(settings, tokenizer, template, seed, None).as_splits(), settings)
     folder = settings.cache / _make_key(settings, tokenizer, template, seed)
     if not folder.is_dir():
         with write_folder(folder) as partial:
@@ -71,7 +70,13 @@ def load_splits(
                 numpy.save(partial / f"{name}.npy", chosen)
             (partial / "report.json").write_text(json.dumps(prepared.report.to_json()), encoding="utf-8")
             (partial / "samples.json").write_text(json.dumps(list(map(asdict, prepared.samples))), encoding="utf-8")
-    return _open_cached(folder)
+    return _add_notes(_open_cached(folder), settings)
+
+
+def _add_notes(splits: Splits, settings: DataSettings) -> Splits:
+    """Add what is said about the files now: the files that are not read may change while the rows, which are kept, do not."""
+    notes = (*describe_sources((*settings.train, *settings.evaluation)), *splits.report.notes)
+    return replace(splits, report=replace(splits.report, notes=notes))
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,12 @@ def _prepare(
     account.check()
     held = choose_held_out(settings, reader, seed)
     chosen, reports = account.split(held, reader.count)
-    _check_not_empty(reports, settings)
+    faults = [*reader.bad, *account.list_faults()]
+    _check_not_empty(reports, settings, faults)
     assert rows is not None, "the training split has rows"
     long_rows = describe_long_rows(reports["train"], reports["evaluation"], settings)
+    bad = reader.left_out[BAD] + sum(split.bad for split in reports.values())
+    bad_rows = describe_bad_rows(bad, faults)
     report = DataReport(
         train=reports["train"],
         evaluation=reports["evaluation"] if held else None,
@@ -148,13 +156,22 @@ def _prepare(
         template=template.name,
         template_fingerprint=template.fingerprint,
         fingerprint=content.finish(chosen),
-        notes=(*settings.notes, *long_rows, *reader.describe(), *encoder.describe(), *account.describe_labels()),
-        left_out=dict(reader.left_out),
+        notes=(
+            *settings.notes,
+            *bad_rows,
+            *long_rows,
+            *reader.describe(),
+            *encoder.describe(),
+            *account.describe_labels(),
+        ),
+        left_out={reason: count for reason, count in reader.left_out.items() if count},
     )
     return _Prepared(rows, chosen, report, samples.choose(held))
 
 
-def _check_not_empty(reports: Mapping[str, SplitReport], settings: DataSettings) -> None:
+def _check_not_empty(
+    reports: Mapping[str, SplitReport], settings: DataSettings, faults: Sequence[tuple[Place, str]]
+) -> None:
     """Check that rows are left for both splits, and that not every answer has lost its stop token.
 
     Raises:
@@ -162,6 +179,9 @@ def _check_not_empty(reports: Mapping[str, SplitReport], settings: DataSettings)
     """
     train, held_out = reports["train"], reports["evaluation"]
     limit = f"exceed data.max_tokens: {settings.max_tokens}"
+    if not train.rows and faults:
+        place, fault = faults[0]
+        raise DataError(f"no row is left for training: all are bad; the first: {place}: {fault}")
     if not train.rows:
         raise DataError(f"no row is left for training: all {train.rows_read:,} {limit}")
     if held_out.rows_read and not held_out.rows:

@@ -29,7 +29,7 @@ class Source:
 
     All rows are taken where neither `rows` nor `weight` is given. `weight` is relative to the weights of the other sources;
     it divides the rows or, for sources that `weigh_text`, the bytes of text. `split` says what the rows are for: of a folder
-    that holds splits, only the files of one are read.
+    that holds splits, only the files of one are read. `encoding` is that of text files.
     """
 
     location: Path | HubDataset
@@ -37,6 +37,7 @@ class Source:
     rows: int | None = None
     weigh_text: bool = False
     split: SplitName = "train"
+    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DataSettings:
 
     `columns` maps a format's keys to the keys of the files. `substitute` maps placeholders such as `{{name}}` to texts.
     `held_out` is a share below 1, or a number of rows, to take from `train` for evaluation.
+    `bad_rows` says whether a row that cannot be used is an error or is left out; `merge_turns` joins turns of one speaker.
     `needs_answer` names the reward that compares answers with references; each prompt must then have a reference answer.
     `notes` are sentences about the sources for the report. `workers` is the number of processes that encode rows.
     `cache` is the folder for prepared rows, or None to keep them in memory.
@@ -62,6 +64,8 @@ class DataSettings:
     train_on: TrainOn = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    bad_rows: Literal["error", "drop"] = "error"
+    merge_turns: bool = False
     needs_answer: str | None = None
     notes: tuple[str, ...] = ()
     workers: int = 1

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.formats.row_formats import choose_format
+from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.models.opening import LoadedModel, open_model
@@ -45,7 +46,7 @@ def hold_pairs(files: Sequence[Path]) -> bool:
     """
     for _, rows in read_source(Source(files[0], split="evaluation")):
         for place, row in rows:
-            return choose_format("auto", {}, row, place).row_kind == "preference"
+            return choose_format("auto", {}, require_row(row), place).row_kind == "preference"
     return False
 
 

@@ -61,6 +61,12 @@ KEYS: Mapping[str, str] = {
     ),
     "data.substitute": "Values for placeholders in the rows: {name: Lan} replaces {{name}} with Lan.",
     "data.deduplicate": "Leave out every row that equals an earlier one.",
+    "data.bad_rows": (
+        "What happens to rows that cannot be used, such as broken JSON, turns out of order or an empty answer: error stops the "
+        "run, drop leaves them out, counts them and names the first."
+    ),
+    "data.merge_turns": "Join turns of one speaker that follow each other, by a blank line, instead of refusing the row.",
+    "data.encoding": "The encoding of JSON, CSV and text files that are not UTF-8, such as gb18030 or utf-16.",
     "data.workers": (
         "How many processes turn rows into tokens. With 1 the tokenizer already uses all cores; more processes help only on "
         "machines with more than about four cores."

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finetune.errors import describe_unknown_name
+from finetune.recipe.overrides import read_override
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
-from finetune.recipe.yaml_loader import describe_value, load_recipe_file, parse_yaml
+from finetune.recipe.yaml_loader import describe_value, load_recipe_file
 
 # transformers' options for the micro-batch size and the accumulation steps.
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 # The kit's own option for the effective batch size.
 GLOBAL_BATCH = "global_batch"
+# The source of content that stands in no recipe file.
+NO_FILE = Path()
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def draft_recipe(source: Path, content: dict[str, Any], overrides: Sequence[str]
     """Make a draft of a recipe file's content, with `section.key=value` overrides applied."""
     expand_shorthand(content)
     problems: list[str] = []
-    apply_overrides(content, overrides, problems)
+    apply_overrides(content, overrides, problems, source)
     recipe = read_section(Recipe, content, "", problems)
     return Draft(source, recipe, tuple(problems), frozenset(list_keys(content)))
 
@@ -82,17 +85,19 @@ def list_keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from list_keys(value, f"{prefix}{key}.")
 
 
-def apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
-    """Apply every `section.key=value` to a recipe's content.
+def apply_overrides(
+    content: dict[str, Any], overrides: Iterable[str], problems: list[str], source: Path = NO_FILE
+) -> None:
+    """Apply every `section.key=value` to the content of the recipe file `source`.
 
     `trainer.auto` comes first: it removes batch sizes that the recipe sets, and must keep those of other overrides.
     """
     for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
-        apply_override(content, override, problems)
+        apply_override(content, override, problems, source)
 
 
-def apply_override(content: dict[str, Any], override: str, problems: list[str]) -> None:
-    """Apply one `section.key=value` to a recipe's content, and add what is wrong with it to `problems`."""
+def apply_override(content: dict[str, Any], override: str, problems: list[str], source: Path = NO_FILE) -> None:
+    """Apply one `section.key=value` to the content of a recipe file, and add what is wrong with it to `problems`."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         problems.append(f"--set {override}: must read section.key=value, such as model.quantize=nf4")
@@ -107,8 +112,7 @@ def apply_override(content: dict[str, Any], override: str, problems: list[str]) 
             problems.append(f"--set {override}: {section!r} is not a section")
             return
         target = inner
-    # In YAML a text that starts with a star is an alias; here it is a glob.
-    target[key] = text if text.startswith("*") else parse_yaml(text, f"--set {override}")
+    target[key] = read_override(path, text, source)
     if path == "trainer.auto" and target[key] is True:
         _open_split(target)
 

@@ -63,6 +63,9 @@ class DataSection:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     substitute: Mapping[str, str] = field(default_factory=dict)
     deduplicate: bool = False
+    bad_rows: Literal["error", "drop"] = "error"
+    merge_turns: bool = False
+    encoding: str = "utf-8"
     workers: int = 1
 
 

@@ -32,6 +32,9 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+_SCALARS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "timestamp"))
+
+
 def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
@@ -87,6 +90,22 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(source, [f"{where}{error.problem or error.context}"]) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # A date that does not exist, a number of thousands of digits, or thousands of nested brackets.
+        raise RecipeError(source, [f"is not YAML that a recipe can hold: {error}"]) from error
+
+
+def parse_scalar(text: str, source: str) -> Any:
+    """Return a text as the scalar that it is to its end: a number, true or false, null, or the text itself.
+
+    Raises:
+        RecipeError: it is a number of thousands of digits or a date that does not exist.
+    """
+    loader = _RecipeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    if tag not in _SCALARS:
+        return text
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except ValueError as error:
         raise RecipeError(source, [f"is not YAML that a recipe can hold: {error}"]) from error
 
 

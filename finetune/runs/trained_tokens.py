@@ -10,6 +10,7 @@ from finetune.data.encoding.text_samples import compare_samples, encode_header, 
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.row_formats import FORMATS, read_row
 from finetune.data.formats.rows import TextSample
+from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.raw_files import read_file
 from finetune.errors import CheckpointError, TemplateError
 from finetune.files.resources import find_demo_data
@@ -126,7 +127,7 @@ def make_bundled_samples(tokenizer: PreTrainedTokenizerBase, template: ChatTempl
     raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
     samples = []
     for place, row in raw:
-        messages = read_row(FORMATS["messages"], {}, row, place).messages
+        messages = read_row(FORMATS["messages"], {}, require_row(row), place).messages
         bare = TextSample("conversation", "sequence", {"messages": messages}, [])
         samples.append(TextSample(bare.kind, bare.shape, bare.row, encode_sample(tokenizer, template, bare)))
     return samples

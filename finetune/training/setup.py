@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from finetune.data.dataset import Splits, load_splits
+from finetune.data.dataset import Splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
 from finetune.models.loading import load_base
@@ -22,7 +22,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.trained_tokens import open_tokenizer
 from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
-from finetune.training.training_rows import read_data_settings
+from finetune.training.training_rows import load_rows
 from finetune.yulan.states.optimizer_states import OptimizerStates
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
         if recipe.rewards.judge.run:
             check_judge(recipe.rewards.judge.run, base, template)
         states = find_states(recipe) if resolved.method.is_pretraining else None
-        splits = load_splits(read_data_settings(resolved), tokenizer, template, recipe.seed)
+        splits = load_rows(resolved, base, tokenizer, template)
     reference = describe_reference(resolved, splits.report.train.rows) if resolved.method.has_reference else None
     for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)

@@ -32,6 +32,7 @@ from finetune.training.online import PromptOrder
 from finetune.training.preference.prepared_rows import (
     adapt_collator,
     choose_rows,
+    leave_out_lone_row,
     make_collator,
 )
 from finetune.training.preference.watch import PreferenceWatch
@@ -75,7 +76,10 @@ def build_trainer(
     adapter_before = _copy_adapter(model)
     try:
         trainer: Trainer = _find_trainer_class(method)(
-            model=model, args=config, processing_class=tokenizer, **_list_rows(resolved, splits, tokenizer, rewards)
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            **_list_rows(resolved, splits, tokenizer, rewards, config),
         )
     except (ValueError, NotImplementedError) as error:
         raise RecipeError("trainer", [str(error)]) from error
@@ -190,16 +194,26 @@ def _list_row_options(resolved: ResolvedRecipe) -> dict[str, Any]:
 
 
 def _list_rows(
-    resolved: ResolvedRecipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, rewards: AnswerRewards | None
+    resolved: ResolvedRecipe,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: AnswerRewards | None,
+    config: TrainingArguments,
 ) -> dict[str, Any]:
     """Return the trainer's arguments about rows: data sets, collator and reward functions."""
     method, seed, held = resolved.method, resolved.recipe.seed, splits.evaluation
     if method.is_pretraining:
         return pack_splits(resolved.recipe, splits, tokenizer)
     collator = make_collator(method, int(tokenizer.pad_token_id))
+    train = choose_rows(splits.train, method, seed)
+    evaluated = None if held is None else choose_rows(held, method, seed)
+    if config.world_size == 1:  # several processes fill up their last batches
+        train = leave_out_lone_row(train, method, config.train_batch_size, "training")
+        if evaluated is not None:
+            evaluated = leave_out_lone_row(evaluated, method, config.eval_batch_size, "evaluation")
     return {
-        "train_dataset": choose_rows(splits.train, method, seed),
-        "eval_dataset": None if held is None else choose_rows(held, method, seed),
+        "train_dataset": train,
+        "eval_dataset": evaluated,
         # KTO's constructor may compute the reference model's log-probabilities, and needs the collator for it.
         **({} if collator is None else {"data_collator": collator}),
         **({} if rewards is None else {"reward_funcs": rewards.make_functions()}),

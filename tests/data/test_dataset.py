@@ -14,6 +14,7 @@ from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.row_formats import FORMATS, choose_format, read_row
 from finetune.data.preview.preview import describe_preview, preview_rows
+from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place
@@ -88,8 +89,8 @@ def test_formats(raw, columns, name, texts):
             "message 2 is a system message; it may only",
         ),
         (
-            {"messages": [{"role": "gpt", "content": "a"}]},
-            "has the role 'gpt'; expected system, user, assistant, tool (did you mean 'assistant'?)",
+            {"messages": [{"role": "assistent", "content": "a"}]},
+            "has the role 'assistent'; expected system, user, assistant, tool (did you mean 'assistant'?)",
         ),
         ({"messages": [{"speaker": "human", "value": "a"}]}, "message 1 has no 'role'; found speaker, value"),
         ({"messages": [{"role": "user", "content": 3}]}, "the content of message 1 is a number; expected text"),
@@ -129,8 +130,8 @@ def test_many_faulty_rows_give_one_message(load):
         load([ROW] + [{"messages": [USER]}] * 9)
     text = str(caught.value)
     assert text.startswith("9 rows cannot be trained:")
-    assert text.count("ends with the user") == 5
-    assert text.endswith("and 4 more rows")
+    assert text.count("ends with the user") == 1
+    assert "rows.jsonl, line 2, line 3, line 4 and 6 more: the conversation ends" in text
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet"])
@@ -162,24 +163,31 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     [
         ("x.jsonl", b'{"a": 1}\n' * 17 + b'{"a": \n', "x.jsonl, line 18: broken JSON (Expecting value, column 7)"),
         ("x.json", b'[{"a": 1},\n {"a" 2}]', "x.json, line 2: broken JSON (Expecting ':' delimiter, column 7)"),
-        ("x.json", b'{"a": 1}\n{"a": 2}', "is it JSON lines? then name it .jsonl"),
-        ("x.json", b'{"a": 1}', "must hold a list of rows; found dict"),
+        ("x.json", b'{\n"a": 1}', "must hold a list of rows; found dict"),
         ("x.json", b"", "the file is empty"),
         ("x.json", b"[]", "the file holds no rows"),
         ("x.jsonl", b"\n \n", "the file holds no rows"),
-        ("x.jsonl", b"[1]\n", "line 1: must be an object with keys; found list"),
+        ("x.jsonl", b"[1]\n", "row 1: must be an object with keys; found int"),
         ("x.jsonl", b'{"a": "\xff"}', "line 1: is not UTF-8 text (byte 7)"),
         ("x.jsonl.gz", b"not gzip", "cannot be read"),
-        ("x.csv", b"a,b\n1,2\n1,2,3\n", "x.csv, line 3: has another number of fields than the 2 of the first line"),
+        (
+            "x.csv",
+            b"a,b\n1,2\n1,2,3\n",
+            "x.csv, line 3: has 3 fields where the first line has 2; quote cells that hold a ','",
+        ),
         ("x.csv", b'a,b\n1,"2\n', "broken CSV"),
         ("x.parquet", b"PAR1nothing", "is not a Parquet file that can be read"),
-        ("x.doc", b"hello", "the ending .doc is not known; known are .json, .jsonl, .csv, .parquet, .arrow, .txt"),
+        (
+            "x.doc",
+            b"hello",
+            "the ending .doc is not known; known are .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt",
+        ),
     ],
 )
 def test_broken_files_say_where(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        list(read_file(tmp_path / name))
+        [require_row(row) for _, row in read_file(tmp_path / name)]
     assert message in str(caught.value)
 
 

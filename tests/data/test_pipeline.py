@@ -203,7 +203,7 @@ def test_spellings_of_control_tokens_stay_text_on_both_sides(load, tokenizer):
             "chosen and rejected differ before their last answer",
         ),
         ("labelled", {"prompt": "Q", "completion": "A", "label": "yes"}, "; expected true or false"),
-        ("labelled", {"prompt": "Q", "completion": "A", "label": 1}, "label is a number; expected true or false"),
+        ("labelled", {"prompt": "Q", "completion": "A", "label": 2}, "label is a number; expected true or false"),
     ],
 )
 def test_bad_pairs_are_named_with_file_and_line(load, shape, bad, fault):

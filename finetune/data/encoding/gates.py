@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # What a label holds where the token is not trained: PyTorch's cross entropy ignores this value.
 IGNORED_LABEL = -100
+_MOST_PLACES = 3
 
 
 def check_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> None:
@@ -73,6 +74,18 @@ def check_rows(faults: Sequence[tuple[Place, str]]) -> None:
         place, fault = faults[0]
         raise DataError(fault, place)
     if faults:
-        shown = "\n".join(f"  {place}: {fault}" for place, fault in faults[:5])
-        more = f"\n  … and {len(faults) - 5:,} more rows" if len(faults) > 5 else ""
+        # The same fault is often in every row: it is said once.
+        groups: dict[str, list[Place]] = {}
+        for place, fault in faults:
+            groups.setdefault(fault, []).append(place)
+        lines = [f"  {_name_places(places)}: {fault}" for fault, places in groups.items()]
+        more = f"\n  … and {len(lines) - 5:,} other faults" if len(lines) > 5 else ""
+        shown = "\n".join(lines[:5])
         raise DataError(f"{len(faults):,} rows cannot be trained:\n{shown}{more}")
+
+
+def _name_places(places: Sequence[Place]) -> str:
+    """Return the first few of several places, and how many others there are."""
+    near = [place.position for place in places[1:_MOST_PLACES] if place.file == places[0].file]
+    others = len(places) - 1 - len(near)
+    return ", ".join([str(places[0]), *near]) + (f" and {others:,} more" if others else "")

@@ -140,6 +140,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, me
     return encode_rendered(tokenizer, Rendered([text], [[]], [hidden]))[0].token_ids
 
 
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return the text of a prompt, up to where the assistant's answer begins."""
+    return _render_one(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, conversations: Sequence[Messages], tools: Tools
 ) -> tuple[list[str], list[list[Span]]]:

@@ -24,6 +24,7 @@ from finetune.data.encoding.spellings import Span, TokenSpans, encode_plain_text
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.formats.messages import Message
 from finetune.data.formats.rows import Row, RowKind
+from finetune.data.formats.turns import begins_with_greeting
 from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import Place, TemplateError
 
@@ -77,7 +78,7 @@ class RowEncoder:
     """Turns rows into tokens with one tokenizer and template.
 
     `train_on` chooses the trained turns of rows of the shape `sequence`. `rows_with_spellings` counts the conversations whose
-    text holds the spelling of a control token.
+    text holds the spelling of a control token. `refused` holds the rows that the template refuses, each with its fault.
     """
 
     def __init__(
@@ -93,18 +94,23 @@ class RowEncoder:
         self._shape = shape
         self._stop_tokens = list_stop_tokens(tokenizer, template)
         self.rows_with_spellings = 0
+        self.refused: list[tuple[SourceRow, str]] = []
 
     def encode(self, rows: Iterable[SourceRow]) -> Iterator[list[TokenRow]]:
-        """Yield batches of up to `BATCH_ROWS` rows, in their order.
+        """Yield batches of up to `BATCH_ROWS` rows, in their order, without those that the template refuses.
 
         Raises:
-            TemplateError: the template refuses a conversation.
+            TemplateError: the template renders a prompt differently before each of two answers, or refuses a bare prompt.
         """
         pending: deque[tuple[list[SourceRow], Rendered, Future[_Tokenized]]] = deque()
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as executor:
             while batch := list(islice(remaining, BATCH_ROWS)):
-                rendered = self._render(batch)
+                try:
+                    rendered = self._render(batch)
+                except TemplateError:
+                    batch = self._leave_out_refused(batch)
+                    rendered = self._render(batch)
                 # The tokenizer releases Python's lock and uses several cores; meanwhile this thread finds spans and renders.
                 pending.append((batch, rendered, executor.submit(self._tokenize, batch, rendered)))
                 if len(pending) > 1:
@@ -112,13 +118,21 @@ class RowEncoder:
             while pending:
                 yield self._finish(*pending.popleft())
 
+    def _leave_out_refused(self, batch: Sequence[SourceRow]) -> list[SourceRow]:
+        kept = []
+        for source in batch:
+            try:
+                conversations = self._list_sides(source) if _is_chat(source) else []
+                render_conversations(
+                    self._tokenizer, self._template, conversations, [source.row.tools] * len(conversations)
+                )
+                kept.append(source)
+            except TemplateError as error:
+                self.refused.append((source, str(error)))
+        return kept
+
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
-        sides = [
-            (side, source.row.tools)
-            for source in batch
-            if source.kind not in ("text", "tokens", "prompt")
-            for side in self._list_sides(source)
-        ]
+        sides = [(side, source.row.tools) for source in batch if _is_chat(source) for side in self._list_sides(source)]
         if not sides:
             return Rendered([], [], [])
         messages = [side for side, _ in sides]
@@ -145,6 +159,8 @@ class RowEncoder:
             return [(len(str(self._tokenizer.bos_token)), len(text))]
         if self._train_on == "last":
             spans = spans[-1:]
+        if begins_with_greeting(messages) and len(spans) > 1:
+            spans = spans[1:]
         if not any("train" in message for message in messages):
             return spans
         answers = [message for message in messages if message["role"] == "assistant"][-len(spans) :]
@@ -221,6 +237,10 @@ class RowEncoder:
             if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=may_lack_stop):
                 return fault if row.rejected is None else f"{'chosen' if ids is row.token_ids else 'rejected'}: {fault}"
         return None
+
+
+def _is_chat(source: SourceRow) -> bool:
+    return source.kind not in ("text", "tokens", "prompt")
 
 
 def _cut_after_answer(side: TokenSpans) -> TokenSpans:

@@ -9,7 +9,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.encoding.rendering import ChatTemplate, Messages, encode_conversations, render_conversations
+from finetune.data.encoding.rendering import (
+    ChatTemplate,
+    Messages,
+    encode_conversations,
+    render_conversations,
+    render_prompt,
+)
 from finetune.data.formats.messages import THOUGHTS
 from finetune.errors import TemplateError
 from finetune.files.resources import list_templates
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEMPLATE = "yulan-mini"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHOWN, _LONGEST_SHOWN = 20, 80
 _SAMPLE: Messages = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -96,7 +103,52 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
         raise TemplateError(
             f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})"
         )
+    for end in (position for position, turn in enumerate(_SAMPLE) if turn["role"] == "assistant"):
+        _check_prompt(template, tokenizer, end)
     return template
+
+
+def _check_prompt(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, end: int) -> None:
+    """Check that the prompt as it is asked, with the trained text of the answer after it, is the text that is trained on.
+
+    `end` is the position of the answer in the sample.
+
+    Raises:
+        TemplateError: there is no generation prompt, or it is another text than in training, or is trained itself.
+    """
+    rendered = render_conversations(tokenizer, template, [_SAMPLE[: end + 1]])
+    (text,), start = rendered.texts, rendered.spans[0][-1][0]
+    prompt = render_prompt(tokenizer, template, _SAMPLE[:end])
+    bare = render_prompt(tokenizer, template, _SAMPLE[:end], add_generation_prompt=False)
+    if prompt == bare and text[len(bare) :].lstrip().startswith(_list_spellings(tokenizer)):
+        raise TemplateError(
+            f"{template.name}: has no generation prompt; with add_generation_prompt it must end with the header of the answer, "
+            f"{_show(text[len(bare) : text.index(_SAMPLE[end]['content'], len(bare))])}"
+        )
+    if not text.startswith(prompt):
+        same = next(number for number, sign in enumerate(prompt) if text[number : number + 1] != sign)
+        raise TemplateError(
+            f"{template.name}: is asked in another text than it is trained in: the generation prompt ends in "
+            f"{_show(prompt[same - _SHOWN : same + _SHOWN])}, where the training text reads {_show(text[same - _SHOWN : same + _SHOWN])}"
+        )
+    if start < len(prompt):
+        raise TemplateError(
+            f"{template.name}: trains the header of the answer, {_show(text[start : len(prompt)])}, which the generation prompt "
+            "already gives; put {% generation %} after it"
+        )
+    if start > len(prompt):
+        raise TemplateError(
+            f"{template.name}: between the generation prompt and the trained text stands {_show(text[len(prompt) : start])}, which "
+            "the model would have to write and never learns; put it into the generation prompt, or train it"
+        )
+
+
+def _list_spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    return tuple(str(text) for text in tokenizer.added_tokens_decoder.values() if text.special)
+
+
+def _show(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
 
 
 def list_rendered_thoughts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> dict[str, bool]:

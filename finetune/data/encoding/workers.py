@@ -13,7 +13,8 @@ from finetune.data.encoding.row_encoder import BATCH_ROWS, RowEncoder, SourceRow
 from finetune.data.formats.rows import Row
 from finetune.errors import MachineError, Place
 
-_Encoded = tuple[list[TokenRow], int]
+# The rows, how many spell control tokens, and the rows that the template refuses, each with its fault.
+_Encoded = tuple[list[TokenRow], int, list[tuple[SourceRow, str]]]
 # The encoder of a worker process. It is sent once, when the process starts, and not with every batch.
 _own_encoder: list[RowEncoder] = []
 _NOWHERE, _EMPTY_ROW = Place(""), Row()
@@ -24,7 +25,7 @@ def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) ->
 
     Raises:
         MachineError: a process was ended from outside, most likely for lack of memory.
-        TemplateError: the template refuses a conversation.
+        TemplateError: as `RowEncoder.encode` says.
     """
     if workers == 1:
         yield from encoder.encode(rows)
@@ -48,22 +49,23 @@ def _start_worker(encoder: RowEncoder) -> None:
 
 
 def _encode_batch(batch: list[SourceRow]) -> _Encoded:
-    """Return the rows without their source, which need not be sent back, and how many spell control tokens."""
+    """Return what `_Encoded` says. The rows are without their source, which need not be sent back."""
     encoder = _own_encoder[0]
-    before = encoder.rows_with_spellings
+    before, encoder.refused = encoder.rows_with_spellings, []
     rows = [row for rows in encoder.encode(batch) for row in rows]
     bare = [replace(row, source=SourceRow(row.source.number, _NOWHERE, row.source.kind, _EMPTY_ROW)) for row in rows]
-    return bare, encoder.rows_with_spellings - before
+    return bare, encoder.rows_with_spellings - before, encoder.refused
 
 
 def _finish(encoder: RowEncoder, batch: list[SourceRow], future: Future[_Encoded]) -> list[TokenRow]:
     try:
-        rows, spellings = future.result()
+        rows, spellings, refused = future.result()
     except BrokenProcessPool as error:
         raise MachineError(
             "data.workers: a process that prepares rows was ended from outside, most likely for want of memory; "
             "set data.workers lower"
         ) from error
     encoder.rows_with_spellings += spellings
+    encoder.refused += refused
     sources = {source.number: source for source in batch}
     return [replace(row, source=sources[row.source.number]) for row in rows]

@@ -1,32 +1,30 @@
 """Read messages in OpenAI's and ShareGPT's keys, with tool calls, tool results and thoughts, and check their order."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.errors import FaultKind, find_close_match
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+# The names of the roles in files of many tools: OpenAI, ShareGPT, Gemini, ms-swift, Llama 3 and others.
+ROLE_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
 }
+# Under these names a message is a call of a tool, as JSON in its text.
+_CALLS = ("function_call", "tool_call")
+# Parts of a message that are text.
+TEXT_PARTS = ("text", "input_text", "output_text")
 # Under these keys other tools say whether a message or a row is trained.
 MARKS = ("train", "training", "weight", "loss_weight", "loss", "loss_mask")
 # Under these keys a message holds what the assistant thought before its answer. Few chat templates render it.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
 # CSV files hold every value as text.
 _MARK_TEXTS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-# Which roles may follow a role; "start" is the beginning of the conversation.
-_FOLLOWERS = {"start": ("user",), "user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "tool")}
 
 
 class RowError(Exception):
@@ -41,8 +39,34 @@ class RowError(Exception):
 
 
 def read_messages(value: object, name: str = "messages") -> list[Message]:
-    """Read a list of messages in OpenAI's or ShareGPT's keys."""
-    return [read_message(message, f"message {number}") for number, message in enumerate(read_list(value, name), 1)]
+    """Read a list of messages in OpenAI's or ShareGPT's keys. Empty system messages are left out; calls of tools are joined."""
+    messages: list[Message] = []
+    raw_messages = read_list(value, name)
+    for number, raw in enumerate(raw_messages, 1):
+        if isinstance(raw, Mapping) and _is_empty_system(raw):
+            continue
+        message = read_message(raw, f"message {number}")
+        if _name_role(raw) in _CALLS and messages and _continues(messages[-1], message):
+            messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]}
+        else:
+            messages.append(message)
+    return messages
+
+
+def _is_empty_system(message: Mapping[str, Any]) -> bool:
+    text = message.get("content") if "role" in message else message.get("value")
+    return ROLE_NAMES.get(_name_role(message)) == "system" and is_empty(text)
+
+
+def _continues(before: Message, message: Message) -> bool:
+    """Tell whether a call of a tool belongs to the message before it: tools are called after a text, or several at once."""
+    return bool(before["role"] == "assistant" and before.get("train", True) == message.get("train", True))
+
+
+def _name_role(message: Mapping[str, Any]) -> str:
+    """Return the role of a message as its file names it, in lower case, or "" where it is no text."""
+    role = message.get("role", message.get("from"))
+    return role.lower() if isinstance(role, str) else ""
 
 
 def read_message(message: object, where: str) -> Message:
@@ -55,16 +79,19 @@ def read_message(message: object, where: str) -> Message:
     missing = [key for key in ("role", "content") if key not in message and not (key == "content" and has_calls)]
     if missing:
         raise RowError(f"{where} has no {missing[0]!r}; found {', '.join(map(str, message)) or 'nothing'}")
-    # OpenAI's older name of what a tool returns.
-    role = "tool" if message["role"] == "function" else message["role"]
-    if role not in ROLES:
-        raise _unknown_role(role, where)
+    role = ROLE_NAMES.get(_name_role(message))
+    if role is None:
+        raise _unknown_role(message["role"], f"{where} has the role")
     read: Message = {"role": role}
-    content = message.get("content")
-    read["content"] = "" if has_calls and content in (None, "") else _read_content(content, f"the content of {where}")
+    content, calls = _read_content(message.get("content"), f"the content of {where}", role, has_calls=has_calls)
+    read["content"] = content
     if has_calls:
-        read["tool_calls"] = _read_calls(message, role, where)
-    if len(message) > len(read):
+        calls = [*calls, *_read_calls(message, role, where)]
+    elif _name_role(message) in _CALLS:
+        read["content"], calls = "", _read_call_text(content, where)
+    if calls:
+        read["tool_calls"] = calls
+    if len(message) > len(read) or calls:
         read |= _read_thoughts(message, where) | _read_train(message, where)
     return read
 
@@ -90,40 +117,55 @@ def _read_thoughts(message: Mapping[str, Any], where: str) -> Message:
     return thoughts
 
 
-def _unknown_role(role: object, where: str) -> RowError:
-    known = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-    hint = find_close_match(str(role), ROLES) or known.get(str(role))
-    expected = f"{where} has the role {role!r}; expected {', '.join(ROLES)}"
+def _unknown_role(role: object, which: str) -> RowError:
+    hint = find_close_match(str(role).lower(), ROLE_NAMES)
+    expected = f"{which} {role!r}; expected {', '.join(ROLES)}"
     return RowError(expected + (f" (did you mean {hint!r}?)" if hint else ""))
 
 
 def _read_sharegpt_message(message: Mapping[str, Any], where: str) -> Message:
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-        raise RowError(f"{where} is from {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
+    role = ROLE_NAMES.get(_name_role(message))
+    if role is None:
+        raise _unknown_role(message["from"], f"{where} is from")
     if beside := [key for key in ("tool_calls", "function_call") if message.get(key)]:
         raise RowError(f"{where} has {beside[0]} beside from and value; give it role and content instead")
-    text = read_text(message["value"], f"the value of {where}")
-    read: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text}
-    if speaker == "function_call":
-        calls = parse_json(text, f"the function_call of {where}")
-        calls = calls if isinstance(calls, list) else [calls]
-        read = {"role": "assistant", "content": "", "tool_calls": [_read_call(call, where) for call in calls]}
+    text, calls = _read_content(message["value"], f"the value of {where}", role)
+    if _name_role(message) in _CALLS:
+        text, calls = "", _read_call_text(text, where)
+    read: Message = {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
     return {**read, **_read_thoughts(message, where), **_read_train(message, where)}
 
 
-def _read_content(value: object, name: str) -> str:
-    if not isinstance(value, list):
-        return read_text(value, name)
+def _read_call_text(text: str, where: str) -> list[dict[str, Any]]:
+    """Read the text of a message that is a call of a tool: one call, or a list of calls, as JSON."""
+    calls = parse_json(text, f"the call of a tool in {where}")
+    return [_read_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _read_content(value: object, name: str, role: str, *, has_calls: bool = False) -> tuple[str, list[dict[str, Any]]]:
+    """Read the text of a message, or its parts: texts, and calls of tools (as LLaMA-Factory's version 1 writes them).
+
+    The text may be empty beside calls, and where it is the result of a tool.
+    """
     texts: list[str] = []
-    for part in value:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+    calls: list[dict[str, Any]] = []
+    if isinstance(value, list):
+        for part in value:
             kind = part.get("type") if isinstance(part, Mapping) else describe(part)
-            raise RowError(f"{name} holds a part that is {kind!r}; only text parts can be trained")
-        if not isinstance(part.get("text"), str):
-            raise RowError(f"{name} holds a text part without text")
-        texts.append(part["text"])
-    return read_text("".join(texts), name)
+            text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
+            if kind not in (*TEXT_PARTS, "tool_call"):
+                raise RowError(f"{name} holds a part that is {kind!r}; only text parts can be trained")
+            if not isinstance(text, str):
+                raise RowError(f"{name} holds a text part without text")
+            if kind == "tool_call" and role != "assistant":
+                raise RowError(f"{name} of the {role} holds a tool_call; only the assistant calls tools")
+            if kind == "tool_call":
+                calls += _read_call_text(text, name)
+            else:
+                texts.append(text)
+    may_be_empty = has_calls or bool(calls) or role == "tool"
+    joined = "".join(texts) if isinstance(value, list) else value
+    return "" if may_be_empty and is_empty(joined) else read_text(joined, name), calls
 
 
 def _read_call(call: object, where: str) -> dict[str, Any]:
@@ -158,51 +200,17 @@ def read_mark(marked: Mapping[str, Any], where: str) -> bool | None:
 
 
 def _read_mark_value(key: str, value: object, where: str) -> bool:
-    if isinstance(value, str) and value.lower() in _MARK_TEXTS:
-        return _MARK_TEXTS[value.lower()]
-    if value not in (0, 1):
-        shown = describe(value) if isinstance(value, list | dict) else repr(value)
-        raise RowError(
-            f"{key} of {where} is {shown}; expected true or false, or 1 or 0; other weights cannot be trained"
-        )
-    return bool(value)
+    if (known := read_switch(value)) is not None:
+        return known
+    shown = describe(value) if isinstance(value, list | dict) else repr(value)
+    raise RowError(f"{key} of {where} is {shown}; expected true or false, or 1 or 0; other weights cannot be trained")
 
 
-def add_system(messages: list[Message], system: str | None) -> list[Message]:
-    """Return the messages with `system` as their system message, unless they have one."""
-    if system is None or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def check_order(messages: Sequence[Message], *, ends_with: str = "assistant") -> None:
-    """Check that the roles alternate, that only the first message is a system message, and which role comes last.
-
-    Raises:
-        RowError: the conversation is empty, or a message is out of order.
-    """
-    if not messages:
-        raise RowError("the conversation is empty", "empty_text")
-    before = "start"
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if role == "system":
-            if number > 1:
-                raise RowError(f"message {number} is a system message; it may only come first", "role_order")
-            continue
-        expected = _FOLLOWERS[before]
-        if before == "assistant" and messages[number - 2].get("tool_calls"):
-            expected = ("tool",)
-        if role not in expected:
-            raise RowError(
-                f"message {number} is of the {role}; turns must alternate, so it should be of the {' or '.join(expected)}",
-                "role_order",
-            )
-        before = role
-    if before != ends_with:
-        last = "user" if before == "start" else before
-        needed = "the assistant's answer" if ends_with == "assistant" else f"the {ends_with}"
-        raise RowError(f"the conversation ends with the {last}; it must end with {needed}", "role_order")
+def read_switch(value: object) -> bool | None:
+    """Return a value that says yes or no, also as 1 and 0 or as a text, as CSV files hold it; None for any other value."""
+    if isinstance(value, str):
+        return _MARK_TEXTS.get(value.strip().lower())
+    return bool(value) if value in (0, 1) else None
 
 
 def read_text(value: object, name: str) -> str:
@@ -260,7 +268,7 @@ def parse_json(text: str, name: str) -> Any:
     """Parse JSON that is stored in a text."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also for a number of thousands of digits
         raise RowError(f"{name} is no JSON ({error})") from error
 
 

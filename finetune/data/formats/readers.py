@@ -9,21 +9,27 @@ from typing import Any
 from finetune.data.formats.messages import (
     Message,
     RowError,
-    add_system,
     describe,
     is_empty,
     read_list,
     read_message,
     read_messages,
+    read_switch,
     read_text,
 )
 from finetune.data.formats.rows import Row
 from finetune.data.formats.tools import read_tools
+from finetune.data.formats.turns import add_system, check_results
+
+_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text")
+_ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assistant", "target", "reply")
 
 
 def read_openai_row(row: Mapping[str, Any]) -> Row:
     """Read `messages`, each with `role` and `content`."""
-    return Row(_put_system(row, read_messages(row["messages"])), tools=read_tools(row))
+    messages = read_messages(row["messages"])
+    check_results(row["messages"])
+    return Row(_put_system(row, messages), tools=read_tools(row))
 
 
 def read_sharegpt_row(row: Mapping[str, Any]) -> Row:
@@ -55,11 +61,13 @@ def read_prompt_completion_row(row: Mapping[str, Any]) -> Row:
 
 def _read_prompt(row: Mapping[str, Any], key: str) -> list[Message]:
     """Read a question: its system message, earlier turns in `history`, and its text with `input` after it."""
-    messages = _read_turns(row[key], "user", key)
-    if not is_empty(row.get("input")):
-        if not isinstance(row[key], str):
-            raise RowError(f"has input beside {key}, which is no text; write it into the messages")
-        messages = [{"role": "user", "content": f"{row[key]}\n{read_text(row['input'], 'input')}"}]
+    if is_empty(row.get("input")):
+        messages = _read_turns(row[key], "user", key)
+    elif not is_empty(row[key]) and not isinstance(row[key], str):
+        raise RowError(f"has input beside {key}, which is no text; write it into the messages")
+    else:
+        texts = [read_text(row[name], name) for name in (key, "input") if not is_empty(row[name])]
+        messages = [{"role": "user", "content": "\n".join(texts)}]
     return _put_system(row, [*_read_history(row), *messages])
 
 
@@ -116,6 +124,9 @@ def read_preference_row(row: Mapping[str, Any]) -> Row:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     prompt = _put_system(row, _join_prompt(_read_pair_prompt(row), chosen[:shared]))
+    if all(message["role"] in ("system", "assistant") for message in [*prompt, *chosen[shared:-1]]):
+        key = find_question_key(row, "KEY")
+        raise RowError(f"has no question before its answers; name its key, such as data.columns: {{prompt: {key}}}")
     return Row(prompt, chosen[shared:], rejected[shared:], tools=read_tools(row))
 
 
@@ -124,10 +135,16 @@ def _read_pair_prompt(row: Mapping[str, Any]) -> list[Message]:
     keys = [key for key in ("conversations", "prompt", "instruction") if not is_empty(row.get(key))]
     if len(keys) > 1:
         raise RowError(f"has {' and '.join(keys)}; a pair has one prompt, so keep one of them")
+    named = [key for key in ("prompt", "instruction") if key in row]
+    if not keys and named and not is_empty(row.get("input")):
+        keys = named[:1]
     if not keys:
         for key in ("input", "history"):
             if not is_empty(row.get(key)):
-                raise RowError(f"has {key} without a prompt; map its question, such as data.columns: {{prompt: KEY}}")
+                found = find_question_key(row, "KEY")
+                raise RowError(
+                    f"has {key} without a prompt; name its question, such as data.columns: {{prompt: {found}}}"
+                )
         return []
     return _read_prompt({**row, "system": None}, keys[0])
 
@@ -157,7 +174,21 @@ def _read_turns(value: object, role: str, name: str) -> list[Message]:
 
 def read_labelled_row(row: Mapping[str, Any]) -> Row:
     """Read a conversation, or a question and its answer, with a `label` that is true for a liked answer."""
-    if not isinstance(row["label"], bool):
-        raise RowError(f"label is {describe(row['label'])}; expected true or false")
+    label = read_switch(row["label"])
+    if label is None:
+        shown = repr(row["label"]) if isinstance(row["label"], str) else describe(row["label"])
+        raise RowError(f"label is {shown}; expected true or false, or 1 or 0")
     read = read_openai_row(row) if "messages" in row else read_prompt_completion_row(row)
-    return Row(read.messages, label=row["label"], tools=read.tools)
+    return Row(read.messages, label=label, tools=read.tools)
+
+
+def find_question_key(row: Mapping[str, Any], default: str) -> str:
+    """Return the key of a row that most likely holds its question, by its name."""
+    keys = [str(key) for key in row if not is_empty(row[key])]
+    return next((key for word in _QUESTION_WORDS for key in keys if word in key.lower()), default)
+
+
+def find_answer_key(row: Mapping[str, Any], question: str, default: str) -> str:
+    """Return the key of a row that most likely holds the answer to the key `question`, by its name."""
+    keys = [str(key) for key in row if key != question]
+    return next((key for word in _ANSWER_WORDS for key in keys if word in key.lower()), default)

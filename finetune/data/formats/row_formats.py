@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from finetune.data.formats.messages import MARKS, RowError, read_mark
+from finetune.data.formats.messages import MARKS, RowError, read_mark, read_switch
+from finetune.data.formats.other_shapes import adapt_row
 from finetune.data.formats.readers import (
+    find_answer_key,
+    find_question_key,
     read_alpaca_row,
     read_labelled_row,
     read_openai_row,
@@ -22,7 +25,8 @@ from finetune.data.formats.readers import (
     read_tokens_row,
 )
 from finetune.data.formats.row_keys import Rendered, list_unused_keys
-from finetune.data.formats.rows import Row, RowKind, check_row
+from finetune.data.formats.rows import Row, RowKind, check_row, join_turns
+from finetune.data.formats.turns import list_remarks
 from finetune.data.settings import RowShape
 from finetune.errors import DataError, Place
 
@@ -110,24 +114,50 @@ def describe_wrong_kind(entry: Format, shape: RowShape) -> str | None:
     )
 
 
+def describe_label(row: Mapping[str, Any], shape: RowShape) -> str:
+    """Return that a row has a label that says neither yes nor no, where a method needs labelled answers; else nothing."""
+    if shape != "labelled" or "label" not in row or read_switch(row["label"]) is not None:
+        return ""
+    return f"; its label is {row['label']!r}, where true or false, or 1 or 0 is expected"
+
+
 def choose_format(choice: str, columns: Mapping[str, str], row: Mapping[str, Any], place: Place) -> Format:
     """Return the format that `choice` names or, for `auto`, the first whose required keys the row has after renaming.
 
     Raises:
         DataError: no format fits; the message shows the row's keys and how to map them.
     """
-    names = set(rename_columns(row, columns))
     if choice != "auto":
         return FORMATS[choice]
+    try:
+        named, _ = adapt_row(rename_columns(row, columns))
+    except RowError as error:
+        raise DataError(str(error), place, error.kind) from error
     for entry in FORMATS.values():
-        if set(entry.required) <= names:
+        # A label that says neither yes nor no is the class of a text, which the answer holds too.
+        if named.keys() >= set(entry.required) and (
+            entry.row_kind != "labelled" or read_switch(named["label"]) is not None
+        ):
             return entry
+    raise DataError(_describe_unknown_keys(row), place)
+
+
+def _describe_unknown_keys(row: Mapping[str, Any]) -> str:
+    """Say that the keys of a row fit no format, and what to do."""
+    found = f"the keys {', '.join(map(str, row)) or '(none)'} fit no format"
+    if several := [key for key, value in row.items() if isinstance(value, list) and len(value) > 1 and key in _ANSWERS]:
+        return (
+            f"{found}: {several[0]} holds several answers; give each row the best of them as chosen and another as rejected "
+            "to learn from pairs, or one as completion"
+        )
+    if isinstance(row.get("chat"), dict) or "plain_text" in row:
+        return f"{found}: the turns stand in a form of their own (MOSS); write them as messages, each with role and content"
     expected = "; ".join(f"{entry.name}: {', '.join(entry.required)}" for entry in FORMATS.values())
-    raise DataError(
-        f"the keys {', '.join(map(str, row)) or '(none)'} fit no format ({expected}); "
-        f"map them in the recipe, such as data.columns: {_propose_columns(row)}",
-        place,
-    )
+    return f"{found} ({expected}); map them in the recipe, such as data.columns: {_propose_columns(row)}"
+
+
+# Under these keys data sets of ranked answers (UltraFeedback, Argilla) hold all of them.
+_ANSWERS = ("completions", "responses", "answers", "generations", "candidates")
 
 
 def read_row(
@@ -136,29 +166,43 @@ def read_row(
     row: Mapping[str, Any],
     place: Place,
     rendered: Rendered = _NOTHING_RENDERED,
+    *,
+    merge_turns: bool = False,
 ) -> Row:
     """Read a row and check it: its roles are in order, no text is empty, and it ends with an answer.
 
-    `rendered` says which thoughts the chat template renders, as `list_unused_keys` takes it.
+    `rendered` says which thoughts the chat template renders, as `list_unused_keys` takes it. `merge_turns` joins turns of one
+    speaker.
 
     Raises:
         DataError: the row has a fault; the message says what was found and what was expected.
     """
-    named = rename_columns(row, columns)
-    if missing := [key for key in entry.required if key not in named]:
-        theirs = columns.get(missing[0], missing[0])
-        found = ", ".join(map(str, row)) or "nothing"
-        fault = f"has no {theirs!r}, which the format {entry.name} needs; found {found}"
-        raise DataError(fault, place)
     try:
+        named, remarks = adapt_row(rename_columns(row, columns))
+        if missing := [key for key in entry.required if key not in named]:
+            raise RowError(_describe_missing_key(entry, columns, row, columns.get(missing[0], missing[0])))
         unused = list_unused_keys(named, entry.known, rendered)
         read = entry.read(named)
+        read = join_turns(read) if merge_turns else read
         check_row(entry.row_kind, read)
         is_trained = _is_trained(named)
     except RowError as error:
         raise DataError(str(error), place, error.kind) from error
     unused = (*unused, *_list_hidden_keys(row, columns)) if columns else unused
-    return replace(read, unused=unused, is_trained=is_trained) if unused or not is_trained else read
+    remarks = (*remarks, *list_remarks([*read.messages, *read.chosen]))
+    if not (unused or remarks) and is_trained:
+        return read
+    return replace(read, unused=unused, remarks=remarks, is_trained=is_trained)
+
+
+def _describe_missing_key(entry: Format, columns: Mapping[str, str], row: Mapping[str, Any], missing: str) -> str:
+    """Say that a row lacks a key of its file's format, and which other format it has, if it has one."""
+    found = f"has no {missing!r}, which the format {entry.name} needs; found {', '.join(map(str, row)) or 'nothing'}"
+    try:
+        other = choose_format("auto", columns, row, Place(""))
+    except DataError:
+        return found
+    return f"{found}: that is {other.name}, and the rows of one file must have one format; put them into another file"
 
 
 def _is_trained(row: Mapping[str, Any]) -> bool:
@@ -179,14 +223,26 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
     return {**{key: value for key, value in row.items() if key not in taken}, **renamed}
 
 
-_QUESTION_WORDS = ("question", "query", "instruction", "input", "prompt", "problem", "user", "text")
-_ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assistant", "target", "reply")
-
-
 def _propose_columns(row: Mapping[str, Any]) -> str:
+    """Return a mapping of a row's keys that would make it a conversation, or a pair, by the names of its keys."""
     keys = [str(key) for key in row]
-    question = next((key for word in _QUESTION_WORDS for key in keys if word in key.lower()), "QUESTION_KEY")
-    answer = next(
-        (key for word in _ANSWER_WORDS for key in keys if word in key.lower() and key != question), "ANSWER_KEY"
-    )
-    return f"{{prompt: {question}, completion: {answer}}}"
+    if turns := next((key for key in keys if _holds_turns(row[key])), None):
+        return f"{{messages: {turns}}}"
+    rejected = next((key for key in keys if "rejected" in key.lower()), None)
+    chosen = next((key for key in keys if "chosen" in key.lower()), None)
+    question = find_question_key({key: row[key] for key in row if key not in (chosen, rejected)}, "QUESTION_KEY")
+    answer = find_answer_key({key: row[key] for key in row if key != rejected}, question, "ANSWER_KEY")
+    system = [f"system: {key}" for key in keys if key.lower() in _SYSTEM_NAMES]
+    if rejected is None:
+        answers = [f"completion: {answer}"]
+    else:
+        answers = [f"chosen: {chosen or answer}", f"rejected: {rejected}"]
+    return f"{{{', '.join([*system, f'prompt: {question}', *answers])}}}"
+
+
+def _holds_turns(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from", "human"})
+
+
+_SYSTEM_NAMES = ("system_prompt", "system_message", "meta_instruction")

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.data.formats.messages import MARKS, THOUGHTS, RowError, is_empty
+from finetune.data.formats.messages import MARKS, ROLE_NAMES, THOUGHTS, RowError, is_empty
 
 # The keys under which a row holds messages.
 _LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _SHARED_KEYS = frozenset({"tool_calls", "function_call", "tool_call_id", *MARKS, *THOUGHTS})
 _MESSAGE_KEYS = {"role": _SHARED_KEYS | {"role", "content"}, "from": _SHARED_KEYS | {"from", "value"}}
-_TOOL_ROLES = ("tool", "function", "observation")
+_TOOL_ROLES = tuple(name for name, role in ROLE_NAMES.items() if role == "tool")
+# Marks of messages of these roles train nothing.
+_READ_ROLES = tuple(name for name, role in ROLE_NAMES.items() if role != "assistant")
 _CALL_KEYS = frozenset({"id", "index", "type", "name", "arguments", "function"})
+_PART_KEYS = frozenset({"type", "text", "value"})
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_ONLY = (
     "which cannot be trained: the model reads text only; leave the row out, or the key if the text stands without it"
@@ -69,14 +72,14 @@ def _list_message_keys(message: Mapping[str, Any], name: str, number: int, rende
     yield from (f"{name}.{key}" for key in others if not is_empty(message[key]))
     if len(message) > 2:
         _refuse_keys(message, f"message {number}" if name == "messages" else f"message {number} of {name}", rendered)
-        yield from _list_vain_marks(message, name, str(message.get(role)))
+        yield from _list_vain_marks(message, name, str(message.get(role)).lower())
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             yield from _list_call_keys(message[key], f"{name}.{key}")
     content = message.get("content")
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, Mapping)]
-        yield from (f"{name}.content.{key}" for part in parts for key in part.keys() - {"type", "text"})
+        yield from (f"{name}.content.{key}" for part in parts for key in part.keys() - _PART_KEYS)
 
 
 def _refuse_keys(message: Mapping[str, Any], where: str, rendered: Rendered) -> None:
@@ -93,7 +96,7 @@ def _refuse_keys(message: Mapping[str, Any], where: str, rendered: Rendered) -> 
 
 def _list_vain_marks(message: Mapping[str, Any], name: str, role: str) -> Iterator[str]:
     """Yield the marks that ask to train what only the assistant's messages can have."""
-    if role in ("user", "human", "system", *_TOOL_ROLES):
+    if role in _READ_ROLES:
         yield from (f"{name}.{key} of the {role}" for key in MARKS if message.get(key) in (1, "1", "true"))
 
 
@@ -103,6 +106,11 @@ def _list_call_keys(calls: object, name: str) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in call.keys() - _CALL_KEYS)
             if isinstance(call.get("function"), Mapping):
                 yield from (f"{name}.function.{key}" for key in call["function"].keys() - _CALL_KEYS)
+
+
+def describe_remarks(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """Return one sentence for each remark about how rows are read, with the number of rows."""
+    return tuple(f"{remark} ({count:,} {'row' if count == 1 else 'rows'})" for remark, count in sorted(counts.items()))
 
 
 def describe_unused(counts: Mapping[str, int]) -> tuple[str, ...]:

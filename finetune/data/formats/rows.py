@@ -1,10 +1,11 @@
 """The row that every format is read into, its hash and its checks."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from finetune.data.formats.messages import THOUGHTS, Message, RowError, check_order
+from finetune.data.formats.messages import THOUGHTS, Message, RowError
+from finetune.data.formats.turns import check_order, merge_pair, merge_turns
 from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import DataError, Place
 
@@ -17,7 +18,8 @@ class Row:
 
     `messages` is the whole conversation of a `conversation` or `labelled` row. It is the prompt of a `preference` row, whose two
     answers are `chosen` and `rejected`, and of a `prompt` row, whose reference answer is `answer`. `is_trained` is false where the
-    file marks the whole row as not trained. `unused` names the keys of the file's row that nothing reads.
+    file marks the whole row as not trained. `unused` names the keys of the file's row that nothing reads, `remarks` says what is
+    read in another way than it is written.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -30,6 +32,7 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     is_trained: bool = True
     unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 def hash_row(row: Row) -> bytes:
@@ -48,6 +51,18 @@ class TextSample:
     shape: RowShape
     row: dict[str, Any]
     token_ids: list[list[int]]
+
+
+def join_turns(row: Row) -> Row:
+    """Return a row whose turns of one speaker are joined, on both sides of a pair.
+
+    Raises:
+        RowError: turns cannot be joined.
+    """
+    if row.chosen and row.rejected:
+        messages, chosen, rejected = merge_pair(row.messages, row.chosen, row.rejected)
+        return replace(row, messages=messages, chosen=chosen, rejected=rejected)
+    return replace(row, messages=merge_turns(row.messages))
 
 
 def as_prompt(row: Row, place: Place) -> Row:
@@ -101,6 +116,7 @@ def check_marks(row: Row, shape: RowShape, train_on: TrainOn) -> None:
         messages = messages if train_on == "all" else []
     else:
         messages, reason = [*row.messages[-1:], *row.chosen, *row.rejected], "this method trains each answer"
+        messages = [message for message in messages if message["role"] == "assistant"]
     if shape != "prompt" and any("train" in message for message in messages):
         raise RowError(f"holds a message that is marked as not trained, but {reason}; remove the mark or the row")
 

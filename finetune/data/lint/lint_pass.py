@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from finetune.data.formats.row_keys import describe_unused
+from finetune.data.formats.row_keys import describe_remarks, describe_unused
 from finetune.data.formats.rows import Row, hash_row
 from finetune.data.languages import describe_language_change, describe_mixture, name_language
 from finetune.data.lint.findings import KINDS, Example, Finding, LintReport, LintRow, LintSettings, Split
@@ -49,11 +49,13 @@ class _Tally:
     sources: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
     unused: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
 
     def count_row(self, row: LintRow, found: Mapping[str, str], dropped: Set[str]) -> None:
         """Add a row; `found` maps its kinds of findings to their texts, `dropped` are the kinds that `--fix` leaves out."""
         self.rows += 1
         self.unused.update(row.row.unused)
+        self.remarks.update(row.row.remarks)
         self.tokens += row.tokens
         self.trained_tokens += row.trained_tokens
         self.sources[row.place.file] = self.sources.get(row.place.file, 0) + row.tokens
@@ -78,7 +80,7 @@ class _Tally:
             trained_tokens=self.trained_tokens,
             sources=self.sources,
             languages=dict(sorted(self.languages.items(), key=lambda item: -item[1])),
-            notes=describe_unused(self.unused),
+            notes=(*describe_unused(self.unused), *describe_remarks(self.remarks)),
         )
 
 

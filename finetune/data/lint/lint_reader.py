@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.encoding.rendering import ChatTemplate, Encoded, encode_conversations
 from finetune.data.encoding.spellings import encode_plain_texts
 from finetune.data.encoding.template import list_rendered_thoughts
-from finetune.data.formats.messages import Message, add_system
+from finetune.data.formats.messages import Message
 from finetune.data.formats.row_formats import Format, choose_format, read_row
 from finetune.data.formats.row_keys import Rendered
 from finetune.data.formats.rows import Row
+from finetune.data.formats.turns import add_system
 from finetune.data.lint.findings import LintRow, Split
 from finetune.data.reading.arrow_rows import RawRow
 from finetune.data.reading.sources import read_source
@@ -56,9 +57,12 @@ def _read_rows(
     entry: Format | None = None
     try:
         for place, raw in raw_rows:
+            if isinstance(raw, DataError):
+                yield _ReadRow(LintRow(place, split, fault=(raw.kind, raw.fault)))
+                continue
             try:
                 entry = entry or choose_format(settings.format, settings.columns, raw, place)
-                row = read_row(entry, settings.columns, raw, place, rendered)
+                row = read_row(entry, settings.columns, raw, place, rendered, merge_turns=settings.merge_turns)
             except DataError as error:
                 yield _ReadRow(LintRow(place, split, raw=raw, fault=(error.kind, error.fault)))
                 continue

@@ -15,8 +15,20 @@ import pyarrow.parquet
 
 from finetune.errors import DataError, Place
 
-RawRow = tuple[Place, dict[str, Any]]
+# A row with its place, or the error that says why it cannot be read.
+RawRow = tuple[Place, dict[str, Any] | DataError]
 _Reader = Callable[[Any], Any]
+
+
+def require_row(raw: dict[str, Any] | DataError) -> dict[str, Any]:
+    """Return a row, or raise the error that stands in its place.
+
+    Raises:
+        DataError: the row cannot be read.
+    """
+    if isinstance(raw, DataError):
+        raise raw
+    return raw
 
 
 def read_arrow(path: Path) -> Iterator[RawRow]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.data.reading.raw_files import describe_missing, has_known_ending, list_endings
 from finetune.data.settings import SplitName
 from finetune.errors import DataError, Place
@@ -60,8 +61,10 @@ def choose_files(path: Path, split: SplitName = "train") -> DataFiles:
     Raises:
         DataError: there is no data file.
     """
-    if any(sign in str(path) for sign in "*?[") and not path.exists():
-        root, found = _expand_glob(path)
+    if has_signs(path):
+        root, found = expand_pattern(path)
+        if not found:
+            raise DataError("matches no file", Place(str(path)))
     elif path.is_dir():
         root, found = path, sorted(entry for entry in path.rglob("*") if entry.is_file())
     else:
@@ -82,17 +85,6 @@ def choose_files(path: Path, split: SplitName = "train") -> DataFiles:
     taken = _choose_split(splits, root, split)
     left_out |= {file.relative_to(root).as_posix(): _name_split(splits[file]) for file in data if file not in taken}
     return DataFiles(taken, left_out)
-
-
-def _expand_glob(path: Path) -> tuple[Path, list[Path]]:
-    """Return the folder before the first sign of a glob, and the files that match, sorted."""
-    base = Path(path.anchor or ".")
-    parts = path.parts[1:] if path.anchor else path.parts
-    fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
-    found = sorted(entry for entry in base.glob("/".join(parts)) if entry.is_file())
-    if not found:
-        raise DataError("matches no file", Place(str(path)))
-    return base.joinpath(*parts[:fixed]), found
 
 
 def _describe_other(file: Path, root: Path) -> str | None:

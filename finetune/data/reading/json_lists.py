@@ -11,6 +11,7 @@ from finetune.errors import DataError, Place
 _DECODER = json.JSONDecoder()
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARACTERS = 1 << 20
+HUGE_NUMBER = "holds a number of more digits than Python reads (4,300); write it as text, or leave it out"
 
 
 class JsonList:
@@ -53,7 +54,11 @@ class JsonList:
 
     def _refuse_other_value(self) -> NoReturn:
         row = self._read_value()
-        hint = "; is it JSON lines? then name it .jsonl" if self._peek() else ""
+        lists = [key for key, value in row.items() if isinstance(value, list)] if isinstance(row, dict) else []
+        if self._peek():
+            hint = " and more after it; write each row into one line, or all rows into one list"
+        else:
+            hint = f"; its rows may be the list under {lists[0]!r}: write that list alone" if lists else ""
         raise DataError(f"must hold a list of rows; found {type(row).__name__}{hint}", Place(self._file))
 
     def _peek(self) -> str:
@@ -73,6 +78,8 @@ class JsonList:
                 raise DataError("is nested too deeply", Place(self._file)) from error
             except json.JSONDecodeError as error:
                 fault = error
+            except ValueError as error:
+                raise DataError(HUGE_NUMBER, Place(self._file, self._line)) from error
             # A value that reaches the end of the window, or breaks off there, may continue in the next lines.
             if fault is None and (end < len(self._text) or self._is_complete):
                 self._position = end
@@ -103,7 +110,11 @@ class JsonList:
         self._text = "".join(kept)
         return size > 0
 
+    @property
+    def _line(self) -> int:
+        return self._first_line + self._text.count("\n", 0, self._position)
+
     def _fail(self, reason: str) -> NoReturn:
-        line = self._first_line + self._text.count("\n", 0, self._position)
+        line = self._line
         column = self._position - self._text.rfind("\n", 0, self._position)
         raise DataError(f"broken JSON ({reason}, column {column})", Place(self._file, line))

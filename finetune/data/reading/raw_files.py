@@ -2,20 +2,22 @@
 
 import csv
 import difflib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from finetune.data.reading.arrow_rows import RawRow, read_arrow, read_parquet
-from finetune.data.reading.json_lists import JsonList
+from finetune.data.reading.json_lists import HUGE_NUMBER, JsonList
+from finetune.data.reading.text_lines import COMPRESSIONS, UTF8, NumberedLine, read_lines, read_lines_or_faults
 from finetune.errors import DataError, Place
 
 
-def read_file(path: Path) -> Iterator[RawRow]:
+def read_file(path: Path, encoding: str = UTF8) -> Iterator[RawRow]:
     """Yield the rows of a data file as `(place, row)`, such as `(Place("data/my.jsonl", 18), {...})`.
+
+    In place of a row that is broken stands the error that says so, where the rows after it can be read.
 
     Raises:
         DataError: the file is missing, empty, broken, or of an unknown kind.
@@ -23,17 +25,16 @@ def read_file(path: Path) -> Iterator[RawRow]:
     whole = Place(str(path))
     if not path.is_file():
         raise DataError(describe_missing(path), whole)
-    suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSIONS else path.suffix
-    kind = path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSIONS else path.suffix
-    reader = _READERS.get(kind.lower())
+    suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix
+    reader = _READERS.get(_find_kind(path))
     if reader is None:
         raise DataError(
             f"the ending {suffix or '(none)'} is not known; known are {', '.join(_READERS)}, the text kinds also with "
-            f"{' or '.join(_COMPRESSIONS)}",
+            f"{' or '.join(COMPRESSIONS)}",
             whole,
         )
     found = False
-    for row in reader(path):
+    for row in reader(path, encoding):
         found = True
         yield row
     if not found:
@@ -51,8 +52,13 @@ def describe_missing(path: Path) -> str:
 
 def has_known_ending(path: Path) -> bool:
     """Tell whether a file is of a kind that can be read, by its name."""
-    kind = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
-    return kind.suffix.lower() in _READERS
+    return _find_kind(path) in _READERS
+
+
+def _find_kind(path: Path) -> str:
+    """Return the ending that says how a file is written, without that of its compression."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return inner.suffix.lower()
 
 
 def list_endings() -> str:
@@ -60,91 +66,126 @@ def list_endings() -> str:
     return ", ".join(_READERS)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield `(number, line)` without holding the file in memory. Only a newline ends a line, as in an editor."""
-    offset = 0
+def _read_json(path: Path, encoding: str) -> Iterator[RawRow]:
+    """Yield the rows of a JSON list or of JSON lines, whichever the file holds; its name does not decide."""
+    lines = read_lines_or_faults(path, encoding)
+    head: list[NumberedLine] = []
+    for number, line in lines:
+        head.append((number, line))
+        if isinstance(line, DataError) or line.strip():
+            break
+    whole = itertools.chain(head, lines)
+    first = head[-1][1] if head else ""
+    if isinstance(first, str) and _begins_list(first, path):
+        yield from _read_json_list(path, whole)
+    else:
+        yield from _read_json_lines(path, whole)
+
+
+def _begins_list(first: str, path: Path) -> bool:
+    """Tell by its first line whether a file holds one list, or an object that takes several lines, and no JSON lines."""
+    if first.lstrip().startswith("["):
+        return True
+    if _find_kind(path) != ".json":
+        return False
     try:
-        compression = _COMPRESSIONS.get(path.suffix.lower())
-        with pyarrow.input_stream(str(path), compression=compression, buffer_size=1 << 20) as stream:
-            rest, number = b"", 0
-            while block := stream.read(1 << 20):
-                *lines, rest = (rest + block).split(b"\n")
-                for line in lines:
-                    number += 1
-                    yield number, _decode(line, path, number, offset)
-                    offset += len(line) + 1
-            if rest:
-                yield number + 1, _decode(rest, path, number + 1, offset)
-    except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
-        raise DataError(f"cannot be read ({error})", Place(str(path))) from error
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
-def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        fault = f"is not UTF-8 text (byte {offset + error.start}); save the file as UTF-8"
-        raise DataError(fault, Place(str(path), number)) from error
-
-
-def _read_text(path: Path) -> str:
-    return "\n".join(line for _, line in _read_lines(path))
-
-
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    for number, line in _read_lines(path):
-        if line.strip():
-            place = Place(str(path), number)
-            yield place, _check_object(_parse_json(line, place), place)
-
-
-def _read_json(path: Path) -> Iterator[RawRow]:
-    for number, row in enumerate(JsonList(path, _read_lines(path)).read(), 1):
+def _read_json_list(path: Path, lines: Iterator[NumberedLine]) -> Iterator[RawRow]:
+    for number, row in enumerate(JsonList(path, _refuse_faults(lines)).read(), 1):
         place = Place(str(path), number, "row")
         yield place, _check_object(row, place)
 
 
-def _read_text_file(path: Path) -> Iterator[RawRow]:
+def _refuse_faults(lines: Iterator[NumberedLine]) -> Iterator[tuple[int, str]]:
+    for number, line in lines:
+        if isinstance(line, DataError):
+            raise line
+        yield number, line
+
+
+def _read_json_lines(path: Path, lines: Iterator[NumberedLine]) -> Iterator[RawRow]:
+    for number, line in lines:
+        place = Place(str(path), number)
+        if isinstance(line, DataError):
+            yield place, line
+        elif line.strip():
+            yield place, _parse_json(line, place)
+
+
+def _read_text_file(path: Path, encoding: str) -> Iterator[RawRow]:
     """Yield the whole text file as one document."""
-    text = _read_text(path)
+    text = "\n".join(line for _, line in read_lines(path, encoding))
     if text.strip():
         yield Place(str(path), 1), {"text": text}
 
 
-def _parse_json(line: str, place: Place) -> Any:
+def _parse_json(line: str, place: Place) -> dict[str, Any] | DataError:
     try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise DataError("is nested too deeply", place) from error
+        return _check_object(json.loads(line), place)
+    except RecursionError:
+        return DataError("is nested too deeply", place)
     except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON ({error.msg}, column {error.colno})", place) from error
+        return DataError(f"broken JSON ({error.msg}, column {error.colno})", place)
+    except ValueError:
+        return DataError(HUGE_NUMBER, place)
 
 
-def _check_object(row: Any, place: Place) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"must be an object with keys; found {type(row).__name__}", place)
-    return row
+def _check_object(row: Any, place: Place) -> dict[str, Any] | DataError:
+    if isinstance(row, dict):
+        return row
+    return DataError(f"must be an object with keys; found {type(row).__name__}", place)
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    reader = csv.DictReader((line + "\n" for _, line in _read_lines(path)), strict=True)
-    try:
-        for row in reader:
-            place = Place(str(path), reader.line_num)
-            if None in row or None in row.values():
-                count = len(reader.fieldnames or [])
-                raise DataError(f"has another number of fields than the {count} of the first line", place)
-            yield place, dict(row)
-    except csv.Error as error:
-        raise DataError(f"broken CSV ({error})", Place(str(path), reader.line_num)) from error
+def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRow]:
+    # Python refuses cells above 131,072 characters; the limit is one for all readers of the process.
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = (line + "\n" for _, line in read_lines(path, encoding))
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
+    names: list[str] | None = None
+    while True:
+        place = Place(str(path), reader.line_num + 1)  # a row begins after the last line of the row before
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"broken CSV ({error})", place) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if names is None:
+            names = _read_names(cells, place)
+        elif len(cells) != len(names):
+            fault = (
+                f"has {len(cells)} fields where the first line has {len(names)}; quote cells that hold a {delimiter!r}"
+            )
+            yield place, DataError(fault, place)
+        else:
+            yield place, dict(zip(names, cells, strict=True))
 
 
-_COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
-_READERS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
+def _read_names(cells: Sequence[str], place: Place) -> list[str]:
+    if twice := sorted({name for name in cells if cells.count(name) > 1}):
+        raise DataError(f"names the column {twice[0]!r} twice; each column needs a name of its own", place)
+    return [name or "(unnamed)" for name in cells]
+
+
+def _read_tsv(path: Path, encoding: str) -> Iterator[RawRow]:
+    return _read_csv(path, encoding, "\t")
+
+
+_LONGEST_CELL = 2**31 - 1
+_READERS: Mapping[str, Callable[[Path, str], Iterator[RawRow]]] = {
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".csv": _read_csv,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".tsv": _read_tsv,
+    ".parquet": lambda path, _: read_parquet(path),
+    ".arrow": lambda path, _: read_arrow(path),
     ".txt": _read_text_file,
 }

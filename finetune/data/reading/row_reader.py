@@ -9,22 +9,25 @@ from typing import Any
 
 from finetune.data.encoding.gates import check_rows
 from finetune.data.encoding.row_encoder import SourceRow
-from finetune.data.formats.messages import RowError, add_system
-from finetune.data.formats.row_formats import Format, choose_format, describe_wrong_kind, read_row
-from finetune.data.formats.row_keys import Rendered, describe_unused
+from finetune.data.formats.messages import RowError
+from finetune.data.formats.row_formats import Format, choose_format, describe_label, describe_wrong_kind, read_row
+from finetune.data.formats.row_keys import Rendered, describe_remarks, describe_unused
 from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, hash_row
-from finetune.data.reading.sources import describe_sources, draw_rows, read_source
+from finetune.data.formats.turns import add_system
+from finetune.data.reading.sources import draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import DataError, Place
 
 _MOST_FAULTS = 1000
+BAD = "bad (data.bad_rows: drop)"
 
 
 class RowReader:
     """Reads the sources of a recipe as a stream of rows. The seed chooses the rows of a mixture.
 
     `rendered` says which thoughts the chat template renders, as `list_unused_keys` takes it. `unused` counts the rows that hold
-    a key that is not used, by the key.
+    a key that is not used, by the key, `remarks` those that are read in another way than they are written, by the remark.
+    `bad` holds the place and the fault of the first rows that are left out for a fault.
     `formats` maps each file to the format of its rows, `kinds` counts rows by kind, `left_out` counts rows by the reason why
     they are left out. `count` is the number of rows that were read and kept, `train_count` those of them for training.
     """
@@ -40,6 +43,8 @@ class RowReader:
         self.kinds: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
+        self.bad: list[tuple[Place, str]] = []
         self._missing = set(settings.columns.values())
         self.count = self.train_count = 0
 
@@ -57,8 +62,15 @@ class RowReader:
         faults: list[tuple[Place, str]] = []
         for entry, place, raw in self._read_raw(sources):
             try:
+                if entry is None or isinstance(raw, DataError):
+                    raise raw if isinstance(raw, DataError) else DataError("fits no format", place)
                 row = self._read_row(entry, raw, place)
             except DataError as error:
+                if self._settings.bad_rows == "drop":
+                    self.left_out[BAD] += 1
+                    if len(self.bad) < _MOST_FAULTS:
+                        self.bad.append((place, error.fault))
+                    continue
                 faults.append((place, error.fault))
                 if len(faults) >= _MOST_FAULTS:
                     break
@@ -73,8 +85,16 @@ class RowReader:
     def _read_row(self, entry: Format, raw: dict[str, Any], place: Place) -> Row:
         if self._missing:
             self._missing.difference_update(raw)
-        row = read_row(entry, self._settings.columns, self._substitute(raw), place, self._rendered)
+        row = read_row(
+            entry,
+            self._settings.columns,
+            self._substitute(raw),
+            place,
+            self._rendered,
+            merge_turns=self._settings.merge_turns,
+        )
         self.unused.update(row.unused)
+        self.remarks.update(row.remarks)
         if self._settings.shape != "prompt":
             self._check_shape(entry, row, place)
             return row
@@ -87,25 +107,37 @@ class RowReader:
             )
         return row
 
-    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format, Place, dict[str, Any]]]:
-        """Yield the rows that are drawn from each source, with their format and place."""
+    def _read_raw(self, sources: Sequence[Source]) -> Iterator[tuple[Format | None, Place, dict[str, Any] | DataError]]:
+        """Yield the rows that are drawn from each source, with their format (None where no row before fits one) and place."""
         for source, draw in zip(sources, draw_rows(sources, self._seed), strict=True):
             number = 0
             for name, rows in read_source(source):
-                entry = None
+                entry: Format | None = None
                 for place, raw in rows:
-                    entry = entry or self._choose_format(name, raw, place)
+                    if entry is None and not isinstance(raw, DataError):
+                        found = self._choose_format(name, raw, place)
+                        entry, raw = (None, found) if isinstance(found, DataError) else (found, raw)
                     if draw.taken is None or number in draw.taken:
                         yield entry, place, raw
                     number += 1
             if draw.taken is not None and number > len(draw.taken):
                 self.left_out[draw.note] += number - len(draw.taken)
 
-    def _choose_format(self, name: str, raw: dict[str, Any], place: Place) -> Format:
-        entry = choose_format(self._settings.format, self._settings.columns, raw, place)
+    def _choose_format(self, name: str, raw: dict[str, Any], place: Place) -> Format | DataError:
+        """Return the format of a file by its first row; or the error, where that row may be left out.
+
+        Raises:
+            DataError: the row fits no format, or one that the method cannot use.
+        """
+        try:
+            entry = choose_format(self._settings.format, self._settings.columns, raw, place)
+        except DataError as error:
+            if self._settings.bad_rows == "drop":
+                return error
+            raise
         self.formats[name] = entry.name
         if fault := describe_wrong_kind(entry, self._settings.shape):
-            raise DataError(fault, place)
+            raise DataError(fault + describe_label(raw, self._settings.shape), place)
         return entry
 
     def _check_shape(self, entry: Format, row: Row, place: Place) -> None:
@@ -153,10 +185,11 @@ class RowReader:
         return {key: fill(value) for key, value in raw.items()}
 
     def describe(self) -> tuple[str, ...]:
-        """Return sentences for the report: which files and keys are not used, how many rows are left out, and what pairs lose."""
-        notes = [*describe_sources((*self._settings.train, *self._settings.evaluation)), *describe_unused(self.unused)]
+        """Return sentences for the report: which keys are not used, how many rows are left out, and what pairs lose."""
+        notes = [*describe_unused(self.unused), *describe_remarks(self.remarks)]
         notes += [f"data.columns names the key {key!r}, which no row has" for key in sorted(self._missing)]
-        notes += [f"{count:,} rows are left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        left_out = sorted((reason, count) for reason, count in self.left_out.items() if reason != BAD)
+        notes += [f"{count:,} rows are left out: {reason}" for reason, count in left_out]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
             notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")

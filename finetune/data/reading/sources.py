@@ -31,7 +31,7 @@ def read_source(source: Source) -> Iterator[tuple[str, Iterator[RawRow]]]:
         yield _name_dataset(source.location), _read_dataset(source.location)
     else:
         for path in list_files(source.location, source.split):
-            yield str(path), read_file(path)
+            yield str(path), read_file(path, source.encoding)
 
 
 def describe_sources(sources: Iterable[Source]) -> tuple[str, ...]:
@@ -109,7 +109,12 @@ def _measure_rows(source: Source) -> list[int]:
     if not source.weight and not source.rows:
         return []
     rows = (row for _, part in read_source(source) for _, row in part)
-    return [_count_bytes(row.get("text", row)) if source.weigh_text else 1 for row in rows]
+    return [_measure_row(row) if source.weigh_text else 1 for row in rows]
+
+
+def _measure_row(row: Mapping[str, object] | DataError) -> int:
+    """Return the UTF-8 bytes of the text in a row; a row that cannot be read has none."""
+    return 0 if isinstance(row, DataError) else _count_bytes(row.get("text", row))
 
 
 def _count_bytes(value: object) -> int:

@@ -6,6 +6,7 @@ and CPO by `map` in their constructors. The kit disables both. The collator make
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ from datasets import Dataset
 
 from finetune.compat import copy_rows
 from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.errors import TrainingError
 from finetune.recipe.methods import Method, RowAdapter
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -33,6 +37,30 @@ def choose_rows(rows: Dataset, method: Method, seed: int) -> Dataset:
     if method.shuffles_once:
         chosen = chosen.shuffle(seed=seed)
     return copy_rows(PreparedRows, chosen) if method.maps_rows else chosen
+
+
+def leave_out_lone_row(rows: Dataset, method: Method, batch: int, use: str) -> Dataset:
+    """Return the rows without the last one, where it would be alone in the last batch and so be compared with itself.
+
+    `batch` is the number of rows in a batch, `use` what the rows are for.
+
+    Raises:
+        TrainingError: there is only one row.
+    """
+    if method.adapt_rows != "add_mismatched_answers" or len(rows) % batch != 1:
+        return rows
+    if len(rows) == 1:
+        raise TrainingError(
+            f"{method.name} compares each answer with another row's, and there is one row for {use}; add rows"
+        )
+    logger.info(
+        "1 of %s rows for %s is left out: %s compares the answers of a batch of %d, and this row would be alone in the last one",
+        f"{len(rows):,}",
+        use,
+        method.name,
+        batch,
+    )
+    return rows.select(range(len(rows) - 1))
 
 
 def make_collator(method: Method, pad_token: int) -> Collate | None:

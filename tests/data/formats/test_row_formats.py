@@ -91,7 +91,6 @@ def test_sharegpt_tool_calls_become_openai_ones():
         ({"messages": [{"role": "usr", "content": "Q"}, ANSWER]}, "did you mean 'user'"),
         ({"conversations": [{"from": "robot", "value": "Q"}]}, "'robot'; expected"),
         ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: "),
-        ({"prompt": "Q", "completion": "A", "label": "yes"}, "label is .*; expected true or false"),
         ({"text": ""}, "text is empty"),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "only text parts"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "half a character"),

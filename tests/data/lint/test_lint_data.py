@@ -61,7 +61,7 @@ def read(path):
         ({"messages": []}, "empty_text"),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "empty_text"),
         ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "empty_text"),
-        ({"messages": [{"role": "gpt", "content": "a"}]}, "unreadable"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "unreadable"),
         ({"messages": "hello"}, "unreadable"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "unreadable"),
         ({"other": 1}, "unreadable"),
@@ -83,10 +83,8 @@ def test_faults_of_the_reader_become_findings(lint, tmp_path, row, kind, positio
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.jsonl", b'{"prompt": "Why?", "completion": "Because it is."}\n{"prompt": \n'),
-        ("rows.jsonl", b"\xff\xfe\x00"),
         ("rows.jsonl", b""),
-        ("rows.json", b'{"a": 1}'),
+        ("rows.json", b'{\n"a": 1}'),
         ("rows.csv", b'prompt,completion\n"a'),
         ("rows.parquet", b"PAR1"),
         ("rows.jsonl.gz", gzip.compress(b"{}\n", mtime=0)[:-4]),
@@ -102,6 +100,15 @@ def test_broken_files_are_findings_that_name_the_file(lint, tmp_path, name, cont
     example = report.findings[0].examples[0]
     assert example.file == str(tmp_path / name)
     assert "what follows it was not read" in example.text
+
+
+def test_lines_after_a_broken_one_are_read(lint, tmp_path):
+    lines = [b'{"prompt": "Why?", "completion": "Because it is."}', b'{"prompt": ', b'{"a": "\xff"}', b"12"]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*lines, lines[0].replace(b"Why", b"How")]))
+    report = lint(tmp_path / "rows.jsonl", fixed=tmp_path / "fixed")
+    assert (report.rows, report.passed, report.left_out) == (5, 2, {"unreadable": 3})
+    assert [example.line for example in report.findings[0].examples] == [2, 3, 4]
+    assert len(read(tmp_path / "fixed" / "rows.jsonl")) == 2
 
 
 def test_rows_have_the_tokens_that_training_counts(tokenizer, shared):

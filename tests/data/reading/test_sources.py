@@ -10,6 +10,7 @@ from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.reading import json_lists
+from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.raw_files import read_file
 from finetune.data.reading.sources import draw_rows, hash_source, read_source
 from finetune.data.settings import DataSettings, HubDataset, Source
@@ -178,8 +179,12 @@ def test_a_json_list_is_read_a_row_at_a_time(tmp_path, monkeypatch, block):
         ('[{"a": 1},]', "line 1: broken JSON (Expecting value, column 11)"),
         ('[{"a": 1}', "line 2: broken JSON (Expecting ',' delimiter"),
         ('[{"a": 1}] x', "broken JSON (Extra data, column 12)"),
-        ('{"a": 1}\n{"a": 2}', "must hold a list of rows; found dict; is it JSON lines? then name it .jsonl"),
-        ("[12]", "row 1: must be an object with keys; found int"),
+        (
+            '{\n"a": 1}\n{"a": 2}',
+            "must hold a list of rows; found dict and more after it; write each row into one line",
+        ),
+        ('{\n"data": [{"a": 1}]}', "its rows may be the list under 'data'"),
+        ("12", "line 1: must be an object with keys; found int"),
         ("  \n", "the file is empty"),
         ("[]", "the file holds no rows"),
     ],
@@ -188,5 +193,5 @@ def test_broken_lists(tmp_path, monkeypatch, block, text, fault):
     monkeypatch.setattr(json_lists, "_BLOCK_CHARACTERS", block)
     (tmp_path / "rows.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError) as raised:
-        list(read_file(tmp_path / "rows.json"))
+        [require_row(row) for _, row in read_file(tmp_path / "rows.json")]
     assert fault in str(raised.value)

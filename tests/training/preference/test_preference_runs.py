@@ -91,7 +91,7 @@ TURN = {"role": "user", "content": "Q"}
             "chosen and rejected answer different prompts (they differ from a user message on)",
         ),
         ("kto", {"prompt": "Q", "completion": "A", "label": "yes"}, "label is"),
-        ("kto", {"prompt": "Q", "completion": "A", "label": 1}, "label is"),
+        ("kto", {"prompt": "Q", "completion": "A", "label": 2}, "label is"),
         ("reward", {**PAIR, "rejected": "A"}, "chosen and rejected are the same"),
     ],
 )
