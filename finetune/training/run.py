@@ -22,7 +22,7 @@ from finetune.training.journal.run_record import RunRecord, leave_nothing_before
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
-from finetune.training.result import write_result
+from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
@@ -48,6 +48,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         inputs = MethodInputs(setup.states, trained.judge)
         trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
         add_journal(trainer, resolved.output)
+        trainer.add_callback(CheckpointOrigin(setup))
         _check_rows(trainer, setup)
         describe_work(trainer, setup.splits.report)
         record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
