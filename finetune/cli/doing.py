@@ -39,7 +39,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
-    settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
+    settings = ExportSettings(
+        arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify, arguments.base_model
+    )
     verifier = None
     if not arguments.no_verify:  # importing the verifier loads libraries, which takes seconds
         from finetune.exporting.verify import LogitVerifier

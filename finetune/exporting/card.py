@@ -26,7 +26,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
 
 
 def _describe_origin(subject: Subject, report: ExportReport) -> str:
-    rows = [("chat template", subject.template.name)]
+    rows = [("chat template", subject.form.name)]
     lineage = subject.result.lineage
     if lineage is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"

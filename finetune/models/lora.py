@@ -1,22 +1,28 @@
 """Attach a LoRA adapter to a base model, and save it so that it fits the published weights."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from finetune.compat import complete_head
-from finetune.errors import TrainingError
+from finetune.errors import FinetuneError, TrainingError
 from finetune.files.json_files import read_json, write_json
+from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.sections import AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
 _PISSA = "pissa_niter_16"
+# Whole tables in an adapter's file.
+_TABLES = tuple(f"{table}.{kind}weight" for table in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
 # Embeddings of tokens that never occurred in training keep their small initial norm, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
@@ -62,6 +68,39 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     if not _has_language_head(model) and config.task_type != "SEQ_CLS":
         return _continue_without_head(model, config, folder)
     return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
+
+
+def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return a base model with a trained adapter applied live by PEFT, its tables enlarged where the adapter's are.
+
+    Raises:
+        FinetuneError: the adapter's configuration cannot be used, or PEFT refuses the adapter.
+    """
+    settings = read_adapter_config(folder)
+    rows = _count_rows(folder)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        config = LoraConfig.from_peft_type(**settings)
+        return PeftModel.from_pretrained(model, folder, config=config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
+
+
+@contextlib.contextmanager
+def disable_adapter(tuned: PeftModel) -> Iterator[None]:
+    """Run the base model without its adapter. PEFT warns that trained biases stay, which only makes the measured effect smaller."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        with tuned.disable_adapter():
+            yield
+
+
+def _count_rows(folder: Path) -> int:
+    """Return the most tokens that a table in an adapter's file has, or 0."""
+    with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:
+        tables = [name for name in file.keys() if name.endswith(_TABLES)]  # noqa: SIM118 - not a dict
+        return max((int(file.get_slice(name).get_shape()[0]) for name in tables), default=0)
 
 
 def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:

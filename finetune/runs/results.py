@@ -20,6 +20,7 @@ from finetune.runs.run_files import (
     LINEAGE_FILE,
     MODEL_FOLDER,
     PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
     SAMPLE_ROWS_FILE,
@@ -150,8 +151,12 @@ def open_result(path: Path) -> Result:
         raise FinetuneError(
             f"{path}: this run has not finished; resume it with `finetune train {path / RECIPE_FILE} --resume`{use}"
         )
+    inner = sorted(folder.parent.name for folder in path.glob(f"*/{PEFT_CONFIG_FILE}"))
+    hint = f"; it holds adapters in folders of their own, give one of them: {', '.join(inner[:8])}" if inner else ""
+    if (path / PEFT_WEIGHTS_FILE).is_file():
+        hint = f"; it holds {PEFT_WEIGHTS_FILE}, and the {PEFT_CONFIG_FILE} that PEFT writes beside it is missing"
     raise FinetuneError(
-        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
+        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json){hint}"
     )
 
 
