@@ -21,6 +21,12 @@ from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
 _PISSA = "pissa_niter_16"
+# Tied tables are untied in an export; keys that PEFT does not know are checked there, too.
+_PEFT_WARNINGS = (
+    "Model has `tie_word_embeddings=True`",
+    "Unexpected keyword arguments",
+    "fan_in_fan_out is set to True",
+)
 # Whole tables in an adapter's file.
 _TABLES = tuple(f"{table}.{kind}weight" for table in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
 # Embeddings of tokens that never occurred in training keep their small initial norm, or were only decayed.
@@ -81,8 +87,11 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        config = LoraConfig.from_peft_type(**settings)
-        return PeftModel.from_pretrained(model, folder, config=config)
+        with warnings.catch_warnings():
+            for message in _PEFT_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            config = LoraConfig.from_peft_type(**settings)
+            return PeftModel.from_pretrained(model, folder, config=config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
 
