@@ -82,6 +82,16 @@ def check_template(result: Result, template: ChatTemplate) -> None:
         )
 
 
+def find_base_name(result: Result) -> str | None:
+    """Return the name of the first base checkpoint of a result, as its recipe or PEFT's configuration names it."""
+    lineage = result.lineage
+    if lineage is not None:
+        return lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint
+    content = read_json(result.folder / PEFT_CONFIG_FILE)
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
 def _find_peft_base(folder: Path, base_model: str | None) -> Path:
     """Find the base of an adapter that another tool wrote: the one that is given, or the one that its configuration names."""
     content = read_json(folder / PEFT_CONFIG_FILE)
