@@ -1,6 +1,6 @@
 """Check a recipe against the things that it names: methods, options, files, formats, templates. Never imports torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +10,13 @@ from finetune.check.data_section import check_data_section, find_file, resolve_s
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
+from finetune.check.trainer.trainer_section import check_trainer
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.resources import find_recipe, list_templates
-from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
-from finetune.recipe.methods import METHODS, Method, name_methods
-from finetune.recipe.recipe_file import Draft, describe_unknown_key, draft_recipe
+from finetune.recipe.methods import METHODS, name_methods
+from finetune.recipe.recipe_file import Draft, draft_recipe
 from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
-from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
@@ -74,7 +73,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     if method is None:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
     else:
-        yield from _check_trainer(recipe.trainer, method)
+        yield from check_trainer(recipe.trainer, method, recipe.data)
         yield from check_shape(recipe.data, method)
         yield from check_batch(recipe.trainer, method)
         continues_adapter = earlier is not None and earlier.is_adapter
@@ -97,29 +96,6 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
-
-
-def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
-    options = read_trainer_options(method.config_module, method.config_class)
-    yield from list_batch_problems(trainer, method)
-    for key, value in trainer.items():
-        if key in KIT_OPTIONS:
-            continue
-        if key in method.owned:
-            yield f"trainer.{key}: {method.owned[key]}"
-        elif key not in options:
-            yield f"trainer.{key}: {describe_unknown_key(key, {*options, *KIT_OPTIONS} - set(method.owned))}"
-        elif key in method.words:
-            yield from _check_words(key, value, method.words[key])
-        elif expected := options[key].describe_mismatch(value):
-            yield f"trainer.{key}: must be {expected}; found {value!r}"
-
-
-def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]:
-    """Check an option that takes a word, or a list of words to combine several losses."""
-    for word in value if isinstance(value, list) else [value]:
-        if word not in known:
-            yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
 
 
 def _check_checkpoint(model: ModelSection) -> Iterator[str]:

@@ -145,6 +145,10 @@ KEYS: Mapping[str, str] = {
         "the effective batch size. Not for grpo, rloo, pretrain and anneal. `trainer: auto` sets this key alone."
     ),
     "trainer.global_batch": "The effective batch size in rows, over all processes. With trainer.auto: true the kit splits it into micro-batches.",
+    "trainer.early_stopping_patience": (
+        "Stop after so many evaluations in a row that are not better than the best one. Needs load_best_model_at_end: true and held-out "
+        "rows; trainer.metric_for_best_model names what is compared, the held-out loss by default."
+    ),
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."

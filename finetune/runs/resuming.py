@@ -39,6 +39,11 @@ def find_resume_point(recipe: Recipe, run: Path) -> str:
     if find_result_folder(run) is not None:
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
     check_same_recipe(saved, dump_recipe(recipe), "run")
+    if recipe.trainer.get("save_only_model"):
+        raise TrainingError(
+            f"{run}: its checkpoints hold no optimizer state (trainer.save_only_model: true), so training would begin anew from their "
+            "weights; use a checkpoint as it is, or start again without this key"
+        )
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None:
         raise TrainingError(

@@ -20,7 +20,7 @@ from finetune.training.journal.answers import AnswerSheet, is_sharded
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.run_record import RunRecord, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
+from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch, warn_of_positions
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
@@ -98,7 +98,9 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
     report, method = setup.splits.report, setup.resolved.method
     if method.is_pretraining:
         check_packed_batch(trainer)
-    elif not method.is_online:  # an online method has no answers to check yet
+    else:
+        warn_of_positions(trainer, setup.splits.train)
+    if not method.is_pretraining and not method.is_online:  # an online method has no answers to check yet
         # A text that was split, or an answer that was cut as the recipe allows, may lack its stop token.
         may_lack_stops = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)
