@@ -13,7 +13,9 @@ from finetune.check.reward_section import check_rewards
 from finetune.check.trainer.trainer_section import check_trainer
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.files.resources import find_recipe, list_templates
+from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.methods import METHODS, name_methods
 from finetune.recipe.recipe_file import Draft, draft_recipe
 from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
@@ -47,6 +49,8 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
     """
     try:
         earlier = find_earlier(draft.recipe.model.checkpoint)
+        if earlier is not None and earlier.is_adapter:
+            read_adapter_config(earlier.folder)
     except FinetuneError as error:
         earlier, draft = None, draft.add_problems(f"model.checkpoint: {error}")
     if earlier is not None:
@@ -92,6 +96,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     elif method is not None and recipe.rewards != RewardsSection():
         online = name_methods(lambda other: other.is_online)
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
+    if str(expand_home(recipe.output)).startswith("~"):
+        yield f"output: there is no user of this name; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
@@ -103,7 +109,7 @@ def _check_checkpoint(model: ModelSection) -> Iterator[str]:
     row = find_alias(name)
     if model.architecture == "native" and row is not None and row.architecture == "llama":
         yield f"model.architecture: {name} is published as Llama weights, so it cannot be trained as native; remove this key"
-    if Path(name).expanduser().is_dir() or row or is_hub_id(name):
+    if expand_home(name).is_dir() or row or is_hub_id(name):
         return
     if name.startswith((".", "/", "~")):
         yield f"model.checkpoint: there is no folder {name}"
@@ -125,13 +131,13 @@ def settle_recipe(draft: Draft) -> Recipe:
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(find_file(recipe.data.template, folder)))
-    model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
+    model, checkpoint = recipe.model, expand_home(recipe.model.checkpoint)
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
     judge = recipe.rewards.judge
     if judge.run:
-        judge = replace(judge, run=str(Path(judge.run).expanduser().resolve()))
-    output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
+        judge = replace(judge, run=str(expand_home(judge.run).resolve()))
+    output = expand_home(recipe.output) if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]
     trainer = settle_trainer(recipe.trainer, recipe.adapter, method)
     rewards = replace(recipe.rewards, judge=judge)

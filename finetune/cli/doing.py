@@ -39,15 +39,14 @@ def run_export(arguments: argparse.Namespace) -> int:
     from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
-    settings = ExportSettings(
-        arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify, arguments.base_model
-    )
+    settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
     verifier = None
     if not arguments.no_verify:  # importing the verifier loads libraries, which takes seconds
         from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
-    report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
+    result = open_result(arguments.result)
+    report = export_result(result, arguments.output, settings, verifier, base_model=arguments.base_model)
     return print_result(arguments, to_json(report), describe_export(report))
 
 

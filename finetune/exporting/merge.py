@@ -26,9 +26,16 @@ if TYPE_CHECKING:  # an export without a comparison need not load the model libr
 
 
 def export_result(
-    result: Result, output: Path, settings: ExportSettings, verifier: LogitVerifier | None = None
+    result: Result,
+    output: Path,
+    settings: ExportSettings,
+    verifier: LogitVerifier | None = None,
+    *,
+    base_model: str | None = None,
 ) -> ExportReport:
     """Write a result as a Llama folder; with a verifier, reopen it and compare.
+
+    `base_model` names the base of an adapter where it is not where the adapter's own records say.
 
     Raises:
         ExportError: the adapter does not fit its base, or the export is not what was trained; no output is left.
@@ -37,7 +44,7 @@ def export_result(
     """
     started = time.monotonic()
     check_output_free(output)
-    subject = open_subject(result, settings.base_model)
+    subject = open_subject(result, base_model)
     _check_base(subject, settings, verifier is not None)
     # Before the models are run: an adapter, a template or a tokenizer that does not fit is then refused at once.
     _check_tokenizer(subject)

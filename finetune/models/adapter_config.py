@@ -45,7 +45,7 @@ def check_language_adapter(folder: Path, config: Mapping[str, Any]) -> None:
     """
     if config.get("task_type") not in _TASKS:
         raise ExportError(
-            f"{folder / PEFT_CONFIG_FILE}: task_type is {config['task_type']!r}; only adapters of language models (CAUSAL_LM) can be exported"
+            f"{folder / PEFT_CONFIG_FILE}: task_type is {config['task_type']!r}; only adapters of language models (CAUSAL_LM) can be used here"
         )
 
 

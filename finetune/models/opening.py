@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -14,6 +13,7 @@ from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
 from finetune.models.loading import load_base
 from finetune.models.lora import apply_adapter
 from finetune.models.precision import choose_device, choose_precision
@@ -86,7 +86,7 @@ def open_model(name: str) -> LoadedModel:
     Raises:
         FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir() and is_result(path):
         return open_trained(open_result(path))
     folder = as_llama(find_checkpoint(name))

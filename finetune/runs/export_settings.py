@@ -18,14 +18,13 @@ class ExportSettings:
     `dtype` is the dtype of its weights; `auto` takes that of the base checkpoint. `max_shard_size` limits each weight file. `base`
     is what the adapter of a quantized run is merged into: the base checkpoint as published (`full`), as it was quantized
     (`dequantized`), or the one with the lower held-out loss (`auto`). `verify` reopens the export and compares it with what was
-    trained. `base_model` names the base of an adapter, where it is not where the adapter's records say.
+    trained.
     """
 
     dtype: DtypeChoice = "auto"
     max_shard_size: str = "2GB"
     base: BaseChoice = "full"
     verify: bool = True
-    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist, before anything is opened.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.checkpoints.llama_checks import open_llama_tensors
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
@@ -10,7 +11,8 @@ from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
-from finetune.yulan.layout import find_architecture
+from finetune.yulan.layout import find_architecture, parse_native_config, read_config
+from finetune.yulan.tokenizer_files import holds_tokenizer
 
 
 def find_training_base(resolved: ResolvedRecipe) -> Path:
@@ -21,8 +23,25 @@ def find_training_base(resolved: ResolvedRecipe) -> Path:
     """
     model, earlier = resolved.recipe.model, resolved.earlier
     if earlier is None:
+        _check_trainable(find_checkpoint(model.checkpoint))
         return find_base_folder(model.checkpoint, model.architecture)
     return find_base(earlier) if earlier.is_adapter else find_base_folder(str(earlier.folder), model.architecture)
+
+
+def _check_trainable(folder: Path) -> None:
+    """Look at a checkpoint before it is folded or loaded, which takes minutes and gigabytes.
+
+    Raises:
+        CheckpointError: it has no tokenizer, its sizes contradict each other, or tensors are missing.
+    """
+    if not holds_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
+        )
+    if find_architecture(folder) == "llama":
+        open_llama_tensors(folder)
+    else:
+        parse_native_config(read_config(folder), folder)
 
 
 def find_base(result: Result, base_model: str | None = None) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finetune.data.formats.rows import TextSample
 from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, write_json
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.sections import TrainedArchitecture
@@ -125,7 +126,7 @@ def find_earlier(checkpoint: str) -> Result | None:
     Raises:
         FinetuneError: it is a run that has not finished.
     """
-    path = Path(checkpoint).expanduser()
+    path = expand_home(checkpoint)
     return open_result(path) if path.is_dir() and is_result(path) else None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
-from finetune.files.folders import check_output_free
+from finetune.files.folders import check_output_free, check_writable
 from finetune.files.json_files import read_json
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
@@ -21,6 +21,7 @@ def check_fresh_output(run: Path) -> None:
     Raises:
         OutputError: it is not empty, or is no folder.
     """
+    check_writable(run)
     try:
         check_output_free(run)
     except OutputError as error:

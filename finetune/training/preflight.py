@@ -132,11 +132,11 @@ def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, 
     yield ids, mask, labels
 
 
-def warn_of_positions(trainer: Trainer, rows: Dataset) -> None:
+def warn_of_positions(trainer: Trainer, rows: Dataset, *, writes_answers: bool) -> None:
     """Warn of rows, or of prompts with their longest answers, that are longer than the positions of the base model."""
     positions = getattr(trainer.model.config, "max_position_embeddings", None)
     longest = max(_measure_lengths(rows), default=0)
-    answer = getattr(trainer.args, "max_completion_length", None) or 0 if "prompt" in rows.column_names else 0
+    answer = int(getattr(trainer.args, "max_completion_length", None) or 0) if writes_answers else 0
     if positions is None or longest + answer <= positions:
         return
     what = (

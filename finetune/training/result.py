@@ -48,7 +48,7 @@ def write_result(
     with write_folder(run / trained) as folder:
         if isinstance(model, PeftModel):
             save_adapter(model, folder, weights)
-            if recipe.adapter.init == "pissa":
+            if recipe.adapter.changes_base:
                 subtract_initial(folder, run / PISSA_START_FOLDER)
         else:
             model.save_pretrained(folder, state_dict=weights)
@@ -82,7 +82,7 @@ class CheckpointOrigin(TrainerCallback):
             rows = [SampleRow(ids, ids) for ids in _choose_prompts(setup)["input_ids"]]
         else:
             rows = _choose_sample_rows(setup.sample_rows)
-        if setup.resolved.recipe.adapter.init != "pissa":
+        if not setup.resolved.recipe.adapter.changes_base:
             _write_origin(checkpoint, setup, rows)
             return
         with write_folder(checkpoint / ADAPTER_FOLDER) as folder:

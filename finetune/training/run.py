@@ -99,7 +99,7 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
     if method.is_pretraining:
         check_packed_batch(trainer)
     else:
-        warn_of_positions(trainer, setup.splits.train)
+        warn_of_positions(trainer, setup.splits.train, writes_answers=method.is_online)
     if not method.is_pretraining and not method.is_online:  # an online method has no answers to check yet
         # A text that was split, or an answer that was cut as the recipe allows, may lack its stop token.
         may_lack_stops = "text" in report.formats.values() or report.train.answers_cut > 0

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -20,6 +19,7 @@ from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_pre
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
+from finetune.models.lora import raise_rate_of_b
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
 from finetune.recipe.batches import EARLY_STOPPING, KIT_OPTIONS
@@ -28,7 +28,7 @@ from finetune.recipe.recipe_file import BATCH, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.training.journal.progress import MetricsWriter, ProgressBar
+from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import check_optimizer, explain_refusal
 from finetune.training.preference.prepared_rows import (
@@ -96,6 +96,8 @@ def build_trainer(
         settle_reference(model, drop=resolved.adapter_starts_empty)
     if method.is_pretraining:
         set_up_pretraining(trainer, resolved.recipe, inputs.states)
+    elif (ratio := resolved.recipe.adapter.loraplus_ratio) is not None:
+        raise_rate_of_b(trainer, ratio)
     _set_callbacks(trainer, resolved, rewards)
     return trainer
 
@@ -122,7 +124,7 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
     if EARLY_STOPPING in resolved.recipe.trainer:
-        trainer.add_callback(EarlyStoppingCallback(int(resolved.recipe.trainer[EARLY_STOPPING])))
+        trainer.add_callback(EarlyStopping(int(resolved.recipe.trainer[EARLY_STOPPING])))
     if rewards is not None:
         trainer.add_callback(CompletionWriter(resolved.output, rewards))
         if trainer.args.shuffle_dataset:

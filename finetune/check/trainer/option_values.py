@@ -8,10 +8,10 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune.errors import describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.recipe.methods import Method
 
 
@@ -39,7 +39,6 @@ _RANGES: Mapping[str, Range] = {
             "gradient_accumulation_steps",
             "eval_accumulation_steps",
             "save_total_limit",
-            "num_generations",
             "num_generations_eval",
             "num_iterations",
             "max_completion_length",
@@ -51,7 +50,9 @@ _RANGES: Mapping[str, Range] = {
         ),
         _COUNT,
     ),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "temperature"), _POSITIVE),
+    **dict.fromkeys(
+        ("logging_steps", "eval_steps", "save_steps", "temperature", "repetition_penalty", "discopop_tau"), _POSITIVE
+    ),
     **dict.fromkeys(
         (
             "learning_rate",
@@ -68,10 +69,16 @@ _RANGES: Mapping[str, Range] = {
             "epsilon_high",
             "cpo_alpha",
             "rpo_alpha",
+            "simpo_gamma",
+            "desirable_weight",
+            "undesirable_weight",
+            "center_rewards_coefficient",
         ),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _MOMENT),
+    "num_generations": Range("at least 2, since answers to one prompt are compared", lambda value: value >= 2),
+    "ld_alpha": _SHARE,
     "label_smoothing": Range("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     "warmup_ratio": _SHARE,
     "min_p": _SHARE,
@@ -139,7 +146,7 @@ def list_word_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
     for key, value in trainer.items():
         if key in _WORDS and value not in _WORDS[key]:
             yield f"trainer.{key}: {value!r} is {describe_unknown_name(str(value), _WORDS[key])}"
-        if key in _FILES and isinstance(value, str) and not Path(value).expanduser().is_file():
+        if key in _FILES and isinstance(value, str) and not expand_home(value).is_file():
             yield f"trainer.{key}: there is no file {value}"
     for name in trainer.get("gradient_checkpointing_kwargs") or ():
         if name not in _CHECKPOINTING_KEYS:

@@ -49,8 +49,8 @@ def _check_best(trainer: Mapping[str, object], data: DataSection) -> Iterator[st
         )
 
 
-def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]:
+def _check_words(key: str, value: object, known: Sequence[object]) -> Iterator[str]:
     """Check an option that takes a word, or a list of words to combine several losses."""
     for word in value if isinstance(value, list) else [value]:
         if word not in known:
-            yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
+            yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), [str(name) for name in known])}"
