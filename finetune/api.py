@@ -87,16 +87,19 @@ def export(
     max_shard_size: str = "2GB",
     base: BaseChoice = "full",
     verify: bool = True,
+    base_model: str | None = None,
 ) -> ExportReport:
     """Merge the adapter of a run, write Llama weights, reopen them and compare.
 
-    See `ExportSettings` for the options. `run` may also be an adapter folder that PEFT wrote.
+    See `ExportSettings` for the options. `run` may also be a checkpoint of a run, or an adapter folder that PEFT wrote, whose base
+    `base_model` names where it is not where the folder says.
 
     Raises:
         FinetuneError: the adapter does not fit its base, or the export is not what was trained; no output is left.
     """
     settings = ExportSettings(dtype, max_shard_size, base, verify)
-    return export_result(open_result(Path(run)), Path(output), settings, LogitVerifier() if verify else None)
+    verifier = LogitVerifier() if verify else None
+    return export_result(open_result(Path(run)), Path(output), settings, verifier, base_model=base_model)
 
 
 def fold(

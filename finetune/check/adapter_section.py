@@ -16,9 +16,9 @@ def check_adapter_section(adapter: AdapterSection, quantize: str) -> Iterator[st
             yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora, or quantize: none"
         return
     yield from _check_lora(adapter)
-    if adapter.init == "pissa" and quantize != "none":
+    if adapter.changes_base and quantize != "none":
         yield (
-            "adapter.init: pissa changes the base weights before step 1, which quantized weights do not allow; "
+            f"adapter.init: {adapter.init} changes the base weights before step 1, which quantized weights do not allow; "
             f"set model.quantize: none, or remove adapter.init; found model.quantize: {quantize}"
         )
 
@@ -39,5 +39,9 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
             yield f"adapter.targets: {target!r} is {describe_unknown_name(target, LINEAR_LAYERS)}; or all-linear alone"
     if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
         yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
-    if adapter.init == "pissa" and adapter.dora:
-        yield "adapter.dora: cannot be combined with adapter.init: pissa; remove one of the two"
+    if adapter.changes_base and adapter.dora:
+        yield f"adapter.dora: cannot be combined with adapter.init: {adapter.init}; remove one of the two"
+    if any(layer < 0 for layer in adapter.layers) or len(set(adapter.layers)) < len(adapter.layers):
+        yield f"adapter.layers: must be numbers of layers from 0 on, each once; found {list(adapter.layers)}"
+    if adapter.loraplus_ratio is not None and adapter.loraplus_ratio <= 0:
+        yield f"adapter.loraplus_ratio: must be above 0 (1 is plain LoRA, 4 to 16 are usual); found {adapter.loraplus_ratio}"

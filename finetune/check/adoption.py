@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from finetune.errors import ExportError
 from finetune.files.json_files import read_json
+from finetune.models.adapter_config import check_language_adapter, read_adapter_config
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import Draft
 from finetune.recipe.sections import LINEAR_LAYERS, Recipe
@@ -25,6 +27,7 @@ FORM_KEYS = (
     "adapter.dora",
     "adapter.train_tokens",
     "adapter.targets",
+    "adapter.layers",
     "model.quantize",
     "model.architecture",
     "model.max_positions",
@@ -79,6 +82,11 @@ def list_method_misfits(trained: str, method: str, name: str, key: str) -> Itera
 def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
     """Yield why a recipe cannot continue an earlier run, whatever its settings."""
     name = recipe.model.checkpoint
+    if earlier.lineage is None and earlier.is_adapter:
+        try:
+            check_language_adapter(earlier.folder, read_adapter_config(earlier.folder))
+        except ExportError as error:
+            yield f"model.checkpoint: {error}"
     if earlier.lineage is not None:
         yield from list_method_misfits(earlier.lineage.method, recipe.method, f"{name} is", "model.checkpoint")
     if earlier.is_adapter and recipe.adapter.trains_all_weights:
@@ -91,11 +99,11 @@ def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
 def read_stage_form(recipe: Recipe) -> Form:
     """Return the settings of the adapter that a stage of a chain will leave behind.
 
-    PiSSA's is saved as plain LoRA of twice the rank, with the same scale.
+    PiSSA's and OLoRA's are saved as plain LoRA of twice the rank, with the same scale.
     """
     form = {key: _look_up(recipe, key) for key in FORM_KEYS}
     adapter = recipe.adapter
-    if adapter.init == "pissa":
+    if adapter.changes_base:
         scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
         form |= {"adapter.rank": 2 * adapter.rank, "adapter.alpha": scale * 2 * adapter.rank, "adapter.rslora": False}
     return form
@@ -110,6 +118,7 @@ def read_form(earlier: Result) -> Form:
         "adapter.rslora": bool(config.get("use_rslora")),
         "adapter.dora": bool(config.get("use_dora")),
         "adapter.train_tokens": _read_tokens(config.get("trainable_token_indices")),
+        "adapter.layers": _read_layers(config.get("layers_to_transform")),
     }
     targets = config.get("target_modules")
     if isinstance(targets, list):
@@ -124,6 +133,10 @@ def _read_tokens(indices: Any) -> tuple[int, ...]:
     if isinstance(indices, dict):
         indices = next(iter(indices.values()), ())
     return tuple(indices or ())
+
+
+def _read_layers(layers: Any) -> tuple[int, ...]:
+    return (layers,) if isinstance(layers, int) else tuple(layers or ())
 
 
 def _name_targets(targets: Collection[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from finetune.check.data_section import find_file
 from finetune.check.preference_methods import check_continued_reference
 from finetune.check.recipes import list_problems, resolve_draft, resolve_names, settle_recipe
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.files.resources import find_recipe, list_templates
 from finetune.files.sizes import parse_size
 from finetune.recipe.methods import DEFAULT_METHOD, METHODS
@@ -84,7 +85,7 @@ class _ChainReader:
             if override.startswith("output="):
                 apply_override(self._content, override, self._problems)
         output = self._content.pop("output", None) or Path("runs", self._file.stem)
-        self._output = Path(str(output)).expanduser().resolve()
+        self._output = expand_home(str(output)).resolve()
         self._items = self._content.pop("stages")
 
     def read(self) -> Chain:

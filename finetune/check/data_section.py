@@ -9,6 +9,7 @@ from finetune.checkpoints.checkpoint_table import is_hub_id
 from finetune.data.formats.row_formats import FORMATS
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.files.resources import list_templates
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
@@ -97,7 +98,7 @@ def _check_template(template: str, folder: Path) -> Iterator[str]:
 
 def find_file(name: str, folder: Path) -> Path | None:
     """Return the file that a recipe names, or None: looked for in the recipe's folder first, then in the current folder."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     candidates = [path] if path.is_absolute() else [folder / path, path]
     return next((candidate.resolve() for candidate in candidates if _is_data(candidate)), None)
 
@@ -116,7 +117,7 @@ def _is_text_encoding(name: str) -> bool:
 def _suggest_file(name: str, folder: Path) -> str:
     if is_hub_id(name) and not Path(name).suffix:
         return f"; a data set of the hub is written {{hub: {name}}}"
-    path = Path(name).expanduser()
+    path = expand_home(name)
     for parent in dict.fromkeys([folder / path.parent, path.parent]):
         if parent.is_dir():
             names = [entry.name for entry in parent.iterdir() if entry.is_file()]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.files.folders import expand_home
 from finetune.recipe.methods import METHODS, Pretraining
 from finetune.recipe.sections import OptimizerSection, Recipe, ScheduleSection
 
@@ -19,6 +20,8 @@ def check_pretraining(recipe: Recipe, pretraining: Pretraining, folder: Path) ->
     The folder of an optimizer state is looked for in the recipe's folder, `folder`, first.
     """
     yield from _check_rows(recipe)
+    if recipe.adapter.loraplus_ratio is not None:
+        yield f"adapter.loraplus_ratio: has no effect on {recipe.method}, whose optimizer the section optimizer sets; remove it"
     resolved = resolve_pretraining(recipe, pretraining, folder)
     yield from _check_optimizer(recipe, resolved.optimizer.states)
     yield from _check_schedule(resolved.schedule, resolved.optimizer.states)
@@ -47,7 +50,7 @@ def _check_rows(recipe: Recipe) -> Iterator[str]:
 
 def _check_optimizer(recipe: Recipe, states: str) -> Iterator[str]:
     optimizer, is_fresh = recipe.optimizer, states == "fresh"
-    if not is_fresh and states != "published" and not Path(states).expanduser().is_dir():
+    if not is_fresh and states != "published" and not expand_home(states).is_dir():
         yield f"optimizer.states: there is no folder {states}; give a folder, or one of {', '.join(_STATES)}"
     if not is_fresh and recipe.model.architecture != "native":
         yield (
@@ -103,7 +106,7 @@ def resolve_pretraining(recipe: Recipe, pretraining: Pretraining, folder: Path) 
     if states == "auto":
         states = pretraining.states
     elif states not in _STATES:
-        candidates = (folder / Path(states).expanduser(), Path(states).expanduser())
+        candidates = (folder / expand_home(states), expand_home(states))
         states = next((str(path.resolve()) for path in candidates if path.is_dir()), states)
     optimizer = replace(recipe.optimizer, states=states)
     return replace(

@@ -1,6 +1,6 @@
 """Check a recipe against the things that it names: methods, options, files, formats, templates. Never imports torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +10,15 @@ from finetune.check.data_section import check_data_section, find_file, resolve_s
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
+from finetune.check.trainer.trainer_section import check_trainer
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
 from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.files.resources import find_recipe, list_templates
-from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
-from finetune.recipe.methods import METHODS, Method, name_methods
-from finetune.recipe.recipe_file import Draft, describe_unknown_key, draft_recipe
+from finetune.models.adapter_config import read_adapter_config
+from finetune.recipe.methods import METHODS, name_methods
+from finetune.recipe.recipe_file import Draft, draft_recipe
 from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
-from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
@@ -48,6 +49,8 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
     """
     try:
         earlier = find_earlier(draft.recipe.model.checkpoint)
+        if earlier is not None and earlier.is_adapter:
+            read_adapter_config(earlier.folder)
     except FinetuneError as error:
         earlier, draft = None, draft.add_problems(f"model.checkpoint: {error}")
     if earlier is not None:
@@ -74,7 +77,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     if method is None:
         yield f"method: {recipe.method!r} is {describe_unknown_name(recipe.method, METHODS)}"
     else:
-        yield from _check_trainer(recipe.trainer, method)
+        yield from check_trainer(recipe.trainer, method, recipe.data)
         yield from check_shape(recipe.data, method)
         yield from check_batch(recipe.trainer, method)
         continues_adapter = earlier is not None and earlier.is_adapter
@@ -93,33 +96,12 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     elif method is not None and recipe.rewards != RewardsSection():
         online = name_methods(lambda other: other.is_online)
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
+    if str(expand_home(recipe.output)).startswith("~"):
+        yield f"output: there is no user of this name; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
-
-
-def _check_trainer(trainer: Mapping[str, object], method: Method) -> Iterator[str]:
-    options = read_trainer_options(method.config_module, method.config_class)
-    yield from list_batch_problems(trainer, method)
-    for key, value in trainer.items():
-        if key in KIT_OPTIONS:
-            continue
-        if key in method.owned:
-            yield f"trainer.{key}: {method.owned[key]}"
-        elif key not in options:
-            yield f"trainer.{key}: {describe_unknown_key(key, {*options, *KIT_OPTIONS} - set(method.owned))}"
-        elif key in method.words:
-            yield from _check_words(key, value, method.words[key])
-        elif expected := options[key].describe_mismatch(value):
-            yield f"trainer.{key}: must be {expected}; found {value!r}"
-
-
-def _check_words(key: str, value: object, known: Sequence[str]) -> Iterator[str]:
-    """Check an option that takes a word, or a list of words to combine several losses."""
-    for word in value if isinstance(value, list) else [value]:
-        if word not in known:
-            yield f"trainer.{key}: {word!r} is {describe_unknown_name(str(word), known)}"
 
 
 def _check_checkpoint(model: ModelSection) -> Iterator[str]:
@@ -127,7 +109,7 @@ def _check_checkpoint(model: ModelSection) -> Iterator[str]:
     row = find_alias(name)
     if model.architecture == "native" and row is not None and row.architecture == "llama":
         yield f"model.architecture: {name} is published as Llama weights, so it cannot be trained as native; remove this key"
-    if Path(name).expanduser().is_dir() or row or is_hub_id(name):
+    if expand_home(name).is_dir() or row or is_hub_id(name):
         return
     if name.startswith((".", "/", "~")):
         yield f"model.checkpoint: there is no folder {name}"
@@ -149,13 +131,13 @@ def settle_recipe(draft: Draft) -> Recipe:
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():
         data = replace(data, template=str(find_file(recipe.data.template, folder)))
-    model, checkpoint = recipe.model, Path(recipe.model.checkpoint).expanduser()
+    model, checkpoint = recipe.model, expand_home(recipe.model.checkpoint)
     if checkpoint.is_dir() and find_alias(recipe.model.checkpoint) is None:  # an alias wins; ./base is the folder
         model = replace(model, checkpoint=str(checkpoint.resolve()))
     judge = recipe.rewards.judge
     if judge.run:
-        judge = replace(judge, run=str(Path(judge.run).expanduser().resolve()))
-    output = Path(recipe.output).expanduser() if recipe.output else Path("runs", draft.source.stem)
+        judge = replace(judge, run=str(expand_home(judge.run).resolve()))
+    output = expand_home(recipe.output) if recipe.output else Path("runs", draft.source.stem)
     method = METHODS[recipe.method]
     trainer = settle_trainer(recipe.trainer, recipe.adapter, method)
     rewards = replace(recipe.rewards, judge=judge)

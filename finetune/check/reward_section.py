@@ -5,10 +5,10 @@ been trained on the same base model.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import have_different_weights
 from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
 from finetune.files.resources import list_templates
 from finetune.recipe.methods import JUDGE_METHOD, Method
 from finetune.recipe.recipe_file import describe_unknown_key
@@ -62,7 +62,7 @@ def _check_judge(recipe: Recipe, earlier: Result | None) -> Iterator[str]:
         yield f"rewards.judge.run: is missing; name a finished run of method: {JUDGE_METHOD}"
         return
     try:
-        result = open_result(Path(judge.run).expanduser())
+        result = open_result(expand_home(judge.run))
     except FinetuneError as error:
         yield f"rewards.judge.run: {error}"
         return
@@ -86,8 +86,8 @@ def _check_borrowing(recipe: Recipe, result: Result) -> Iterator[str]:
             "adapter.kind: the judge uses the base model of this run, so training must not change it; set lora, or use "
             "rewards.rules alone"
         )
-    if recipe.adapter.init == "pissa":
-        yield "adapter.init: pissa changes the base model, which the judge uses too; remove this key"
+    if recipe.adapter.changes_base:
+        yield f"adapter.init: {recipe.adapter.init} changes the base model, which the judge uses too; remove this key"
     if recipe.model.architecture == "native":
         yield "model.architecture: the judge needs a base model of Llama weights; remove this key"
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases, split_hub_id
 from finetune.errors import CheckpointError, describe_unknown_name
 from finetune.files.cache import find_cache, hash_file, make_once
+from finetune.files.folders import expand_home
 from finetune.files.resources import find_demo_data
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.yulan.folding import fold_checkpoint
@@ -49,7 +50,7 @@ def find_checkpoint(name: str) -> Path:
         if entry.repository is None:
             raise CheckpointError(f"{name}: {entry.note}")
         return _download(entry.repository, None, name)
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if folder.is_dir():
         return folder.resolve()
     if is_hub_id(name) and not name.startswith((".", "/", "~")):
@@ -65,7 +66,7 @@ def find_states_folder(name: str) -> Path:
     Raises:
         CheckpointError: the checkpoint has no optimizer state, or it cannot be downloaded.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     entry = find_alias(name)
     if entry is not None and entry.repository is not None:
         folder = _download(entry.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))

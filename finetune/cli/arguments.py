@@ -122,6 +122,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         default="full",
         help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
     )
+    verb.add_argument(
+        "--base-model",
+        metavar="FOLDER_OR_HUB_ID",
+        help="the base of an adapter, where it has moved or the adapter names a quantized one",
+    )
     verb.add_argument("--no-verify", action="store_true", help="do not reopen the export and compare its logits")
 
 

@@ -45,7 +45,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
-    report = export_result(open_result(arguments.result), arguments.output, settings, verifier)
+    result = open_result(arguments.result)
+    report = export_result(result, arguments.output, settings, verifier, base_model=arguments.base_model)
     return print_result(arguments, to_json(report), describe_export(report))
 
 

@@ -1,11 +1,17 @@
 """Write the model card of an export: where it comes from, how close it is to what was trained, how to open it."""
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
+from finetune.checkpoints.checkpoint_table import CHECKPOINTS, find_alias, split_hub_id
 from finetune.exporting.merged import Subject
 from finetune.exporting.proof import BaseScores, Comparison, ExportReport
+from finetune.runs.lineage import find_base_name
+from finetune.yulan.layout import PUBLISHED_SIZES, read_config
 
+_FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
+_LICENCE = re.compile(r"^license: *([\w.+-]+) *$", re.MULTILINE)
 _BASE_NAMES = {"full": "full-precision", "dequantized": "dequantized"}
 
 
@@ -13,8 +19,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
     """Write `README.md` into an export."""
     text = "\n\n".join(
         [
-            "---\nlicense: mit\nlanguage: [en, zh]\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
-            "# YuLan-Mini, fine-tuned",
+            _describe_base(subject),
             _describe_origin(subject, report),
             *(["The adapter is empty: this export equals its base model."] if changes_nothing else []),
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
@@ -25,8 +30,54 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
 
 
+def _describe_base(subject: Subject) -> str:
+    """Return the front matter and the title: name and licence of the base, as far as they are known.
+
+    Source of YuLan-Mini's licence and languages: the authors' model card.
+    """
+    facts = ["pipeline_tag: text-generation", "library_name: transformers"]
+    if _is_yulan_mini(subject):
+        return "\n".join(["---", "license: mit", "language: [en, zh]", *facts, "---", "", "# YuLan-Mini, fine-tuned"])
+    name, licence = find_base_name(subject.result) or subject.base.name, _read_licence(subject.base)
+    lines = [
+        "---",
+        *([f"license: {licence}"] if licence else []),
+        *facts,
+        "---",
+        "",
+        f"# {Path(name).name}, fine-tuned",
+    ]
+    if licence is None:
+        lines += [
+            "",
+            "The base names no licence that could be read here; look at where it comes from before you pass this folder on.",
+        ]
+    return "\n".join(lines)
+
+
+def _is_yulan_mini(subject: Subject) -> bool:
+    """Tell whether the base is a published YuLan-Mini checkpoint: by its name, its architecture or all of its sizes."""
+    name = find_base_name(subject.result) or ""
+    repositories = {checkpoint.repository for checkpoint in CHECKPOINTS}
+    if find_alias(name) is not None or split_hub_id(name)[0] in repositories or subject.architecture == "yulanmini":
+        return True
+    config = read_config(subject.base)
+    return all(config.get(key) == PUBLISHED_SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers"))
+
+
+def _read_licence(base: Path) -> str | None:
+    """Return the licence that the base's own card names in its front matter, if there is one."""
+    card = base / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = _FRONT_MATTER.match(text)
+    found = _LICENCE.search(front[1]) if front else None
+    return found[1] if found else None
+
+
 def _describe_origin(subject: Subject, report: ExportReport) -> str:
-    rows = [("chat template", subject.template.name)]
+    rows = [("chat template", subject.form.name)]
     lineage = subject.result.lineage
     if lineage is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.encoding.template import list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer_file
-from finetune.files.json_files import write_json
+from finetune.errors import ExportError
+from finetune.files.json_files import read_json, write_json
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.tensors import name_dtype
-from finetune.yulan.tokenizer_files import copy_tokenizer
+from finetune.yulan.tokenizer_files import TEMPLATE_FILE, copy_tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
-    from finetune.exporting.merged import Subject
+    from finetune.exporting.merged import Merged, Subject
     from finetune.runs.results import Lineage
 
+logger = logging.getLogger(__name__)
+
+# Keys of a generation_config.json that say which program wrote it.
+_OF_THE_FILE = ("transformers_version", "_from_model_config")
 # These belong to how the base was stored, loaded or trained once, not to the exported weights. Training with gradient
 # checkpointing leaves `use_cache: false`, with which every new token would read the whole text again.
 _STALE_KEYS = (
@@ -34,40 +38,76 @@ _STALE_KEYS = (
 _DEFAULT_ROPE_THETA = 10_000.0
 
 
-def write_companions(folder: Path, subject: Subject, dtype: torch.dtype) -> None:
-    """Write configuration, tokenizer with the run's template, and the tokens that stop generation.
+def write_companions(folder: Path, subject: Subject, merged: Merged) -> None:
+    """Write configuration, tokenizer with its template, and the settings of generation with the tokens that stop it.
 
     The tokenizer's own `eos_token` stays the base's: templates and documents are written with it. It is one of the tokens
-    that both `config.json` and `generation_config.json` stop at.
+    that both `config.json` and `generation_config.json` stop at. Sampling settings of the base are kept.
     """
-    copy_tokenizer(subject.tokenizer_folder, folder, subject.template.source)
-    tokens = _list_special_tokens(folder, subject)
-    write_json(folder / "config.json", _describe_config(subject, dtype) | tokens)
-    write_json(folder / "generation_config.json", tokens)
+    form = subject.form
+    if form.tokenizer_folder is not None:
+        copy_tokenizer(form.tokenizer_folder, folder, form.source)
+        if form.source is None:
+            (folder / TEMPLATE_FILE).unlink(missing_ok=True)
+    tokens = _list_special_tokens(subject)
+    sampling = read_json(subject.base / "generation_config.json") or {}
+    sampling = {key: value for key, value in sampling.items() if key not in _OF_THE_FILE}
+    write_json(folder / "config.json", _describe_config(subject, merged) | tokens)
+    write_json(folder / "generation_config.json", sampling | tokens)
+    for file in sorted(subject.base.glob("LICEN[CS]E*")):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
-def _list_special_tokens(folder: Path, subject: Subject) -> dict[str, Any]:
-    tokenizer = load_tokenizer_file(folder)
-    stops = list_stop_tokens(tokenizer, subject.template)
-    end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": sorted({*stops, *([] if end_of_turn is None else [end_of_turn])}),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def check_vocabulary(subject: Subject, rows: int) -> None:
+    """Check that the tables have a row for every token of the tokenizer.
+
+    Raises:
+        ExportError: an adapter brings a tokenizer with more tokens. A base that has more is only warned of.
+    """
+    folder = subject.form.tokenizer_folder
+    if folder is None:
+        return
+    vocabulary = load_tokenizer_file(folder, needs_padding=False).get_vocab()
+    beyond = sorted((token, text) for text, token in vocabulary.items() if token >= rows)
+    if not beyond:
+        return
+    fault = (
+        f"{folder}: its tokenizer has {len(beyond)} tokens beyond the {rows:,} rows of the embedding table (first: {beyond[0][1]!r}, "
+        f"{beyond[0][0]}), with which the model would fail"
+    )
+    if folder != subject.base:
+        raise ExportError(
+            f"{fault}; train with the tables enlarged (modules_to_save: embed_tokens, lm_head), or remove the tokenizer files "
+            "from this folder to export with those of the base"
+        )
+    logger.warning("%s", fault)
 
 
-def _describe_config(subject: Subject, dtype: torch.dtype) -> dict[str, Any]:
+def _list_special_tokens(subject: Subject) -> dict[str, Any]:
+    """Return the ids of bos, pad and the stop tokens: those of the tokenizer, or of the base's configuration where it has none."""
+    form, stored = subject.form, read_config(subject.base)
+    stops = form.list_stops(subject.base)
+    bos, pad = stored.get("bos_token_id"), stored.get("pad_token_id")
+    if form.tokenizer_folder is not None:
+        tokenizer = load_tokenizer_file(form.tokenizer_folder, needs_padding=False)
+        bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": stops or None, "pad_token_id": pad}
+
+
+def _describe_config(subject: Subject, merged: Merged) -> dict[str, Any]:
     stored = read_config(subject.base)
     if subject.architecture == "yulanmini":
-        config = describe_llama_config(parse_native_config(stored, subject.base), dtype)
+        config = describe_llama_config(parse_native_config(stored, subject.base), merged.dtype)
     else:
         config = {key: value for key, value in stored.items() if key not in _STALE_KEYS}
         config |= {
             "architectures": ["LlamaForCausalLM"],
-            "dtype": name_dtype(dtype),
-            "torch_dtype": name_dtype(dtype),
+            "dtype": name_dtype(merged.dtype),
+            "torch_dtype": name_dtype(merged.dtype),
+            "tie_word_embeddings": merged.ties_head,
         }
+    config["vocab_size"] = merged.vocabulary
     lineage = subject.result.lineage
     if lineage is not None and lineage.max_positions is not None:
         config["max_position_embeddings"] = lineage.max_positions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
 from finetune.exporting.card import write_card
-from finetune.exporting.companions import write_companions
+from finetune.exporting.companions import check_vocabulary, write_companions
 from finetune.exporting.merged import Subject, open_merged, open_subject
 from finetune.exporting.proof import BaseKind, BaseScores, ExportReport
 from finetune.files.folders import check_output_free, write_folder
@@ -26,9 +26,16 @@ if TYPE_CHECKING:  # an export without a comparison need not load the model libr
 
 
 def export_result(
-    result: Result, output: Path, settings: ExportSettings, verifier: LogitVerifier | None = None
+    result: Result,
+    output: Path,
+    settings: ExportSettings,
+    verifier: LogitVerifier | None = None,
+    *,
+    base_model: str | None = None,
 ) -> ExportReport:
     """Write a result as a Llama folder; with a verifier, reopen it and compare.
+
+    `base_model` names the base of an adapter where it is not where the adapter's own records say.
 
     Raises:
         ExportError: the adapter does not fit its base, or the export is not what was trained; no output is left.
@@ -37,11 +44,12 @@ def export_result(
     """
     started = time.monotonic()
     check_output_free(output)
-    subject = open_subject(result)
+    subject = open_subject(result, base_model)
     _check_base(subject, settings, verifier is not None)
     # Before the models are run: an adapter, a template or a tokenizer that does not fit is then refused at once.
     _check_tokenizer(subject)
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
+    check_vocabulary(subject, merged.vocabulary)
     bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
@@ -49,7 +57,7 @@ def export_result(
         merged = replace(merged, quantize=subject.quantize)
     with write_folder(output) as folder:
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
-        write_companions(folder, subject, merged.dtype)
+        write_companions(folder, subject, merged)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
@@ -69,9 +77,8 @@ def _check_tokenizer(subject: Subject) -> None:
     Raises:
         FinetuneError: it is another template, or gives other tokens.
     """
-    _ = subject.template
-    if not has_files_of_base(subject.result, subject.base):
-        open_tokenizer(subject.result, subject.base)
+    if subject.form.tokenizer_folder is not None and not has_files_of_base(subject.result, subject.base):
+        open_tokenizer(subject.result, subject.base, needs_padding=subject.result.lineage is not None)
 
 
 def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:

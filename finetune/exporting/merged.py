@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.encoding.rendering import ChatTemplate
-from finetune.data.encoding.template import find_template
-from finetune.data.encoding.tokenizer import load_tokenizer_file
+from finetune.checkpoints.llama_checks import EMBEDDING, HEAD, is_tied, open_llama_tensors
 from finetune.errors import ExportError
-from finetune.exporting.adapter_changes import Adapter, read_adapter
-from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
+from finetune.exporting.adapters.adapter_changes import Adapter
+from finetune.exporting.adapters.adapter_reading import read_adapter
+from finetune.exporting.chat_form import ChatForm, find_chat_form
+from finetune.models.adapter_config import check_language_adapter, read_adapter_config
+from finetune.runs.lineage import find_base
 from finetune.runs.results import Result
 from finetune.yulan.folding import Fold, list_llama_tensors
-from finetune.yulan.layout import Architecture, find_architecture
+from finetune.yulan.layout import Architecture, find_architecture, read_config
 from finetune.yulan.shards import Piece, TensorSpec
-from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,15 @@ class Subject:
     result: Result
     base: Path
     architecture: Architecture
-    tokenizer_folder: Path
 
     @cached_property
-    def template(self) -> ChatTemplate:
-        """The chat template, after a check that the result was trained with it.
+    def form(self) -> ChatForm:
+        """Tokenizer, chat template and stop tokens, after a check that a run was trained with them.
 
         Raises:
-            TemplateError: the result was trained with another one.
+            TemplateError: the result was trained with another template.
         """
-        template = find_template("auto", load_tokenizer_file(self.tokenizer_folder))
-        check_template(self.result, template)
-        return template
+        return find_chat_form(self.result, self.base)
 
     @property
     def adapter(self) -> Path | None:
@@ -54,7 +52,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Merged:
-    """The tensors of an export, computed on demand and rounded once; a `RowSource`."""
+    """The tensors of an export, computed on demand and rounded once; a `RowSource`.
+
+    `ties_head`: the export's head is its embedding, as the base's is.
+    """
 
     tensors: TensorFolder
     specs: tuple[TensorSpec, ...]
@@ -63,35 +64,56 @@ class Merged:
     fold: Fold | None
     quantize: str
     quantized_dtype: torch.dtype
+    ties_head: bool
 
     @property
     def changes_nothing(self) -> bool:
         """Tell whether there is an adapter that has no effect."""
         return self.adapter is not None and self.adapter.is_empty
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens in the tables."""
+        return next(spec.shape[0] for spec in self.specs if spec.name == EMBEDDING)
+
     def find_stored_name(self, name: str) -> str:
         """Return the name of the base tensor from which an exported one is made."""
-        return self.fold.find_stored_name(name) if self.fold else name
+        if self.fold is not None:
+            return self.fold.find_stored_name(name)
+        return EMBEDDING if name == HEAD and HEAD not in self.tensors.entries else name
+
+    def find_change(self, name: str) -> str:
+        """Return the name of the change of an exported tensor: a head that stays tied has those of the embedding."""
+        return EMBEDDING if name == HEAD and self.ties_head else name
 
     def needs_whole(self, name: str) -> bool:
         """Tell whether a tensor can only be made whole, not row by row."""
-        stored = self.find_stored_name(name)
-        requantized = self.quantize != "none" and is_quantized(stored)
-        return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
+        requantized = self.quantize != "none" and is_quantized(name)
+        return requantized or (self.adapter is not None and self.adapter.needs_whole(self.find_change(name)))
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
         """Read rows of the base and return the exported rows."""
-        name = self.find_stored_name(piece.name)
-        rows = self.fold.read_rows(piece) if self.fold else self.tensors.read_rows(name, piece.start, piece.stop)
-        if self.quantize != "none" and is_quantized(name):
-            rows = requantize(rows, self.quantize, self.quantized_dtype)
-        if self.adapter is not None:
-            rows = self.adapter.merge_rows(name, piece.start, rows)
+        change = self.find_change(piece.name)
+        if self.adapter is not None and self.adapter.has_own_values(change):
+            rows = self.adapter.make_own_rows(change, piece.start, piece.stop)
+        else:
+            rows = self._read_rows(piece)
+            if self.adapter is not None:
+                rows = self.adapter.merge_rows(change, piece.start, rows)
         return self.fold.fold_rows(piece.name, rows, self.dtype) if self.fold else rows.to(self.dtype)
 
+    def _read_rows(self, piece: Piece) -> torch.Tensor:
+        if self.fold is not None:
+            rows = self.fold.read_rows(piece)
+        else:
+            rows = self.tensors.read_rows(self.find_stored_name(piece.name), piece.start, piece.stop)
+        if self.quantize != "none" and is_quantized(piece.name):
+            return requantize(rows, self.quantize, self.quantized_dtype)
+        return rows
 
-def open_subject(result: Result) -> Subject:
-    """Find the base, the architecture and the tokenizer of a result.
+
+def open_subject(result: Result, base_model: str | None = None) -> Subject:
+    """Find the base and the architecture of a result; `base_model` names the base of an adapter instead of its own records.
 
     Raises:
         ExportError: the base has changed since the training, or the result is a reward model.
@@ -101,8 +123,12 @@ def open_subject(result: Result) -> Subject:
             f"{result.folder}: is a reward model, and only language models can be exported. Use the "
             "run as it is: `finetune evaluate` measures it on pairs"
         )
-    base = find_base(result) if result.kind == "adapter" else result.folder
-    return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
+    if base_model is not None and not result.is_adapter:
+        raise ExportError(f"{result.folder}: all weights were trained, so it has no base model; leave --base-model out")
+    if result.is_adapter:  # before a base is looked for, which may be a download
+        check_language_adapter(result.folder, read_adapter_config(result.folder))
+    base = find_base(result, base_model) if result.is_adapter else result.folder
+    return Subject(result, base, find_architecture(base))
 
 
 def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
@@ -113,24 +139,41 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
         CheckpointError: the base cannot be read or folded.
     """
     fold = Fold.open(subject.base) if subject.architecture == "yulanmini" else None
-    tensors = fold.tensors if fold else open_tensors(subject.base)
-    chosen = tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else WEIGHT_DTYPES[dtype]
-    shapes = list_llama_tensors(fold.config) if fold else {name: tensors.shape(name) for name in tensors.names}
+    tensors = fold.tensors if fold else open_llama_tensors(subject.base)
+    chosen = tensors.dtype(EMBEDDING) if dtype == "auto" else WEIGHT_DTYPES[dtype]
+    # The parameters of the model that was trained: a tied head is one, and has no tensor of its own.
+    trained = {name: tensors.shape(name) for name in tensors.names}
+    trained.setdefault(HEAD, tensors.shape(EMBEDDING))
+    adapter = read_adapter(subject.adapter, tensors, trained) if subject.adapter else None
+    ties_head = _is_tied(subject, tensors) and not (adapter is not None and adapter.unties)
+    shapes = list_llama_tensors(fold.config) if fold else trained
+    if adapter is not None:
+        shapes = {name: adapter.find_shape(name, shape) for name, shape in shapes.items()}
+        if lost := sorted(set(adapter.changes) - set(shapes)):
+            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which has no counterpart in Llama weights")
     lineage = subject.result.lineage
-    merged = Merged(
+    return Merged(
         tensors=tensors,
-        specs=tuple(TensorSpec(name, shape, chosen) for name, shape in shapes.items()),
+        # A fold writes the head in any case, since its factors differ from those of the embedding.
+        specs=tuple(
+            TensorSpec(name, shape, chosen) for name, shape in shapes.items() if fold or not ties_head or name != HEAD
+        ),
         dtype=chosen,
-        adapter=read_adapter(subject.adapter, tensors) if subject.adapter else None,
+        adapter=adapter,
         fold=fold,
         quantize=subject.quantize if dequantized else "none",
         quantized_dtype=WEIGHT_DTYPES[lineage.dtype] if lineage else chosen,
+        ties_head=ties_head,
     )
-    if merged.adapter is not None:
-        reached = {merged.find_stored_name(spec.name) for spec in merged.specs}
-        if lost := sorted(set(merged.adapter.changes) - reached):
-            raise ExportError(f"{subject.adapter}: changes {lost[0]}, which has no counterpart in Llama weights")
-    return merged
+
+
+def _is_tied(subject: Subject, tensors: TensorFolder) -> bool:
+    """Tell whether the head of the base is its embedding. transformers keeps two tables that differ, whatever a configuration says."""
+    config = read_config(subject.base)
+    tied = is_tied(config) if subject.architecture == "llama" else HEAD not in tensors.entries
+    if not tied or HEAD not in tensors.entries:
+        return tied
+    return torch.equal(tensors.read(HEAD), tensors.read(EMBEDDING))
 
 
 # A quantized run trains on weights that were quantized and dequantized. These functions make them again, one tensor at a time.

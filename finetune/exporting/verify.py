@@ -20,11 +20,13 @@ from finetune.exporting.companion_checks import check_generation, compare_tokens
 from finetune.exporting.merged import Merged, Subject, is_quantized, requantize
 from finetune.exporting.proof import BaseKind, BaseScore, BaseScores, Comparison
 from finetune.models.loading import load_base
+from finetune.models.lora import apply_adapter, disable_adapter
 from finetune.models.opening import open_trained
 from finetune.models.precision import Precision, choose_device
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
-from finetune.runs.trained_tokens import make_bundled_samples
+from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples
+from finetune.yulan.layout import read_config
 from finetune.yulan.shards import Piece, list_pieces, run_pieces
 from finetune.yulan.tensors import WEIGHT_DTYPES, open_tensors
 
@@ -35,6 +37,7 @@ _FLOAT32_TOLERANCE = 1e-4
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
 _MOST_POSITIONS = 512  # 200 MB of logits where the vocabulary has 99,000 tokens
+_RANDOM_ROWS, _RANDOM_TOKENS = 8, 64
 _ROOM = 1.3  # memory for the weights and the logits of the longest row, in sizes of the weights
 
 
@@ -82,7 +85,7 @@ class LogitVerifier:
             ExportError: it is not what was trained.
         """
         compare_tensors(folder, merged)
-        check_generation(folder, subject.template)
+        check_generation(folder, subject)
         texts = compare_tokens(folder, subject)
         kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
         expected = self._run_expected(subject, kind)
@@ -108,9 +111,9 @@ class LogitVerifier:
             if subject.adapter is None:
                 self._expected[kind] = _Expected(_run_rows(model, rows), None)
             else:
-                tuned = PeftModel.from_pretrained(model, subject.adapter).eval()
+                tuned = apply_adapter(model, subject.adapter).eval()
                 output = _run_rows(tuned, rows)
-                with tuned.disable_adapter():
+                with disable_adapter(tuned):
                     self._expected[kind] = _Expected(output, _run_rows(tuned, rows).logits)
         return self._expected[kind]
 
@@ -150,11 +153,22 @@ def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _list_rows(subject: Subject) -> Sequence[SampleRow]:
-    """Return the sample rows of the run, or bundled rows for an adapter without any."""
+    """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
     if subject.result.rows:
         return subject.result.rows
-    samples = make_bundled_samples(load_tokenizer(subject.tokenizer_folder), subject.template)
-    return [SampleRow(side, side) for sample in samples for side in sample.token_ids]
+    form = subject.form
+    if form.tokenizer_folder is None:
+        generator = torch.Generator().manual_seed(0)
+        size = (_RANDOM_ROWS, _RANDOM_TOKENS)
+        rows = torch.randint(read_config(subject.base)["vocab_size"], size, generator=generator).tolist()
+    else:
+        tokenizer = load_tokenizer(form.tokenizer_folder, needs_padding=False)
+        if form.template is None:
+            rows = [ids for ids in encode_bundled_texts(tokenizer) if len(ids) > 1]
+        else:
+            samples = make_bundled_samples(tokenizer, form.template)
+            rows = [side for sample in samples for side in sample.token_ids]
+    return [SampleRow(ids, ids) for ids in rows]
 
 
 def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:

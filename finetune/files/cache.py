@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.errors import OutputError
+from finetune.files.folders import expand_home
 
 _HASH_CHUNK = 1 << 22
 
@@ -29,10 +30,10 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
 def find_cache() -> Path:
     """Return the folder for folds and fingerprints: `FINETUNE_CACHE`, or the system's own place for caches."""
     if chosen := os.environ.get("FINETUNE_CACHE"):
-        return Path(chosen).expanduser()
+        return expand_home(chosen)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "yulan-finetune"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "yulan-finetune"
+        return expand_home(os.environ.get("LOCALAPPDATA", "~")) / "yulan-finetune"
+    return expand_home(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "yulan-finetune"
 
 
 def hash_file(file: Path) -> str:

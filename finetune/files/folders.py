@@ -18,6 +18,37 @@ if sys.platform != "win32":
 _PARTIAL = ".partial"
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a leading `~` or `~user` replaced; one of a user who does not exist stays, and is then not found."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made at a path, by making and removing one in the nearest folder above that exists.
+
+    Raises:
+        OutputError: it cannot: no permission, no space, a file on the way, a name that is too long.
+    """
+    try:
+        parent = folder
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise OutputError(f"{folder}: cannot be made: {parent} is a file, not a folder; choose another output")
+        probe = Path(tempfile.mkdtemp(prefix=".finetune-", dir=parent))
+        try:
+            for part in folder.relative_to(parent).parts:  # a name may be too long only for this file system
+                (probe / part).mkdir()
+                (probe / part).rmdir()
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another output") from error
+
+
 def check_output_free(folder: Path) -> None:
     """Refuse an output path that is a file or a folder with content.
 

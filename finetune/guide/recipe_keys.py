@@ -11,7 +11,7 @@ import yaml
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
 from finetune.files.resources import list_templates
-from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH
+from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH, EARLY_STOPPING
 from finetune.recipe.key_texts import KEYS
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
@@ -99,6 +99,7 @@ def _list_trainer_keys() -> tuple[Key, ...]:
     return (
         _make_key(f"{TRAINER}.{AUTO}", "false", (TYPE_NAMES[bool],)),
         _make_key(f"{TRAINER}.{GLOBAL_BATCH}", str(DEFAULT_GLOBAL_BATCH), (TYPE_NAMES[int],)),
+        _make_key(f"{TRAINER}.{EARLY_STOPPING}", "", (TYPE_NAMES[int],)),
     )
 
 

@@ -1,22 +1,35 @@
 """Attach a LoRA adapter to a base model, and save it so that it fits the published weights."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from finetune.compat import complete_head
-from finetune.errors import TrainingError
+from finetune.errors import FinetuneError, TrainingError
 from finetune.files.json_files import read_json, write_json
-from finetune.recipe.sections import AdapterSection
+from finetune.models.adapter_config import read_adapter_config
+from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
-_PISSA = "pissa_niter_16"
+_INITS: Mapping[str, str | bool] = {"default": True, "pissa": "pissa_niter_16", "olora": "olora"}
+# Tied tables are untied in an export; keys that PEFT does not know are checked there, too.
+_PEFT_WARNINGS = (
+    "Model has `tie_word_embeddings=True`",
+    "Unexpected keyword arguments",
+    "fan_in_fan_out is set to True",
+)
+# Whole tables in an adapter's file.
+_TABLES = tuple(f"{table}.{kind}weight" for table in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
 # Embeddings of tokens that never occurred in training keep their small initial norm, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
@@ -25,13 +38,18 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     """Return the model with a fresh LoRA adapter in float32, or the model itself where all weights are trained.
 
     Raises:
-        TrainingError: `train_tokens` names a token outside the embedding table.
+        TrainingError: `train_tokens` names a token outside the embedding table, or `layers` a layer that is not there.
     """
     if section.trains_all_weights:
         return model
     rows = model.get_input_embeddings().weight.shape[0]
     if beyond := [token for token in section.train_tokens if token >= rows]:
         raise TrainingError(f"adapter.train_tokens: {beyond} lie outside the embedding table of {rows:,} tokens")
+    layers = model.config.num_hidden_layers
+    if beyond := [layer for layer in section.layers if layer >= layers]:
+        raise TrainingError(
+            f"adapter.layers: {beyond} lie outside the {layers} layers of the base model, 0 to {layers - 1}"
+        )
     tokens = list(section.train_tokens)
     config = LoraConfig(
         # SEQ_CLS makes PEFT train and save the whole new head of a reward model.
@@ -39,10 +57,12 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules="all-linear" if section.targets == ("all-linear",) else list(section.targets),
+        target_modules=_name_modules(section),
+        layers_to_transform=list(section.layers) or None,
+        layers_pattern="layers" if section.layers else None,
         use_rslora=section.rslora,
         use_dora=section.dora,
-        init_lora_weights=_PISSA if section.init == "pissa" else True,
+        init_lora_weights=_INITS[section.init],
         trainable_token_indices=dict.fromkeys(_list_tables(model), tokens) if tokens else None,
     )
     model.name_or_path = str(base)
@@ -50,6 +70,27 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     # TRL adds a second adapter of this configuration as its reference model, which must not change the base weights again.
     config.init_lora_weights = True
     return complete_head(tuned)
+
+
+def _name_modules(section: AdapterSection) -> str | list[str]:
+    if section.targets != ("all-linear",):
+        return list(section.targets)
+    return list(LINEAR_LAYERS) if section.layers else "all-linear"  # PEFT chooses layers only among names
+
+
+def raise_rate_of_b(trainer: Trainer, ratio: float) -> None:
+    """Let a trainer's optimizer train LoRA's B at `ratio` times the learning rate of A. Source: LoRA+ (arXiv 2402.12354)."""
+    config = trainer.args
+
+    def make(model: PeftModel, **_: object) -> torch.optim.Optimizer:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(config, model)
+        decay = config.weight_decay
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+            model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **options
+        )
+        return optimizer
+
+    trainer.optimizer_cls_and_kwargs = (lambda: make, {})
 
 
 def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Path) -> PeftModel:
@@ -64,6 +105,42 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
 
 
+def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return a base model with a trained adapter applied live by PEFT, its tables enlarged where the adapter's are.
+
+    Raises:
+        FinetuneError: the adapter's configuration cannot be used, or PEFT refuses the adapter.
+    """
+    settings = read_adapter_config(folder)
+    rows = _count_rows(folder)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        with warnings.catch_warnings():
+            for message in _PEFT_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            config = LoraConfig.from_peft_type(**settings)
+            return PeftModel.from_pretrained(model, folder, config=config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
+
+
+@contextlib.contextmanager
+def disable_adapter(tuned: PeftModel) -> Iterator[None]:
+    """Run the base model without its adapter. PEFT warns that trained biases stay, which only makes the measured effect smaller."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        with tuned.disable_adapter():
+            yield
+
+
+def _count_rows(folder: Path) -> int:
+    """Return the most tokens that a table in an adapter's file has, or 0."""
+    with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:
+        tables = [name for name in file.keys() if name.endswith(_TABLES)]  # noqa: SIM118 - not a dict
+        return max((int(file.get_slice(name).get_shape()[0]) for name in tables), default=0)
+
+
 def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
     config.task_type, config.inference_mode = "SEQ_CLS", False
     tokens = config.trainable_token_indices
@@ -71,7 +148,9 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
         config.trainable_token_indices = {name: rows for name, rows in tokens.items() if name != "lm_head"}
     tuned: PeftModel = get_peft_model(model, config)
     weights = {name: tensor for name, tensor in load_file(folder / PEFT_WEIGHTS_FILE).items() if "lm_head" not in name}
-    set_peft_model_state_dict(tuned, weights)
+    # PEFT sets the whole new head too, and fails where its values are not there; it keeps those that it has.
+    head = {name: tensor for name, tensor in get_peft_model_state_dict(tuned).items() if name.endswith("score.weight")}
+    set_peft_model_state_dict(tuned, {**weights, **head})
     return tuned
 
 

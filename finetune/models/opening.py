@@ -1,8 +1,8 @@
 """Open a run or a model for use, and generate answers with the template that it was trained with."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -13,13 +13,17 @@ from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
 from finetune.models.loading import load_base
+from finetune.models.lora import apply_adapter
 from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, is_result, open_result
 from finetune.runs.trained_tokens import check_trained_tokens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ def open_model(name: str) -> LoadedModel:
     Raises:
         FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir() and is_result(path):
         return open_trained(open_result(path))
     folder = as_llama(find_checkpoint(name))
     device = choose_device()
     model = load_base(folder, ModelSection(), choose_precision("auto", device, False), device)
-    return _complete(model, load_tokenizer(folder))
+    return _complete(model, load_tokenizer(folder, needs_padding=False))
 
 
 def open_trained(result: Result) -> LoadedModel:
@@ -114,16 +118,18 @@ def load_trained(result: Result) -> LoadedModel:
     device, lineage = choose_device(), result.lineage
     precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
     base = find_base(result) if result.is_adapter else result.folder
-    tokenizer = load_tokenizer(find_tokenizer_folder(result, base))
+    tokenizer = load_tokenizer(find_tokenizer_folder(result, base), needs_padding=lineage is not None)
     check_template(result, find_template("auto", tokenizer))
     check_trained_tokens(result, base, tokenizer)
     head: Head = "language" if result.method is None else result.method.head
     model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head)
     if result.is_adapter:
-        model = PeftModel.from_pretrained(model, result.folder)
+        model = apply_adapter(model, result.folder)
     return _complete(model, tokenizer)
 
 
 def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     template = find_template("auto", tokenizer)
+    for note in template.notes:
+        logger.warning("%s", note)
     return LoadedModel(model.eval(), tokenizer, template, tuple(list_stop_tokens(tokenizer, template)))

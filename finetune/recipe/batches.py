@@ -12,7 +12,8 @@ from finetune.recipe.sections import Recipe
 # Keys of the section trainer that belong to the kit and not to the trainer's configuration class. In the resolved recipe the
 # options that `auto` picks stand beside them.
 AUTO = "auto"
-KIT_OPTIONS = (AUTO, GLOBAL_BATCH)
+EARLY_STOPPING = "early_stopping_patience"
+KIT_OPTIONS = (AUTO, GLOBAL_BATCH, EARLY_STOPPING)
 DEFAULT_GLOBAL_BATCH = 32
 
 
@@ -38,6 +39,9 @@ def list_batch_problems(trainer: Mapping[str, object], method: Method) -> Iterat
         yield f"trainer.{AUTO}: must be true or false; found {is_auto!r}"
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         yield f"trainer.{GLOBAL_BATCH}: must be a whole number above 0; found {rows!r}"
+    patience = trainer.get(EARLY_STOPPING, 1)
+    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        yield f"trainer.{EARLY_STOPPING}: must be a whole number of evaluations above 0; found {patience!r}"
     if GLOBAL_BATCH in trainer and not is_auto:
         yield f"trainer.{GLOBAL_BATCH}: needs auto: true; set that, or set {BATCH} and {ACCUMULATION} instead"
     if is_auto is True and ACCUMULATION in trainer and BATCH not in trainer:

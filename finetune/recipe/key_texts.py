@@ -91,7 +91,11 @@ KEYS: Mapping[str, str] = {
     "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
         "default begins with an adapter that changes nothing; pissa begins with the leading singular vectors of the weights, and "
-        "is saved as plain LoRA of twice the rank."
+        "olora with their QR decomposition. Both are saved as plain LoRA of twice the rank."
+    ),
+    "adapter.layers": "The numbers of the layers that get an adapter, from 0 on, such as [20, 21, 22]; an empty list means all.",
+    "adapter.loraplus_ratio": (
+        "How much larger the learning rate of LoRA's B is than that of A, which trainer.learning_rate sets (LoRA+); null means equal."
     ),
     "adapter.train_tokens": (
         "Token ids whose rows of the embedding and of the output head are trained too, such as [104, 105, 106] for a base model "
@@ -151,6 +155,10 @@ KEYS: Mapping[str, str] = {
         "the effective batch size. Not for grpo, rloo, pretrain and anneal. `trainer: auto` sets this key alone."
     ),
     "trainer.global_batch": "The effective batch size in rows, over all processes. With trainer.auto: true the kit splits it into micro-batches.",
+    "trainer.early_stopping_patience": (
+        "Stop after so many evaluations in a row that are not better than the best one. Needs load_best_model_at_end: true and held-out "
+        "rows; trainer.metric_for_best_model names what is compared, the held-out loss by default. A resumed run counts anew."
+    ),
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."

@@ -57,7 +57,7 @@ class Method:
     shuffles_once: bool = False
     collator_class: str = ""
     scored_texts: int = 0
-    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    words: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     owned: Mapping[str, str] = field(default_factory=dict)
     pretraining: Pretraining | None = None
@@ -109,6 +109,16 @@ _F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence
 _PRETRAINING_DEFAULTS: Mapping[str, Any] = {**SHARED_DEFAULTS, "max_grad_norm": 1.0, "logging_steps": 10}
 
 
+# Source: `GRPOTrainer._compute_loss` of TRL 1.16.
+_ONLINE_WORDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "grpo": {
+        "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": ("group", "batch", "none", True, False),
+    }
+}
+
+
 def _make_online(name: str, owned: Mapping[str, str]) -> Method:
     """Return the row of an online method: its rows are prompts, and the model writes the answers."""
     return Method(
@@ -120,6 +130,7 @@ def _make_online(name: str, owned: Mapping[str, str]) -> Method:
         config_module=f"trl.trainer.{name}_config",
         config_class=f"{name.upper()}Config",
         has_reference=True,
+        words=_ONLINE_WORDS.get(name, {}),
         # One answer to each held-out prompt is enough for the mean reward; TRL's default is as many as in training.
         defaults={**SHARED_DEFAULTS, "num_generations_eval": 1},
         owned={**own(*REFERENCE_OPTIONS), **owned},

@@ -77,6 +77,7 @@ SHARED_OWNED: Mapping[str, str] = {
     "length_column_name": _PREPARES,
     "prediction_loss_only": _LOSSES,
     "include_for_metrics": _LOSSES,
+    "parallelism_config": "takes an object of accelerate, which a recipe cannot hold; launch with accelerate's own configuration instead",
     "batch_eval_metrics": _LOSSES,
     "logging_nan_inf_filter": "the log shows every loss as it is, so that a NaN is seen; remove this key",
     "do_train": "`finetune train` trains; remove this key",

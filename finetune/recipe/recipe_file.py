@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from finetune.errors import describe_unknown_name
+from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.overrides import read_override
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
@@ -151,8 +151,8 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
 
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
-    """Say that a key is unknown, with its nearest known key."""
-    return describe_unknown_name(key, known, "unknown key")
+    """Say that a key is unknown, with its name here where it is another tool's, or its nearest known key."""
+    return describe_unknown_option(key, known)
 
 
 class _MismatchError(Exception):

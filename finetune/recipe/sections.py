@@ -80,13 +80,20 @@ class AdapterSection:
     targets: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
     dora: bool = False
-    init: Literal["default", "pissa"] = "default"
+    init: Literal["default", "pissa", "olora"] = "default"
     train_tokens: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    loraplus_ratio: float | None = None
 
     @property
     def trains_all_weights(self) -> bool:
         """Whether there is no adapter."""
         return self.kind == "none"
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter begins with a part of the base weights, which are changed before step 1."""
+        return self.init in ("pissa", "olora")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.checkpoints.llama_checks import open_llama_tensors
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
@@ -10,7 +11,8 @@ from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
-from finetune.yulan.layout import find_architecture
+from finetune.yulan.layout import find_architecture, parse_native_config, read_config
+from finetune.yulan.tokenizer_files import holds_tokenizer
 
 
 def find_training_base(resolved: ResolvedRecipe) -> Path:
@@ -21,12 +23,29 @@ def find_training_base(resolved: ResolvedRecipe) -> Path:
     """
     model, earlier = resolved.recipe.model, resolved.earlier
     if earlier is None:
+        _check_trainable(find_checkpoint(model.checkpoint))
         return find_base_folder(model.checkpoint, model.architecture)
     return find_base(earlier) if earlier.is_adapter else find_base_folder(str(earlier.folder), model.architecture)
 
 
-def find_base(result: Result) -> Path:
-    """Find the folder of the base that an adapter was trained on, and check its content.
+def _check_trainable(folder: Path) -> None:
+    """Look at a checkpoint before it is folded or loaded, which takes minutes and gigabytes.
+
+    Raises:
+        CheckpointError: it has no tokenizer, its sizes contradict each other, or tensors are missing.
+    """
+    if not holds_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
+        )
+    if find_architecture(folder) == "llama":
+        open_llama_tensors(folder)
+    else:
+        parse_native_config(read_config(folder), folder)
+
+
+def find_base(result: Result, base_model: str | None = None) -> Path:
+    """Find the folder of the base that an adapter was trained on, and check its content; `base_model` names it instead.
 
     Raises:
         CheckpointError: the base cannot be found.
@@ -35,9 +54,11 @@ def find_base(result: Result) -> Path:
     lineage = result.lineage
     if lineage is None:
         # Not folded: PEFT trained this adapter on the folder as it is, in whatever architecture.
-        return find_checkpoint(_read_peft_base(result.folder))
+        return _find_peft_base(result.folder, base_model)
     base = Path(lineage.base)
-    if not base.is_dir():
+    if base_model is not None:
+        base = find_base_folder(base_model, lineage.architecture)
+    elif not base.is_dir():
         base = find_base_folder(lineage.checkpoint, lineage.architecture)
     found = fingerprint_checkpoint(base)
     if found != lineage.base_fingerprint:
@@ -80,10 +101,33 @@ def check_template(result: Result, template: ChatTemplate) -> None:
         )
 
 
-def _read_peft_base(folder: Path) -> str:
-    name = (read_json(folder / PEFT_CONFIG_FILE) or {}).get("base_model_name_or_path")
-    if not name:
+def find_base_name(result: Result) -> str | None:
+    """Return the name of the first base checkpoint of a result, as its recipe or PEFT's configuration names it."""
+    lineage = result.lineage
+    if lineage is not None:
+        return lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint
+    content = read_json(result.folder / PEFT_CONFIG_FILE)
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def _find_peft_base(folder: Path, base_model: str | None) -> Path:
+    """Find the base of an adapter that another tool wrote: the one that is given, or the one that its configuration names."""
+    content = read_json(folder / PEFT_CONFIG_FILE)
+    own = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    name = base_model or own
+    if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: does not name the base model of the adapter; set its base_model_name_or_path"
+            f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with --base-model"
         )
-    return str(name)
+    try:
+        base = find_checkpoint(name)
+        find_architecture(base)
+    except CheckpointError as error:
+        if base_model is not None:
+            raise
+        raise CheckpointError(
+            f"{folder}: its base model {name!r} cannot be used: {error}\nIf the base lies somewhere else, or the adapter was trained on "
+            "a quantized form of it, name the full-precision base with --base-model FOLDER_OR_HUB_ID"
+        ) from error
+    return base

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finetune.data.formats.rows import TextSample
 from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, write_json
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.sections import TrainedArchitecture
@@ -20,12 +21,15 @@ from finetune.runs.run_files import (
     LINEAGE_FILE,
     MODEL_FOLDER,
     PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
     SAMPLE_ROWS_FILE,
     TEXT_SAMPLES_FILE,
     find_result_folder,
+    is_checkpoint_of_run,
 )
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint, is_complete_checkpoint
 
 ResultKind = Literal["adapter", "model"]
 
@@ -113,7 +117,7 @@ def write_lineage(folder: Path, lineage: Lineage, rows: Sequence[SampleRow], tex
 def is_result(path: Path) -> bool:
     """Tell whether a path is a run directory or the folder of a result, rather than a checkpoint."""
     marks = (ADAPTER_FOLDER, MODEL_FOLDER, RECORD_FILE, PEFT_CONFIG_FILE, LINEAGE_FILE)
-    return any((path / name).exists() for name in marks)
+    return any((path / name).exists() for name in marks) or is_checkpoint_of_run(path)
 
 
 def find_earlier(checkpoint: str) -> Result | None:
@@ -122,18 +126,20 @@ def find_earlier(checkpoint: str) -> Result | None:
     Raises:
         FinetuneError: it is a run that has not finished.
     """
-    path = Path(checkpoint).expanduser()
+    path = expand_home(checkpoint)
     return open_result(path) if path.is_dir() and is_result(path) else None
 
 
 def open_result(path: Path) -> Result:
-    """Open a run directory, the folder of a result, or an adapter folder that PEFT wrote.
+    """Open a run directory, one of its checkpoints, the folder of a result, or an adapter folder that PEFT wrote.
 
     Raises:
-        FinetuneError: there is no finished result at that path.
+        FinetuneError: there is no finished result and no complete checkpoint at that path.
     """
     if not path.is_dir():
         raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
+    if is_checkpoint_of_run(path):
+        return _open_checkpoint(path)
     if (path / PEFT_CONFIG_FILE).is_file():
         return _open_folder(path, "adapter")
     if (path / LINEAGE_FILE).is_file():
@@ -141,12 +147,40 @@ def open_result(path: Path) -> Result:
     if (folder := find_result_folder(path)) is not None:
         return _open_folder(folder, "adapter" if folder.name == ADAPTER_FOLDER else "model")
     if (path / RECORD_FILE).is_file():
+        checkpoint = find_complete_checkpoint(path)
+        use = "" if checkpoint is None else f", or give its newest checkpoint instead, {checkpoint}"
         raise FinetuneError(
-            f"{path}: this run has not finished; resume it with `finetune train {path / RECIPE_FILE} --resume`"
+            f"{path}: this run has not finished; resume it with `finetune train {path / RECIPE_FILE} --resume`{use}"
         )
+    inner = sorted(folder.parent.name for folder in path.glob(f"*/{PEFT_CONFIG_FILE}"))
+    hint = f"; it holds adapters in folders of their own, give one of them: {', '.join(inner[:8])}" if inner else ""
+    if (path / PEFT_WEIGHTS_FILE).is_file():
+        hint = f"; it holds {PEFT_WEIGHTS_FILE}, and the {PEFT_CONFIG_FILE} that PEFT writes beside it is missing"
     raise FinetuneError(
-        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json)"
+        f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json){hint}"
     )
+
+
+def _open_checkpoint(path: Path) -> Result:
+    """Open a checkpoint of a run, which the run has completed with its lineage and its rows."""
+    if not is_complete_checkpoint(path):
+        raise FinetuneError(
+            f"{path}: this checkpoint is incomplete, its run was stopped while it wrote it; use another"
+        )
+    if (path / ADAPTER_FOLDER / LINEAGE_FILE).is_file():  # PiSSA's, as an adapter of the unchanged base
+        return _open_folder(path / ADAPTER_FOLDER, "adapter")
+    if not (path / LINEAGE_FILE).is_file():
+        raise FinetuneError(
+            f"{path}: lacks {LINEAGE_FILE}, which says how it was trained; the run was stopped while it wrote this checkpoint, or "
+            f"an earlier version of this kit wrote it. Finish the run with `finetune train {path.parent / RECIPE_FILE} --resume`"
+        )
+    has_adapter = (path / PEFT_CONFIG_FILE).is_file()
+    if not has_adapter and not (path / "config.json").is_file():
+        raise FinetuneError(
+            f"{path}: its weights are sharded over several processes; finish the run with `finetune train "
+            f"{path.parent / RECIPE_FILE} --resume`, and use the run"
+        )
+    return _open_folder(path, "adapter" if has_adapter else "model")
 
 
 def _open_folder(folder: Path, kind: ResultKind) -> Result:

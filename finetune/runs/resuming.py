@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
-from finetune.files.folders import check_output_free
+from finetune.files.folders import check_output_free, check_writable
 from finetune.files.json_files import read_json
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
@@ -21,6 +21,7 @@ def check_fresh_output(run: Path) -> None:
     Raises:
         OutputError: it is not empty, or is no folder.
     """
+    check_writable(run)
     try:
         check_output_free(run)
     except OutputError as error:
@@ -39,6 +40,11 @@ def find_resume_point(recipe: Recipe, run: Path) -> str:
     if find_result_folder(run) is not None:
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
     check_same_recipe(saved, dump_recipe(recipe), "run")
+    if recipe.trainer.get("save_only_model"):
+        raise TrainingError(
+            f"{run}: its checkpoints hold no optimizer state (trainer.save_only_model: true), so training would begin anew from their "
+            "weights; use a checkpoint as it is, or start again without this key"
+        )
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None:
         raise TrainingError(

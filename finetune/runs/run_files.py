@@ -28,3 +28,9 @@ def list_trainer_checkpoints(run: Path) -> list[Path]:
     """Return the folders `checkpoint-<step>` of a run, the newest first, complete or not."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")}
     return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))
+
+
+def is_checkpoint_of_run(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint `checkpoint-<step>` that a run of this kit wrote, complete or not."""
+    path = path.resolve()
+    return path in list_trainer_checkpoints(path.parent) and (path.parent / RECORD_FILE).is_file()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class RunSummary:
     """What a finished run reports; losses are nats per trained token, `tokens` counts all tokens that were seen.
 
-    Online methods also report the weighted sum of rewards, on the last logged batch and on held-out prompts.
+    Online methods also report the weighted sum of rewards, on the last logged batch and on held-out prompts. `best_step` is the step
+    whose weights were kept, and that the losses belong to, where it is not the last one. `warnings` are for a person.
     """
 
     run: str
@@ -18,6 +19,8 @@ class RunSummary:
     seconds: float
     train_reward: float | None = None
     eval_reward: float | None = None
+    best_step: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def describe_run(summary: RunSummary) -> str:
@@ -28,4 +31,7 @@ def describe_run(summary: RunSummary) -> str:
     for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):
         if reward is not None:
             facts.append(f"{name} {reward:.3f}")
-    return f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"
+    if summary.best_step is not None:
+        facts.append(f"weights and losses of step {summary.best_step}, the best one")
+    lines = [f"{summary.run}: {', '.join(facts)}, {summary.seconds:.0f} s"]
+    return "\n".join([*lines, *(f"warning: {text}" for text in summary.warnings)])

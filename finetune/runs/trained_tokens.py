@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.encoding.template import find_template
+from finetune.data.encoding.template import find_template, keep_template
 from finetune.data.encoding.text_samples import compare_samples, encode_header, encode_sample
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.row_formats import FORMATS, read_row
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 _BUNDLED_ROWS = 16
 
 
-def open_tokenizer(result: Result | None, base: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(result: Result | None, base: Path, *, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a result, or of the base where there is no result, and encode the stored rows anew.
 
     Raises:
         CheckpointError: it cannot be read, or gives other tokens than were trained.
     """
-    tokenizer = load_tokenizer(find_tokenizer_folder(result, base))
+    tokenizer = load_tokenizer(find_tokenizer_folder(result, base), needs_padding=needs_padding)
     if result is not None:
         check_trained_tokens(result, base, tokenizer)
     return tokenizer
@@ -54,9 +54,11 @@ def check_trained_tokens(result: Result, base: Path, tokenizer: PreTrainedTokeni
     Raises:
         CheckpointError: it gives other tokens.
     """
-    template, folder = find_template("auto", tokenizer), find_tokenizer_folder(result, base)
+    folder = find_tokenizer_folder(result, base)
     origin = _find_origin(result, base)
+    fault: object
     if result.texts:
+        template = find_template("auto", tokenizer)
         if fault := compare_samples(tokenizer, template, result.texts):
             raise CheckpointError(
                 f"{folder}: its tokenizer files do not give the tokens that were trained: {fault}; "
@@ -65,10 +67,10 @@ def check_trained_tokens(result: Result, base: Path, tokenizer: PreTrainedTokeni
         return
     if origin is None or has_files_of_base(result, base):
         return
-    theirs = load_tokenizer(origin)
+    theirs = load_tokenizer(origin, needs_padding=False)
     if result.rows:
-        _check_beginnings(result, origin, (tokenizer, theirs), template)
-    elif fault := compare_samples(tokenizer, template, make_bundled_samples(theirs, template)):
+        _check_beginnings(result, origin, (tokenizer, theirs), find_template("auto", tokenizer))
+    elif fault := _compare_with_base(tokenizer, theirs):
         raise CheckpointError(
             f"{folder}: its tokenizer files give other tokens than those of its base, and the folder does not say with which "
             f"the adapter was trained: {fault} (here the tokens of the base stand for the trained ones). With the base's, "
@@ -120,6 +122,22 @@ def _find_origin(result: Result, base: Path) -> Path | None:
     if not result.is_adapter:
         folder = Path(result.lineage.base) if result.lineage is not None else result.folder
     return folder if (folder / "tokenizer_config.json").is_file() else None
+
+
+def _compare_with_base(tokenizer: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> object:
+    """Compare the tokens of bundled rows, or of bundled texts where the template is not one that rows can be encoded with."""
+    template = keep_template(tokenizer).template
+    if template is not None:
+        return compare_samples(tokenizer, template, make_bundled_samples(theirs, template))
+    same = encode_bundled_texts(tokenizer) == encode_bundled_texts(theirs)
+    return None if same else "bundled texts become other tokens"
+
+
+def encode_bundled_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of the texts of bundled conversations, without any template."""
+    raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
+    rows = [read_row(FORMATS["messages"], {}, row, place) for place, row in raw]
+    return [list(tokenizer(message["content"])["input_ids"]) for row in rows for message in row.messages]
 
 
 def make_bundled_samples(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[TextSample]:

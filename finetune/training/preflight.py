@@ -3,6 +3,7 @@
 Every fault is an error: a run must not start that trains on nothing, never learns to stop, or dies at its first evaluation.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.packing import PackedRows
-from finetune.errors import TrainingError
+from finetune.errors import TrainingError, describe_unknown_name
 from finetune.training.journal.progress import PREFLIGHT
 
+logger = logging.getLogger(__name__)
+
+# What an evaluation also returns, and no checkpoint is chosen by.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens")
 BatchRow = tuple[list[int], list[int]]
 
 
@@ -66,7 +72,13 @@ def check_packed_batch(trainer: Trainer) -> None:
 def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     # Iterating draws random numbers, and the run must draw the same ones as without this check.
     with torch.random.fork_rng(devices=[]):
-        batch: dict[str, torch.Tensor] = next(iter(trainer.get_train_dataloader()))
+        batch: dict[str, torch.Tensor] | None = next(iter(trainer.get_train_dataloader()), None)
+    if batch is None:
+        size = trainer.args.per_device_train_batch_size * trainer.args.world_size
+        raise TrainingError(
+            f"trainer.dataloader_drop_last: {len(trainer.train_dataset)} rows fill no batch of {size}, so nothing would be trained; remove this "
+            "key, or lower trainer.per_device_train_batch_size"
+        )
     if not any((labels != IGNORED_LABEL).any() for _, _, labels in _list_texts(batch)):
         raise TrainingError("first batch: none of its tokens is trained; look at the rows with `finetune preview`")
     return batch
@@ -78,7 +90,7 @@ def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: P
             f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`"
         )
     bos = token_ids.count(tokenizer.bos_token_id)
-    if bos != 1 or token_ids[0] != tokenizer.bos_token_id:
+    if tokenizer.bos_token_id is not None and (bos != 1 or token_ids[0] != tokenizer.bos_token_id):
         raise TrainingError(
             f"{where}: must begin with {tokenizer.bos_token} and contain it once; found it {bos} times; "
             "remove it from the data, or from the template"
@@ -120,6 +132,27 @@ def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, 
     yield ids, mask, labels
 
 
+def warn_of_positions(trainer: Trainer, rows: Dataset, *, writes_answers: bool) -> None:
+    """Warn of rows, or of prompts with their longest answers, that are longer than the positions of the base model."""
+    positions = getattr(trainer.model.config, "max_position_embeddings", None)
+    longest = max(_measure_lengths(rows), default=0)
+    answer = int(getattr(trainer.args, "max_completion_length", None) or 0) if writes_answers else 0
+    if positions is None or longest + answer <= positions:
+        return
+    what = (
+        f"the longest row has {longest:,} tokens"
+        if not answer
+        else f"the longest prompt with an answer has {longest + answer:,} tokens"
+    )
+    logger.warning(
+        "%s, and the base model %s positions: it was never trained beyond them. Lower data.max_tokens%s, or raise model.max_positions "
+        "with model.rope_theta",
+        what,
+        f"{positions:,}",
+        " or trainer.max_completion_length" if answer else "",
+    )
+
+
 def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
     """Return the longest rows, as many as one evaluation step of all processes takes; packed rows are equally long."""
     size = args.per_device_eval_batch_size * args.world_size
@@ -136,6 +169,22 @@ def _measure_lengths(rows: Dataset) -> list[int]:
     answers = [rows[name] for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
     texts = zip(rows["prompt_ids"], *answers, strict=True)
     return [len(prompt) + max(map(len, sides)) for prompt, *sides in texts]
+
+
+def _check_best_metric(args: TrainingArguments, measured: Sequence[str]) -> None:
+    """Check that an evaluation measures what the best checkpoint is chosen by.
+
+    Raises:
+        TrainingError: it does not; the run would die at its first evaluation.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or not (args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST):
+        return
+    if wanted.removeprefix("eval_") not in measured:
+        known = [name for name in measured if name not in _SPEEDS]
+        raise TrainingError(
+            f"trainer.metric_for_best_model: {wanted!r} is {describe_unknown_name(wanted.removeprefix('eval_'), known)}"
+        )
 
 
 class EvaluationCheck(TrainerCallback):
@@ -162,7 +211,8 @@ class EvaluationCheck(TrainerCallback):
         self._trainer.eval_dataset = rows
         try:
             with torch.random.fork_rng(devices=[]):
-                self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
+                found = self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
+            _check_best_metric(args, [name.removeprefix(f"{PREFLIGHT}_") for name in found])
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"evaluation does not fit: a batch of the {len(rows)} longest held-out rows runs out of memory; "

@@ -1,18 +1,29 @@
-"""Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows."""
+"""Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows.
 
+Every checkpoint of the trainer gets the same files, so that it can be exported and used as the end of the run can.
+"""
+
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import write_folder
 from finetune.models.lora import save_adapter, subtract_initial
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
-from finetune.runs.run_files import ADAPTER_FOLDER, MODEL_FOLDER, PISSA_START_FOLDER
+from finetune.runs.run_files import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILE,
+    PISSA_START_FOLDER,
+)
 from finetune.training.journal.answers import answer_rows, is_sharded
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
@@ -37,18 +48,54 @@ def write_result(
     with write_folder(run / trained) as folder:
         if isinstance(model, PeftModel):
             save_adapter(model, folder, weights)
-            if recipe.adapter.init == "pissa":
+            if recipe.adapter.changes_base:
                 subtract_initial(folder, run / PISSA_START_FOLDER)
         else:
             model.save_pretrained(folder, state_dict=weights)
         if recipe.optimizer.save_states:
             save_states(folder, trainer.optimizer)
-        copy_tokenizer(setup.tokenizer_folder, folder, setup.template.source)
         rows = _choose_sample_rows(setup.sample_rows)
         if setup.resolved.method.is_online:
             rows = _answer_sample_rows(setup, model, trainer)
-        write_lineage(folder, _describe_lineage(setup), rows, setup.splits.samples)
+        _write_origin(folder, setup, rows)
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
+
+
+class CheckpointOrigin(TrainerCallback):
+    """Writes beside the weights of each checkpoint where they come from, and the tokenizer files as the run's result has them.
+
+    The trainer saves the tokenizer anew, which can change its tokens. PiSSA's factors belong to a changed base; a checkpoint keeps
+    them for resuming, and holds the equal adapter of the unchanged base in `adapter/`.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Complete the checkpoint that was just written."""
+        setup, run = self._setup, self._setup.resolved.output
+        checkpoint = run / f"checkpoint-{state.global_step}"
+        # Rotation may have removed it: the trainer keeps the best one instead where the limit is 1.
+        if not state.is_world_process_zero or not checkpoint.is_dir():
+            return
+        if setup.resolved.method.is_online:
+            rows = [SampleRow(ids, ids) for ids in _choose_prompts(setup)["input_ids"]]
+        else:
+            rows = _choose_sample_rows(setup.sample_rows)
+        if not setup.resolved.recipe.adapter.changes_base:
+            _write_origin(checkpoint, setup, rows)
+            return
+        with write_folder(checkpoint / ADAPTER_FOLDER) as folder:
+            for name in (PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE):
+                shutil.copyfile(checkpoint / name, folder / name)
+            subtract_initial(folder, run / PISSA_START_FOLDER)
+            _write_origin(folder, setup, rows)
+
+
+def _write_origin(folder: Path, setup: Setup, rows: Sequence[SampleRow]) -> None:
+    """Write the tokenizer files, the lineage and the sample rows beside trained weights."""
+    copy_tokenizer(setup.tokenizer_folder, folder, setup.template.source)
+    write_lineage(folder, _describe_lineage(setup), rows, setup.splits.samples)
 
 
 def _describe_lineage(setup: Setup) -> Lineage:
@@ -80,10 +127,14 @@ def _describe_lineage(setup: Setup) -> Lineage:
 
 def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
     """Return held-out prompts with the model's own answers, or the prompts alone where its weights are sharded."""
-    rows = setup.sample_rows.select(range(min(_ANSWERED_ROWS, len(setup.sample_rows))))
+    rows = _choose_prompts(setup)
     if is_sharded(trainer):
         return [SampleRow(ids, ids) for ids in rows["input_ids"]]
     return answer_rows(model, setup.tokenizer, list_stop_tokens(setup.tokenizer, setup.template), rows)
+
+
+def _choose_prompts(setup: Setup) -> Dataset:
+    return setup.sample_rows.select(range(min(_ANSWERED_ROWS, len(setup.sample_rows))))
 
 
 def _choose_sample_rows(rows: Dataset) -> list[SampleRow]:

@@ -20,9 +20,9 @@ from finetune.training.journal.answers import AnswerSheet, is_sharded
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.run_record import RunRecord, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
+from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch, warn_of_positions
 from finetune.training.pretraining.state_loading import save_states
-from finetune.training.result import write_result
+from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
@@ -48,6 +48,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         inputs = MethodInputs(setup.states, trained.judge)
         trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
         add_journal(trainer, resolved.output)
+        trainer.add_callback(CheckpointOrigin(setup))
         _check_rows(trainer, setup)
         describe_work(trainer, setup.splits.report)
         record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
@@ -97,7 +98,9 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
     report, method = setup.splits.report, setup.resolved.method
     if method.is_pretraining:
         check_packed_batch(trainer)
-    elif not method.is_online:  # an online method has no answers to check yet
+    else:
+        warn_of_positions(trainer, setup.splits.train, writes_answers=method.is_online)
+    if not method.is_pretraining and not method.is_online:  # an online method has no answers to check yet
         # A text that was split, or an answer that was cut as the recipe allows, may lack its stop token.
         may_lack_stops = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)

@@ -19,16 +19,18 @@ from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_pre
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
 from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
+from finetune.models.lora import raise_rate_of_b
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
-from finetune.recipe.batches import KIT_OPTIONS
+from finetune.recipe.batches import EARLY_STOPPING, KIT_OPTIONS
 from finetune.recipe.methods import Method
 from finetune.recipe.recipe_file import BATCH, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.training.journal.progress import MetricsWriter, ProgressBar
+from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.online import PromptOrder
+from finetune.training.option_trials import check_optimizer, explain_refusal
 from finetune.training.preference.prepared_rows import (
     adapt_collator,
     choose_rows,
@@ -39,6 +41,8 @@ from finetune.training.preference.watch import PreferenceWatch
 from finetune.training.pretraining.packed_training import PRETRAINING_OPTIONS, pack_splits, set_up_pretraining
 from finetune.yulan.states.optimizer_states import OptimizerStates
 
+# What TRL and transformers raise about their options. Other errors are faults of a program.
+_REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AssertionError)
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -81,8 +85,13 @@ def build_trainer(
             processing_class=tokenizer,
             **_list_rows(resolved, splits, tokenizer, rewards, config),
         )
-    except (ValueError, NotImplementedError) as error:
-        raise RecipeError("trainer", [str(error)]) from error
+    except _REFUSALS as error:
+        raise explain_refusal(error, resolved.recipe.trainer) from error
+    except Exception as error:
+        if not config.push_to_hub:
+            raise
+        fault = f"trainer.push_to_hub: the hub could not be prepared ({error}); log in with `hf auth login`, or remove this key"
+        raise RecipeError("trainer", [fault]) from error
     _restore_adapter(model, adapter_before)
     set_shared_type(trainer, precision.shared)
     if not method.collator_class:
@@ -91,6 +100,8 @@ def build_trainer(
         settle_reference(model, drop=resolved.adapter_starts_empty)
     if method.is_pretraining:
         set_up_pretraining(trainer, resolved.recipe, inputs.states)
+    elif (ratio := resolved.recipe.adapter.loraplus_ratio) is not None:
+        raise_rate_of_b(trainer, ratio)
     _set_callbacks(trainer, resolved, rewards)
     return trainer
 
@@ -116,6 +127,8 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
     trainer.remove_callback(PrinterCallback)
     if method.shape in ("pair", "labelled") and method.head == "language":
         trainer.add_callback(PreferenceWatch(method.has_reference))
+    if EARLY_STOPPING in resolved.recipe.trainer:
+        trainer.add_callback(EarlyStopping(int(resolved.recipe.trainer[EARLY_STOPPING])))
     if rewards is not None:
         trainer.add_callback(CompletionWriter(resolved.output, rewards))
         if trainer.args.shuffle_dataset:
@@ -155,8 +168,14 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     config_class = load_trainer_class(method.config_module, method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
-    except (ValueError, TypeError) as error:
-        raise RecipeError("trainer", [str(error)]) from error
+    except Exception as error:  # it only reads options, so whatever it raises is about one of them
+        raise explain_refusal(error, recipe.trainer) from error
+    check_optimizer(config, recipe.trainer)
+    if options.get("activation_offloading") and config.device.type == "cpu":
+        raise RecipeError(
+            "trainer",
+            ["trainer.activation_offloading: moves activations off a GPU, and there is none; remove this key"],
+        )
     let_cpu_shard(config)
     return config
 

@@ -120,6 +120,9 @@ def parse_native_config(config: Mapping[str, Any], source: Path) -> NativeConfig
     head_dim = hidden // heads if heads and hidden % heads == 0 else 0
     if not head_dim:
         reader.faults.append(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    pairs = config.get("num_key_value_heads")
+    if isinstance(pairs, int) and pairs > 0 and heads % pairs:
+        reader.faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {pairs}")
     if config.get("rope_scaling") is not None:
         reader.faults.append("rope_scaling is set, which the published model class cannot compute")
     if config.get("use_sliding_window") or config.get("sliding_window") is not None:

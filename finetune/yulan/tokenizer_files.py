@@ -56,6 +56,11 @@ def read_tokenizer_files(folder: Path, *, keeps_template: bool = False) -> dict[
     return files
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def has_template(folder: Path) -> bool:
     """Tell whether a folder holds a chat template in any other place than `chat_template.jinja`."""
     content = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))

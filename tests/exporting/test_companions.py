@@ -11,6 +11,7 @@ from finetune.errors import ExportError
 from finetune.exporting import companions
 from finetune.exporting.companion_checks import check_generation
 from finetune.exporting.merge import export_result
+from finetune.exporting.merged import open_subject
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.resources import list_templates
 from finetune.models.opening import open_model
@@ -132,9 +133,9 @@ def test_the_card_says_only_what_was_tried(make_adapter, tmp_path):
 def test_a_folder_that_says_two_things_is_refused(make_adapter, tmp_path, file, changes, message):
     result = open_result(make_adapter(tmp_path / "adapter"))
     export_result(result, tmp_path / "export", SETTINGS)
-    template = open_model(str(tmp_path / "export")).template
-    check_generation(tmp_path / "export", template)
+    subject = open_subject(result)
+    check_generation(tmp_path / "export", subject)
     path = tmp_path / "export" / file
     path.write_text(json.dumps({**read(path), **changes}), encoding="utf-8")
     with pytest.raises(ExportError, match=message):
-        check_generation(tmp_path / "export", template)
+        check_generation(tmp_path / "export", subject)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import ExportError, OutputError, TemplateError
 from finetune.exporting import merge, merged
-from finetune.exporting.adapter_changes import read_adapter
+from finetune.exporting.adapters.adapter_reading import read_adapter
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
 from finetune.models.opening import open_trained
@@ -145,7 +145,9 @@ def forget_scale(adapter):
 def test_a_lost_adapter_is_noticed(make_adapter, tmp_path, monkeypatch):
     """The merged model answers as the base: reported against every peer (unsloth 1593, mlx-lm 1172, peft 2105)."""
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
-    monkeypatch.setattr("finetune.exporting.adapter_changes.Adapter.merge_rows", lambda self, name, start, base: base)
+    monkeypatch.setattr(
+        "finetune.exporting.adapters.adapter_changes.Adapter.merge_rows", lambda self, name, start, base: base
+    )
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ExportError, match="the reopened model is not what was trained"):
             export_result(open_result(adapter), tmp_path / "export", ExportSettings(dtype, "2GB"), LogitVerifier())
@@ -157,8 +159,8 @@ def test_a_wrong_scale_is_noticed(make_adapter, tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", **KINDS["lora"])
     right = merged.read_adapter
 
-    def read_wrongly(folder, base):
-        found = right(folder, base)
+    def read_wrongly(folder, base, shapes):
+        found = right(folder, base, shapes)
         for change in found.changes.values():
             change.scale *= 1.05
         return found
@@ -210,14 +212,15 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_config(peft_type="IA3"), "peft_type is 'IA3'; only LORA adapters can be merged"),
+        (edit_config(peft_type="IA3"), "peft_type is 'IA3'; only LORA adapters can be used"),
         (
             edit_config(init_lora_weights="pissa"),
             "init_lora_weights is 'pissa', which changes the base before training",
         ),
         (edit_config(init_lora_weights="pissa_niter_4"), "changes the base before training"),
         (edit_config(layer_replication=[[0, 2], [1, 3]]), "uses layer_replication, which this kit cannot merge"),
-        (edit_config(bias="all", fan_in_fan_out=True), "uses bias, fan_in_fan_out, which"),
+        (edit_config(bias="some", use_qalora=True), "uses bias, use_qalora, which"),
+        (edit_config(bias="all"), "16 tensors of modules_to_save or bias are missing"),
         (edit_config(a_switch_of_tomorrow=True), "uses a_switch_of_tomorrow, which"),
         (edit_config(r=8), "q_proj: its A has rank 4, adapter_config.json says 8"),
         (edit_config(use_dora=True), "use_dora is set, but its lora_magnitude_vector is missing"),

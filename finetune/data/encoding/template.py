@@ -6,6 +6,7 @@ Training, evaluation, chat and export use the same template, so that a model is 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,22 +66,60 @@ def _read_template(name: str, path: Path) -> ChatTemplate:
 
 
 def _find_own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    source = tokenizer.chat_template
-    if isinstance(source, dict):  # where there are several, this one is for chats
-        source = source.get("default")
-    if not isinstance(source, str) or not source.strip():
+    source = _read_own_source(tokenizer)
+    if source is None:
         return None
-    for name, path in list_templates().items():
-        if path.read_text(encoding="utf-8") == source:
-            return _check_template(ChatTemplate(name, source), tokenizer)
-    has_marks = _GENERATION_MARK.search(source) is not None
-    template = ChatTemplate("the tokenizer's own", source, "marks" if has_marks else "prefixes")
+    template = _name_own_template(source)
     try:
         return _check_template(template, tokenizer)
     except TemplateError as error:
+        if template.name in list_templates():
+            raise
         note = f"the tokenizer's own chat template cannot be trained with ({error}); using {DEFAULT_TEMPLATE} instead"
         fallback = list_templates()[DEFAULT_TEMPLATE].read_text(encoding="utf-8")
         return _check_template(ChatTemplate(DEFAULT_TEMPLATE, fallback, notes=(note,)), tokenizer)
+
+
+def _read_own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):  # where there are several, this one is for chats
+        source = source.get("default")
+    return source if isinstance(source, str) and source.strip() else None
+
+
+def _name_own_template(source: str) -> ChatTemplate:
+    for name, path in list_templates().items():
+        if path.read_text(encoding="utf-8") == source:
+            return ChatTemplate(name, source)
+    has_marks = _GENERATION_MARK.search(source) is not None
+    return ChatTemplate("the tokenizer's own", source, "marks" if has_marks else "prefixes")
+
+
+@dataclass(frozen=True)
+class KeptTemplate:
+    """A chat template to the letter, and as one that this kit can encode with, where it is one.
+
+    `added` says that the tokenizer has none, and that `yulan-mini` fits it.
+    """
+
+    source: str | None
+    template: ChatTemplate | None
+    added: bool = False
+
+
+def keep_template(tokenizer: PreTrainedTokenizerBase) -> KeptTemplate:
+    """Return a tokenizer's own chat template, whether or not it can be trained with."""
+    source = _read_own_source(tokenizer)
+    if source is None:
+        try:
+            template = find_template(DEFAULT_TEMPLATE, tokenizer)
+        except TemplateError:
+            return KeptTemplate(None, None)
+        return KeptTemplate(template.source, template, added=True)
+    try:
+        return KeptTemplate(source, _check_template(_name_own_template(source), tokenizer))
+    except TemplateError:
+        return KeptTemplate(source, None)
 
 
 def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -99,7 +138,8 @@ def _check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
             f"{template.name}: a trained answer ends in {ending!r}, which is no token that can stop generation; "
             "put the token that ends a turn inside the generation marks"
         )
-    if encoded.token_ids.count(int(tokenizer.bos_token_id)) != 1 or encoded.token_ids[0] != tokenizer.bos_token_id:
+    bos = tokenizer.bos_token_id  # there are tokenizers without one
+    if bos is not None and (encoded.token_ids.count(bos) != 1 or encoded.token_ids[0] != bos):
         raise TemplateError(
             f"{template.name}: must render {tokenizer.bos_token} once, at the start ({{{{ bos_token }}}})"
         )
@@ -175,10 +215,11 @@ def list_stop_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate)
     """Return the ids of the tokens that end an answer: the tokenizer's eos, and the last token that the template trains."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
     last = max(position for position, is_trained in enumerate(encoded.trained) if is_trained)
-    return sorted({int(tokenizer.eos_token_id), encoded.token_ids[last]})
+    eos = tokenizer.eos_token_id
+    return sorted({encoded.token_ids[last]} | (set() if eos is None else {int(eos)}))
 
 
 def list_template_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> list[int]:
     """Return the ids of the template's control tokens except bos. A base model may never have seen them."""
     encoded = encode_conversations(tokenizer, template, [_SAMPLE])[0]
-    return sorted(set(encoded.token_ids) & _list_control_tokens(tokenizer) - {int(tokenizer.bos_token_id)})
+    return sorted(set(encoded.token_ids) & _list_control_tokens(tokenizer) - {tokenizer.bos_token_id})

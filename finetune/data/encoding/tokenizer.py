@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer; set padding on the right with `<pad>` where it has no padding token.
+
+    Training needs a padding token. Other uses do not, and a tokenizer without one stays as it is.
 
     Raises:
         CheckpointError: the tokenizer cannot be read without running code from the folder, or has no padding token.
@@ -27,10 +29,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); "
             "the folder needs the checkpoint's tokenizer.json and tokenizer_config.json"
         ) from error
-    return _complete(tokenizer, folder)
+    return _complete(tokenizer, folder, needs_padding)
 
 
-def load_tokenizer_file(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_file(folder: Path, *, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer from `tokenizer.json` alone where there is one, which is quick.
 
     The result is enough for chat templates and control tokens.
@@ -39,20 +41,22 @@ def load_tokenizer_file(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: see `load_tokenizer`.
     """
     if not (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, needs_padding=needs_padding)
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: cannot be read ({str(error).splitlines()[0]}); download it again"
         ) from error
-    return _complete(tokenizer, folder)
+    return _complete(tokenizer, folder, needs_padding)
 
 
-def _complete(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+def _complete(tokenizer: PreTrainedTokenizerBase, folder: Path, needs_padding: bool) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if "<pad>" not in tokenizer.get_vocab():
+            if not needs_padding:
+                return tokenizer
             raise CheckpointError(
                 f"{folder}: the tokenizer has no padding token and no <pad> in its vocabulary; use YuLan-Mini's tokenizer"
             )

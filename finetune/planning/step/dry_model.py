@@ -32,6 +32,7 @@ from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.settings import RowShape
 from finetune.errors import CheckpointError
+from finetune.files.folders import expand_home
 from finetune.models.loading import extend_context, make_quantization
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
@@ -163,7 +164,7 @@ def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
     row = find_alias(name)
     if row is not None and row.has_published_sizes:
         return PUBLISHED_SIZES
-    if row is None and not Path(name).expanduser().is_dir():
+    if row is None and not expand_home(name).is_dir():
         return _to_llama(_download_config(name))
     return _to_llama(find_checkpoint(name))
 

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finetune.errors import TrainingError
 from finetune.files.json_files import remove_later_lines
@@ -98,6 +104,22 @@ class MetricsWriter(TrainerCallback):
                 "or set model.dtype: bfloat16 (float32 on a CPU) if it was float16; "
                 "the last checkpoint in the run directory is from before this step"
             )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops a run when evaluations get no better; the evaluation before step 1, which only checks that it fits, does not count."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any],
+        **kwargs: object,
+    ) -> None:
+        """Count an evaluation."""
+        if not any(name.startswith(PREFLIGHT) for name in metrics):
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class RunRecord:
             run.mkdir(parents=True, exist_ok=True)
             if not self._resumed:
                 (run / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-                if recipe.adapter.init == "pissa" and isinstance(self._model, PeftModel):
+                if recipe.adapter.changes_base and isinstance(self._model, PeftModel):
                     save_adapter(self._model, run / PISSA_START_FOLDER)
             write_json(run / RECORD_FILE, self._describe("running", None))
 

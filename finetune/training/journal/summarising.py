@@ -1,7 +1,9 @@
 """Log what a run is about to do, and summarise what it has done."""
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 
@@ -10,6 +12,9 @@ from finetune.models.engine import ENGINE_NAMES, find_engine
 from finetune.runs.summary import RunSummary
 
 logger = logging.getLogger(__name__)
+
+# TRL's share of prompts whose answers all got the same reward.
+_EQUAL_REWARDS = "frac_reward_zero_std"
 
 
 def describe_work(trainer: Trainer, report: DataReport) -> None:
@@ -33,20 +38,45 @@ def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> Ru
     """Return the summary of a finished run; evaluate once more where the last step was not evaluated."""
     # Every process has the trainer's history; only the first writes the file.
     lines = trainer.state.log_history
-    if trainer.eval_dataset is not None and not any(line["step"] == steps and "eval_loss" in line for line in lines):
+    best = _find_best_step(trainer)
+    measured = steps if best is None else best
+    if trainer.eval_dataset is not None and not any(line["step"] == measured and "eval_loss" in line for line in lines):
         trainer.evaluate()
+        measured = steps
+    kept = [line for line in lines if line["step"] <= measured or "train_loss" in line]
 
     def last(*names: str) -> float | None:
-        return next((line[name] for name in names for line in reversed(lines) if name in line), None)
+        return next((line[name] for name in names for line in reversed(kept) if name in line), None)
 
     loss = last("loss", "train_loss")  # a run of fewer steps than trainer.logging_steps has only its mean
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(last("num_tokens") or last("num_input_tokens_seen") or 0),
+        tokens=int(
+            max((line.get("num_tokens") or line.get("num_input_tokens_seen") or 0 for line in lines), default=0)
+        ),
         train_loss=float("nan") if loss is None else loss,
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
         eval_reward=last("eval_reward"),
         seconds=round(seconds, 1),
+        best_step=best if best != steps else None,
+        warnings=tuple(_list_warnings(lines)),
     )
+
+
+def _find_best_step(trainer: Trainer) -> int | None:
+    """Return the step whose weights the trainer has loaded again at the end, or None where it kept the last ones."""
+    state = trainer.state
+    is_loaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return int(state.best_global_step) if is_loaded and state.best_global_step is not None else None
+
+
+def _list_warnings(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what a finished run must not be taken for."""
+    equal = [line[_EQUAL_REWARDS] for line in lines if _EQUAL_REWARDS in line]
+    if equal and min(equal) == 1.0:
+        yield (
+            f"all answers to a prompt got the same reward at each of {len(equal)} logged steps, so nothing was learnt from the rewards; look "
+            "at completions.jsonl, and choose rules that tell these answers apart, a higher trainer.temperature or other prompts"
+        )
