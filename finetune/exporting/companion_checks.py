@@ -12,7 +12,7 @@ from finetune.errors import ExportError
 from finetune.exporting.merged import Subject
 from finetune.files.json_files import read_json
 from finetune.runs.trained_tokens import make_bundled_samples
-from finetune.yulan.tokenizer_files import has_template
+from finetune.yulan.tokenizer_files import holds_other_template
 
 _PROMPT = ({"role": "user", "content": "a"},)
 
@@ -57,8 +57,8 @@ def check_generation(folder: Path, template: ChatTemplate) -> None:
         faults.append(f"config.json stops at {named}, generation_config.json at {sorted(stops)}")
     if written.pad_token_id in stops:
         faults.append(f"generation_config.json pads with the stop token {written.pad_token_id}")
-    if has_template(folder):
-        faults.append("a second chat template stands beside chat_template.jinja")
+    if holds_other_template(folder):
+        faults.append("another chat template stands beside that of chat_template.jinja")
     asked = tokenizer.apply_chat_template(_PROMPT, add_generation_prompt=True, tokenize=True, return_dict=True)
     if asked["input_ids"] != encode_prompt(tokenizer, template, _PROMPT):
         faults.append("the written chat template does not render a prompt as it was trained")
