@@ -123,6 +123,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         help="what the adapter of a quantized run is merged into (default: full); auto takes the lower held-out loss",
     )
     verb.add_argument("--no-verify", action="store_true", help="do not reopen the export and compare its logits")
+    verb.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapter alone, as plain LoRA for programs that apply adapters themselves (no other option but -o)",
+    )
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:

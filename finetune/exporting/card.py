@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune.exporting.merged import Subject
 from finetune.exporting.proof import BaseScores, Comparison, ExportReport
+from finetune.models.plain_adapter import describe_use
 
 _BASE_NAMES = {"full": "full-precision", "dequantized": "dequantized"}
 
@@ -20,6 +21,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
             _describe_comparison(report.verify),
             _describe_use(),
+            *([f"## The adapter alone\n\n{_capitalise(describe_use(subject.adapter))}."] if subject.adapter else []),
         ]
     )
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
@@ -101,3 +103,7 @@ inputs = tokenizer.apply_chat_template(
 )
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```"""
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,5 +1,6 @@
 """Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import write_folder
 from finetune.models.lora import save_adapter, subtract_initial
+from finetune.models.plain_adapter import describe_use
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
 from finetune.runs.run_files import ADAPTER_FOLDER, MODEL_FOLDER, PISSA_START_FOLDER
 from finetune.training.journal.answers import answer_rows, is_sharded
@@ -18,6 +20,8 @@ from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
 from finetune.yulan.tensors import name_dtype
 from finetune.yulan.tokenizer_files import copy_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # An export is compared on these rows. On a CPU the real model takes minutes for so many.
 _ANSWERED_ROWS = 8
@@ -48,6 +52,8 @@ def write_result(
         if setup.resolved.method.is_online:
             rows = _answer_sample_rows(setup, model, trainer)
         write_lineage(folder, _describe_lineage(setup), rows, setup.splits.samples)
+    if isinstance(model, PeftModel) and not setup.resolved.method.trains_reward_model:
+        logger.info("adapter: %s", describe_use(run / ADAPTER_FOLDER).replace("export RUN", f"export {run}"))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 
