@@ -5,6 +5,7 @@ Its files are those of the published checkpoints: `tokenizer.json`, and the keys
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _SPECIAL_TOKENS = {
 _NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _EXACT = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 _SPACE = "▁"
+_LONG_CHINESE = re.compile("[\u4e00-\u9fff]{3}")
 
 
 def write_nano_tokenizer(folder: Path, texts: Sequence[str], tokens: int, max_tokens: int) -> None:
@@ -49,23 +51,26 @@ def _train(texts: Sequence[str], tokens: int) -> tuple[dict[str, int], list[tupl
     """Return the vocabulary and the merges: reserved tokens, bytes, characters, and what is merged from them."""
     trainee = Tokenizer(models.BPE())
     trainee.normalizer = _make_normalizer()
-    # Only for training: no piece reaches over a space or a line break, or holds two digits. SentencePiece has no such step when it encodes.
+    # Only for training, as SentencePiece does: no piece reaches over a space, a line break or punctuation, or holds two digits.
     trainee.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("\n", "removed"),
             pre_tokenizers.Split(_SPACE, "merged_with_next"),
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split(Regex(rf"\d|[[\p{{P}}\p{{S}}]&&[^{_SPACE}]]"), "isolated"),
         ]
     )
     reserved = [_SPECIAL_TOKENS.get(number, f"<unused_{number}>") for number in range(max(_SPECIAL_TOKENS) + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=tokens,
-        special_tokens=[*reserved, *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
-    )
+    first = [*reserved, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=2 * tokens, special_tokens=first, show_progress=False)
     trainee.train_from_iterator(texts, trainer)
     model: dict[str, Any] = json.loads(trainee.to_str())["model"]
-    return model["vocab"], [(first, second) for first, second in model["merges"]]
+    # The bundled texts are few: whole Chinese sentences would be merged.
+    merges = [(one, two) for one, two in model["merges"] if not _LONG_CHINESE.search(one + two)]
+    made = {one + two for one, two in model["merges"]}
+    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].__getitem__) if piece not in made]
+    merges = merges[: tokens - len(pieces)]
+    pieces += [one + two for one, two in merges]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
 
 
 def _make_normalizer() -> normalizers.Normalizer:
