@@ -128,6 +128,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         help="the base of an adapter, where it has moved or the adapter names a quantized one",
     )
     verb.add_argument("--no-verify", action="store_true", help="do not reopen the export and compare its logits")
+    verb.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapter alone, as plain LoRA for programs that apply adapters themselves (no other option but -o)",
+    )
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
+from finetune.errors import ExportError
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -35,6 +36,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    if arguments.adapter:
+        return _run_adapter_export(arguments)
     from finetune.exporting.merge import describe_export, export_result
     from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
@@ -48,6 +51,24 @@ def run_export(arguments: argparse.Namespace) -> int:
     result = open_result(arguments.result)
     report = export_result(result, arguments.output, settings, verifier, base_model=arguments.base_model)
     return print_result(arguments, to_json(report), describe_export(report))
+
+
+def _run_adapter_export(arguments: argparse.Namespace) -> int:
+    for option, value, default in (
+        ("--dtype", arguments.dtype, "auto"),
+        ("--max-shard-size", arguments.max_shard_size, "2GB"),
+        ("--base", arguments.base, "full"),
+        ("--no-verify", arguments.no_verify, False),
+    ):
+        if value != default:
+            raise ExportError(
+                f"export: {option} is for merged weights, and --adapter merges nothing; remove one of the two"
+            )
+    from finetune.models.plain_adapter import describe_adapter, write_plain_adapter
+    from finetune.runs.results import open_result
+
+    report = write_plain_adapter(open_result(arguments.result), arguments.output)
+    return print_result(arguments, to_json(report), describe_adapter(report))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

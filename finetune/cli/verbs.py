@@ -119,6 +119,7 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto",
+            "finetune export runs/mine -o adapters/mine --adapter",
         ),
     ),
     Verb(

@@ -9,6 +9,7 @@ from finetune.exporting.merged import Subject
 from finetune.exporting.proof import BaseScores, Comparison, ExportReport
 from finetune.runs.lineage import find_base_name
 from finetune.yulan.layout import PUBLISHED_SIZES, read_config
+from finetune.models.plain_adapter import describe_use
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license: *([\w.+-]+) *$", re.MULTILINE)
@@ -25,6 +26,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
             _describe_comparison(report.verify),
             _describe_use(),
+            *([f"## The adapter alone\n\n{_capitalise(describe_use(subject.adapter))}."] if subject.adapter else []),
         ]
     )
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
@@ -152,3 +154,7 @@ inputs = tokenizer.apply_chat_template(
 )
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```"""
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -14,7 +14,7 @@ from finetune.exporting.chat_form import ChatForm
 from finetune.exporting.merged import Subject
 from finetune.files.json_files import read_json
 from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples
-from finetune.yulan.tokenizer_files import has_template
+from finetune.yulan.tokenizer_files import holds_other_template
 
 _PROMPT = ({"role": "user", "content": "a"},)
 
@@ -83,8 +83,8 @@ def _pads_with_stop(subject: Subject, stops: set[int]) -> bool:
 
 def _list_template_faults(folder: Path, form: ChatForm) -> Iterator[str]:
     tokenizer = load_tokenizer(folder, needs_padding=False)
-    if has_template(folder):
-        yield "a second chat template stands beside chat_template.jinja"
+    if holds_other_template(folder):
+        yield "another chat template stands beside that of chat_template.jinja"
     if tokenizer.chat_template != form.source:
         yield "the written chat template is another one"
     elif form.template is not None:

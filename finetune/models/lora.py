@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -30,6 +31,8 @@ _PEFT_WARNINGS = (
 )
 # Whole tables in an adapter's file.
 _TABLES = tuple(f"{table}.{kind}weight" for table in ("embed_tokens", "lm_head") for kind in ("", "base_layer."))
+# Other programs look for these keys, also where they hold the default.
+_KEPT_KEYS = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "bias")
 # Embeddings of tokens that never occurred in training keep their small initial norm, or were only decayed.
 _UNTRAINED_RATIO = 0.25
 
@@ -177,9 +180,24 @@ def find_untrained_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> l
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Save the adapter as PEFT does, without copies of the embedding tables; `weights` replace the model's own where given."""
+    """Save the adapter as PEFT does, without copies of the embedding tables; `weights` replace the model's own where given.
+
+    Settings that have their default value are left out: an older PEFT refuses an adapter for any key that it does not know.
+    """
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty model card
+    config, defaults = read_json(folder / PEFT_CONFIG_FILE), list_adapter_defaults()
+    kept = {key: value for key, value in config.items() if key in _KEPT_KEYS or value != defaults.get(key)}
+    kept.pop("peft_version", None)
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"].sort()  # PEFT writes a set, in another order each time
+    write_json(folder / PEFT_CONFIG_FILE, kept)
+
+
+def list_adapter_defaults() -> dict[str, Any]:
+    """Return the settings of LoRA with the values that PEFT gives them, as JSON holds them."""
+    defaults: dict[str, Any] = LoraConfig().to_dict()
+    return defaults
 
 
 def subtract_initial(folder: Path, initial_folder: Path) -> None:
@@ -198,7 +216,9 @@ def subtract_initial(folder: Path, initial_folder: Path) -> None:
             trained[name] = torch.cat([tensor, -initial[name]], dim=1)
     config = read_json(folder / PEFT_CONFIG_FILE)
     rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
-    config.update(r=2 * rank, lora_alpha=scale * 2 * rank, use_rslora=False, init_lora_weights=True)
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    for key in ("use_rslora", "init_lora_weights"):  # by default False and True
+        config.pop(key, None)
+    config.update(r=2 * rank, lora_alpha=scale * 2 * rank)
     save_file(trained, folder / PEFT_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / PEFT_CONFIG_FILE, config)

@@ -1,5 +1,6 @@
 """Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows.
 
+import logging
 Every checkpoint of the trainer gets the same files, so that it can be exported and used as the end of the run can.
 """
 
@@ -16,6 +17,7 @@ from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.files.folders import write_folder
 from finetune.models.lora import save_adapter, subtract_initial
+from finetune.models.plain_adapter import describe_use
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
 from finetune.runs.run_files import (
     ADAPTER_FOLDER,
@@ -29,6 +31,8 @@ from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
 from finetune.yulan.tensors import name_dtype
 from finetune.yulan.tokenizer_files import copy_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # An export is compared on these rows. On a CPU the real model takes minutes for so many.
 _ANSWERED_ROWS = 8
@@ -58,6 +62,8 @@ def write_result(
         if setup.resolved.method.is_online:
             rows = _answer_sample_rows(setup, model, trainer)
         _write_origin(folder, setup, rows)
+    if isinstance(model, PeftModel) and not setup.resolved.method.trains_reward_model:
+        logger.info("adapter: %s", describe_use(run / ADAPTER_FOLDER).replace("export RUN", f"export {run}"))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
 
 

@@ -2,17 +2,23 @@
 
 `save_pretrained` of transformers 5 leaves out `legacy: true`, so that the tokenizer that is read again puts no space before the
 text behind a control token, and gives other ids than those that were trained.
+
+Only what keeps other versions from reading the same is changed. transformers 5 also saves the name of a class and a list that
+transformers 4 does not know, and before 4.50 the chat template was read from `tokenizer_config.json` alone.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+_TEMPLATE_KEY = "chat_template"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,15 +34,19 @@ _BLANK = re.compile(r"\s*")
 def copy_tokenizer(source: Path, folder: Path, template: str | None = None) -> None:
     """Copy a checkpoint's tokenizer files, without the references to code that some carry.
 
-    With a `template`, it is the only one that is written: whatever templates the checkpoint has are left out.
+    With a `template`, it is the only one that is written, in both places where programs look for it: whatever templates the
+    checkpoint has are left out.
 
     Raises:
         CheckpointError: `tokenizer_config.json` is damaged.
     """
-    for name, content in read_tokenizer_files(source, keeps_template=template is None).items():
-        (folder / name).write_bytes(content)
+    files = read_tokenizer_files(source, keeps_template=template is None)
     if template is not None:
-        (folder / TEMPLATE_FILE).write_bytes(template.encode())
+        files[TEMPLATE_FILE] = template.encode()
+        if _CONFIG_FILE in files:
+            files[_CONFIG_FILE] = add_keys(files[_CONFIG_FILE].decode(), {_TEMPLATE_KEY: template}).encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def read_tokenizer_files(folder: Path, *, keeps_template: bool = False) -> dict[str, bytes]:
@@ -48,11 +58,12 @@ def read_tokenizer_files(folder: Path, *, keeps_template: bool = False) -> dict[
     names = (*_TOKENIZER_FILES, TEMPLATE_FILE) if keeps_template else _TOKENIZER_FILES
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if _CONFIG_FILE in files:
-        unwanted = {"auto_map"} if keeps_template else {"auto_map", "chat_template"}
+        unwanted = {"auto_map"} if keeps_template else {"auto_map", _TEMPLATE_KEY}
         try:
-            files[_CONFIG_FILE] = remove_keys(files[_CONFIG_FILE].decode(), unwanted).encode()
+            text = remove_keys(files[_CONFIG_FILE].decode(), unwanted)
         except ValueError as error:
             raise CheckpointError(f"{folder / _CONFIG_FILE}: is not valid JSON ({error}); download it again") from error
+        files[_CONFIG_FILE] = _use_names_of_all_versions(text).encode()
     return files
 
 
@@ -61,10 +72,34 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def has_template(folder: Path) -> bool:
-    """Tell whether a folder holds a chat template in any other place than `chat_template.jinja`."""
+def _use_names_of_all_versions(text: str) -> str:
+    """Replace what transformers 5 writes and transformers 4 cannot read: the name of a class, and a list of tokens."""
+    content, renamed = json.loads(text), dict[str, Any]()
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    removed = {*renamed}
+    if isinstance(tokens := content.get("extra_special_tokens"), list):
+        removed.add("extra_special_tokens")
+        if tokens:
+            renamed["additional_special_tokens"] = tokens
+    return add_keys(remove_keys(text, removed), renamed)
+
+
+def holds_other_template(folder: Path) -> bool:
+    """Tell whether a folder holds another chat template than that of its `chat_template.jinja`."""
     content = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    return "chat_template" in content or any((folder / "additional_chat_templates").glob("*"))
+    path = folder / TEMPLATE_FILE
+    template = path.read_bytes().decode() if path.is_file() else None
+    return content.get(_TEMPLATE_KEY, template) != template or any((folder / "additional_chat_templates").glob("*"))
+
+
+def add_keys(text: str, added: Mapping[str, Any]) -> str:
+    """Return the text of a JSON object with more keys at its end, which it must not have; every other character stays."""
+    head = text.rstrip().removesuffix("}").rstrip()
+    for key, value in added.items():
+        separator = "" if head.endswith("{") else ","
+        head = f"{head}{separator}\n  {json.dumps(key)}: {json.dumps(value)}"
+    return head + text[len(text.rstrip().removesuffix("}").rstrip()) :]
 
 
 def remove_keys(text: str, unwanted: AbstractSet[str]) -> str:

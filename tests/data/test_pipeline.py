@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from token_texts import read_text
 from transformers import LlamaForCausalLM
 
 from finetune.data.dataset import load_splits
@@ -49,7 +50,7 @@ def read_trained(row, tokenizer):
         if label != IGNORED_LABEL:
             runs = [*runs, [label]] if previous == IGNORED_LABEL else [*runs[:-1], [*runs[-1], label]]
         previous = label
-    return [tokenizer.decode(run) for run in runs]
+    return [read_text(tokenizer, run) for run in runs]
 
 
 TWO = chat("one", "first", "two", "second")

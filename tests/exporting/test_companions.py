@@ -76,7 +76,7 @@ def templated_base(legacy_base):
 
 def find_templates(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert "chat_template" not in read(folder / "tokenizer_config.json")
+    assert read(folder / "tokenizer_config.json")["chat_template"] == tokenizer.chat_template
     assert not (folder / "additional_chat_templates").exists()
     assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == tokenizer.chat_template
     return tokenizer.chat_template
@@ -95,8 +95,7 @@ def test_the_trained_template_is_the_only_one(train, templated_base, tmp_path):
     trained = list_templates()["yulan-mini"].read_text(encoding="utf-8")
     assert find_templates(tmp_path / "export") == find_templates(run / "adapter") == trained
     check_stops(tmp_path / "export", [2, 106])
-    kept = read(templated_base / "tokenizer_config.json")
-    del kept["chat_template"]
+    kept = read(templated_base / "tokenizer_config.json") | {"chat_template": trained}
     assert read(tmp_path / "export" / "tokenizer_config.json") == kept
     # It is a base as any other: with both stop tokens, and its template.
     again = train("again", f"model.checkpoint={tmp_path / 'export'}", *base[1:])
@@ -125,7 +124,7 @@ def test_the_card_says_only_what_was_tried(make_adapter, tmp_path):
     ("file", "changes", "message"),
     [
         ("config.json", {"eos_token_id": 2}, r"config.json stops at 2, generation_config.json at \[2, 106\]"),
-        ("tokenizer_config.json", {"chat_template": "x"}, "a second chat template stands beside"),
+        ("tokenizer_config.json", {"chat_template": "x"}, "another chat template stands beside"),
         ("generation_config.json", {"eos_token_id": [2]}, r"lacks \[106\], which end a trained answer"),
         ("generation_config.json", {"pad_token_id": 106}, "pads with the stop token 106"),
     ],

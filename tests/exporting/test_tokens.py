@@ -15,6 +15,7 @@ from finetune.exporting.verify import LogitVerifier
 from finetune.models.opening import open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
+from finetune.yulan.tokenizer_files import read_tokenizer_files
 
 SETTINGS = ExportSettings("auto", "2GB")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -66,10 +67,12 @@ def test_run_and_export_keep_the_tokenizer_to_the_letter(train_on, request, tmp_
     assert report.verify.texts == len(QUESTIONS)
     assert f"gives the tokens that were trained, on {len(QUESTIONS)} rows" in describe_export(report)
     result = open_result(run)
-    for name in FILES:
-        expected = (base / name).read_bytes()
-        assert (result.folder / name).read_bytes() == expected
-        assert (tmp_path / "export" / name).read_bytes() == expected
+    expected = {name: (base / name).read_bytes() for name in FILES}
+    for folder in (result.folder, tmp_path / "export"):
+        # transformers before 4.50 reads the template from tokenizer_config.json alone; nothing else is added.
+        template = json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
+        assert template == (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        assert read_tokenizer_files(folder) == expected
     assert "▁user" in AutoTokenizer.from_pretrained(tmp_path / "export").tokenize(HEADER)
     losses = [evaluate_path(str(path), [tmp_path / "short.jsonl"], 512) for path in (run, tmp_path / "export")]
     assert losses[1].loss == pytest.approx(losses[0].loss, abs=1e-4)

@@ -59,7 +59,7 @@ def test_every_fault_of_a_configuration_comes_at_once(tmp_path):
         **CONFIG,
         "rope_scaling": {"type": "linear"},
         "sliding_window": 4096,
-        "hidden_size": 255,
+        "hidden_size": 321,
         "scale_emb": "x",
     }
     del config["vocab_size"]
@@ -185,6 +185,7 @@ def test_a_fold_takes_tokenizer_but_no_code(tmp_path, nano):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -202,7 +203,8 @@ def test_nano_is_the_same_every_time(tmp_path, nano):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
     tensors = open_tensors(nano)
     assert set(tensors.names) == set(list_native_tensors(parse_native_config(CONFIG, nano)))
-    assert sum(tensors.read(name).numel() for name in tensors.names) == 3150114
+    assert sum(tensors.read(name).numel() for name in tensors.names) == 4479586
+    assert sum(path.stat().st_size for path in nano.iterdir()) < 20e6
 
 
 def test_nanos_tokenizer_is_shaped_like_the_real_one(nano_llama):
@@ -217,13 +219,13 @@ def test_nanos_tokenizer_is_shaped_like_the_real_one(nano_llama):
     text = "量子力学 Ünïcödé 🙂\n\ttabs  and   spaces"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert len(tokenizer) == 1536
+    assert len(tokenizer) == 1296
 
 
 def test_nano_starts_without_knowledge(nano_llama):
     model = LlamaForCausalLM.from_pretrained(nano_llama)
-    ids = torch.randint(107, 1536, (4, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(107, 1296, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    # ln 1536 = 7.3 is the loss of an even guess; a tied table makes a random network repeat its input, which costs more.
-    assert 7.3 < loss < 10
+    # ln 1312 = 7.2 is the loss of an even guess; a tied table makes a random network repeat its input, which costs more.
+    assert 7.2 < loss < 10

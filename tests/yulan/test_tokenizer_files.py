@@ -5,7 +5,13 @@ import json
 import pytest
 
 from finetune.errors import CheckpointError
-from finetune.yulan.tokenizer_files import copy_tokenizer, has_template, remove_keys
+from finetune.yulan.tokenizer_files import (
+    add_keys,
+    copy_tokenizer,
+    holds_other_template,
+    read_tokenizer_files,
+    remove_keys,
+)
 
 CONFIG = (
     '{\n  "a" : [1, {"chat_template": "inner"}],\n  "chat_template": "x \\" } , {",\n  "legacy": true, "b": "é"\n}\n'
@@ -30,6 +36,29 @@ def test_a_key_is_taken_out_and_the_rest_stays(text, expected):
     assert json.loads(found) == content
 
 
+@pytest.mark.parametrize("text", [CONFIG, "{}", '{ "a":  1.0 }\n', '{"chat": [1]\n}'])
+def test_a_key_is_added_and_taken_out_again(text):
+    added = {"chat_template": 'x "é" }\n', "other": ["<a>"]}
+    text = remove_keys(text, {"chat_template"})
+    found = add_keys(text, added)
+    assert json.loads(found) == {**json.loads(text), **added}
+    assert remove_keys(found, set(added)) == text or json.loads(text) == {}
+
+
+def test_what_transformers_5_saves_gets_the_names_that_transformers_4_knows(tmp_path):
+    """transformers 4 refuses the class `TokenizersBackend`, and a list under `extra_special_tokens`."""
+    text = (
+        '{\n  "backend": "tokenizers",\n  "extra_special_tokens": ["<a>"],\n  "tokenizer_class": "TokenizersBackend"\n}'
+    )
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    expected = {"backend": "tokenizers", "tokenizer_class": "PreTrainedTokenizerFast"}
+    expected["additional_special_tokens"] = ["<a>"]
+    (copy := tmp_path / "copy").mkdir()
+    copy_tokenizer(tmp_path, copy, "x")
+    assert json.loads((copy / "tokenizer_config.json").read_text()) == {**expected, "chat_template": "x"}
+    assert read_tokenizer_files(copy) == read_tokenizer_files(tmp_path)
+
+
 def test_only_the_trained_template_is_left(tmp_path):
     (source := tmp_path / "source").mkdir()
     (source / "additional_chat_templates").mkdir()
@@ -41,8 +70,9 @@ def test_only_the_trained_template_is_left(tmp_path):
     copy_tokenizer(source, copy, "trained\n")
     assert {path.name for path in copy.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert (copy / "chat_template.jinja").read_bytes() == b"trained\n"
+    assert json.loads((copy / "tokenizer_config.json").read_text())["chat_template"] == "trained\n"
     assert (copy / "tokenizer.json").read_bytes() == b"{ }\r\n"
-    assert (has_template(source), has_template(copy)) == (True, False)
+    assert (holds_other_template(source), holds_other_template(copy)) == (True, False)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": }'])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from token_texts import read_text
 
 from finetune.data.encoding.gates import check_padding
 from finetune.data.encoding.rendering import encode_conversations, encode_prompt
@@ -56,7 +57,7 @@ def read_trained(tokenizer, encoded):
         if is_trained:
             current.append(token)
         elif current:
-            runs.append(tokenizer.decode(current))
+            runs.append(read_text(tokenizer, current))
             current = []
     return runs
 
@@ -66,7 +67,7 @@ def test_text_and_trained_spans_are_exact(tokenizer, name):
     text, trained, stop_tokens = GOLDEN[name]
     template = find_template(name, tokenizer)
     encoded = encode_conversations(tokenizer, template, [CONVERSATION])[0]
-    assert tokenizer.decode(encoded.token_ids) == text
+    assert read_text(tokenizer, encoded.token_ids) == text
     assert read_trained(tokenizer, encoded) == trained
     assert encoded.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert list_stop_tokens(tokenizer, template) == stop_tokens
@@ -80,9 +81,11 @@ def test_trained_ids_of_the_default_template_are_this_very_list(tokenizer):
         find_template("yulan-mini", tokenizer),
         [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}]],
     )[0]
-    header = lambda role: [104, *tokenizer(role, add_special_tokens=False)["input_ids"], 105]  # noqa: E731
-    blank, mark, letters = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("\n\n", "?", "ab"))
-    expected = [1, *header("user"), *blank, *mark, 106, *header("assistant"), *blank, *letters, 106]
+    # Behind a control token stands a space, and line breaks are bytes.
+    pieces = ["▁", "<0x0A>", "<0x0A>", "?", "<|eot_id|>", "<|start_header_id|>", "▁assistant", "<|end_header_id|>"]
+    pieces = ["<s>", "<|start_header_id|>", "▁user", "<|end_header_id|>", *pieces, *pieces[:3]]
+    letters = ["ab"] if "ab" in tokenizer.get_vocab() else ["a", "b"]
+    expected = tokenizer.convert_tokens_to_ids([*pieces, *letters, "<|eot_id|>"])
     assert encoded.token_ids == expected
     assert encoded.trained == [False] * (len(expected) - len(letters) - 1) + [True] * (len(letters) + 1)
 
@@ -155,7 +158,7 @@ def test_without_a_template_the_default_is_taken(tokenizer):
         (LLAMA_LIKE, r"does not mark what is trained; put \{% generation %\} before"),
         (
             "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}",
-            "a trained answer ends in 'd', which is no token that can stop generation",
+            "a trained answer ends in '▁d', which is no token that can stop generation",
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from token_texts import read_text
 
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template, list_rendered_thoughts
@@ -48,7 +49,7 @@ def chat(*thoughts):
 def load(tmp_path, tokenizer, template, row):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     row = load_splits(DataSettings((Source(tmp_path / "rows.jsonl"),)), tokenizer, template, 0).train[0]
-    return tokenizer.decode([label for label in row["labels"] if label >= 0]), row["input_ids"]
+    return read_text(tokenizer, [label for label in row["labels"] if label >= 0]), row["input_ids"]
 
 
 @pytest.mark.parametrize(("condition", "rendered"), [("true", True), ("loop.last", False)])
