@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench keys clean
+.PHONY: demo runtimes-env test check bench keys clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/finetune demo
+
+# Environments in which other programs open what the kit exports; they lie in the user's cache.
+runtimes-env: $(READY)
+	$(BIN)/python tests/runtimes/environments.py
 
 # One process for each core (at most 4), each with one thread, because the tests compute little and spend most of their time in Python.
 test: $(READY)
