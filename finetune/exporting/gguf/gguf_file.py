@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from finetune.errors import ExportError
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.metadata import add_metadata
-from finetune.exporting.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
+from finetune.exporting.gguf.tensor_types import Floats, TensorType
 from finetune.yulan.shards import Piece, run_pieces
 
 # A group of rows and what quantizing makes of it fit a processor's cache.
@@ -95,9 +95,7 @@ def list_file_pieces(planned: Sequence[PlannedTensor]) -> list[Piece]:
             continue
         unit = tensor.head_dim or 1
         step = max(1, _PIECE_ELEMENTS // tensor.shape[1] // unit) * unit
-        pieces += [
-            Piece(tensor.name, start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step)
-        ]
+        pieces += [Piece(tensor.name, start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step)]
     return pieces
 
 
@@ -164,9 +162,8 @@ def _write_header(
     writer = GGUFWriter(file, "llama")
     add_metadata(writer, source, chosen)
     for tensor in planned:
-        shape = (*tensor.shape[:-1], tensor.row_bytes) if tensor.kind.name.startswith("Q") else tensor.shape
-        dtype = numpy.dtype(_NUMPY_TYPES.get(tensor.kind, numpy.uint8))
-        writer.add_tensor_info(tensor.name, shape, dtype, tensor.bytes, tensor.kind)
+        shape = (*tensor.shape[:-1], tensor.row_bytes)  # in bytes, from which the writer finds the values
+        writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), tensor.bytes, tensor.kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -179,11 +176,3 @@ def _write_header(
         positions[tensor.name] = position
         position += GGUFWriter.ggml_pad(tensor.bytes, _ALIGNMENT)
     return positions
-
-
-_NUMPY_TYPES = {GGMLQuantizationType.F32: numpy.float32, GGMLQuantizationType.F16: numpy.float16}
-
-
-def list_types() -> str:
-    """Return the names of all types, for messages."""
-    return ", ".join(TENSOR_TYPES)

@@ -83,7 +83,9 @@ def open_llama_folder(folder: Path) -> LlamaFolder:
         ExportError: it is no Llama model that llama.cpp can run, or its tokenizer cannot be expressed there.
     """
     if find_architecture(folder) != "llama":
-        raise ExportError(f"{folder}: is stored in the native architecture; write the Llama form first: finetune fold {folder} -o DIR")
+        raise ExportError(
+            f"{folder}: is stored in the native architecture; write the Llama form first: finetune fold {folder} -o DIR"
+        )
     config = read_config(folder)
     _check_config(folder, config)
     tensors = open_tensors(folder)
@@ -150,7 +152,9 @@ def _name_tensors(folder: Path, config: Mapping[str, Any], tensors: TensorFolder
         raise CheckpointError(f"{folder}: the tensors do not fit config.json: {'; '.join(faults[:4])}{more}")
     is_tied = bool(config.get("tie_word_embeddings"))
     return {
-        name: _rename(name) for name in expected if name in tensors.entries and not (is_tied and name == "lm_head.weight")
+        name: _rename(name)
+        for name in expected
+        if name in tensors.entries and not (is_tied and name == "lm_head.weight")
     }
 
 

@@ -30,7 +30,10 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # llama.cpp's names for the ways to cut a text into words that its source has, and that `tokenizers` can say.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_WORDS: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = (("gpt-2", (_BYTE_LEVEL,)), ("starcoder", (_DIGITS, _BYTE_LEVEL)))
+_WORDS: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = (
+    ("gpt-2", (_BYTE_LEVEL,)),
+    ("starcoder", (_DIGITS, _BYTE_LEVEL)),
+)
 
 
 @dataclass(frozen=True)
