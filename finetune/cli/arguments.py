@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from finetune.data.lint.findings import KINDS
 from finetune.errors import describe_unknown_name
 from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
+from finetune.runs.export_settings import GgufType
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -133,6 +135,24 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the adapter alone, as plain LoRA for programs that apply adapters themselves (no other option but -o)",
     )
+    verb.add_argument(
+        "--gguf",
+        action="append",
+        default=[],
+        metavar="TYPE",
+        help=f"also write a GGUF file for llama.cpp and Ollama, in this type ({', '.join(get_args(GgufType))}); may be repeated",
+    )
+
+
+def add_gguf(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="FOLDER", type=Path, help="a folder of Llama weights, such as an export")
+    verb.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="a new file, such as mine-q8_0.gguf"
+    )
+    verb.add_argument(
+        "--type", required=True, metavar="TYPE", help=f"type of the weights: {', '.join(get_args(GgufType))}"
+    )
+    verb.add_argument("--no-verify", action="store_true", help="do not compare the file with the folder")
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:

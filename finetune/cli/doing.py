@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
 from finetune.errors import ExportError
+
+if TYPE_CHECKING:
+    from finetune.exporting.gguf.llama_cpp import LlamaCppProver
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -42,14 +45,17 @@ def run_export(arguments: argparse.Namespace) -> int:
     from finetune.runs.export_settings import ExportSettings
     from finetune.runs.results import open_result
 
-    settings = ExportSettings(arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify)
+    settings = ExportSettings(
+        arguments.dtype, arguments.max_shard_size, arguments.base, not arguments.no_verify, tuple(arguments.gguf)
+    )
     verifier = None
     if not arguments.no_verify:  # importing the verifier loads libraries, which takes seconds
         from finetune.exporting.verify import LogitVerifier
 
         verifier = LogitVerifier()
+    prover = _make_prover(arguments) if settings.gguf else None
     result = open_result(arguments.result)
-    report = export_result(result, arguments.output, settings, verifier, base_model=arguments.base_model)
+    report = export_result(result, arguments.output, settings, verifier, prover, base_model=arguments.base_model)
     return print_result(arguments, to_json(report), describe_export(report))
 
 
@@ -59,6 +65,7 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
         ("--max-shard-size", arguments.max_shard_size, "2GB"),
         ("--base", arguments.base, "full"),
         ("--no-verify", arguments.no_verify, False),
+        ("--gguf", arguments.gguf, []),
     ):
         if value != default:
             raise ExportError(
@@ -69,6 +76,27 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
 
     report = write_plain_adapter(open_result(arguments.result), arguments.output)
     return print_result(arguments, to_json(report), describe_adapter(report))
+
+
+def run_gguf(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.gguf.conversion import convert_folder, describe_gguf
+    from finetune.runs.export_settings import check_gguf_type
+
+    check_gguf_type(arguments.type)
+    prover, verifies = _make_prover(arguments), not arguments.no_verify
+    report = convert_folder(arguments.folder, arguments.output, arguments.type, prover, verify=verifies)
+    return print_result(arguments, to_json(report), describe_gguf(report))
+
+
+def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
+    """Return what runs GGUF files in llama.cpp, where a binding is installed."""
+    from finetune.exporting.gguf.conversion import has_binding
+
+    if arguments.no_verify or not has_binding():
+        return None
+    from finetune.exporting.gguf.llama_cpp import LlamaCppProver
+
+    return LlamaCppProver()
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

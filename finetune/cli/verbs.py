@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.cli import arguments
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_train
+from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -120,7 +120,15 @@ VERBS: tuple[Verb, ...] = (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto",
             "finetune export runs/mine -o adapters/mine --adapter",
+            "finetune export runs/mine -o exports/mine --gguf q8_0 --gguf q5_0",
         ),
+    ),
+    Verb(
+        "gguf",
+        "write a folder of Llama weights as a GGUF file, and verify it",
+        arguments.add_gguf,
+        run_gguf,
+        ("finetune gguf exports/mine -o mine-q8_0.gguf --type q8_0",),
     ),
     Verb(
         "evaluate",

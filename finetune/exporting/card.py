@@ -1,15 +1,17 @@
 """Write the model card of an export: where it comes from, how close it is to what was trained, how to open it."""
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import CHECKPOINTS, find_alias, split_hub_id
 from finetune.exporting.merged import Subject
-from finetune.exporting.proof import BaseScores, Comparison, ExportReport
+from finetune.exporting.proof import BaseScores, Comparison, ExportReport, GgufReport
+from finetune.files.sizes import describe_size
+from finetune.models.plain_adapter import describe_use
 from finetune.runs.lineage import find_base_name
 from finetune.yulan.layout import PUBLISHED_SIZES, read_config
-from finetune.models.plain_adapter import describe_use
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license: *([\w.+-]+) *$", re.MULTILINE)
@@ -25,6 +27,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             *(["The adapter is empty: this export equals its base model."] if changes_nothing else []),
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
             _describe_comparison(report.verify),
+            *([_describe_gguf(report.gguf)] if report.gguf else []),
             _describe_use(),
             *([f"## The adapter alone\n\n{_capitalise(describe_use(subject.adapter))}."] if subject.adapter else []),
         ]
@@ -133,6 +136,32 @@ def _describe_comparison(comparison: Comparison | None) -> str:
         lines += ["", f"The reopened tokenizer gives the tokens that were trained, on {comparison.texts} stored rows."]
     if comparison.effect_kl is not None:
         lines += ["", f"The adapter itself moved its base by a KL of {comparison.effect_kl:.3g} nats on the same rows."]
+    return "\n".join(lines)
+
+
+def _describe_gguf(files: Sequence[GgufReport]) -> str:
+    lines = [
+        "## GGUF files for llama.cpp and Ollama",
+        "",
+        "Made from the weights of this folder. Give Ollama a GGUF file by its Modelfile, never the folder: its importer takes the "
+        "tokenizer for another kind. KL is against this folder in float32.",
+        "",
+        "| file | size | values within half a step of their source | in llama.cpp: mean KL, nats | greedy answers equal | stop by themselves |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in files:
+        scores = file.llama_cpp
+        run = "not run | |"
+        if scores is not None:
+            run = f"{scores.kl:.2e} | {scores.same_answers} of {scores.answers} | {scores.stopped} of {scores.stopped_there} |"
+        proof = f"all {file.tensors} tensors" if file.tensors else "not compared"
+        lines.append(f"| `{file.output.name}` | {describe_size(file.bytes)} | {proof} | {run}")
+    ran = [file.llama_cpp for file in files if file.llama_cpp is not None]
+    if ran:
+        lines += [
+            "",
+            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included.",
+        ]
     return "\n".join(lines)
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import ExportError
 from finetune.exporting.card import write_card
 from finetune.exporting.companions import check_vocabulary, write_companions
+from finetune.exporting.gguf.conversion import describe_gguf, write_file
+from finetune.exporting.gguf.llama_folder import open_llama_folder
 from finetune.exporting.merged import Subject, open_merged, open_subject
-from finetune.exporting.proof import BaseKind, BaseScores, ExportReport
+from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, GgufReport
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.runs.export_settings import ExportSettings, list_refusals
@@ -22,6 +24,7 @@ from finetune.yulan.shards import write_shards
 from finetune.yulan.tensors import name_dtype
 
 if TYPE_CHECKING:  # an export without a comparison need not load the model libraries
+    from finetune.exporting.gguf.llama_cpp import LlamaCppProver
     from finetune.exporting.verify import LogitVerifier
 
 
@@ -30,10 +33,13 @@ def export_result(
     output: Path,
     settings: ExportSettings,
     verifier: LogitVerifier | None = None,
+    prover: LlamaCppProver | None = None,
     *,
     base_model: str | None = None,
 ) -> ExportReport:
-    """Write a result as a Llama folder; with a verifier, reopen it and compare.
+    """Write a result as a Llama folder, and as GGUF files beside it where the settings name types.
+
+    With a verifier the folder is reopened and compared, and with a prover each GGUF file is run in llama.cpp.
 
     `base_model` names the base of an adapter where it is not where the adapter's own records say.
 
@@ -59,11 +65,27 @@ def export_result(
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
         write_companions(folder, subject, merged)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
+        files = _write_gguf_files(folder, output, settings, prover)
         seconds = round(time.monotonic() - started, 1)
-        report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison)
+        report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison, files)
         write_json(folder / EXPORT_REPORT_FILE, _make_json_report(report, subject))
         write_card(folder, subject, report, changes_nothing=merged.changes_nothing)
     return report
+
+
+def _write_gguf_files(
+    folder: Path, output: Path, settings: ExportSettings, prover: LlamaCppProver | None
+) -> tuple[GgufReport, ...]:
+    """Write the export as GGUF files beside its weights, from the weights as they were written."""
+    if not settings.gguf:
+        return ()
+    source = open_llama_folder(folder)
+    reports = []
+    for name in dict.fromkeys(settings.gguf):
+        file = folder / f"model-{name}.gguf"
+        report = write_file(source, file, name, prover, verify=settings.verify)
+        reports.append(replace(report, output=output / file.name))
+    return tuple(reports)
 
 
 def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> None:
@@ -93,6 +115,7 @@ def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:
         "merged_into": report.base,
         "bases": asdict(report.bases) if report.bases else None,
         "verify": asdict(report.verify) if report.verify else None,
+        "gguf": [{**asdict(file), "output": file.output.name} for file in report.gguf],
     }
 
 
@@ -102,7 +125,7 @@ def describe_export(report: ExportReport) -> str:
     if report.bases is not None:
         lines.append(_describe_bases(report.bases, report.base))
     if report.verify is None:
-        return "\n".join([*lines, "not compared (--no-verify)"])
+        return "\n".join([*lines, "not compared (--no-verify)", *map(describe_gguf, report.gguf)])
     verify = report.verify
     lines.append(
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
@@ -110,6 +133,7 @@ def describe_export(report: ExportReport) -> str:
     )
     if verify.texts:
         lines.append(f"the reopened tokenizer gives the tokens that were trained, on {verify.texts} rows")
+    lines += map(describe_gguf, report.gguf)
     return "\n".join([*lines, f"talk to it: finetune chat {report.output}"])
 
 

@@ -51,6 +51,42 @@ class BaseScores:
 
 
 @dataclass(frozen=True)
+class LlamaCppScores:
+    """A GGUF file in llama.cpp beside its folder in transformers.
+
+    `texts` counts the texts whose tokens are equal, `max_abs` is the largest difference of a log-probability and `spread` their
+    standard deviation, `kl` the mean KL(folder || file) in nats over `contexts`. `same_answers` of `answers` greedy answers are
+    equal, and `stopped` of those that end by themselves in transformers do so here. `version` is the binding's.
+    """
+
+    version: str
+    texts: int
+    max_abs: float
+    spread: float
+    kl: float
+    contexts: int
+    answers: int
+    same_answers: int
+    stopped: int
+    stopped_there: int
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """One GGUF file. `tensors` were compared with their source within half a step; it is 0 where nothing was compared.
+
+    `llama_cpp` is None where no binding is installed.
+    """
+
+    output: Path
+    type: str
+    bytes: int
+    seconds: float
+    tensors: int
+    llama_cpp: LlamaCppScores | None
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What was written; `verify` and `bases` are None without a comparison, `bases` also for unquantized runs."""
 
@@ -61,3 +97,4 @@ class ExportReport:
     seconds: float
     bases: BaseScores | None
     verify: Comparison | None
+    gguf: tuple[GgufReport, ...] = ()

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import OutputError
@@ -96,6 +96,44 @@ def write_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield a temporary folder for new files of one folder; move them to their places when the block ends without an error.
+
+    All are there, or none. The block must write each of them under its own name.
+
+    Raises:
+        OutputError: one of them exists, or cannot be written.
+    """
+    first = files[0]
+    for file in files:
+        if file.exists() or file.is_symlink():
+            raise OutputError(f"{file}: exists already; choose another name, or remove it")
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale_partials(first)
+        partial, lock = _make_partial(first)
+    except OSError as error:
+        raise OutputError(f"{first}: cannot be made: {error.strerror} (at {error.filename}); choose another") from error
+    moved: list[Path] = []
+    try:
+        with translate_os_errors(first):
+            yield partial
+            _sync_folder(partial)
+            for file in files:
+                moved.append(file)
+                (partial / file.name).rename(file)
+            _sync_path(first.parent)
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 

@@ -178,5 +178,6 @@ KEYS: Mapping[str, str] = {
         "What the adapter of a quantized run is merged into: the full-precision base model (full), its dequantized form, or the "
         "one of the two with the lower held-out loss (auto)."
     ),
+    "export.gguf": "The types in which GGUF files for llama.cpp and Ollama are written beside it, such as [q8_0].",
     "export.verify": "Open the exported model again and compare its logits with those of the run.",
 }

@@ -1,5 +1,6 @@
 """The options of an export, on the command line and in a chain, and the combinations that are refused."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,6 +10,10 @@ from finetune.files.sizes import parse_size
 from finetune.recipe.sections import DtypeChoice
 
 BaseChoice = Literal["full", "dequantized", "auto"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"]
+# llama.cpp's K-quants and i-quants have blocks of 256 values; the type whose size comes nearest stands beside the bits.
+_NEAREST_TYPES = {"2": "q4_0", "3": "q4_0", "4": "q4_1", "5": "q5_1", "6": "q8_0", "8": "q8_0"}
+_BLOCKS_OF_256 = re.compile(r"(?:ud[-_])?i?q([234568])_(?:k|xxs|xs|s|m|nl)(?:_.*)?|tq[12]_0")
 
 
 @dataclass(frozen=True)
@@ -18,13 +23,14 @@ class ExportSettings:
     `dtype` is the dtype of its weights; `auto` takes that of the base checkpoint. `max_shard_size` limits each weight file. `base`
     is what the adapter of a quantized run is merged into: the base checkpoint as published (`full`), as it was quantized
     (`dequantized`), or the one with the lower held-out loss (`auto`). `verify` reopens the export and compares it with what was
-    trained.
+    trained. `gguf` names the types in which the export is also written as GGUF files.
     """
 
     dtype: DtypeChoice = "auto"
     max_shard_size: str = "2GB"
     base: BaseChoice = "full"
     verify: bool = True
+    gguf: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist, before anything is opened.
@@ -35,6 +41,8 @@ class ExportSettings:
         for name, value, known in (("dtype", self.dtype, DtypeChoice), ("base", self.base, BaseChoice)):
             if value not in get_args(known):
                 raise ExportError(f"export: {name}: {value!r} is {describe_unknown_name(str(value), get_args(known))}")
+        for name in self.gguf:
+            check_gguf_type(name)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -44,6 +52,23 @@ class ExportSettings:
             OutputError: the size cannot be read.
         """
         return parse_size(self.max_shard_size)
+
+
+def check_gguf_type(name: str) -> None:
+    """Refuse a type that a GGUF file of this model family cannot have.
+
+    Raises:
+        ExportError: with the type to take instead.
+    """
+    if name in get_args(GgufType):
+        return
+    if found := _BLOCKS_OF_256.fullmatch(name.lower()):
+        nearest = _NEAREST_TYPES.get(found[1] or "", "q4_0")
+        raise ExportError(
+            f"export: gguf: {name} stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800, which are no multiples "
+            f"of 256 (llama.cpp itself writes q5_0 and q8_0 there instead); take {nearest}"
+        )
+    raise ExportError(f"export: gguf: {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
 
 
 def list_refusals(settings: ExportSettings, quantize: str, *, verifies: bool, is_stage: bool) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Write the result of a run: the trained adapter or model, with its tokenizer, its lineage and sample rows.
 
-import logging
 Every checkpoint of the trainer gets the same files, so that it can be exported and used as the end of the run can.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
