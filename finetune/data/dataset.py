@@ -25,6 +25,7 @@ from finetune.data.reading.row_reader import RowReader, choose_held_out
 from finetune.data.reading.sources import hash_source
 from finetune.data.settings import DataSettings
 from finetune.errors import DataError
+from finetune.files.cache import make_once
 from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
@@ -63,15 +64,16 @@ def load_splits(
     if settings.cache is None:
         prepared = _prepare(settings, tokenizer, template, seed, None)
         return prepared.as_splits()
-    folder = settings.cache / _make_key(settings, tokenizer, template, seed)
-    if not folder.is_dir():
+
+    def make(folder: Path) -> None:
         with write_folder(folder) as partial:
             prepared = _prepare(settings, tokenizer, template, seed, partial / "rows.arrow")
             for name, chosen in prepared.chosen.items():
                 numpy.save(partial / f"{name}.npy", chosen)
             (partial / "report.json").write_text(json.dumps(prepared.report.to_json()), encoding="utf-8")
             (partial / "samples.json").write_text(json.dumps(list(map(asdict, prepared.samples))), encoding="utf-8")
-    return _open_cached(folder)
+
+    return _open_cached(make_once(settings.cache / _make_key(settings, tokenizer, template, seed), make))
 
 
 @dataclass(frozen=True)

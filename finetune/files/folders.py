@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import OutputError
+from finetune.files.safety.disk_errors import REASONS, translate_os_errors
 
 if sys.platform != "win32":
     import fcntl
@@ -18,14 +19,14 @@ if sys.platform != "win32":
 _PARTIAL = ".partial"
 
 
-def check_output_free(folder: Path) -> None:
-    """Refuse an output path that is a file or a folder with content.
+def check_output_free(folder: Path, ignored: str = "") -> None:
+    """Refuse an output path that is a file or a folder with content; a file named `ignored` may be there.
 
     Raises:
         OutputError: the path is taken; nothing was changed.
     """
     if folder.is_dir():
-        if any(folder.iterdir()):
+        if any(path.name != ignored for path in folder.iterdir()):
             raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")
     elif folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder}: the output path exists and is not a folder; choose another")
@@ -60,7 +61,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
             # Renaming over an empty folder is atomic. Over a folder with content it fails, so no files are lost.
             partial.rename(folder)
-            _sync_path(folder.parent)
+            sync_path(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -130,30 +131,18 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-@contextlib.contextmanager
-def translate_os_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space", "no permission" and similar errors into an `OutputError` about `folder`."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied",
-        errno.EROFS: "the file system is read-only",
-        errno.ENOTDIR: "a part of the path is a file, not a folder",
-        errno.ENOTEMPTY: "another process wrote it at the same time",
-        errno.EEXIST: "another process wrote it at the same time",
-        errno.ENAMETOOLONG: "the name is too long",
-        errno.EFBIG: "the file is larger than this system allows",
-    }
+def check_writable(folder: Path) -> str | None:
+    """Return why a folder cannot be made or written by this user, or None where it can be; a full disk is no such reason."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is a file, not a folder"
     try:
-        yield
+        with tempfile.TemporaryFile(dir=existing):
+            return None
     except OSError as error:
-        if error.errno not in reasons:
-            raise
-        where = f" (at {error.filename})" if error.filename else ""
-        raise OutputError(
-            f"{folder}: cannot be written: {reasons[error.errno]}{where}; nothing was left there"
-        ) from error
+        return REASONS[error.errno] if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
 
 
 def _read_umask() -> int:
@@ -164,11 +153,12 @@ def _read_umask() -> int:
 
 def _sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync_path(path)
-    _sync_path(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
         return
     # Windows syncs only files that are open for writing.

@@ -39,6 +39,7 @@ WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CHECKED_ELEMENTS = 1 << 22
 _HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -141,6 +142,33 @@ def open_tensors(folder: Path) -> TensorFolder:
             "download the checkpoint's safetensors version, or convert them to model.safetensors if you trust them"
         )
     raise CheckpointError(f"{folder}: holds no weights (neither {SINGLE_FILE} nor {INDEX_FILE})")
+
+
+def open_tensor_files(folder: Path) -> TensorFolder:
+    """Open all safetensors files of a folder, whatever their names.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        entries |= read_header(file)
+    return TensorFolder(folder, entries)
+
+
+def find_non_finite(tensors: TensorFolder) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinite number, or None; some rows are in memory at a time."""
+    for name, entry in tensors.entries.items():
+        if not entry.dtype.is_floating_point or 0 in entry.shape:
+            continue
+        rows = entry.shape[0] if entry.shape else 1
+        step = max(1, _CHECKED_ELEMENTS // max(1, math.prod(entry.shape[1:])))
+        for start in range(0, rows, step):
+            part = tensors.read_rows(name, start, min(start + step, rows)) if entry.shape else tensors.read(name)
+            # Minimum and maximum are NaN if any number is, and computing them needs no second copy.
+            if not torch.stack(torch.aminmax(part)).isfinite().all():
+                return name
+    return None
 
 
 def _open_shards(folder: Path) -> dict[str, TensorEntry]:
