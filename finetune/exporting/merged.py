@@ -13,11 +13,12 @@ from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.exporting.adapter_changes import Adapter, read_adapter
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
-from finetune.runs.results import Result
+from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture
+from finetune.yulan.llama_files import check_llama
 from finetune.yulan.shards import Piece, TensorSpec
-from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype, open_tensors
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,27 @@ class Merged:
         return requantized or (self.adapter is not None and self.adapter.needs_whole(stored))
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Read rows of the base and return the exported rows."""
+        """Read rows of the base and return the exported rows.
+
+        Raises:
+            ExportError: some are NaN or infinite.
+        """
         name = self.find_stored_name(piece.name)
         rows = self.fold.read_rows(piece) if self.fold else self.tensors.read_rows(name, piece.start, piece.stop)
         if self.quantize != "none" and is_quantized(name):
             rows = requantize(rows, self.quantize, self.quantized_dtype)
         if self.adapter is not None:
             rows = self.adapter.merge_rows(name, piece.start, rows)
-        return self.fold.fold_rows(piece.name, rows, self.dtype) if self.fold else rows.to(self.dtype)
+        if self.fold:
+            return self.fold.fold_rows(piece.name, rows, self.dtype)
+        rows = rows.to(self.dtype)
+        # Minimum and maximum are NaN if any number is, and computing them needs no second copy.
+        if rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+            raise ExportError(
+                f"{piece.name} holds NaN or infinite values as {name_dtype(self.dtype)}; train again from a checkpoint that is whole, "
+                "or if the weights only are too large for this type, export with --dtype float32"
+            )
+        return rows
 
 
 def open_subject(result: Result) -> Subject:
@@ -101,8 +115,12 @@ def open_subject(result: Result) -> Subject:
             f"{result.folder}: is a reward model, and only language models can be exported. Use the "
             "run as it is: `finetune evaluate` measures it on pairs"
         )
+    check_result_files(result)
     base = find_base(result) if result.kind == "adapter" else result.folder
-    return Subject(result, base, find_architecture(base), find_tokenizer_folder(result, base))
+    architecture = find_architecture(base)
+    if architecture == "llama":
+        check_llama(base)
+    return Subject(result, base, architecture, find_tokenizer_folder(result, base))
 
 
 def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:

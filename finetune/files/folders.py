@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -94,8 +95,10 @@ def write_new_file(file: Path, text: str) -> None:
 def _make_partial(folder: Path) -> tuple[Path, int | None]:
     """Make a temporary folder, with a lock that lasts as long as this process."""
     # It gets the ending `.partial` only after it is locked. Otherwise another process could take it for that of a killed process.
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+    # The name is chosen before, because a signal may come between making the folder and noting its name.
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     try:
+        made.mkdir(0o700)
         lock = _lock(made)
         return made.rename(made.with_suffix(_PARTIAL)), lock
     except BaseException:  # also a stop by a signal, just here: nothing else removes a folder with this ending

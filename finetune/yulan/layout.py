@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         config = json.loads(_STRING_OR_COMMA.sub(lambda match: match[1] or match[2], text))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must hold an object; found {type(config).__name__}")
