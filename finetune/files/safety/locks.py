@@ -45,11 +45,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        yield
-        file.unlink(missing_ok=True)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

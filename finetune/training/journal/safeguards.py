@@ -109,7 +109,17 @@ class CheckpointSeal(TrainerCallback):
                 shutil.rmtree(checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Seal the checkpoint that every process has written its part of."""
+        """Seal the checkpoint that every process has written its part of.
+
+        Raises:
+            TrainingError: it holds weights that are NaN or infinite.
+        """
+        trained = (parameter.detach() for parameter in self._trainer.model.parameters() if parameter.requires_grad)
+        if not all(bool(weights.isfinite().all()) for weights in trained):
+            raise TrainingError(
+                f"step {state.global_step}: weights have become NaN or infinite; {_ADVICE}; "
+                "the checkpoints before this step are whole"
+            )
         self._trainer.accelerator.wait_for_everyone()
         if args.should_save:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
