@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
+from finetune.files.terminal import escape_controls
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -90,7 +91,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         if text:
             result = reply(text)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
-            print(result.text)
+            print(escape_controls(result.text))
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

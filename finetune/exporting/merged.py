@@ -12,6 +12,7 @@ from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer_file
 from finetune.errors import ExportError
 from finetune.exporting.adapter_changes import Adapter, read_adapter
+from finetune.files.folders import check_links
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder
 from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
@@ -116,7 +117,9 @@ def open_subject(result: Result) -> Subject:
             "run as it is: `finetune evaluate` measures it on pairs"
         )
     check_result_files(result)
+    check_links(result.folder)
     base = find_base(result) if result.kind == "adapter" else result.folder
+    check_links(base)
     architecture = find_architecture(base)
     if architecture == "llama":
         check_llama(base)

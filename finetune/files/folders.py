@@ -134,6 +134,24 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+def check_links(folder: Path) -> None:
+    """Check that no file beside the weights of a folder is a link that leads out of it: it could bring any file into a copy.
+
+    The hub's cache links from `snapshots` to the blobs of the same repository. Weights are read as tensors only, so that they may
+    lie elsewhere.
+
+    Raises:
+        OutputError: one does.
+    """
+    real = folder.resolve()
+    home = real.parent.parent if real.parent.name == "snapshots" else real
+    for path in folder.rglob("*"):
+        if path.suffix != ".safetensors" and path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise OutputError(
+                f"{path}: is a link to {path.resolve()}, out of its folder, and is not followed; copy the file there"
+            )
+
+
 def check_writable(folder: Path) -> str | None:
     """Return why a folder cannot be made or written by this user, or None where it can be; a full disk is no such reason."""
     existing = folder

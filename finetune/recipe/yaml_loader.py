@@ -9,6 +9,8 @@ import yaml
 from finetune.errors import RecipeError, find_close_match
 from finetune.files.resources import list_all_recipes, name_recipe
 
+_MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 100_000
+
 
 class _RecipeLoader(yaml.SafeLoader):
     """A loader with YAML 1.2's numbers and booleans, which refuses a key that stands twice."""
@@ -79,7 +81,12 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         RecipeError: it is not YAML, or a key stands twice.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(source, [f"has {len(text):,} characters; a recipe has at most {_MOST_CHARACTERS:,}"])
     try:
+        root = yaml.compose(text, Loader=_RecipeLoader)
+        if root is not None and _count_nodes(root, {}) > _MOST_VALUES:
+            raise RecipeError(source, [f"its aliases stand for more than {_MOST_VALUES:,} values"])
         return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -88,6 +95,22 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # A date that does not exist, a number of thousands of digits, or thousands of nested brackets.
         raise RecipeError(source, [f"is not YAML that a recipe can hold: {error}"]) from error
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a text with every alias written out, without writing them out.
+
+    Raises:
+        RecursionError: an alias stands for what it is in.
+    """
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _suggest_neighbour(source: Path) -> str:

@@ -31,6 +31,8 @@ from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
 
+_LEFT = "what was saved before is whole: make room, and continue with --resume"
+
 
 def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     """Train what a recipe says and write a run directory.
@@ -66,11 +68,12 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
                     sheet.write_before(trained.model)
             steps = _train(resolved, trainer, checkpoint)
         summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
-        if is_writer:
-            record.write_saving(summary)
-        _write_results(setup, trainer, trained, sheet)
-        if is_writer:
-            record.write_end(summary)
+        with translate_os_errors(resolved.output, _LEFT):
+            if is_writer:
+                record.write_saving(summary)
+            _write_results(setup, trainer, trained, sheet)
+            if is_writer:
+                record.write_end(summary)
         trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -135,12 +138,11 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     # Each process of an online method must sample answers of its own.
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
-    left = "the checkpoints before are whole; make room, and continue with --resume"
     if checkpoint is None:
-        with translate_os_errors(resolved.output, left):
+        with translate_os_errors(resolved.output, _LEFT):
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
-    with translate_os_errors(resolved.output, left), skip_steps(trainer) if step >= last else contextlib.nullcontext():
+    with translate_os_errors(resolved.output, _LEFT), skip_steps(trainer) if step >= last else contextlib.nullcontext():
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 
 

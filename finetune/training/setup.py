@@ -15,6 +15,7 @@ from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.dataset import Splits, load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
+from finetune.files.folders import check_links
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
 from finetune.models.precision import Precision
@@ -98,6 +99,7 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
 
 def _read_tokenizer(folder: Path, template: ChatTemplate) -> dict[str, bytes]:
     """Return the files of a tokenizer with the run's template, as they are written into a result."""
+    check_links(folder)
     with tempfile.TemporaryDirectory() as copy:
         copy_tokenizer(folder, Path(copy), template.source)
         return {file.name: file.read_bytes() for file in Path(copy).iterdir()}

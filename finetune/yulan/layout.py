@@ -19,6 +19,8 @@ Architecture = Literal["llama", "yulanmini"]
 Shape = tuple[int, ...]
 SCALAR: Shape = ()  # published with the shape [] or [1]; the kit reads both
 
+_MOST_LAYERS, _LARGEST_SIZE = 1_000, 1 << 24
+
 # A comma before a closing bracket, as in Before-Annealing's config.json. Strings are matched first, so that they are kept.
 _STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')
 
@@ -179,8 +181,9 @@ class _ConfigReader:
 
     def read_int(self, key: str) -> int:
         value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.faults.append(f"{key} must be a whole number above 0; found {value!r}")
+        limit = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            self.faults.append(f"{key} must be a whole number from 1 to {limit:,}; found {value!r}")
             return 0
         return value
 

@@ -60,23 +60,46 @@ def list_endings() -> str:
     return ", ".join(_READERS)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield `(number, line)` without holding the file in memory. Only a newline ends a line, as in an editor."""
+def _read_lines(path: Path, most_bytes: int | None = None) -> Iterator[tuple[int, str]]:
+    """Yield `(number, line)` without holding the file in memory. Only a newline ends a line, as in an editor.
+
+    Raises:
+        DataError: a line is no text or longer than `most_bytes`, or the file cannot be unpacked.
+    """
     offset = 0
     try:
-        compression = _COMPRESSIONS.get(path.suffix.lower())
-        with pyarrow.input_stream(str(path), compression=compression, buffer_size=1 << 20) as stream:
-            rest, number = b"", 0
-            while block := stream.read(1 << 20):
-                *lines, rest = (rest + block).split(b"\n")
-                for line in lines:
-                    number += 1
-                    yield number, _decode(line, path, number, offset)
-                    offset += len(line) + 1
-            if rest:
-                yield number + 1, _decode(rest, path, number + 1, offset)
+        for number, line in enumerate(_split_lines(path, most_bytes), 1):
+            yield number, _decode(line, path, number, offset)
+            offset += len(line) + 1
     except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
         raise DataError(f"cannot be read ({error})", Place(str(path))) from error
+
+
+def _split_lines(path: Path, most_bytes: int | None) -> Iterator[bytes]:
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    packed_bytes, read_bytes, number = path.stat().st_size, 0, 0
+    with pyarrow.input_stream(str(path), compression=compression, buffer_size=1 << 20) as stream:
+        # The pieces of a line that has not ended yet: joining them at its end takes a time that grows with its length only.
+        pieces: list[bytes] = []
+        held_bytes = 0
+        while block := stream.read(1 << 20):
+            read_bytes += len(block)
+            if compression and read_bytes > _MOST_UNPACKED and read_bytes > _MOST_TIMES * packed_bytes:
+                fault = f"unpacks to more than {_MOST_TIMES} times its {packed_bytes:,} bytes; unpack it yourself if it is meant so"
+                raise DataError(fault, Place(str(path)))
+            *ends, rest = block.split(b"\n")
+            for end in ends:
+                number += 1
+                yield b"".join([*pieces, end])
+                pieces, held_bytes = [], 0
+            if rest:
+                pieces.append(rest)
+                held_bytes += len(rest)
+            if most_bytes is not None and held_bytes > most_bytes:
+                fault = f"is longer than {most_bytes // 10**6} MB, which no model can read; split it or remove it"
+                raise DataError(fault, Place(str(path), number + 1))
+        if pieces:
+            yield b"".join(pieces)
 
 
 def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
@@ -92,7 +115,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    for number, line in _read_lines(path):
+    for number, line in _read_lines(path, _MOST_ROW_BYTES):
         if line.strip():
             place = Place(str(path), number)
             yield place, _check_object(_parse_json(line, place), place)
@@ -139,6 +162,9 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
         raise DataError(f"broken CSV ({error})", Place(str(path), reader.line_num)) from error
 
 
+_MOST_ROW_BYTES = 32 * 10**6
+# Text shrinks to a tenth or so; what unpacks to so many times its size was made to fill a memory or a disk.
+_MOST_UNPACKED, _MOST_TIMES = 1 << 28, 200
 _COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 _READERS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {
     ".json": _read_json,
