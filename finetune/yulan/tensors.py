@@ -194,7 +194,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(shard) for name, shard in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not an index of weights (expected an object with weight_map)") from error
     for shard in sorted(set(pairs.values())):
         # A downloaded index must not lead to files outside its folder.
@@ -231,7 +231,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {name: _read_entry(path, name, value, 8 + length) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
     needed = max((entry.end for entry in entries.values()), default=8 + length)
     if size != needed:

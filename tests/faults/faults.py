@@ -30,6 +30,7 @@ class Tally:
     fault: str
     operations: int = 0
     tries: int = 0
+    stopped: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -46,17 +47,22 @@ def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = N
     for at in places if places is not None else range(1, tally.operations + 1, every):
         kind.clear()
         tally.tries += 1
-        _check(kind, tally, at, _go_on(server, kind, server.run(kind.start, kind.output.parent, at, KILL)), expected)
+        outcome = server.run(kind.start, kind.output.parent, at, KILL)
+        tally.stopped += outcome.status != 0
+        _check(kind, tally, at, _go_on(server, kind, outcome), expected)
     return tally
 
 
-def fail_everywhere(server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, every: int = 1) -> Tally:
+def fail_everywhere(
+    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, every: int = 1
+) -> Tally:
     """Let an operation fail; the work must end well or in one message, and go on once the cause is gone."""
     tally, expected = _measure(server, kind, error)
     for at in places if places is not None else range(1, tally.operations + 1, every):
         kind.clear()
         tally.tries += 1
         outcome = server.run(kind.start, kind.output.parent, at, ERRORS[error])
+        tally.stopped += outcome.status != 0
         if outcome.has_traceback:
             tally.note("traceback", at, outcome.text)
         elif outcome.status not in (0, 2):
@@ -108,19 +114,19 @@ def render(tallies: list[Tally], every: int, seconds: float) -> str:
         f"Every {'operation' if every == 1 else f'{every}th operation'}, on `nano`, {platform.system()}, Python {platform.python_version()};",
         f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes.",
         "",
-        "| work | fault | operations | tried | another result | lost | tracebacks |",
-        "|---|---|---|---|---|---|---|",
+        "| work | fault | operations | tried | stopped | another result | lost | tracebacks |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for tally in tallies:
         tracebacks = sum(count for name, count in tally.faults.items() if "traceback" in name or "status" in name)
         lines.append(
-            f"| {tally.kind} | {tally.fault} | {tally.operations} | {tally.tries} | {tally.faults['another result']} "
+            f"| {tally.kind} | {tally.fault} | {tally.operations} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
             f"| {tally.faults['lost']} | {tracebacks} |"
         )
     return "\n".join([*lines, "", _NOTES])
 
 
-_NOTES = """*another result*: the weights differ from those of the uninterrupted work in any bit. *lost*: there is no result in the end.
+_NOTES = """*stopped*: the fault ended the work; else it met something that the work can do without. *another result*: the weights differ from those of the uninterrupted work in any bit. *lost*: there is no result in the end.
 *tracebacks*: the work ended in anything but success or one message.
 
 ## What the kit does
@@ -159,10 +165,17 @@ def main() -> None:
             for name in arguments.kinds.split(","):
                 kind = _make(server, makers, work, name)
                 for fault in arguments.faults.split(","):
-                    run = kill_everywhere if fault == "kill" else lambda *a, fault=fault, **o: fail_everywhere(*a, fault, **o)
+                    run = (
+                        kill_everywhere
+                        if fault == "kill"
+                        else lambda *a, fault=fault, **o: fail_everywhere(*a, fault, **o)
+                    )
                     tally = run(server, kind, every=arguments.every)
                     tallies.append(tally)
-                    print(f"{name} {fault}: {tally.tries} tries, {dict(tally.faults) or 'all as it should be'}", flush=True)
+                    print(
+                        f"{name} {fault}: {tally.tries} tries, {tally.stopped} stopped, {dict(tally.faults) or 'all as it should be'}",
+                        flush=True,
+                    )
                     print("\n".join(tally.examples), flush=True)
     text = render(tallies, arguments.every, time.monotonic() - started)
     if arguments.report:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +55,13 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {}), "LD_PRELOAD": str(layer), "FAULT_LAYER": str(layer), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **(environment or {}),
+                "LD_PRELOAD": str(layer),
+                "FAULT_LAYER": str(layer),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         assert self._process.stdout is not None and self._process.stdin is not None
         self._input, self._output = self._process.stdin, self._process.stdout
@@ -89,35 +96,43 @@ def serve() -> None:
 
 
 def _run_child(main, layer, arguments, root, at, number) -> Outcome:
-    log, counts = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
     started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        sys.stdin = open(os.devnull)
-        layer.fault_arm(root.encode(), at, number)
-        status = 1
-        try:
-            main(arguments)
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
-        except BaseException:
-            import traceback
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        tempfile.TemporaryFile("w+") as counts,
+        Path(os.devnull).open() as nothing,
+    ):
+        child = os.fork()
+        if child == 0:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            sys.stdin = nothing
+            layer.fault_arm(root.encode(), at, number)
+            status = 1
+            try:
+                status = _run_line(main, arguments)
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stderr.flush()
+                    counts.write(str(layer.fault_count()))
+                    counts.flush()
+                os._exit(status)
+        status = _wait(child)
+        for file in (log, counts):
+            file.seek(0)
+        found = counts.read()
+        return Outcome(status, int(found or 0), log.read()[-4000:], round(time.monotonic() - started, 2))
 
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stderr.flush()
-                counts.write(str(layer.fault_count()))
-                counts.flush()
-            os._exit(status)
-    status = _wait(child)
-    for file in (log, counts):
-        file.seek(0)
-    found = counts.read()
-    return Outcome(status, int(found or 0), log.read()[-4000:], round(time.monotonic() - started, 2))
+
+def _run_line(main, arguments) -> int:
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _wait(child: int) -> int:

@@ -39,8 +39,12 @@ class Kind:
 
     def hash_results(self) -> dict[str, str]:
         """Return the hashes of the results by name; checkpoints on the way do not count."""
-        found = {path for pattern in self.results for path in self.output.glob(pattern) if "checkpoint-" not in str(path)}
-        return {str(path.relative_to(self.output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+        found = {
+            path for pattern in self.results for path in self.output.glob(pattern) if "checkpoint-" not in str(path)
+        }
+        return {
+            str(path.relative_to(self.output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)
+        }
 
 
 def make_rows(folder: Path) -> None:
@@ -48,7 +52,9 @@ def make_rows(folder: Path) -> None:
     for name, source, count in (("rows.jsonl", "demo.jsonl", 16), ("pairs.jsonl", "pairs.jsonl", 16)):
         lines = find_demo_data(source).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
         (folder / name).write_text("".join(lines), encoding="utf-8")
-    texts = [f'{{"text": "{line} {line} {line}"}}\n' for line in ("one two three four five", "six seven eight nine ten") * 40]
+    texts = [
+        f'{{"text": "{line} {line} {line}"}}\n' for line in ("one two three four five", "six seven eight nine ten") * 40
+    ]
     (folder / "texts.jsonl").write_text("".join(texts), encoding="utf-8")
 
 
