@@ -53,6 +53,18 @@ def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[An
 _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _construct_text(loader: _RecipeLoader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_scalar(node))
+    if "\0" in text:
+        raise yaml.MarkedYAMLError(
+            problem="a text holds a NUL character, which no path may have", problem_mark=node.start_mark
+        )
+    return text
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _construct_text)
+
+
 def load_recipe_file(source: Path) -> dict[str, Any]:
     """Return the content of a recipe file; only its YAML is checked.
 

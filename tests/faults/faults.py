@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flips import flip_places
 from injector import ERRORS, KILL, Outcome, Server
 from kinds import Kind, make_export, make_kinds
 
@@ -102,6 +104,37 @@ def _check(kind: Kind, tally: Tally, at: int, outcome: Outcome, expected: dict[s
         tally.note("lost" if missing else "another result", at, f"{sorted(missing)} {outcome.status}\n{outcome.text}")
 
 
+def flip_everywhere(server: Server, kind: Kind, cache: Path, tries: int) -> list[Tally]:
+    """Flip single bits in cached rows, folds and `nano`, in checkpoints and in adapters."""
+    tallies: dict[str, Tally] = {}
+
+    def note(name: str, place: str, text: str) -> None:
+        wrong.setdefault(name, []).append((place, text))
+
+    wrong: dict[str, list[tuple[str, str]]] = {}
+    folders = {f"cached {name}": cache / name for name in ("rows", "folds", "nano")}
+    for name, count in flip_places(server, kind, folders, tries, note).items():
+        tallies[name] = Tally(name, "one bit", tries=count)
+        for place, text in wrong.get(name, ()):
+            tallies[name].note("another result", 0, f"{place}\n{text}")
+    return list(tallies.values())
+
+
+def race(server: Server, other: Server, kind: Kind, tries: int) -> Tally:
+    """Start two processes into one output; exactly one must train, and a file of the user's must stay."""
+    tally, expected = _measure(server, kind, "two at once")
+    tally.operations = 0
+    for number in range(tries):
+        kind.clear()
+        tally.tries += 1
+        with ThreadPoolExecutor(2) as threads:
+            outcomes = list(threads.map(lambda one: one.run(kind.start, kind.output.parent), (server, other)))
+        tally.stopped += sum(outcome.status == 2 for outcome in outcomes)
+        if sorted(outcome.status for outcome in outcomes) != [0, 2] or kind.hash_results() != expected:
+            tally.note("another result", number, "\n".join(outcome.text for outcome in outcomes))
+    return tally
+
+
 def render(tallies: list[Tally], every: int, seconds: float) -> str:
     """Return the table as the page of the documentation."""
     lines = [
@@ -155,6 +188,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--kinds", default="lora,nf4,full,dpo,pretrain,chain,fold,export")
     parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
+    parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
+    parser.add_argument("--races", type=int, default=50, help="starts of two processes into one output")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     started, tallies = time.monotonic(), []
@@ -177,11 +212,30 @@ def main() -> None:
                         flush=True,
                     )
                     print("\n".join(tally.examples), flush=True)
+            tallies += _try_the_rest(server, makers, work, arguments)
     text = render(tallies, arguments.every, time.monotonic() - started)
     if arguments.report:
         arguments.report.write_text(text, encoding="utf-8")
     else:
         print(text)
+
+
+def _try_the_rest(server: Server, makers, work: Path, arguments: argparse.Namespace) -> list[Tally]:
+    tallies: list[Tally] = []
+    cache = work / "cache"
+    if arguments.flips:
+        with Server(work, {"FINETUNE_CACHE": str(cache)}) as own:
+            tallies += flip_everywhere(own, makers["lora"](), cache, arguments.flips)
+    if arguments.races:
+        with Server(work) as other:
+            tallies.append(race(server, other, makers["lora"](), arguments.races))
+    for tally in tallies:
+        print(
+            f"{tally.kind} {tally.fault}: {tally.tries} tries, {dict(tally.faults) or 'all as it should be'}",
+            flush=True,
+        )
+        print("\n".join(tally.examples), flush=True)
+    return tallies
 
 
 def _make(server: Server, makers, work: Path, name: str) -> Kind:
