@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo runtimes-env test check bench gpu keys clean
+.PHONY: demo runtimes-env test check bench gpu keys faults clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -29,6 +29,11 @@ bench: $(READY)
 # Without an NVIDIA GPU it says so and measures nothing.
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
+
+# Inject faults into everything that writes files, and write docs/reliability.md anew. It takes hours: EVERY=20 takes a share.
+EVERY ?= 1
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --every $(EVERY) --report docs/reliability.md
 
 # Write docs/keys.md anew after a change of a key, its text or its values. A test compares the page with the code.
 keys: $(READY)

@@ -78,6 +78,14 @@ def replace_offloading(trainer: Any, context: Any) -> None:
     trainer.maybe_activation_offload_context = context
 
 
+def count_tokens(trainer: Any, tokens: int | None = None) -> int | None:
+    """Return the tokens that TRL has counted, after setting them where given; None for a trainer that does not count them."""
+    if tokens is not None and "_total_train_tokens" in vars(trainer):
+        trainer._total_train_tokens = tokens
+    counted: int | None = vars(trainer).get("_total_train_tokens")
+    return counted
+
+
 @contextlib.contextmanager
 def run_losses_in_place() -> Iterator[None]:
     """Let TRL's losses allocate as on a GPU, where Triton kernels and products with float32 sums work in place."""
@@ -128,6 +136,18 @@ def make_without_weights(model_class: Any, config: Any, **options: Any) -> Any:
 def name_attention(config: Any) -> str:
     """Return the attention kernel that was chosen for a model; models of transformers read this name, too."""
     return str(config._attn_implementation)
+
+
+def watch_numbers(trainer: Any, see_loss: Callable[[Any], Any], see_norm: Callable[[Any], Any]) -> None:
+    """Let functions see, and return, the loss of every batch and the gradient norm of every step; callbacks get neither in time."""
+    step, clip = trainer.training_step, trainer.accelerator.clip_grad_norm_
+    trainer.training_step = lambda *arguments, **options: see_loss(step(*arguments, **options))
+    trainer.accelerator.clip_grad_norm_ = lambda *arguments, **options: see_norm(clip(*arguments, **options))
+
+
+def skip_steps(trainer: Any) -> contextlib.AbstractContextManager[None]:
+    """Let a trainer load a checkpoint of the last step and end: by itself it trains at least one step (`_run_epoch`)."""
+    return replace_attribute(trainer, "_run_epoch", do_nothing)
 
 
 @contextlib.contextmanager

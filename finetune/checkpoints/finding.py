@@ -24,6 +24,7 @@ from finetune.files.resources import find_demo_data
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, read_config
+from finetune.yulan.llama_files import check_llama
 from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
 from finetune.yulan.states.optimizer_states import POINTER, RESULT
 from finetune.yulan.tensors import list_weight_files
@@ -114,6 +115,7 @@ def as_llama(folder: Path) -> Path:
         OutputError: the cache cannot be written.
     """
     if find_architecture(folder) == "llama":
+        check_llama(folder)
         return folder
     key = hashlib.sha256(f"{_FOLD_VERSION}:{fingerprint_checkpoint(folder)}".encode()).hexdigest()[:16]
     return make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))

@@ -12,6 +12,7 @@ from finetune.errors import ExportError
 
 if TYPE_CHECKING:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
+from finetune.files.terminal import escape_controls
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -140,7 +141,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         if text:
             result = reply(text)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
-            print(result.text)
+            print(escape_controls(result.text))
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

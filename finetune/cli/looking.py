@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune.check.chain_stages import TrainStage
     from finetune.recipe.sections import Recipe
 from finetune.cli.printing import SUCCESS, USER_ERROR, print_each, print_result, to_json
+from finetune.files.terminal import escape_json
 
 
 def run_checkpoints(arguments: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     except RecipeError as error:
         if not arguments.json:
             raise
-        print(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False))
+        print(escape_json(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False)))
         return USER_ERROR
     notes = "".join(_describe_mixture(stage.recipe) for stage in chain.trainings)
     result = {"ok": True, "problems": [], "recipe": to_plain_chain(chain)}

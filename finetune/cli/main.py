@@ -13,6 +13,7 @@ from finetune.cli.libraries import is_main_process, quiet_libraries
 from finetune.cli.parser import make_parser
 from finetune.cli.printing import INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
+from finetune.files.terminal import escape_controls
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except FinetuneError as error:
         if is_main_process():
-            print(f"finetune {arguments.verb}: {error}", file=sys.stderr)
+            print(escape_controls(f"finetune {arguments.verb}: {error}"), file=sys.stderr)
         status = USER_ERROR
     except KeyboardInterrupt:
         print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)

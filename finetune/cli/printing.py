@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.libraries import is_main_process
+from finetune.files.terminal import escape_controls, escape_json
 
 if TYPE_CHECKING:
     from finetune.check.chain_stages import Chain, TrainStage
@@ -28,7 +30,12 @@ def print_each(arguments: argparse.Namespace, chain: Chain, look: Callable[[Trai
 
 def print_result(arguments: argparse.Namespace, result: Any, text: str) -> int:
     if is_main_process():
-        print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
+        if arguments.json:
+            # A console that cannot show every character gets escapes, which are JSON too, instead of question marks.
+            shows_all = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+            print(escape_json(json.dumps(result, ensure_ascii=not shows_all)))
+        else:
+            print(escape_controls(text, keeps_colour=True))
     return SUCCESS
 
 

@@ -25,6 +25,7 @@ from finetune.data.reading.row_reader import BAD, RowReader, choose_held_out
 from finetune.data.reading.sources import describe_sources, hash_source
 from finetune.data.settings import DataSettings
 from finetune.errors import DataError, Place
+from finetune.files.cache import make_once
 from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
@@ -62,14 +63,16 @@ def load_splits(
     check_padding(tokenizer, list_stop_tokens(tokenizer, template))
     if settings.cache is None:
         return _add_notes(_prepare(settings, tokenizer, template, seed, None).as_splits(), settings)
-    folder = settings.cache / _make_key(settings, tokenizer, template, seed)
-    if not folder.is_dir():
+
+    def make(folder: Path) -> None:
         with write_folder(folder) as partial:
             prepared = _prepare(settings, tokenizer, template, seed, partial / "rows.arrow")
             for name, chosen in prepared.chosen.items():
                 numpy.save(partial / f"{name}.npy", chosen)
             (partial / "report.json").write_text(json.dumps(prepared.report.to_json()), encoding="utf-8")
             (partial / "samples.json").write_text(json.dumps(list(map(asdict, prepared.samples))), encoding="utf-8")
+
+    folder = make_once(settings.cache / _make_key(settings, tokenizer, template, seed), make)
     return _add_notes(_open_cached(folder), settings)
 
 

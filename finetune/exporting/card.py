@@ -1,5 +1,6 @@
 """Write the model card of an export: where it comes from, how close it is to what was trained, how to open it."""
 
+import html
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -95,7 +96,13 @@ def _describe_origin(subject: Subject, report: ExportReport) -> str:
             ("base model while training", "unquantized" if lineage.quantize == "none" else lineage.quantize),
             *rows,
         ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_escape(value)} |" for name, value in rows)])
+
+
+def _escape(value: str) -> str:
+    """Return a name from a recipe or a record as plain text of a Markdown table: no mark-up, no link, no second cell."""
+    text = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text).replace("://", ":&#47;&#47;")
 
 
 def _describe_bases(bases: BaseScores, chosen: str) -> str:

@@ -12,13 +12,14 @@ from finetune.errors import ExportError
 from finetune.exporting.adapters.adapter_changes import Adapter
 from finetune.exporting.adapters.adapter_reading import read_adapter
 from finetune.exporting.chat_form import ChatForm, find_chat_form
+from finetune.files.folders import check_links
 from finetune.models.adapter_config import check_language_adapter, read_adapter_config
 from finetune.runs.lineage import find_base
-from finetune.runs.results import Result
+from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture, read_config
 from finetune.yulan.shards import Piece, TensorSpec
-from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ class Merged:
         return requantized or (self.adapter is not None and self.adapter.needs_whole(self.find_change(name)))
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Read rows of the base and return the exported rows."""
+        """Read rows of the base and return the exported rows.
+
+        Raises:
+            ExportError: some are NaN or infinite.
+        """
         change = self.find_change(piece.name)
         if self.adapter is not None and self.adapter.has_own_values(change):
             rows = self.adapter.make_own_rows(change, piece.start, piece.stop)
@@ -100,7 +105,16 @@ class Merged:
             rows = self._read_rows(piece)
             if self.adapter is not None:
                 rows = self.adapter.merge_rows(change, piece.start, rows)
-        return self.fold.fold_rows(piece.name, rows, self.dtype) if self.fold else rows.to(self.dtype)
+        if self.fold:
+            return self.fold.fold_rows(piece.name, rows, self.dtype)
+        rows = rows.to(self.dtype)
+        # Minimum and maximum are NaN if any number is, and computing them needs no second copy.
+        if rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+            raise ExportError(
+                f"{piece.name} holds NaN or infinite values as {name_dtype(self.dtype)}; train again from a checkpoint that is whole, "
+                "or if the weights only are too large for this type, export with --dtype float32"
+            )
+        return rows
 
     def _read_rows(self, piece: Piece) -> torch.Tensor:
         if self.fold is not None:
@@ -125,9 +139,12 @@ def open_subject(result: Result, base_model: str | None = None) -> Subject:
         )
     if base_model is not None and not result.is_adapter:
         raise ExportError(f"{result.folder}: all weights were trained, so it has no base model; leave --base-model out")
+    check_result_files(result)
+    check_links(result.folder)
     if result.is_adapter:  # before a base is looked for, which may be a download
         check_language_adapter(result.folder, read_adapter_config(result.folder))
     base = find_base(result, base_model) if result.is_adapter else result.folder
+    check_links(base)
     return Subject(result, base, find_architecture(base))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import OutputError
+from finetune.files.safety.disk_errors import REASONS, translate_os_errors
 
 if sys.platform != "win32":
     import fcntl
@@ -49,14 +51,14 @@ def check_writable(folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another output") from error
 
 
-def check_output_free(folder: Path) -> None:
-    """Refuse an output path that is a file or a folder with content.
+def check_output_free(folder: Path, ignored: str = "") -> None:
+    """Refuse an output path that is a file or a folder with content; a file named `ignored` may be there.
 
     Raises:
         OutputError: the path is taken; nothing was changed.
     """
     if folder.is_dir():
-        if any(folder.iterdir()):
+        if any(path.name != ignored for path in folder.iterdir()):
             raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")
     elif folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder}: the output path exists and is not a folder; choose another")
@@ -91,7 +93,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
             # Renaming over an empty folder is atomic. Over a folder with content it fails, so no files are lost.
             partial.rename(folder)
-            _sync_path(folder.parent)
+            sync_path(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -127,7 +129,7 @@ def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
             for file in files:
                 moved.append(file)
                 (partial / file.name).rename(file)
-            _sync_path(first.parent)
+            sync_path(first.parent)
     except BaseException:
         for file in moved:
             file.unlink(missing_ok=True)
@@ -162,8 +164,10 @@ def write_new_file(file: Path, text: str) -> None:
 def _make_partial(folder: Path) -> tuple[Path, int | None]:
     """Make a temporary folder, with a lock that lasts as long as this process."""
     # It gets the ending `.partial` only after it is locked. Otherwise another process could take it for that of a killed process.
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+    # The name is chosen before, because a signal may come between making the folder and noting its name.
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     try:
+        made.mkdir(0o700)
         lock = _lock(made)
         return made.rename(made.with_suffix(_PARTIAL)), lock
     except BaseException:  # also a stop by a signal, just here: nothing else removes a folder with this ending
@@ -199,30 +203,36 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-@contextlib.contextmanager
-def translate_os_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space", "no permission" and similar errors into an `OutputError` about `folder`."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied",
-        errno.EROFS: "the file system is read-only",
-        errno.ENOTDIR: "a part of the path is a file, not a folder",
-        errno.ENOTEMPTY: "another process wrote it at the same time",
-        errno.EEXIST: "another process wrote it at the same time",
-        errno.ENAMETOOLONG: "the name is too long",
-        errno.EFBIG: "the file is larger than this system allows",
-    }
+def check_links(folder: Path) -> None:
+    """Check that no file beside the weights of a folder is a link that leads out of it: it could bring any file into a copy.
+
+    The hub's cache links from `snapshots` to the blobs of the same repository. Weights are read as tensors only, so that they may
+    lie elsewhere.
+
+    Raises:
+        OutputError: one does.
+    """
+    real = folder.resolve()
+    home = real.parent.parent if real.parent.name == "snapshots" else real
+    for path in folder.rglob("*"):
+        if path.suffix != ".safetensors" and path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise OutputError(
+                f"{path}: is a link to {path.resolve()}, out of its folder, and is not followed; copy the file there"
+            )
+
+
+def find_writing_obstacle(folder: Path) -> str | None:
+    """Return why a folder cannot be made or written by this user, or None where it can be; a full disk is no such reason."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is a file, not a folder"
     try:
-        yield
+        with tempfile.TemporaryFile(dir=existing):
+            return None
     except OSError as error:
-        if error.errno not in reasons:
-            raise
-        where = f" (at {error.filename})" if error.filename else ""
-        raise OutputError(
-            f"{folder}: cannot be written: {reasons[error.errno]}{where}; nothing was left there"
-        ) from error
+        return REASONS[error.errno] if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
 
 
 def _read_umask() -> int:
@@ -233,11 +243,12 @@ def _read_umask() -> int:
 
 def _sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync_path(path)
-    _sync_path(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
         return
     # Windows syncs only files that are open for writing.

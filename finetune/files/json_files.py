@@ -1,6 +1,7 @@
 """Write JSON files completely or not at all, and read them with a clear error."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,18 @@ from finetune.errors import FinetuneError
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part of it."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that a reader sees the old file or the new one, never a part of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -24,13 +34,28 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error
 
 
-def remove_later_lines(file: Path, step: int) -> None:
-    """Remove from a file of JSON lines those whose `step` is greater."""
+def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a file of JSON objects with a `step`, each as text and as object; there may be no such file.
+
+    A process that is killed leaves half a line at the end, and a disk that fails may damage any; what is no such object is left out.
+    """
+    if not file.is_file():
+        return
     # Reading line by line ends lines at "\n" only; splitlines would also cut a text at U+2028.
-    with file.open(encoding="utf-8") as lines:
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-    file.write_text("".join(kept), encoding="utf-8")
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
+                yield line, content
+
+
+def remove_later_lines(file: Path, step: int) -> None:
+    """Remove from a file of JSON lines those whose `step` is greater, and what is no whole line."""
+    write_text(file, "".join(line for line, content in read_lines(file) if content["step"] <= step))

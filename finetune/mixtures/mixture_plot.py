@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.errors import OutputError
-from finetune.files.folders import translate_os_errors
+from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.mixtures.categories import CATEGORIES
 from finetune.mixtures.published import Mixture, list_mixtures
 

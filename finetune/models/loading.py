@@ -19,6 +19,7 @@ from finetune.models.engine import find_engine
 from finetune.models.precision import Precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
+from finetune.yulan.llama_files import check_llama
 from finetune.yulan.native.configuration import YuLanMiniConfig, load_native_config
 from finetune.yulan.native.modeling import flatten_alphas, load_native
 
@@ -32,10 +33,13 @@ def load_base(
     """Load a whole base model on one device, in the recipe's architecture and quantization; `head="score"` adds a new head.
 
     Raises:
+        CheckpointError: files are damaged, or tensors are missing.
         MachineError: the quantization or the attention kernel cannot run here.
     """
     if section.quantize != "none":
         check_quantization(section.quantize, device)
+    if section.architecture != "native":
+        check_llama(folder, head)
     load: Callable[..., PreTrainedModel] = LlamaForCausalLM.from_pretrained
     config = load_config(folder, section)
     if section.architecture == "native":

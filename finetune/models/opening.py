@@ -20,7 +20,7 @@ from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
-from finetune.runs.results import Result, is_result, open_result
+from finetune.runs.results import Result, check_result_files, is_result, open_result
 from finetune.runs.trained_tokens import check_trained_tokens
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def load_trained(result: Result) -> LoadedModel:
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.
     """
+    check_result_files(result)
     device, lineage = choose_device(), result.lineage
     precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
     base = find_base(result) if result.is_adapter else result.folder

@@ -15,21 +15,19 @@ from transformers import TrainingArguments
 
 from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
-from finetune.errors import OutputError, TrainingError
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import hash_file
-from finetune.files.folders import check_output_free, translate_os_errors
-from finetune.files.json_files import read_json, write_json
+from finetune.files.json_files import read_json, write_json, write_text
+from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.files.safety.locks import LOCK_FILE
 from finetune.models.precision import choose_device, choose_precision
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
 from finetune.runs.results import open_result
-from finetune.runs.resuming import check_same_recipe
+from finetune.runs.resuming import check_same_recipe, has_saved_result, hold_output, remove_made_files
 from finetune.runs.run_files import (
-    ADAPTER_FOLDER,
     CHAIN_RECORD_FILE,
     EXPORT_REPORT_FILE,
-    MODEL_FOLDER,
     PEFT_WEIGHTS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
@@ -83,16 +81,18 @@ def run_chain(chain: Chain, resume: bool = False, force: bool = False) -> ChainS
         return ChainSummary(str(chain.output), [StageSummary("", summary.run, False, asdict(summary))], None)
     # Under a launcher, all processes run every stage together, and only the first one writes.
     processes = _open_processes(chain)
-    if processes.process_index == 0:
-        _open_output(chain, resume)
-    processes.distributed_state.wait_for_everyone()
-    with _leave_nothing_before_stage_one(chain, processes):
-        if processes.process_index == 0:
-            for stage in chain.trainings:
-                # A faulty row of the last stage is reported before the first one trains. The rows stay in the cache.
-                prepare_rows(stage.resolved)
+    is_writer = processes.process_index == 0
+    with hold_output(chain.output, "chain", resume=resume) if is_writer else contextlib.nullcontext():
+        if is_writer:
+            _open_output(chain, resume)
         processes.distributed_state.wait_for_everyone()
-        summaries = _run_stages(chain, processes, force)
+        with _leave_nothing_before_stage_one(chain, processes):
+            if is_writer:
+                for stage in chain.trainings:
+                    # A faulty row of the last stage is reported before the first one trains. The rows stay in the cache.
+                    prepare_rows(stage.resolved)
+            processes.distributed_state.wait_for_everyone()
+            summaries = _run_stages(chain, processes, force)
     exports = [str(stage.output) for stage in chain.stages if isinstance(stage, ExportStage)]
     return ChainSummary(str(chain.output), summaries, exports[-1] if exports else None)
 
@@ -118,8 +118,8 @@ def _leave_nothing_before_stage_one(chain: Chain, processes: TrainingArguments) 
     try:
         yield
     except BaseException:
-        if processes.process_index == 0 and [path.name for path in chain.output.iterdir()] == [RECIPE_FILE]:
-            shutil.rmtree(chain.output, ignore_errors=True)
+        if processes.process_index == 0 and {path.name for path in chain.output.iterdir()} <= {RECIPE_FILE, LOCK_FILE}:
+            (chain.output / RECIPE_FILE).unlink(missing_ok=True)
         raise
 
 
@@ -133,26 +133,17 @@ def _open_processes(chain: Chain) -> TrainingArguments:
 
 
 def _open_output(chain: Chain, resume: bool) -> None:
-    """Make the folder of a new chain, or check that a resumed one has the same recipe.
+    """Write the recipe of a new chain, or check that a resumed one has the same recipe.
 
     Raises:
-        FinetuneError: the folder is not empty, or there is nothing to resume with this recipe.
+        FinetuneError: it has another recipe, or the folder cannot be written.
     """
     file = chain.output / RECIPE_FILE
-    if not resume:
-        try:
-            check_output_free(chain.output)
-        except OutputError as error:
-            raise OutputError(f"{error}; or resume the chain in it with --resume") from None
-        with translate_os_errors(chain.output):
-            chain.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(dump_chain(chain), encoding="utf-8")
-    elif not file.is_file():
-        raise TrainingError(
-            f"{chain.output}: there is no chain to resume (no {RECIPE_FILE}); start it without --resume"
-        )
-    else:
+    if resume:
         check_same_recipe(file, dump_chain(chain), "chain")
+        return
+    with translate_os_errors(chain.output):
+        write_text(file, dump_chain(chain))
 
 
 def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) -> StageSummary:
@@ -161,17 +152,18 @@ def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) 
     state = processes.distributed_state
     summary = _read_summary(run)
     checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
+    is_saved = summary is None and has_saved_result(run)
     state.wait_for_everyone()  # every process has read the folder before one changes it
     if summary is not None:
         check_finished_run(restore_choices(resolved))
         logger.info("%s: finished already", run)
         return StageSummary(stage.name, str(run), True, summary)
-    if processes.process_index == 0 and run.is_dir():
-        # The run may have been stopped after writing its result; the last checkpoint gives it again.
-        for part in (run / ADAPTER_FOLDER, run / MODEL_FOLDER) if checkpoint else (run,):
-            shutil.rmtree(part, ignore_errors=True)
+    if processes.process_index == 0 and run.is_dir() and checkpoint is None and not is_saved:
+        remove_made_files(run)
     state.wait_for_everyone()
-    return StageSummary(stage.name, str(run), False, asdict(train_on_device(resolved, checkpoint is not None, force)))
+    return StageSummary(
+        stage.name, str(run), False, asdict(train_on_device(resolved, checkpoint is not None or is_saved, force))
+    )
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import shutil
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 import yaml
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import write_text
 from finetune.models.engine import find_engine
 from finetune.models.precision import choose_device
 from finetune.planning.automatic import DECIDED, choose_settings, describe_choices
@@ -20,6 +20,7 @@ from finetune.recipe.batches import AUTO, read_accumulation, read_batch
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.resuming import remove_made_files
 from finetune.runs.run_files import RECIPE_FILE
 from finetune.runs.summary import RunSummary
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
@@ -106,10 +107,10 @@ def _prepare_restart(resolved: ResolvedRecipe, started_fresh: bool) -> bool:
     """Prepare a run's folder for a changed recipe; return True where it has a checkpoint to continue from."""
     run = resolved.output
     if run.is_dir() and find_complete_checkpoint(run) is not None:
-        (run / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")
+        write_text(run / RECIPE_FILE, dump_recipe(resolved.recipe))
         return True
     if run.is_dir() and started_fresh:  # it was empty when this run began, and has no checkpoint
-        shutil.rmtree(run)
+        remove_made_files(run)
     return False
 
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from finetune.errors import MachineError
-from finetune.files.cache import find_cache
+from finetune.files.cache import examine_cache, find_cache
 from finetune.files.sizes import GIB
 from finetune.models.loading import check_quantization
 from finetune.models.precision import choose_device, choose_precision
@@ -39,6 +39,8 @@ class Machine:
     uses: dict[str, str]
     cache: str
     cache_free_bytes: int
+    cached_folders: int
+    damaged: tuple[str, ...]
     advice: tuple[str, ...]
 
 
@@ -48,7 +50,7 @@ def examine_machine() -> Machine:
     quantization = tuple(name for name in ("nf4", "int8") if _can_quantize(name, device))
     attention = ("sdpa", "eager", *(("flash_attention_2",) if find_spec("flash_attn") else ()))
     memory, free = _read_memory(device)
-    cache = find_cache()
+    cache, cached = find_cache(), examine_cache()
     disk = _read_free_disk(cache)
     lora, full = (choose_precision("auto", device, trains_all) for trains_all in (False, True))
     has_bf16 = lora.weights == torch.bfloat16  # `auto` chooses bfloat16 wherever the device has it
@@ -73,6 +75,8 @@ def examine_machine() -> Machine:
         uses=uses,
         cache=str(cache),
         cache_free_bytes=disk,
+        cached_folders=len(cached),
+        damaged=tuple(f"{folder}: {damage}" for folder, found in cached.items() for damage in found),
         advice=tuple(_list_advice(device, quantization, has_bf16, disk)),
     )
 
@@ -155,7 +159,9 @@ def describe_machine(machine: Machine) -> str:
         f"bfloat16      {'yes' if machine.bf16 else 'no'}",
         f"quantization  {', '.join(machine.quantization) or 'none'}",
         f"attention     {', '.join(machine.attention)}",
-        f"cache         {machine.cache}, {machine.cache_free_bytes / 1e9:.0f} GB free",
+        f"cache         {machine.cache}, {machine.cache_free_bytes / 1e9:.0f} GB free, {machine.cached_folders} folders, "
+        + ("all as they were written" if not machine.damaged else f"{len(machine.damaged)} damaged"),
+        *(f"  {line}; it is made again when it is needed" for line in machine.damaged),
         "",
         "what `auto` becomes here",
         *(f"  {key}: {value}" for key, value in machine.uses.items()),

@@ -9,6 +9,8 @@ import yaml
 from finetune.errors import RecipeError, find_close_match
 from finetune.files.resources import list_all_recipes, name_recipe
 
+_MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 100_000
+
 
 class _RecipeLoader(yaml.SafeLoader):
     """A loader with YAML 1.2's numbers and booleans, which refuses a key that stands twice."""
@@ -54,6 +56,18 @@ def _construct_mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[An
 _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _construct_text(loader: _RecipeLoader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_scalar(node))
+    if "\0" in text:
+        raise yaml.MarkedYAMLError(
+            problem="a text holds a NUL character, which no path may have", problem_mark=node.start_mark
+        )
+    return text
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _construct_text)
+
+
 def load_recipe_file(source: Path) -> dict[str, Any]:
     """Return the content of a recipe file; only its YAML is checked.
 
@@ -82,7 +96,12 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         RecipeError: it is not YAML, or a key stands twice.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(source, [f"has {len(text):,} characters; a recipe has at most {_MOST_CHARACTERS:,}"])
     try:
+        root = yaml.compose(text, Loader=_RecipeLoader)
+        if root is not None and _count_nodes(root, {}) > _MOST_VALUES:
+            raise RecipeError(source, [f"its aliases stand for more than {_MOST_VALUES:,} values"])
         return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -107,6 +126,22 @@ def parse_scalar(text: str, source: str) -> Any:
         return loader.construct_object(yaml.ScalarNode(tag, text))
     except ValueError as error:
         raise RecipeError(source, [f"is not YAML that a recipe can hold: {error}"]) from error
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a text with every alias written out, without writing them out.
+
+    Raises:
+        RecursionError: an alias stands for what it is in.
+    """
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _suggest_neighbour(source: Path) -> str:

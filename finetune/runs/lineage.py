@@ -9,7 +9,7 @@ from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
 from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.results import Result
+from finetune.runs.results import Result, check_result_files
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 from finetune.yulan.layout import find_architecture, parse_native_config, read_config
 from finetune.yulan.tokenizer_files import holds_tokenizer
@@ -22,6 +22,8 @@ def find_training_base(resolved: ResolvedRecipe) -> Path:
         FinetuneError: it cannot be found or read, or the base of the earlier run has changed since.
     """
     model, earlier = resolved.recipe.model, resolved.earlier
+    if earlier is not None:
+        check_result_files(earlier)
     if earlier is None:
         _check_trainable(find_checkpoint(model.checkpoint))
         return find_base_folder(model.checkpoint, model.architecture)

@@ -33,6 +33,11 @@ class ResolvedRecipe:
         return Path(self.recipe.output)
 
     @property
+    def title(self) -> str:
+        """Method and base checkpoint, for the title of a plot."""
+        return f"{self.recipe.method} from {Path(self.recipe.model.checkpoint).name}"
+
+    @property
     def adapter_folder(self) -> Path | None:
         """The folder of the adapter that training continues, if there is one."""
         return self.earlier.folder if self.earlier is not None and self.earlier.is_adapter else None

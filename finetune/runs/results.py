@@ -14,6 +14,7 @@ from finetune.data.formats.rows import TextSample
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, write_json
+from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.methods import METHODS, Method
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.runs.run_files import (
@@ -112,6 +113,26 @@ def write_lineage(folder: Path, lineage: Lineage, rows: Sequence[SampleRow], tex
     write_json(folder / LINEAGE_FILE, asdict(lineage))
     write_json(folder / SAMPLE_ROWS_FILE, [asdict(row) for row in rows])
     write_json(folder / TEXT_SAMPLES_FILE, [asdict(text) for text in texts])
+
+
+def list_checked_files(folder: Path) -> list[Path]:
+    """Return the files of a result that its manifest covers: weights and optimizer state, and how an adapter applies."""
+    return sorted({*folder.rglob("*.safetensors"), *folder.rglob("*.pt"), *folder.glob(PEFT_CONFIG_FILE)})
+
+
+def check_result_files(result: Result) -> None:
+    """Compare the weights of a result with the hashes of when they were written; a result without any is taken as it is.
+
+    Raises:
+        FinetuneError: a file is missing or has changed.
+    """
+    if not (result.folder / MANIFEST_FILE).is_file():
+        return
+    if (damage := find_damage(result.folder)) is not None:
+        raise FinetuneError(
+            f"{result.folder}: is not as it was written: {damage}; restore it or train again; if you changed it yourself, "
+            f"remove {MANIFEST_FILE}"
+        )
 
 
 def is_result(path: Path) -> bool:

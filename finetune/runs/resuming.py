@@ -1,71 +1,151 @@
-"""Check that a stopped run can be resumed: from a complete checkpoint, with the same recipe, rows and base checkpoint."""
+"""Hold the run directory, and check that a stopped run can be resumed: from a whole checkpoint, with the same inputs."""
 
+import contextlib
 import difflib
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
 from finetune.files.folders import check_output_free, check_writable
-from finetune.files.json_files import read_json
+from finetune.files.json_files import read_json, write_text
+from finetune.files.safety.locks import LOCK_FILE, lock_folder
 from finetune.recipe.sections import Recipe, dump_recipe
-from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
+from finetune.runs.run_files import (
+    MADE_FILES,
+    MADE_FOLDERS,
+    RECIPE_FILE,
+    RECORD_FILE,
+    find_result_folder,
+    list_trainer_checkpoints,
+)
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def check_fresh_output(run: Path) -> None:
-    """Check that a run can begin in a folder, which must be empty or not exist.
+@contextlib.contextmanager
+def hold_output(output: Path, what: str, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a run or a chain, so that no other process writes into it; make it where it does not exist.
+
+    `what` is "run" or "chain". Folders that this call made are removed again where the block leaves them empty.
 
     Raises:
-        OutputError: it is not empty, or is no folder.
+        OutputError: another process holds it, it cannot be made, or a fresh one is not empty.
+        TrainingError: there is nothing to resume.
     """
-    check_writable(run)
+    if resume and not (output / RECIPE_FILE).is_file():
+        raise TrainingError(f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without --resume")
+    if not resume:
+        check_writable(output)
+    made = _make_folders(output)
     try:
-        check_output_free(run)
+        with lock_folder(output):
+            if not resume:
+                _check_fresh(output, what)
+            yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_fresh(output: Path, what: str) -> None:
+    try:
+        check_output_free(output, LOCK_FILE)
     except OutputError as error:
-        raise OutputError(f"{error}; or resume the run in it with --resume") from None
+        raise OutputError(f"{error}; or resume the {what} in it with --resume") from None
 
 
-def find_resume_point(recipe: Recipe, run: Path) -> str:
+def _make_folders(output: Path) -> list[Path]:
+    """Make a folder with its parents, and return those that were made, the innermost first.
+
+    Raises:
+        OutputError: one cannot be made.
+    """
+    absent = [output]
+    try:
+        while not absent[-1].parent.exists():
+            absent.append(absent[-1].parent)
+        made = [folder for folder in absent if not folder.exists()]
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputError(f"{output}: the output path exists and is not a folder; choose another") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{output}: cannot be made: {reason}; choose another output") from error
+    return made
+
+
+def remove_made_files(run: Path) -> None:
+    """Remove what a run has made in its directory, and the directory where nothing else is left; a user's files stay."""
+    for name in MADE_FILES:
+        (run / name).unlink(missing_ok=True)
+    for folder in (*(run / name for name in MADE_FOLDERS), *list_trainer_checkpoints(run)):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not any(path.name != LOCK_FILE for path in run.iterdir()) and not (run / LOCK_FILE).exists():
+        run.rmdir()
+
+
+def has_saved_result(run: Path) -> bool:
+    """Tell whether a run was stopped after its result was written and before its record said so."""
+    return find_result_folder(run) is not None and (read_json(run / RECORD_FILE) or {}).get("status") == "saving"
+
+
+def find_resume_point(recipe: Recipe, run: Path) -> Path:
     """Find the checkpoint to resume from, and check that the recipe is the one that the run began with.
 
     Raises:
         TrainingError: there is nothing to resume, or the recipe has changed since.
     """
-    saved = run / RECIPE_FILE
-    if not saved.is_file():
-        raise TrainingError(f"{run}: there is no run to resume (no {RECIPE_FILE}); start it without --resume")
-    if find_result_folder(run) is not None:
+    result = find_result_folder(run)
+    if result is not None and (read_json(run / RECORD_FILE) or {}).get("status") == "finished":
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
-    check_same_recipe(saved, dump_recipe(recipe), "run")
+    check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")
     if recipe.trainer.get("save_only_model"):
         raise TrainingError(
             f"{run}: its checkpoints hold no optimizer state (trainer.save_only_model: true), so training would begin anew from their "
             "weights; use a checkpoint as it is, or start again without this key"
         )
     checkpoint = find_complete_checkpoint(run)
+    if checkpoint is None and list_trainer_checkpoints(run):
+        raise TrainingError(
+            f"{run}: none of its checkpoints is whole, so it cannot be resumed; remove the folder and start again without --resume"
+        )
     if checkpoint is None:
         raise TrainingError(
             f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without --resume"
         )
     logger.info("resuming %s from %s", run, checkpoint.name)
-    return str(checkpoint)
+    return checkpoint
 
 
 def check_same_recipe(saved: Path, current: str, what: str) -> None:
     """Check that a recipe is the one that a run or a chain began with; `what` names it in the message.
 
+    A folder that was moved has another `output`; its recipe is written anew.
+
     Raises:
-        TrainingError: it is not; the message lists the lines that differ.
+        TrainingError: it is another; the message lists the lines that differ.
     """
-    if changes := _list_changes(saved.read_text(encoding="utf-8"), current):
+    try:
+        before = saved.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{saved}: cannot be read ({error}); restore it, or start again with another output"
+        ) from error
+    changes = _list_changes(before, current)
+    if any(not change[2:].startswith("output: ") for change in changes):
         raise TrainingError(
             f"{saved.parent}: the recipe has changed since this {what} started, so it cannot be resumed:\n"
             + "\n".join(f"  {change}" for change in changes)
             + f"\nrestore these lines, or resume with the {what}'s own recipe: finetune train {saved} --resume"
         )
+    if changes:
+        logger.info("%s: this %s was moved here from another folder", saved.parent, what)
+        write_text(saved, current)
 
 
 def _list_changes(saved: str, current: str) -> list[str]:
@@ -80,11 +160,15 @@ def check_same_inputs(run: Path, rows_fingerprint: str, base: Path, judge: str |
         TrainingError: one of them has changed.
     """
     record = read_json(run / RECORD_FILE)
-    now = {
-        "the rows": (record["data"]["fingerprint"], rows_fingerprint),
-        "the base checkpoint": (record["base_fingerprint"], fingerprint_checkpoint(base)),
-        "the judge": (record["judge_fingerprint"], judge),
-    }
+    try:
+        before = (record["data"]["fingerprint"], record["base_fingerprint"], record["judge_fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{run / RECORD_FILE}: does not say what the run began with, so it cannot be resumed; start again with another output"
+        ) from error
+    names = ("the rows", "the base checkpoint", "the judge")
+    found = (rows_fingerprint, fingerprint_checkpoint(base), judge)
+    now = {name: (first, second) for name, first, second in zip(names, before, found, strict=True)}
     changed = " and ".join(name for name, (before, after) in now.items() if before != after)
     if changed:
         raise TrainingError(

@@ -1,5 +1,6 @@
 """Name the files and folders that runs, chains and exports write, and find them."""
 
+import re
 from pathlib import Path
 
 # Files of a run directory. The folder of a chain has a recipe as well.
@@ -12,10 +13,24 @@ PISSA_START_FOLDER = "pissa-start"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 LINEAGE_FILE, SAMPLE_ROWS_FILE, TEXT_SAMPLES_FILE = "finetune.json", "rows.json", "texts.json"
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# The file that a trainer writes last into each of its checkpoints.
-TRAINER_STATE_FILE = "trainer_state.json"
+# The trainer's own state in each of its checkpoints, and what the kit counts beside it.
+TRAINER_STATE_FILE, COUNTS_FILE = "trainer_state.json", "counts.json"
 # The record of a chain, and the report of an export.
 CHAIN_RECORD_FILE, EXPORT_REPORT_FILE = "chain.json", "export.json"
+
+# What a run makes in its directory besides its checkpoints.
+MADE_FILES = (
+    RECIPE_FILE,
+    RECORD_FILE,
+    METRICS_FILE,
+    LOSS_PLOT_FILE,
+    ANSWERS_FILE,
+    ANSWERS_PAGE,
+    COMPLETIONS_FILE,
+    "README.md",
+)
+MADE_FOLDERS = (PISSA_START_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)
+_MOST_DIGITS = 18  # longer names are not from a trainer
 
 
 def find_result_folder(run: Path) -> Path | None:
@@ -26,11 +41,18 @@ def find_result_folder(run: Path) -> Path | None:
 
 def list_trainer_checkpoints(run: Path) -> list[Path]:
     """Return the folders `checkpoint-<step>` of a run, the newest first, complete or not."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))
+    return sorted(
+        (path for path in run.glob("checkpoint-*") if read_step(path) >= 0), key=lambda path: -read_step(path)
+    )
 
 
 def is_checkpoint_of_run(path: Path) -> bool:
     """Tell whether a folder is a checkpoint `checkpoint-<step>` that a run of this kit wrote, complete or not."""
     path = path.resolve()
     return path in list_trainer_checkpoints(path.parent) and (path.parent / RECORD_FILE).is_file()
+
+
+def read_step(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder, or -1 for another name."""
+    found = re.fullmatch("checkpoint-([0-9]+)", checkpoint.name)
+    return int(found[1]) if found is not None and len(found[1]) < _MOST_DIGITS else -1

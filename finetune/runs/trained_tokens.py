@@ -136,7 +136,7 @@ def _compare_with_base(tokenizer: PreTrainedTokenizerBase, theirs: PreTrainedTok
 def encode_bundled_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the tokens of the texts of bundled conversations, without any template."""
     raw = list(read_file(find_demo_data("demo_eval.jsonl")))[:_BUNDLED_ROWS]
-    rows = [read_row(FORMATS["messages"], {}, row, place) for place, row in raw]
+    rows = [read_row(FORMATS["messages"], {}, require_row(row), place) for place, row in raw]
     return [list(tokenizer(message["content"])["input_ids"]) for row in rows for message in row.messages]
 
 

@@ -13,12 +13,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.template import list_stop_tokens
+from finetune.errors import TrainingError
 from finetune.files.folders import write_folder
+from finetune.files.safety.manifests import write_manifest
 from finetune.models.lora import save_adapter, subtract_initial
 from finetune.models.plain_adapter import describe_use
-from finetune.runs.results import EarlierRun, Lineage, SampleRow, write_lineage
+from finetune.runs.results import EarlierRun, Lineage, SampleRow, list_checked_files, write_lineage
 from finetune.runs.run_files import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -29,8 +30,7 @@ from finetune.runs.run_files import (
 from finetune.training.journal.answers import answer_rows, is_sharded
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
-from finetune.yulan.tensors import name_dtype
-from finetune.yulan.tokenizer_files import copy_tokenizer
+from finetune.yulan.tensors import find_non_finite, name_dtype, open_tensor_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ def write_result(
         if setup.resolved.method.is_online:
             rows = _answer_sample_rows(setup, model, trainer)
         _write_origin(folder, setup, rows)
+        _check_numbers(folder)
+        write_manifest(folder, list_checked_files(folder))
     if isinstance(model, PeftModel) and not setup.resolved.method.trains_reward_model:
         logger.info("adapter: %s", describe_use(run / ADAPTER_FOLDER).replace("export RUN", f"export {run}"))
     (run / "README.md").unlink(missing_ok=True)  # TRL's card would describe the run as an upload to the hub
@@ -100,8 +102,22 @@ class CheckpointOrigin(TrainerCallback):
 
 def _write_origin(folder: Path, setup: Setup, rows: Sequence[SampleRow]) -> None:
     """Write the tokenizer files, the lineage and the sample rows beside trained weights."""
-    copy_tokenizer(setup.tokenizer_folder, folder, setup.template.source)
+    for name, content in setup.tokenizer_files.items():
+        (folder / name).write_bytes(content)
     write_lineage(folder, _describe_lineage(setup), rows, setup.splits.samples)
+
+
+def _check_numbers(folder: Path) -> None:
+    """Check that the weights of a result, as they were written, are numbers.
+
+    Raises:
+        TrainingError: some are NaN or infinite.
+    """
+    if (name := find_non_finite(open_tensor_files(folder))) is not None:
+        raise TrainingError(
+            f"{name} has become NaN or infinite, so no result was written; lower trainer.learning_rate, and start again with "
+            "another output, or go back to an earlier checkpoint in the run directory"
+        )
 
 
 def _describe_lineage(setup: Setup) -> Lineage:
@@ -118,7 +134,7 @@ def _describe_lineage(setup: Setup) -> Lineage:
     return Lineage(
         checkpoint=checkpoint,
         base=str(setup.base),
-        base_fingerprint=fingerprint_checkpoint(setup.base),
+        base_fingerprint=setup.base_fingerprint,
         quantize=model.quantize,
         dtype=name_dtype(setup.precision.weights),
         template=setup.template.name,

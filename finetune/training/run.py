@@ -1,31 +1,37 @@
 """Train a resolved recipe and write its run directory. `run_training` is the story of a run; the helpers follow in its order."""
 
+import contextlib
 import time
+from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
-from finetune.files.folders import translate_os_errors
+from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
 from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import check_fresh_output, check_same_inputs, check_same_recipe, find_resume_point
+from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
 from finetune.runs.run_files import RECIPE_FILE
 from finetune.runs.summary import RunSummary
+from finetune.runs.trainer_checkpoints import read_last_step
 from finetune.training.journal.answers import AnswerSheet, is_sharded
 from finetune.training.journal.loss_plot import draw_losses
-from finetune.training.journal.run_record import RunRecord, leave_nothing_before_step_one
+from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch, warn_of_positions
 from finetune.training.pretraining.state_loading import save_states
-from finetune.training.result import CheckpointOrigin, write_result
+from finetune.training.result import write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
+
+_LEFT = "what was saved before is whole: make room, and continue with --resume"
 
 
 def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
@@ -37,33 +43,46 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
     device, precision, config = _configure(resolved)
-    checkpoint = find_resume_point(resolved.recipe, resolved.output) if resume else None
-    if not resume and config.process_index == 0:
-        check_fresh_output(resolved.output)
-    setup = prepare(resolved, config, precision)
-    if checkpoint is not None:
-        _check_same_run(setup)
-    with leave_nothing_before_step_one(resolved.output, checkpoint):
-        trained = build_model(setup, config, device)
-        inputs = MethodInputs(setup.states, trained.judge)
-        trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
-        add_journal(trainer, resolved.output)
-        trainer.add_callback(CheckpointOrigin(setup))
-        _check_rows(trainer, setup)
-        describe_work(trainer, setup.splits.report)
-        record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
-        sheet = _open_answers(setup)
-        if trainer.is_world_process_zero():
-            record.write_start()
-            if sheet is not None and checkpoint is None:
-                sheet.write_before(trained.model)
-        steps = _train(resolved, trainer, checkpoint)
-    summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
-    _write_results(setup, trainer, trained, sheet)
-    if trainer.is_world_process_zero():
-        record.write_end(summary)
-    trainer.accelerator.wait_for_everyone()
+    is_writer = config.process_index == 0
+    with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
+        checkpoint = None
+        if resume:
+            if (summary := _complete(resolved, config)) is not None:
+                return summary
+            checkpoint = find_resume_point(resolved.recipe, resolved.output)
+        setup = prepare(resolved, config, precision)
+        if checkpoint is not None:
+            _check_same_run(setup)
+        with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
+            trained = build_model(setup, config, device)
+            inputs = MethodInputs(setup.states, trained.judge)
+            trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
+            trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
+            add_journal(trainer, resolved.output)
+            _check_rows(trainer, setup)
+            describe_work(trainer, setup.splits.report)
+            record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
+            sheet = _open_answers(setup)
+            if is_writer:
+                record.write_start()
+                if sheet is not None and checkpoint is None:
+                    sheet.write_before(trained.model)
+            steps = _train(resolved, trainer, checkpoint)
+        summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
+        with translate_os_errors(resolved.output, _LEFT):
+            if is_writer:
+                record.write_saving(summary)
+            _write_results(setup, trainer, trained, sheet)
+            if is_writer:
+                record.write_end(summary)
+        trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def _complete(resolved: ResolvedRecipe, config: TrainingArguments) -> RunSummary | None:
+    """Finish a run that was stopped after its result was written; return None where there is more to do."""
+    with config.main_process_first(desc="finishing a run that has its result"):
+        return complete_record(resolved.output, resolved.title, is_writer=config.process_index == 0)
 
 
 def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
@@ -117,13 +136,17 @@ def _open_answers(setup: Setup) -> AnswerSheet | None:
     return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
 
 
-def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: str | None) -> int:
+def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) -> int:
     """Train to the end and return the number of the last step."""
     # Each process of an online method must sample answers of its own.
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
-    with translate_os_errors(resolved.output):
-        return int(trainer.train(resume_from_checkpoint=checkpoint).global_step)
+    if checkpoint is None:
+        with translate_os_errors(resolved.output, _LEFT):
+            return int(trainer.train().global_step)
+    step, last = read_last_step(checkpoint)
+    with translate_os_errors(resolved.output, _LEFT), skip_steps(trainer) if step >= last else contextlib.nullcontext():
+        return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 
 
 def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet: AnswerSheet | None) -> None:
@@ -137,7 +160,7 @@ def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet:
         if sheet is not None and not is_sharded(trainer):
             sheet.write_after(trained.model)
         write_result(run, setup, trained.model, trainer, weights)
-        draw_losses(run, setup.title)
+        draw_losses(run, setup.resolved.title)
     elif recipe.optimizer.save_states:
         save_states(run, trainer.optimizer, is_writer=False)
 

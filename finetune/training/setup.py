@@ -1,6 +1,8 @@
 """Prepare what a run needs before its trainer is built: base checkpoint, tokenizer, template, rows, and the model to train."""
 
 import logging
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +11,11 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.dataset import Splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
+from finetune.files.folders import check_links
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
 from finetune.models.precision import Precision
@@ -24,6 +28,7 @@ from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
 from finetune.training.training_rows import load_rows
 from finetune.yulan.states.optimizer_states import OptimizerStates
+from finetune.yulan.tokenizer_files import copy_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +37,9 @@ logger = logging.getLogger(__name__)
 class Setup:
     """What a run trains from and on.
 
-    `base` is the folder of weights, `states` the optimizer state that it continues from. The files of `tokenizer` lie in
-    `tokenizer_folder`.
+    `base` is the folder of weights and `base_fingerprint` the hash of its content, `states` the optimizer state that it continues
+    from. `tokenizer_files` are the files of `tokenizer` as a result gets them. Both are read before step 1, since the folders may
+    be gone when the run ends.
     """
 
     resolved: ResolvedRecipe
@@ -43,7 +49,8 @@ class Setup:
     template: ChatTemplate
     splits: Splits
     states: OptimizerStates | None
-    tokenizer_folder: Path
+    base_fingerprint: str
+    tokenizer_files: Mapping[str, bytes]
 
     @property
     def rows_fingerprint(self) -> str:
@@ -54,12 +61,6 @@ class Setup:
     def sample_rows(self) -> Dataset:
         """The held-out rows, or the training rows where none are held out."""
         return self.splits.train if self.splits.evaluation is None else self.splits.evaluation
-
-    @property
-    def title(self) -> str:
-        """Method and base checkpoint, for the title of a plot."""
-        recipe = self.resolved.recipe
-        return f"{recipe.method} from {Path(recipe.model.checkpoint).name}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,17 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
     reference = describe_reference(resolved, splits.report.train.rows) if resolved.method.has_reference else None
     for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
-    tokenizer_folder = find_tokenizer_folder(resolved.earlier, base)
-    return Setup(resolved, precision, base, tokenizer, template, splits, states, tokenizer_folder)
+    fingerprint = fingerprint_checkpoint(base)
+    files = _read_tokenizer(find_tokenizer_folder(resolved.earlier, base), template)
+    return Setup(resolved, precision, base, tokenizer, template, splits, states, fingerprint, files)
+
+
+def _read_tokenizer(folder: Path, template: ChatTemplate) -> dict[str, bytes]:
+    """Return the files of a tokenizer with the run's template, as they are written into a result."""
+    check_links(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        copy_tokenizer(folder, Path(copy), template.source)
+        return {file.name: file.read_bytes() for file in Path(copy).iterdir()}
 
 
 def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -> TrainedModel:

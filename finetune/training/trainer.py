@@ -29,6 +29,7 @@ from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
+from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import check_optimizer, explain_refusal
 from finetune.training.preference.prepared_rows import (
@@ -136,7 +137,8 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
 
 
 def add_journal(trainer: Trainer, run: Path) -> None:
-    """Let the trainer show a progress bar, and write every logged step into the run directory."""
+    """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory."""
+    add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from finetune.errors import CheckpointError
-from finetune.files.folders import write_folder
+from finetune.files.folders import check_links, write_folder
 from finetune.files.json_files import write_json
 from finetune.yulan.layout import (
     NativeConfig,
@@ -61,6 +61,7 @@ def fold_checkpoint(
     started = time.monotonic()
     if find_architecture(source) == "llama":
         raise CheckpointError(f"{source}: is stored as Llama already, so there is nothing to fold; use it as it is")
+    check_links(source)
     fold = Fold.open(source)
     chosen = fold.tensors.dtype("model.embed_tokens.weight") if dtype == "auto" else WEIGHT_DTYPES[dtype]
     specs = [TensorSpec(name, shape, chosen) for name, shape in list_llama_tensors(fold.config).items()]

@@ -19,6 +19,8 @@ Architecture = Literal["llama", "yulanmini"]
 Shape = tuple[int, ...]
 SCALAR: Shape = ()  # published with the shape [] or [1]; the kit reads both
 
+_MOST_LAYERS, _LARGEST_SIZE = 1_000, 1 << 24
+
 # A comma before a closing bracket, as in Before-Annealing's config.json. Strings are matched first, so that they are kept.
 _STRING_OR_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')
 
@@ -36,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         config = json.loads(_STRING_OR_COMMA.sub(lambda match: match[1] or match[2], text))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must hold an object; found {type(config).__name__}")
@@ -182,8 +184,9 @@ class _ConfigReader:
 
     def read_int(self, key: str) -> int:
         value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.faults.append(f"{key} must be a whole number above 0; found {value!r}")
+        limit = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            self.faults.append(f"{key} must be a whole number from 1 to {limit:,}; found {value!r}")
             return 0
         return value
 

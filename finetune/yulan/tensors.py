@@ -39,6 +39,7 @@ WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CHECKED_ELEMENTS = 1 << 22
 _HEADER_LIMIT = 100_000_000  # the format's own limit, in bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -143,6 +144,33 @@ def open_tensors(folder: Path) -> TensorFolder:
     raise CheckpointError(f"{folder}: holds no weights (neither {SINGLE_FILE} nor {INDEX_FILE})")
 
 
+def open_tensor_files(folder: Path) -> TensorFolder:
+    """Open all safetensors files of a folder, whatever their names.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        entries |= read_header(file)
+    return TensorFolder(folder, entries)
+
+
+def find_non_finite(tensors: TensorFolder) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinite number, or None; some rows are in memory at a time."""
+    for name, entry in tensors.entries.items():
+        if not entry.dtype.is_floating_point or 0 in entry.shape:
+            continue
+        rows = entry.shape[0] if entry.shape else 1
+        step = max(1, _CHECKED_ELEMENTS // max(1, math.prod(entry.shape[1:])))
+        for start in range(0, rows, step):
+            part = tensors.read_rows(name, start, min(start + step, rows)) if entry.shape else tensors.read(name)
+            # Minimum and maximum are NaN if any number is, and computing them needs no second copy.
+            if not torch.stack(torch.aminmax(part)).isfinite().all():
+                return name
+    return None
+
+
 def _open_shards(folder: Path) -> dict[str, TensorEntry]:
     index = _read_index(folder / INDEX_FILE)
     headers = {shard: read_header(folder / shard) for shard in sorted(set(index.values()))}
@@ -166,7 +194,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(shard) for name, shard in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not an index of weights (expected an object with weight_map)") from error
     for shard in sorted(set(pairs.values())):
         # A downloaded index must not lead to files outside its folder.
@@ -203,7 +231,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {name: _read_entry(path, name, value, 8 + length) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
     needed = max((entry.end for entry in entries.values()), default=8 + length)
     if size != needed:

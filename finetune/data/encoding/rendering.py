@@ -22,10 +22,25 @@ from finetune.data.encoding.spellings import (
     list_control_spellings,
 )
 from finetune.errors import TemplateError
+from finetune.files.terminal import limit_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+# What a template of somebody else can end in, besides its own errors: a division by zero, endless recursion or loops.
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TimeoutError,
+    TypeError,
+    ValueError,
+)
+_MOST_SECONDS = 8.0
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = list[dict[str, Any]] | None
@@ -156,14 +171,15 @@ def _render(
 ) -> tuple[list[str], list[list[Span]]]:
     if template.spans == "marks":
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages) for messages in conversations],
-                tools=tools,
-                chat_template=template.source,
-                return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            with limit_seconds(_MOST_SECONDS):
+                texts, spans = render_jinja_template(
+                    conversations=[list(messages) for messages in conversations],
+                    tools=tools,
+                    chat_template=template.source,
+                    return_assistant_tokens_mask=True,
+                    **tokenizer.special_tokens_map,
+                )
+        except _FAILURES as error:
             raise _explain(template, error) from error
         return texts, [[(start, end) for start, end in found] for found in spans]
     texts = [_render_one(tokenizer, template, messages, tools) for messages in conversations]
@@ -180,14 +196,15 @@ def _render_one(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        texts, _ = render_jinja_template(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=template.source,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
+        with limit_seconds(_MOST_SECONDS):
+            texts, _ = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=template.source,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.special_tokens_map,
+            )
+    except _FAILURES as error:
         raise _explain(template, error) from error
     return str(texts[0])
 

@@ -24,9 +24,9 @@ def load_tokenizer(folder: Path, *, needs_padding: bool = True) -> PreTrainedTok
     try:
         # An attribute of the module: importing the name would load the registry of architectures, for seconds.
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the library in Rust raises plain exceptions for patterns and merges that it cannot use
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]}); "
+            f"{folder}: the tokenizer cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); "
             "the folder needs the checkpoint's tokenizer.json and tokenizer_config.json"
         ) from error
     return _complete(tokenizer, folder, needs_padding)
@@ -44,9 +44,9 @@ def load_tokenizer_file(folder: Path, *, needs_padding: bool = True) -> PreTrain
         return load_tokenizer(folder, needs_padding=needs_padding)
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: cannot be read ({str(error).splitlines()[0]}); download it again"
+            f"{folder / 'tokenizer.json'}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); download it again"
         ) from error
     return _complete(tokenizer, folder, needs_padding)
 

@@ -19,7 +19,7 @@ from finetune.data.account import DataReport
 from finetune.data.dataset import Splits
 from finetune.data.preview.preview import list_sides
 from finetune.errors import OutputError, Place
-from finetune.files.folders import translate_os_errors
+from finetune.files.safety.disk_errors import translate_os_errors
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _GENERATOR = "finetune preview"

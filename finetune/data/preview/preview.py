@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.account import SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.files.terminal import COLOUR, PLAIN_TEXT, escape_controls
 
-_COLOUR, _PLAIN_TEXT = "\x1b[32m", "\x1b[0m"
 _OPEN, _CLOSE = "⟦", "⟧"
 _BAR_WIDTH = 40
 
@@ -92,12 +92,13 @@ def _join_pieces(
 
 def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     """Return the preview for a terminal. Trained text is green or, without colour, in ⟦ ⟧."""
-    opening, closing = (_COLOUR, _PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
+    opening, closing = (COLOUR, PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
     lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
     if not any(sum(row.trained) for row in preview.rows):
         lines = ["These are prompts: the model writes the answers, and is trained on those."]
     for row in preview.rows:
-        text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in row.pieces)
+        pieces = ((escape_controls(piece), is_trained) for piece, is_trained in row.pieces)
+        text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in pieces)
         side = f" ({row.side})" if row.side else ""
         lines += ["", f"── {row.origin}{side}: {len(row.token_ids)} tokens, {sum(row.trained)} trained", text]
     for name in ("train", "evaluation"):

@@ -1,5 +1,6 @@
 """Draw `loss.png`: the curves of a run from its `metrics.jsonl`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from matplotlib.figure import Figure
 
 from finetune.runs.run_files import LOSS_PLOT_FILE
 from finetune.training.journal.progress import read_metrics
+
+logger = logging.getLogger(__name__)
 
 # Panels below the loss, for methods that log one of their metrics: title, and metric -> label of its curve.
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -60,7 +63,11 @@ def draw_losses(run: Path, title: str) -> None:
         _draw_curves(panel, lines, curves)
         panel.set_title(text, fontsize="medium")
     axes[-1].set_xlabel("step")
-    figure.savefig(run / LOSS_PLOT_FILE)
+    try:
+        figure.savefig(run / LOSS_PLOT_FILE)
+    except OSError as error:  # a full disk must not cost the record of a run whose weights are written
+        (run / LOSS_PLOT_FILE).unlink(missing_ok=True)
+        logger.warning("%s: was not drawn: %s", run / LOSS_PLOT_FILE, error.strerror)
 
 
 def _draw_curves(axes: Any, lines: list[dict[str, Any]], curves: dict[str, str]) -> None:

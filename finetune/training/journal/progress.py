@@ -1,7 +1,6 @@
 """Show a progress bar and write `metrics.jsonl` while a run trains."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.errors import TrainingError
-from finetune.files.json_files import remove_later_lines
+from finetune.files.json_files import read_lines, remove_later_lines
 from finetune.runs.run_files import METRICS_FILE
 
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
@@ -66,7 +64,7 @@ class ProgressBar(TrainerCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every logged step to `metrics.jsonl`, and stops the run when the loss is NaN or infinite."""
+    """Appends every logged step to `metrics.jsonl`."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / METRICS_FILE
@@ -87,23 +85,13 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Write one line.
-
-        Raises:
-            TrainingError: the training loss is NaN or infinite.
-        """
+        """Write one line."""
         line = logs or {}
         if "train_loss" in line or any(name.startswith(PREFLIGHT) for name in line):
             return
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **line}) + "\n")
-        if not math.isfinite(line.get("loss", 0.0)):
-            raise TrainingError(
-                f"step {state.global_step}: the training loss is {line['loss']}; lower trainer.learning_rate, "
-                "or set model.dtype: bfloat16 (float32 on a CPU) if it was float16; "
-                "the last checkpoint in the run directory is from before this step"
-            )
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -124,7 +112,4 @@ class EarlyStopping(EarlyStoppingCallback):
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the logged lines of a run, oldest first."""
-    file = run / METRICS_FILE
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for _, line in read_lines(run / METRICS_FILE)]

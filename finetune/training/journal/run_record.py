@@ -10,15 +10,22 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune.checkpoints.finding import fingerprint_checkpoint
-from finetune.files.folders import translate_os_errors
-from finetune.files.json_files import write_json
+from finetune.files.json_files import read_json, write_json, write_text
+from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
 from finetune.recipe.sections import dump_recipe, to_plain
 from finetune.rewards.judge import fingerprint_judge
-from finetune.runs.run_files import PISSA_START_FOLDER, RECIPE_FILE, RECORD_FILE, list_trainer_checkpoints
+from finetune.runs.resuming import remove_made_files
+from finetune.runs.run_files import (
+    PISSA_START_FOLDER,
+    RECIPE_FILE,
+    RECORD_FILE,
+    find_result_folder,
+    list_trainer_checkpoints,
+)
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.environment import describe_environment
+from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.progress import read_metrics
 from finetune.training.setup import Setup
 
@@ -37,16 +44,23 @@ class RunRecord:
         with translate_os_errors(run):
             run.mkdir(parents=True, exist_ok=True)
             if not self._resumed:
-                (run / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+                write_text(run / RECIPE_FILE, dump_recipe(recipe))
                 if recipe.adapter.changes_base and isinstance(self._model, PeftModel):
                     save_adapter(self._model, run / PISSA_START_FOLDER)
             write_json(run / RECORD_FILE, self._describe("running", None))
 
+    def write_saving(self, summary: RunSummary) -> None:
+        """Write the record of a run that has trained its last step, before its result is written."""
+        self._write("saving", summary)
+
     def write_end(self, summary: RunSummary) -> None:
         """Write the record of a finished run."""
+        self._write("finished", summary)
+
+    def _write(self, status: str, summary: RunSummary) -> None:
         run = self._setup.resolved.output
-        with translate_os_errors(run):
-            write_json(run / RECORD_FILE, self._describe("finished", summary))
+        with translate_os_errors(run, "what the run has written is kept; make room, and end it with --resume"):
+            write_json(run / RECORD_FILE, self._describe(status, summary))
 
     def _describe(self, status: str, summary: RunSummary | None) -> dict[str, Any]:
         setup, recipe = self._setup, self._setup.resolved.recipe
@@ -55,7 +69,7 @@ class RunRecord:
             "resumed": self._resumed,
             "recipe": to_plain(recipe),
             "base": str(setup.base),
-            "base_fingerprint": fingerprint_checkpoint(setup.base),
+            "base_fingerprint": setup.base_fingerprint,
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
             "data": setup.splits.report.to_json(),
             **describe_environment(),
@@ -63,13 +77,33 @@ class RunRecord:
         }
 
 
+def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | None:
+    """Finish the record of a run that was stopped after its result was written; return None where there is more to do, or nothing.
+
+    A result without the record of its summary is removed: the run's last checkpoint gives it again. The writer must be the first
+    of several processes to call it.
+    """
+    result, record = find_result_folder(run), read_json(run / RECORD_FILE) or {}
+    status = record.get("status")
+    if result is None or (status == "finished" and is_writer):
+        return None
+    if not is_writer:
+        return RunSummary(**record["result"]) if status == "finished" else None
+    if status != "saving":
+        shutil.rmtree(result)
+        return None
+    draw_losses(run, title)
+    with translate_os_errors(run, "the result is whole; make room, and end the run with --resume"):
+        write_json(run / RECORD_FILE, {**record, "status": "finished"})
+    return RunSummary(**record["result"])
+
+
 @contextlib.contextmanager
-def leave_nothing_before_step_one(run: Path, checkpoint: str | None) -> Iterator[None]:
-    """Remove a fresh run's folder when the run stops before its first logged step or checkpoint."""
+def leave_nothing_before_step_one(run: Path, checkpoint: Path | None) -> Iterator[None]:
+    """Remove what a fresh run has written when it stops before its first logged step or checkpoint."""
     try:
         yield
     except BaseException:
-        # The folder was empty when this run began, so everything in it is from this run.
         if checkpoint is None and not read_metrics(run) and not list_trainer_checkpoints(run):
-            shutil.rmtree(run, ignore_errors=True)
+            remove_made_files(run)
         raise

@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from finetune.checkpoints.finding import find_states_folder
 from finetune.data.dataset import Splits
 from finetune.data.packing import PackedRows
-from finetune.errors import RecipeError
+from finetune.errors import CheckpointError, RecipeError
+from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.sections import Recipe
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
 from finetune.training.pretraining.schedule import plan_schedule
 from finetune.training.pretraining.state_loading import StatesLoader
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
-from finetune.yulan.states.optimizer_states import OptimizerStates, check_parameters, open_states
+from finetune.yulan.states.optimizer_states import RESULT, OptimizerStates, check_parameters, open_states
 
 PRETRAINING_OPTIONS: Mapping[str, Any] = {
     "remove_unused_columns": False,
@@ -46,7 +47,14 @@ def find_states(recipe: Recipe) -> OptimizerStates | None:
     states = recipe.optimizer.states
     if states == "fresh":
         return None
-    return open_states(find_states_folder(recipe.model.checkpoint) if states == "published" else Path(states))
+    folder = find_states_folder(recipe.model.checkpoint) if states == "published" else Path(states)
+    for place in (folder, folder / RESULT):
+        # Published states have no manifest; those that a run has saved have one.
+        if (place / MANIFEST_FILE).is_file() and (damage := find_damage(place)) is not None:
+            raise CheckpointError(
+                f"{place}: is not as it was written: {damage}; restore it, or set optimizer.states: fresh"
+            )
+    return open_states(folder)
 
 
 def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates | None) -> None:

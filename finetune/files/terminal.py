@@ -1,0 +1,54 @@
+"""Make text from outside safe to print: nothing in it may move the cursor, hide text, or reorder it."""
+
+import contextlib
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+# C0 and C1 control characters but tab and newline, DEL, and the characters that reorder text (embeddings, overrides, isolates).
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
+COLOUR, PLAIN_TEXT = "\x1b[32m", "\x1b[0m"  # the only sequences that the kit prints itself
+_OWN = re.compile(f"({re.escape(COLOUR)}|{re.escape(PLAIN_TEXT)})")
+
+
+def escape_controls(text: str, *, keeps_colour: bool = False) -> str:
+    """Return a text with its control characters written as `\\x1b`, `\\u202e` and so on; the kit's own colours may stay."""
+    if not keeps_colour:
+        return _CONTROLS.sub(_name, text)
+    parts = _OWN.split(text)
+    return "".join(part if number % 2 else _CONTROLS.sub(_name, part) for number, part in enumerate(parts))
+
+
+def escape_json(text: str) -> str:
+    """Return a JSON text whose control characters are written by JSON's own escapes, so that it holds the same values."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _name(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+@contextlib.contextmanager
+def limit_seconds(seconds: float) -> Iterator[None]:
+    """End the block by a `TimeoutError` after so many seconds; only in the main thread of systems that have alarms.
+
+    Raises:
+        TimeoutError: the block took longer.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,199 @@
+"""Keep a run safe while it trains: stop at numbers that are none, seal checkpoints, and stop soon after a signal."""
+
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from finetune.compat import count_tokens, watch_numbers
+from finetune.errors import TrainingError
+from finetune.files.json_files import write_json
+from finetune.files.safety.manifests import write_manifest
+from finetune.runs.run_files import COUNTS_FILE, list_trainer_checkpoints, read_step
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = "lower trainer.learning_rate, or set model.dtype: bfloat16 (float32 on a CPU) if it was float16"
+_KEPT = "the checkpoints in the run directory are from before this step"
+
+
+def add_safeguards(trainer: Trainer) -> None:
+    """Add the callbacks of this module to a trainer."""
+    for callback in (FiniteNumbers(trainer), CheckpointSeal(trainer), SignalWatch()):
+        trainer.add_callback(callback)
+
+
+class FiniteNumbers(TrainerCallback):
+    """Stops a run at the first loss or gradient norm that is NaN or infinite, before the optimizer's step uses it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._losses: list[torch.Tensor] = []
+        self._norm: Any = None
+        watch_numbers(trainer, self._see_loss, self._see_norm)
+
+    def _see_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        self._losses.append(loss.detach())
+        return loss
+
+    def _see_norm(self, norm: Any) -> Any:
+        self._norm = norm
+        return norm
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Check the losses of the step's batches, and the norm of their gradients.
+
+        Raises:
+            TrainingError: one is NaN or infinite.
+        """
+        losses, norm = self._losses, self._norm
+        self._losses, self._norm = [], None
+        # The loss is computed from the gradients' weights, so a NaN in it tells more about the cause.
+        loss = float(torch.stack(losses).sum()) if losses else 0.0
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {state.global_step + 1}: the training loss is {loss}; {_ADVICE}; {_KEPT}")
+        # float16 scales its loss until gradients overflow, and then skips the step.
+        is_scaled = self._trainer.accelerator.scaler is not None
+        if norm is not None and not is_scaled and not math.isfinite(norm := float(norm)):
+            raise TrainingError(f"step {state.global_step + 1}: the gradient norm is {norm}; {_ADVICE}; {_KEPT}")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Check the losses of an evaluation.
+
+        Raises:
+            TrainingError: one is NaN or infinite.
+        """
+        for name, value in (metrics or {}).items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                raise TrainingError(f"step {state.global_step}: the loss on held-out rows is {value}; {_ADVICE}")
+
+
+class CheckpointSeal(TrainerCallback):
+    """Writes a manifest into every checkpoint when all its files are on the disk, and only then removes older checkpoints."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        # The trainer would remove the checkpoints before while the new one has no manifest yet.
+        self._limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Remove damaged checkpoints that are newer than the one that the run continues from, and count tokens on."""
+        run, step = Path(args.output_dir), state.global_step
+        if not step:
+            return
+        counts = json.loads((run / f"checkpoint-{step}" / COUNTS_FILE).read_text(encoding="utf-8"))
+        count_tokens(self._trainer, counts["num_tokens"])
+        for checkpoint in list_trainer_checkpoints(run) if args.should_save else ():
+            if read_step(checkpoint) > step:
+                logger.warning("%s: removed, because it is damaged", checkpoint)
+                shutil.rmtree(checkpoint)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Seal the checkpoint that every process has written its part of.
+
+        Raises:
+            TrainingError: it holds weights that are NaN or infinite.
+        """
+        trained = (parameter.detach() for parameter in self._trainer.model.parameters() if parameter.requires_grad)
+        if not all(bool(weights.isfinite().all()) for weights in trained):
+            raise TrainingError(
+                f"step {state.global_step}: weights have become NaN or infinite; {_ADVICE}; "
+                "the checkpoints before this step are whole"
+            )
+        self._trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / COUNTS_FILE, {"num_tokens": count_tokens(self._trainer)})
+            write_manifest(checkpoint)
+            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint, use_mtime=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Keep only the best checkpoint where one is kept, as the trainer does."""
+        best = state.best_model_checkpoint
+        if args.should_save and args.load_best_model_at_end and best is not None and self._limit == 1:
+            for checkpoint in list_trainer_checkpoints(Path(args.output_dir)):
+                if checkpoint.name != Path(best).name:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+class SignalWatch(TrainerCallback):
+    """Ends a run at the next step where the exception of a signal was lost.
+
+    The command line ends at SIGTERM by an exception. Python drops exceptions that are raised in a finalizer or in a callback of the
+    garbage search, and the run would go on.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._stopped_by: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Note the signal before the command line's own function is called."""
+        before = signal.getsignal(signal.SIGTERM)
+        if not callable(before):  # a program that uses this kit ends at once
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._stopped_by = number
+            before(number, frame)
+
+        try:
+            signal.signal(signal.SIGTERM, note)
+        except ValueError:  # only the main thread may
+            return
+        self._before = before
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """End the process where a signal asked for it."""
+        self._end_if_asked()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """End the process where a signal asked for it."""
+        self._end_if_asked()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """End the process where a signal asked for it."""
+        self._end_if_asked()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Give the signal back."""
+        self._end_if_asked()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _end_if_asked(self) -> None:
+        if self._stopped_by is not None:
+            sys.exit(128 + self._stopped_by)

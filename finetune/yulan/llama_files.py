@@ -1,0 +1,161 @@
+"""Check a folder of Llama weights by its configuration and the headers of its files, before any library loads it.
+
+transformers gives random values to tensors that a folder lacks, and only logs it.
+
+Source of names, shapes and defaults: transformers, `LlamaConfig` and `LlamaForCausalLM`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import CheckpointError
+from finetune.yulan.layout import Shape, read_config
+from finetune.yulan.tensors import TensorFolder, open_tensors
+
+LlamaHead = Literal["language", "score", "stored"]
+
+_HEAD, _SCORE = "lm_head.weight", "score.weight"
+_SCORE_CLASS = "LlamaForSequenceClassification"
+_MOST_LAYERS, _LARGEST_SIZE = 1_000, 1 << 24
+# Buffers that older versions stored with the weights; they are computed anew.
+_BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+
+
+def check_llama(folder: Path, head: LlamaHead = "stored") -> None:
+    """Check that a Llama folder holds every tensor that its configuration needs, whole and with the right shape.
+
+    `head` is the one that will be loaded: that of a language model, one for scores (which may be new), or the one that the folder's
+    own architecture has.
+
+    Raises:
+        CheckpointError: the configuration or a file is damaged, or tensors are missing, unknown or of a wrong shape.
+    """
+    config = read_config(folder)
+    shapes = _list_tensors(config, folder)
+    _check_generation_config(folder / "generation_config.json")
+    tensors = open_tensors(folder)
+    has_scores = _SCORE_CLASS in (config.get("architectures") or ())
+    if head == "language" or (head == "stored" and not has_scores):
+        if config.get("tie_word_embeddings", False) is not True:
+            shapes[_HEAD] = shapes["model.embed_tokens.weight"]
+    elif has_scores:
+        shapes[_SCORE] = (tensors.shape(_SCORE)[0] if tensors.entries.get(_SCORE) else 1, int(config["hidden_size"]))
+    _compare(tensors, shapes)
+
+
+def _compare(tensors: TensorFolder, shapes: Mapping[str, Shape]) -> None:
+    # A folder of the bare model, without its head, may leave out the first part of its names.
+    is_bare = not any(name.startswith("model.") for name in tensors.names)
+    expected = {name.removeprefix("model.") if is_bare else name: shape for name, shape in shapes.items()}
+    missing = [name for name in expected if name not in tensors.entries]
+    unknown = [
+        name
+        for name in tensors.names
+        if name not in expected and name not in (_HEAD, _SCORE) and not name.endswith(_BUFFERS)
+    ]
+    misshapen = [
+        f"{name} is {list(tensors.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors.entries and tensors.shape(name) != shape
+    ]
+    faults = [
+        f"{len(found)} {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
+        for kind, found in (("missing", missing), ("unknown", unknown), ("of a wrong shape", misshapen))
+        if found
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{tensors.folder}: the tensors do not fit config.json: {'; '.join(faults)}; what is missing would be random: "
+            "download the folder again, or save it anew"
+        )
+
+
+def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
+    """Return names and shapes of a Llama model's tensors without its head.
+
+    Raises:
+        CheckpointError: sizes are missing, impossible, or contradict each other; the message names all of them.
+    """
+    faults: list[str] = []
+    if config.get("quantization_config"):
+        faults.append("quantization_config is set; give the checkpoint in full precision, and set model.quantize")
+
+    def read(key: str, limit: int = _LARGEST_SIZE, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            faults.append(f"{key} must be a whole number from 1 to {limit:,}; found {value!r}")
+            return 1
+        return value
+
+    width, inner, layers = read("hidden_size"), read("intermediate_size"), read("num_hidden_layers", _MOST_LAYERS)
+    vocabulary, heads = read("vocab_size"), read("num_attention_heads")
+    groups = read("num_key_value_heads", default=heads)
+    size = read("head_dim", default=max(1, width // heads))
+    read("max_position_embeddings", limit=1 << 40, default=2048)
+    if heads % groups:
+        faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    if config.get("head_dim") is None and width % heads:
+        faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    faults += _find_value_faults(config, vocabulary)
+    if faults:
+        raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(faults)}")
+    attention_bias, mlp_bias = (config.get(key) is True for key in ("attention_bias", "mlp_bias"))
+    matrices = {
+        "self_attn.q_proj": (heads * size, width, attention_bias),
+        "self_attn.k_proj": (groups * size, width, attention_bias),
+        "self_attn.v_proj": (groups * size, width, attention_bias),
+        "self_attn.o_proj": (width, heads * size, attention_bias),
+        "mlp.gate_proj": (inner, width, mlp_bias),
+        "mlp.up_proj": (inner, width, mlp_bias),
+        "mlp.down_proj": (width, inner, mlp_bias),
+    }
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}.{norm}.weight"] = (width,)
+        for name, (rows, columns, has_bias) in matrices.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+    return shapes
+
+
+def _find_value_faults(config: Mapping[str, Any], vocabulary: int) -> list[str]:
+    """List the values, other than sizes, with which transformers would fail in the middle of loading."""
+    faults = []
+    for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(config.get(key, False), bool | None):
+            faults.append(f"{key} must be true or false; found {config[key]!r}")
+    for key in ("rms_norm_eps", "rope_theta", "initializer_range", "attention_dropout"):
+        value = config.get(key, 0.0)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            faults.append(f"{key} must be a number; found {value!r}")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), dict | None):
+            faults.append(f"{key} must be an object or null; found {config[key]!r}")
+    if not isinstance(config.get("hidden_act", "silu"), str):
+        faults.append(f"hidden_act must be a name; found {config['hidden_act']!r}")
+    padding = config.get("pad_token_id")
+    if padding is not None and (
+        isinstance(padding, bool) or not isinstance(padding, int) or not -1 <= padding < vocabulary
+    ):
+        faults.append(f"pad_token_id must be a token below vocab_size {vocabulary}, or null; found {padding!r}")
+    architectures = config.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        faults.append(f"architectures must be a list; found {architectures!r}")
+    return faults
+
+
+def _check_generation_config(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); download it again, or remove it") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold an object; found {type(content).__name__}; download it again")

@@ -1,0 +1,108 @@
+"""The kinds of work that faults are injected into, on nano: how each is started, resumed, and what must come out of it."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.files.resources import find_demo_data
+
+_TRAINER = (
+    "{max_steps: 4, learning_rate: 2e-3, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2, eval_strategy: 'no', "
+    "lr_scheduler_type: constant, gradient_checkpointing: false, disable_tqdm: true}"
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of work; `output` is the folder that it writes, `results` the files in it that must be equal to the bit."""
+
+    name: str
+    start: list[str]
+    output: Path
+    results: Sequence[str] = ("**/*.safetensors",)
+    resumes: bool = True
+    cleans: tuple[Path, ...] = field(default=())
+
+    @property
+    def resume(self) -> list[str]:
+        """The command line with which a person goes on."""
+        return [*self.start, "--resume"] if self.resumes else self.start
+
+    def clear(self) -> None:
+        """Remove what an earlier try has left."""
+        for folder in (self.output, *self.cleans):
+            shutil.rmtree(folder, ignore_errors=True)
+            for left in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def hash_results(self) -> dict[str, str]:
+        """Return the hashes of the results by name; checkpoints on the way do not count."""
+        found = {
+            path for pattern in self.results for path in self.output.glob(pattern) if "checkpoint-" not in str(path)
+        }
+        return {
+            str(path.relative_to(self.output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)
+        }
+
+
+def make_rows(folder: Path) -> None:
+    """Write the few rows that all kinds train on."""
+    for name, source, count in (("rows.jsonl", "demo.jsonl", 16), ("pairs.jsonl", "pairs.jsonl", 16)):
+        lines = find_demo_data(source).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    texts = [
+        f'{{"text": "{line} {line} {line}"}}\n' for line in ("one two three four five", "six seven eight nine ten") * 40
+    ]
+    (folder / "texts.jsonl").write_text("".join(texts), encoding="utf-8")
+
+
+def make_training(name: str, work: Path, text: str) -> Kind:
+    """Return a kind that trains a recipe; its folder is the only thing in its parent."""
+    recipe, output = work / f"{name}.yaml", work / name / "run"
+    output.parent.mkdir(exist_ok=True)
+    recipe.write_text(f"{text}\noutput: {output}\n", encoding="utf-8")
+    return Kind(name, ["train", str(recipe)], output)
+
+
+def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
+    """Return what makes each kind; `work` is an empty folder."""
+    make_rows(work)
+    sft = f"data: {{train: {work / 'rows.jsonl'}, max_tokens: 128}}\nanswers: 4\n"
+    lora = f"{sft}model: {{checkpoint: nano}}\nadapter: {{rank: 4, alpha: 8}}\ntrainer: {_TRAINER}"
+    full = f"{sft}model: {{checkpoint: nano}}\nadapter: {{kind: none}}\ntrainer: {_TRAINER}"
+    nf4 = lora.replace("{checkpoint: nano}", "{checkpoint: nano, quantize: nf4}")
+    dpo = (
+        f"method: dpo\ndata: {{train: {work / 'pairs.jsonl'}, max_tokens: 128}}\nanswers: 0\nmodel: {{checkpoint: nano}}\n"
+        f"adapter: {{rank: 4, alpha: 8}}\ntrainer: {_TRAINER}"
+    )
+    pretrain = (
+        f"method: pretrain\ndata: {{train: {work / 'texts.jsonl'}, max_tokens: 32}}\nanswers: 0\n"
+        "model: {checkpoint: nano, architecture: native}\nadapter: {kind: none}\noptimizer: {states: fresh, save_states: true}\n"
+        f"trainer: {_TRAINER.replace('lr_scheduler_type: constant, ', '')}"
+    )
+    stage = f"data: {{train: {work / 'rows.jsonl'}, max_tokens: 128}}, answers: 0, trainer: {_TRAINER}"
+    chain = (
+        f"stages:\n  - {{name: sft, model: {{checkpoint: nano}}, adapter: {{rank: 4, alpha: 8}}, {stage}}}\n"
+        "  - {name: merged, export: {verify: false}}"
+    )
+    texts = {"lora": lora, "nf4": nf4, "full": full, "dpo": dpo, "pretrain": pretrain, "chain": chain}
+    makers: dict[str, Callable[[], Kind]] = {}
+    for name, text in texts.items():
+        makers[name] = lambda name=name, text=text: make_training(name, work, text)
+    makers["fold"] = lambda: _make_fold(work)
+    return makers
+
+
+def _make_fold(work: Path) -> Kind:
+    output = work / "fold" / "out"
+    output.parent.mkdir(exist_ok=True)
+    return Kind("fold", ["fold", "nano", "-o", str(output)], output, ("*",), resumes=False)
+
+
+def make_export(work: Path, run: Path) -> Kind:
+    """Return the kind that exports a finished run."""
+    output = work / "export" / "out"
+    output.parent.mkdir(exist_ok=True)
+    return Kind("export", ["export", str(run), "-o", str(output), "--no-verify"], output, resumes=False)

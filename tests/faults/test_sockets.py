@@ -1,0 +1,66 @@
+"""Nothing is sent anywhere: every verb runs while a guard watches all connections and look-ups of names."""
+
+import json
+import subprocess
+import sys
+
+from finetune.cli.verbs import VERBS
+from finetune.files.resources import find_demo_data
+
+# The demo strings train, export, evaluate and chat together, and takes a minute.
+NOT_RUN = {"demo"}
+# One process runs all command lines. The guard is an audit hook: it also sees what libraries do, and cannot be taken off.
+SCRIPT = """
+import json, sys
+found = []
+
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
+        found.append([event, repr(arguments[1])])
+        raise OSError("the guard allows no connection")
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        found.append([event, repr(arguments[0])])
+        raise OSError("the guard allows no look-up")
+
+sys.addaudithook(guard)
+from finetune.cli.main import main
+statuses = {}
+for line in json.loads(sys.argv[1]):
+    try:
+        main(line)
+    except SystemExit as stopped:
+        statuses[line[0]] = stopped.code
+print("FOUND" + json.dumps([statuses, found]))
+"""
+
+
+def test_no_verb_opens_a_connection(nano_llama, tmp_path):
+    lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(
+        f"data: {{train: {tmp_path / 'rows.jsonl'}, max_tokens: 128}}\nmodel: {{checkpoint: nano}}\nadapter: {{rank: 4, alpha: 8}}\n"
+        "trainer: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false, disable_tqdm: true}\n"
+        f"answers: 0\noutput: {run}\n"
+    )
+    commands = [
+        ["checkpoints"],
+        ["recipes"],
+        ["mixtures"],
+        ["fold", "nano", "-o", str(tmp_path / "folded")],
+        ["check", str(recipe)],
+        ["preview", str(recipe)],
+        ["lint", str(recipe)],
+        ["plan", str(recipe)],
+        ["doctor"],
+        ["train", str(recipe)],
+        ["export", str(run), "-o", str(tmp_path / "export")],
+        ["evaluate", str(run), "--data", str(tmp_path / "rows.jsonl")],
+        ["chat", str(run), "--prompt", "Who are you?", "--max-new-tokens", "2"],
+    ]
+    assert {line[0] for line in commands} | NOT_RUN == {verb.name for verb in VERBS}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    statuses, found = json.loads(done.stdout.rpartition("FOUND")[2])
+    assert statuses == {line[0]: 0 for line in commands}, done.stderr
+    assert found == []
