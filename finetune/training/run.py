@@ -26,7 +26,7 @@ from finetune.training.journal.run_record import RunRecord, complete_record, lea
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch, warn_of_positions
 from finetune.training.pretraining.state_loading import save_states
-from finetune.training.result import write_result
+from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
