@@ -27,41 +27,47 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 
+# A card of this size holds three of the runs at once; each counts only the memory of its own process.
+SHARED_CARD, SHARES = 70 * 2**30, 3
+
+
 @dataclass(frozen=True)
 class Part:
-    """A part of the measurement: its command, and the seconds after which it is stopped."""
+    """A part of the measurement: commands that run at the same time, and the seconds after which they are stopped."""
 
     name: str
-    command: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     limit: int
 
 
-def list_parts(base: Path, results: Path, extra: Sequence[str]) -> list[Part]:
+def list_parts(base: Path, results: Path, extra: Sequence[str], card_bytes: int) -> list[Part]:
     """Return the parts in their order. The limits sum to less than 8 minutes."""
 
-    def child(script: str, name: str, limit: int, *options: str) -> Part:
+    def child(script: str, name: str, *options: str) -> tuple[str, ...]:
         command = (sys.executable, "-W", "ignore", str(HERE / "gpu_parts" / script), str(base))
-        return Part(name, (*command, str(results / f"{name}.jsonl"), *options, *extra), limit)
+        return (*command, str(results / f"{name}.jsonl"), *options, *extra)
 
-    tests = (
+    tests = [
         "-m",
         "pytest",
         "-q",
+        "-W",
+        "default",
         "-n4",
         "-p",
         "no:cacheprovider",
         "--durations=15",
-        "-o",
-        "addopts=",
         "-rf",
         "tests/gpu",
-    )
+    ]
+    shares = SHARES if card_bytes >= SHARED_CARD else 1
+    memory = tuple(child("memory.py", "memory", "--share", f"{number}/{shares}") for number in range(shares))
     return [
-        Part("tests", (sys.executable, *tests), 110),
-        child("memory.py", "memory", 180),
-        child("speed.py", "speed", 50, "--program", "ours"),
-        child("speed.py", "plain", 50, "--program", "plain TRL"),
-        child("export_chat.py", "export", 50),
+        Part("tests", ((sys.executable, *tests),), 120),
+        Part("memory", memory, 130),
+        Part("speed", (child("speed.py", "speed", "--program", "ours"),), 70),
+        Part("plain", (child("speed.py", "plain", "--program", "plain TRL"),), 70),
+        Part("export", (child("export_chat.py", "export"),), 50),
     ]
 
 
@@ -76,18 +82,26 @@ def run_part(part: Part, environment: Mapping[str, str], log: Path) -> dict[str,
     """Run one part within its limit; return its exit status (None: it ran out of time) and its seconds."""
     started = time.monotonic()
     with log.open("wb") as file:
-        try:
-            done = subprocess.run(
-                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, timeout=part.limit
-            )
-            status: int | None = done.returncode
-        except subprocess.TimeoutExpired:
-            status = None
+        running = [
+            subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+            for command in part.commands
+        ]
+        statuses = [_wait(process, started + part.limit) for process in running]
+    status = None if None in statuses else max(map(abs, filter(None, statuses)), default=0)
     seconds = time.monotonic() - started
     print(
         f"{part.name:8} {'ran out of time' if status is None else f'exit {status}'} after {seconds:.0f} s", flush=True
     )
     return {"status": status, "seconds": round(seconds, 1)}
+
+
+def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
+    try:
+        return process.wait(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
 
 
 def ask_device(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -116,14 +130,15 @@ def describe(results: Mapping[str, Any]) -> str:
         name, values = row["name"], {key: value for key, value in row.items() if key != "name"}
         lines.append(f"- {name}: " + ", ".join(f"{key} {_short(value)}" for key, value in values.items()))
     lines += ["", "Parts: " + "; ".join(f"{name} {_short(value)}" for name, value in results["parts"].items())]
+    lines += ["", results["notes"]] if "notes" in results else []
     return "\n".join(lines) + "\n"
 
 
 def describe_memory(results: Mapping[str, Any]) -> list[str]:
-    """Return the table of measured and planned memory."""
+    """Return the table of measured and planned memory; what an earlier case left on the card is taken off."""
     plans = {row["name"]: row for row in results.get("plans", [])}
     lines = [
-        "| run | allocated as planned, GiB | measured | difference | in all as planned, GiB | reserved + context |",
+        "| run | allocated as planned, GiB | measured | difference | reserved | in all as planned |",
         "|---|---|---|---|---|---|",
     ]
     for row in results.get("memory", []):
@@ -131,11 +146,10 @@ def describe_memory(results: Mapping[str, Any]) -> list[str]:
         if "error" in row or "error" in plan:
             lines.append(f"| {row['name']} | {row.get('error', plan.get('error'))} |||||")
             continue
-        allocated, held = row["allocated"] - row["left"], row["reserved"] - row["left"] + row["context"]
-        difference = allocated / plan["allocated"] - 1
+        allocated, reserved = row["allocated"] - row["left"], row["reserved"] - row["left"]
         lines.append(
-            f"| {row['name']} | {_gib(plan['allocated'])} | {_gib(allocated)} | {difference:+.1%} "
-            f"| {_gib(plan['peak'])} | {_gib(held)} |"
+            f"| {row['name']} | {_gib(plan['allocated'])} | {_gib(allocated)} | {allocated / plan['allocated'] - 1:+.1%} "
+            f"| {_gib(reserved)} | {_gib(plan['peak'])} |"
         )
     return lines
 
@@ -148,14 +162,17 @@ def describe_speed(results: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in results.get("speed", []):
-        other = plain.get(row.get("setting"))
-        if "error" in row or other is None or "error" in other:
-            lines.append(f"| {row['name']} | {row.get('error', 'the other failed')} ||||||")
+        if "error" in row:
+            lines.append(f"| {row['name']} | {row['error']} ||||||")
             continue
-        ratio = row["tokens_per_second"] / other["tokens_per_second"]
+        other = plain.get(row["setting"], {"error": "it did not end"})
+        theirs, ratio, size = "not measured", "", ""
+        if "error" not in other:
+            theirs, size = f"{other['tokens_per_second']:,.0f}", _gib(other["allocated"])
+            ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
         lines.append(
-            f"| {row['setting']} | {row['tokens_per_second']:,.0f} | {other['tokens_per_second']:,.0f} | {ratio:.2f} "
-            f"| {row['flops_per_second'] / 1e12:.0f} | {_gib(row['allocated'])} | {_gib(other['allocated'])} |"
+            f"| {row['setting']} | {row['tokens_per_second']:,.0f} | {theirs} | {ratio} "
+            f"| {row['flops_per_second'] / 1e12:.0f} | {_gib(row['allocated'])} | {size} |"
         )
     lines += [f"| {row['name']} | {row['error']} ||||||" for row in results.get("plain", []) if "error" in row]
     return lines
@@ -214,7 +231,7 @@ def measure(
     lines.mkdir()
     logs.mkdir(exist_ok=True)
     script = str(HERE / "gpu_parts" / "real_base.py")
-    made = run_part(Part("base", (sys.executable, script, str(base), *extra), 40), environment, logs / "base.log")
+    made = run_part(Part("base", ((sys.executable, script, str(base), *extra),), 40), environment, logs / "base.log")
     results: dict[str, Any] = {"device": device, "parts": {"base": made}}
     plans_command = (
         sys.executable,
@@ -225,10 +242,10 @@ def measure(
     )
     wanted = arguments.parts.split(",")
     with (logs / "plans.log").open("wb") as log:
-        hidden = {**environment, "CUDA_VISIBLE_DEVICES": ""}
+        hidden = {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         plans = subprocess.Popen(plans_command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=hidden)
         try:
-            for part in list_parts(base, lines, extra):
+            for part in list_parts(base, lines, extra, device["memory"]):
                 if part.name in wanted:
                     results["parts"][part.name] = run_part(part, environment, logs / f"{part.name}.log")
                     save(arguments.output, results, lines)

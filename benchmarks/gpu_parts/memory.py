@@ -56,11 +56,10 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--only", help="beginnings of the names of some cases, joined by ;")
+    parser.add_argument("--share", default="0/1", help="which cases of how many shares, such as 0/3")
     arguments = parser.parse_args()
-    for case in list_cases(arguments.rehearse):
-        if arguments.only and not case.name.startswith(tuple(arguments.only.split(";"))):
-            continue
+    number, shares = map(int, arguments.share.split("/"))
+    for case in list_cases(arguments.rehearse)[number::shares]:
         record(arguments.output, case.name, lambda case=case: measure_case(case, arguments.base))
 
 
