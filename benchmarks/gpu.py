@@ -26,7 +26,6 @@ from gpu_parts.lines import read_lines
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-
 # A card of this size holds three of the runs at once; each counts only the memory of its own process.
 SHARED_CARD, SHARES = 70 * 2**30, 3
 
