@@ -13,6 +13,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_launched() -> bool:
+    """Return whether this is one of several processes of a launch."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 class _SafeFormatter(logging.Formatter):
     """Escapes control characters, which file names and rows may hold."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -9,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from finetune.cli.libraries import is_main_process, quiet_libraries
+from finetune.cli.libraries import is_launched, is_main_process, quiet_libraries
 from finetune.cli.parser import make_parser
-from finetune.cli.printing import INTERRUPTED, SUCCESS, USER_ERROR
+from finetune.cli.printing import BUG, INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
 from finetune.files.terminal import escape_controls
 
@@ -21,24 +22,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
+    leaving = _Leaving()
+    if is_launched():
+        atexit.register(leaving.leave)  # the first to be registered runs last
+    try:
+        leaving.status = _run(argv)
+    except SystemExit as stopped:
+        leaving.status = stopped.code if isinstance(stopped.code, int) else BUG
+        raise
+    sys.exit(leaving.status)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        status = arguments.run(arguments)
+        status: int = arguments.run(arguments)
         sys.stdout.flush()
     except FinetuneError as error:
         if is_main_process():
             print(escape_controls(f"finetune {arguments.verb}: {error}"), file=sys.stderr)
-        status = USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # The reading program (head, less) has ended. The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = SUCCESS
-    sys.exit(status)
+        return SUCCESS
+    return status
+
+
+class _Leaving:
+    """Ends a process of a launch with its status, without the destructors of C++ libraries.
+
+    One of them waits for threads of gloo that may still run: one launch in some hundreds ended in "terminate called without an active
+    exception" after its work was done, and `accelerate launch` reported a failure.
+    """
+
+    def __init__(self) -> None:
+        self.status = BUG
+
+    def leave(self) -> None:
+        """Write what is buffered and end."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self.status)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from finetune.check.chain_stages import Chain, TrainStage
 
 
-SUCCESS, USER_ERROR, INTERRUPTED = 0, 2, 130
+SUCCESS, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def print_each(arguments: argparse.Namespace, chain: Chain, look: Callable[[TrainStage], tuple[Any, str]]) -> int:
