@@ -144,7 +144,13 @@ def _read_transcripts(row: Raw) -> dict[str, Any]:
             key: row[key].strip() for key in ("completion", "chosen", "rejected") if isinstance(row.get(key), str)
         }
         return {**answers, **found}
-    return found if {"chosen", "rejected"} <= found.keys() else {}
+    sides = found.keys() & {"chosen", "rejected"}
+    if len(sides) == 1 and {"chosen", "rejected"} <= row.keys():
+        other = ({"chosen", "rejected"} - sides).pop()
+        raise RowError(
+            f"{sides.pop()} is a text with Human: and Assistant:, and {other} is not; write both in the same way"
+        )
+    return found if len(sides) == 2 else {}
 
 
 def _read_transcript(text: str) -> list[dict[str, str]] | None:
