@@ -192,6 +192,11 @@ FAULTS = {
         {"conversations": [{"from": "human", "value": Q}] * 2 + [{"from": "gpt", "value": A}]},
         "data.merge_turns: true",
     ),
+    "an empty answer of HH": (
+        {"prompt": Q, "chosen": f"\n\nHuman: {Q}\n\nAssistant: ", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}"},
+        "the content of message 2 is empty",
+    ),
+    "a question in messages": ({"messages": chat(Q), "chosen": A, "rejected": B}, "data.columns: {prompt: messages}"),
     "one side of HH": (
         {"prompt": Q, "chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": B},
         "chosen is a text with Human: and Assistant:, and rejected is not",

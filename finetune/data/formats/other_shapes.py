@@ -136,7 +136,7 @@ def _read_transcripts(row: Raw) -> dict[str, Any]:
     found = {
         key: turns
         for key in _TEXTS_OR_LISTS
-        if isinstance(value := row.get(key), str) and (turns := _read_transcript(value)) is not None
+        if isinstance(value := row.get(key), str) and (turns := _read_transcript(value, key)) is not None
     }
     if "prompt" in found:
         # The answers stand beside the prompt: a transcript ends in a space before them.
@@ -153,8 +153,11 @@ def _read_transcripts(row: Raw) -> dict[str, Any]:
     return found if len(sides) == 2 else {}
 
 
-def _read_transcript(text: str) -> list[dict[str, str]] | None:
-    """Return the turns of a text that begins with `Human:` and has an `Assistant:`, or None for another text."""
+def _read_transcript(text: str, key: str) -> list[dict[str, str]] | None:
+    """Return the turns of a text that begins with `Human:` and has an `Assistant:`, or None for another text.
+
+    A prompt ends in an empty turn of the assistant, which is left out; elsewhere it is an empty answer.
+    """
     text = text.strip()
     if not text.startswith("Human:"):
         return None
@@ -165,4 +168,5 @@ def _read_transcript(text: str) -> list[dict[str, str]] | None:
     ]
     if all(turn["role"] == "user" for turn in turns):
         return None
-    return turns if turns[-1]["content"] or turns[-1]["role"] == "user" else turns[:-1]
+    is_open = key == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
+    return turns[:-1] if is_open else turns

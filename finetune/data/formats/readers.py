@@ -21,7 +21,7 @@ from finetune.data.formats.rows import Row
 from finetune.data.formats.tools import read_tools
 from finetune.data.formats.turns import add_system, check_results
 
-_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text")
+_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text", "messages")
 _ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assistant", "target", "reply")
 
 
