@@ -19,7 +19,7 @@ _HEAD = """# Every key of a recipe
 `finetune recipes --keys` makes this page. `finetune recipes sft_qlora -o my.yaml` copies a shipped recipe with every other key
 as a comment. On the command line `-s section.key=value` sets a key. The kit refuses unknown, repeated and misspelt keys and
 values of the wrong type before it loads anything. It looks for a file that a recipe names beside the recipe first, then in the
-current folder.
+current folder. A path that `-s` gives is looked for in the current folder first; with a shipped recipe, only there.
 """
 _TRAINER = """The section also takes any option of the class in this table, under its own name; the kit checks it against the installed
 version. The table shows the kit's own defaults. In addition `gradient_checkpointing` is true. With rows to evaluate on,

@@ -44,7 +44,9 @@ SEQUENCES = {
         {},
         [{**say("assistant", "Hello!"), "untrained": True}, *chat(Q, A)],
         None,
-        ["an answer before the first question is read, but not trained (1 row)"],
+        [
+            "an answer stands before the first question; it answers nothing, so only data.train_on: all trains it (1 row)"
+        ],
     ),
     "MedicalGPT": (
         {

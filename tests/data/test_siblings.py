@@ -192,6 +192,15 @@ FAULTS = {
         {"conversations": [{"from": "human", "value": Q}] * 2 + [{"from": "gpt", "value": A}]},
         "data.merge_turns: true",
     ),
+    "an empty answer of HH": (
+        {"prompt": Q, "chosen": f"\n\nHuman: {Q}\n\nAssistant: ", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}"},
+        "the content of message 2 is empty",
+    ),
+    "a question in messages": ({"messages": chat(Q), "chosen": A, "rejected": B}, "data.columns: {prompt: messages}"),
+    "one side of HH": (
+        {"prompt": Q, "chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": B},
+        "chosen is a text with Human: and Assistant:, and rejected is not",
+    ),
     "only a greeting": ({"messages": [say("assistant", A)]}, "message 1 is of the assistant"),
 }
 
@@ -202,6 +211,16 @@ def test_rows_that_are_refused(refuse, name):
     message = refuse([ROW, row] if "prompt" in row else [row])
     assert fault in message
     assert message.startswith(f"FILE, line {1 + ('prompt' in row)}: ")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("start", [[], [say("assistant", "Hello!")]])
+def test_rows_whose_answers_are_all_marked_are_left_out(read, train_on, start):
+    """They stopped the run as rows without a trained token."""
+    marked = {"messages": [*start, say("user", Q), {**say("assistant", A), "weight": 0}]}
+    rows, notes = read([marked, {"messages": chat(Q, B)}], train_on=train_on)
+    assert rows == [render(chat(Q, B))]
+    assert "1 rows are left out: marked as not trained" in notes
 
 
 @pytest.mark.parametrize(

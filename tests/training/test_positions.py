@@ -41,3 +41,12 @@ def test_prompts_count_with_their_answers(notes):
     for words, answer, is_long in ((1000, 8, True), (100, 2048, True), (100, 8, False)):
         found = notes(words, f"trainer.max_completion_length={answer}", method="grpo")
         assert [LONG in note for note in found] == [True] * is_long
+
+
+def test_the_shared_input(tmp_path, shared, nano_llama):
+    file = shared / "cases" / "pairs" / "grpo_vlong.jsonl"
+    if not file.is_file():
+        pytest.skip("the input is not there")
+    recipe = f"method: grpo\nmodel: {{checkpoint: nano}}\ndata: {{train: {file}, max_tokens: 9000}}\n"
+    (tmp_path / "r.yaml").write_text(recipe + "rewards: {rules: {final_answer: 1}}\n", encoding="utf-8")
+    assert LONG in prepare_rows(load_recipe(tmp_path / "r.yaml"))[1].report.notes[0]

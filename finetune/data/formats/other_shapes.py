@@ -136,7 +136,7 @@ def _read_transcripts(row: Raw) -> dict[str, Any]:
     found = {
         key: turns
         for key in _TEXTS_OR_LISTS
-        if isinstance(value := row.get(key), str) and (turns := _read_transcript(value)) is not None
+        if isinstance(value := row.get(key), str) and (turns := _read_transcript(value, key)) is not None
     }
     if "prompt" in found:
         # The answers stand beside the prompt: a transcript ends in a space before them.
@@ -144,11 +144,20 @@ def _read_transcripts(row: Raw) -> dict[str, Any]:
             key: row[key].strip() for key in ("completion", "chosen", "rejected") if isinstance(row.get(key), str)
         }
         return {**answers, **found}
-    return found if {"chosen", "rejected"} <= found.keys() else {}
+    sides = found.keys() & {"chosen", "rejected"}
+    if len(sides) == 1 and {"chosen", "rejected"} <= row.keys():
+        other = ({"chosen", "rejected"} - sides).pop()
+        raise RowError(
+            f"{sides.pop()} is a text with Human: and Assistant:, and {other} is not; write both in the same way"
+        )
+    return found if len(sides) == 2 else {}
 
 
-def _read_transcript(text: str) -> list[dict[str, str]] | None:
-    """Return the turns of a text that begins with `Human:` and has an `Assistant:`, or None for another text."""
+def _read_transcript(text: str, key: str) -> list[dict[str, str]] | None:
+    """Return the turns of a text that begins with `Human:` and has an `Assistant:`, or None for another text.
+
+    A prompt ends in an empty turn of the assistant, which is left out; elsewhere it is an empty answer.
+    """
     text = text.strip()
     if not text.startswith("Human:"):
         return None
@@ -159,4 +168,5 @@ def _read_transcript(text: str) -> list[dict[str, str]] | None:
     ]
     if all(turn["role"] == "user" for turn in turns):
         return None
-    return turns if turns[-1]["content"] or turns[-1]["role"] == "user" else turns[:-1]
+    is_open = key == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
+    return turns[:-1] if is_open else turns

@@ -21,7 +21,7 @@ from finetune.data.formats.rows import Row
 from finetune.data.formats.tools import read_tools
 from finetune.data.formats.turns import add_system, check_results
 
-_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text")
+_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text", "messages")
 _ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assistant", "target", "reply")
 
 
@@ -169,6 +169,8 @@ def _join_prompt(prompt: list[Message], shared: list[Message]) -> list[Message]:
 def _read_turns(value: object, role: str, name: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": role, "content": read_text(value, name)}]
+    if not isinstance(value, Mapping | list):
+        raise RowError(f"{name} is {describe(value)}; expected text, or a list of messages")
     return [read_message(value, name)] if isinstance(value, Mapping) else read_messages(value, name)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.data.formats.messages import THOUGHTS, Message, RowError
-from finetune.data.formats.turns import check_order, merge_pair, merge_turns
+from finetune.data.formats.turns import begins_with_greeting, check_order, merge_pair, merge_turns
 from finetune.data.settings import RowShape, TrainOn
 from finetune.errors import DataError, Place
 
@@ -119,6 +119,14 @@ def check_marks(row: Row, shape: RowShape, train_on: TrainOn) -> None:
         messages = [message for message in messages if message["role"] == "assistant"]
     if shape != "prompt" and any("train" in message for message in messages):
         raise RowError(f"holds a message that is marked as not trained, but {reason}; remove the mark or the row")
+
+
+def has_only_untrained(row: Row, train_on: TrainOn) -> bool:
+    """Tell whether every answer of a conversation that could be trained is marked as not trained."""
+    turns = [*row.messages, *row.chosen]
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = answers[-1:] if train_on == "last" else answers[1:] if begins_with_greeting(turns) else answers
+    return train_on != "all" and bool(answers) and not any(turn.get("train", True) for turn in answers)
 
 
 def check_row(kind: RowKind, row: Row) -> None:

@@ -25,7 +25,7 @@ def add_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def begins_with_greeting(messages: Sequence[Message]) -> bool:
-    """Tell whether an answer stands before the first question. It answers nothing, so it is read and not trained."""
+    """Tell whether an answer stands before the first question. It answers nothing, so only `train_on: all` trains it."""
     roles = [message["role"] for message in messages[:3] if message["role"] != "system"]
     return roles[:2] == ["assistant", "user"]
 
@@ -133,7 +133,7 @@ def check_results(messages: Sequence[Mapping[str, Any]]) -> None:
 def list_remarks(messages: Sequence[Message]) -> Iterator[str]:
     """Yield what a person should know about how a conversation is read."""
     if begins_with_greeting(messages):
-        yield "an answer before the first question is read, but not trained"
+        yield "an answer stands before the first question; it answers nothing, so only data.train_on: all trains it"
     for before, message in pairwise(messages):
         if message["role"] == "tool" and before["role"] == "assistant" and not before.get("tool_calls"):
             yield "calls of tools are trained as the texts that they are: they stand in no tool_calls"

@@ -119,7 +119,8 @@ def _find_split(relative: Path) -> str | None:
 
 def _read_split(name: str) -> str | None:
     """Return the split that a name begins or ends with, such as `train-00000-of-00002` or `gsm8k_test`."""
-    words = [word for word in re.split(r"[-_. ]+", name.lower()) if word and word != "of" and not word.isdecimal()]
+    words = [word.rstrip("0123456789") for word in re.split(r"[-_. ]+", name.lower())]
+    words = [word for word in words if word and word != "of"]
     return (_WORDS.get(words[0]) or _WORDS.get(words[-1])) if words else None
 
 

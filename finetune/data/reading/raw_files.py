@@ -68,7 +68,7 @@ def list_endings() -> str:
 
 def _read_json(path: Path, encoding: str) -> Iterator[RawRow]:
     """Yield the rows of a JSON list or of JSON lines, whichever the file holds; its name does not decide."""
-    lines = read_lines_or_faults(path, encoding, _MOST_ROW_BYTES)
+    lines = read_lines_or_faults(path, encoding, None if _find_kind(path) == ".json" else _MOST_ROW_BYTES)
     head: list[NumberedLine] = []
     for number, line in lines:
         head.append((number, line))
@@ -178,8 +178,8 @@ def _read_tsv(path: Path, encoding: str) -> Iterator[RawRow]:
     return _read_csv(path, encoding, "\t")
 
 
-_LONGEST_CELL = 2**31 - 1
 _MOST_ROW_BYTES = 32 * 10**6
+_LONGEST_CELL = 2**31 - 1
 _READERS: Mapping[str, Callable[[Path, str], Iterator[RawRow]]] = {
     ".json": _read_json,
     ".jsonl": _read_json,

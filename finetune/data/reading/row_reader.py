@@ -12,7 +12,7 @@ from finetune.data.encoding.row_encoder import SourceRow
 from finetune.data.formats.messages import RowError
 from finetune.data.formats.row_formats import Format, choose_format, describe_label, describe_wrong_kind, read_row
 from finetune.data.formats.row_keys import Rendered, describe_remarks, describe_unused
-from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, hash_row
+from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, has_only_untrained, hash_row
 from finetune.data.formats.turns import add_system
 from finetune.data.reading.sources import draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
@@ -153,7 +153,9 @@ class RowReader:
         if row.label is False and self._settings.shape == "sequence":
             self.left_out["labelled false"] += 1
             return True
-        if not row.is_trained:
+        if not row.is_trained or (
+            self._settings.shape == "sequence" and has_only_untrained(row, self._settings.train_on)
+        ):
             self.left_out["marked as not trained"] += 1
             return True
         if not self._settings.deduplicate:

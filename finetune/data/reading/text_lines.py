@@ -2,10 +2,10 @@
 
 import codecs
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import AnyStr
 
 import pyarrow
 
@@ -16,7 +16,6 @@ COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 1 << 20
 # Text shrinks to a tenth or so; what unpacks to so many times its size was made to fill a memory or a disk.
 _MOST_UNPACKED, _MOST_TIMES = 1 << 28, 200
-_BLANKS = b"\xef\xbb\xbf \t\r"
 # The first that fits is most often right; a person sees the text and decides.
 _OTHER_ENCODINGS = ("gb18030", "big5", "shift_jis", "euc_kr")
 _SHOWN = 16
@@ -28,7 +27,7 @@ def read_lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
     """Yield `(number, line)` without holding the file in memory. Only a newline ends a line, as in an editor.
 
     Raises:
-        DataError: the file cannot be read or unpacked, or does not have this encoding.
+        DataError: the file cannot be read, or does not have this encoding.
     """
     for number, line in read_lines_or_faults(path, encoding):
         if isinstance(line, DataError):
@@ -36,53 +35,70 @@ def read_lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def read_lines_or_faults(path: Path, encoding: str = UTF8, most_bytes: int | None = None) -> Iterator[NumberedLine]:
+def read_lines_or_faults(path: Path, encoding: str = UTF8, most: int | None = None) -> Iterator[NumberedLine]:
     """Yield lines as `read_lines` does, but in place of a line that is not UTF-8 the error, so that the next line can be read.
 
     Raises:
         DataError: the file cannot be read or unpacked, does not have an encoding other than UTF-8, or a line is longer than
-            `most_bytes` and does not begin a list, which may hold all rows in one line.
+            `most` bytes, or letters in other encodings.
     """
     try:
-        compression = COMPRESSIONS.get(path.suffix.lower())
-        with pyarrow.input_stream(str(path), compression=compression, buffer_size=_BLOCK_BYTES) as stream:
-            is_utf8 = codecs.lookup(encoding).name == UTF8
-            blocks = _read_blocks(stream, path, is_packed=compression is not None)
-            yield from _split_utf8(blocks, path, most_bytes) if is_utf8 else _split_decoded(blocks, path, encoding)
+        if codecs.lookup(encoding).name != UTF8:
+            yield from enumerate(_split_lines(_decode_blocks(path, encoding), "\n", path, most), 1)
+            return
+        offset = 0
+        for number, line in enumerate(_split_lines(_read_blocks(path), b"\n", path, most), 1):
+            yield number, _decode(line, path, number, offset)
+            offset += len(line) + 1
     except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
         raise DataError(f"cannot be read ({error})", Place(str(path))) from error
 
 
-def _read_blocks(stream: Any, path: Path, is_packed: bool) -> Iterator[bytes]:
+def _read_blocks(path: Path) -> Iterator[bytes]:
+    compression = COMPRESSIONS.get(path.suffix.lower())
     packed_bytes, read_bytes = path.stat().st_size, 0
-    while block := stream.read(_BLOCK_BYTES):
-        read_bytes += len(block)
-        if is_packed and read_bytes > _MOST_UNPACKED and read_bytes > _MOST_TIMES * packed_bytes:
-            fault = f"unpacks to more than {_MOST_TIMES} times its {packed_bytes:,} bytes; unpack it yourself if it is meant so"
-            raise DataError(fault, Place(str(path)))
-        yield block
+    with pyarrow.input_stream(str(path), compression=compression, buffer_size=_BLOCK_BYTES) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            read_bytes += len(block)
+            if compression and read_bytes > _MOST_UNPACKED and read_bytes > _MOST_TIMES * packed_bytes:
+                fault = f"unpacks to more than {_MOST_TIMES} times its {packed_bytes:,} bytes; unpack it yourself if it is meant so"
+                raise DataError(fault, Place(str(path)))
+            yield block
 
 
-def _split_utf8(blocks: Iterator[bytes], path: Path, most_bytes: int | None) -> Iterator[NumberedLine]:
+def _split_lines(blocks: Iterable[AnyStr], newline: AnyStr, path: Path, most: int | None) -> Iterator[AnyStr]:
     # The pieces of a line that has not ended yet: joining them at its end takes a time that grows with its length only.
-    pieces: list[bytes] = []
-    held_bytes = number = offset = 0
+    pieces: list[AnyStr] = []
+    held = number = 0
     for block in blocks:
-        *ends, rest = block.split(b"\n")
-        for end in ends:
-            line = b"".join([*pieces, end])
+        parts = block.split(newline)
+        for end in parts[:-1]:
             number += 1
-            yield number, _decode(line, path, number, offset)
-            offset += len(line) + 1
-            pieces, held_bytes = [], 0
-        if rest:
-            pieces.append(rest)
-            held_bytes += len(rest)
-        if most_bytes is not None and held_bytes > most_bytes and not pieces[0].lstrip(_BLANKS).startswith(b"["):
-            fault = f"is longer than {most_bytes // 10**6} MB, which no model can read; split it or remove it"
+            pieces.append(end)
+            yield newline[:0].join(pieces)
+            pieces, held = [], 0
+        if parts[-1]:
+            pieces.append(parts[-1])
+            held += len(parts[-1])
+        if most is not None and held > most:
+            fault = f"is longer than {most // 10**6} MB, which no model can read; split it or remove it"
             raise DataError(fault, Place(str(path), number + 1))
     if pieces:
-        yield number + 1, _decode(b"".join(pieces), path, number + 1, offset)
+        yield newline[:0].join(pieces)
+
+
+def _decode_blocks(path: Path, encoding: str) -> Iterator[str]:
+    decoder, lines, is_first = codecs.getincrementaldecoder(encoding)(), 0, True
+    for block in itertools.chain(_read_blocks(path), [b""]):
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            lines += error.object[: error.start].decode(encoding, "replace").count("\n")
+            fault = f"is no {encoding} text, which data.encoding names ({error.reason}); name the file's own encoding"
+            raise DataError(fault, Place(str(path), lines + 1)) from error
+        lines += text.count("\n")
+        yield text.removeprefix("\ufeff") if is_first else text
+        is_first = False
 
 
 def _decode(line: bytes, path: Path, number: int, offset: int) -> str | DataError:
@@ -91,25 +107,6 @@ def _decode(line: bytes, path: Path, number: int, offset: int) -> str | DataErro
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 text (byte {offset + error.start}); {_propose_encoding(path, error.start, line)}"
         return DataError(fault, Place(str(path), number))
-
-
-def _split_decoded(blocks: Iterator[bytes], path: Path, encoding: str) -> Iterator[NumberedLine]:
-    decoder, rest, number = codecs.getincrementaldecoder(encoding)(), "", 0
-    for block in itertools.chain(blocks, [b""]):
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            number += rest.count("\n") + error.object[: error.start].decode(encoding, "replace").count("\n") + 1
-            fault = f"is no {encoding} text, which data.encoding names ({error.reason}); name the file's own encoding"
-            raise DataError(fault, Place(str(path), number)) from error
-        if not number:
-            text = text.removeprefix("\ufeff")
-        *lines, rest = (rest + text).split("\n")
-        for line in lines:
-            number += 1
-            yield number, line
-    if rest:
-        yield number + 1, rest
 
 
 def _propose_encoding(path: Path, start: int, line: bytes) -> str:

@@ -51,6 +51,7 @@ def choose(path, split="train"):
         (["train_sft/a.jsonl", "test_sft/a.jsonl"], ["train_sft/a.jsonl"], {"test_sft/a.jsonl": "split test"}),
         (["unit_tests_of_code.jsonl", "contest.jsonl"], ["contest.jsonl", "unit_tests_of_code.jsonl"], {}),
         (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"], {}),
+        (["train1.jsonl", "test2.jsonl"], ["train1.jsonl"], {"test2.jsonl": "split test"}),
     ],
 )
 def test_of_splits_only_train_is_read(tmp_path, names, taken, left_out):

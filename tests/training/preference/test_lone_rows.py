@@ -44,3 +44,13 @@ def test_a_run_says_so(make_pairs_recipe, tmp_path, caplog):
         assert run_training(make_pairs_recipe("run", "kto", *sizes, "trainer.eval_strategy=epoch")).steps == 3
     for use, batch in (("training", 2), ("evaluation", 4)):
         assert f"1 of 5 rows for {use} is left out: kto compares the answers of a batch of {batch}" in caplog.text
+
+
+def test_the_shared_input(make_pairs_recipe, shared, caplog):
+    file = shared / "cases" / "pairs" / "kto5.jsonl"
+    if not file.is_file():
+        pytest.skip("the input is not there")
+    settings = [f"data.train={file}", "data.eval=[]", "trainer.per_device_train_batch_size=2", "trainer.max_steps=6"]
+    with caplog.at_level(logging.INFO, logger="finetune"):
+        assert run_training(make_pairs_recipe("run", "kto", *settings)).steps == 6
+    assert "1 of 5 rows for training is left out" in caplog.text
