@@ -26,7 +26,7 @@ _MATRIX_SPREAD, _NORM_SPREAD, _BIAS_SPREAD = 0.05, 0.1, 0.2  # standard deviatio
 _ALPHA_SPREAD = 0.2  # an alpha differs from its usual value by at most this share
 _MAX_SHARD_BYTES = 2 * 10**9
 _TABLE_ROWS = 1312
-_TOKENS = 1296  # the rows after them belong to no token
+_TOKENS = 1296  # at most; the rows after them belong to no token
 _LAYERS = 4
 CONFIG: dict[str, Any] = {
     "architectures": ["MiniYuLanModelForCausalLM"],
