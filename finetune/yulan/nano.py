@@ -21,12 +21,12 @@ from finetune.yulan.nano_tokenizer import write_nano_tokenizer
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 
 NANO_VERSION = 3  # a part of the cache key, like CONFIG; raise it when the code below changes what is written
-_SEED = 20241217
+_SEED = 20241220
 _MATRIX_SPREAD, _NORM_SPREAD, _BIAS_SPREAD = 0.05, 0.1, 0.2  # standard deviations
 _ALPHA_SPREAD = 0.2  # an alpha differs from its usual value by at most this share
 _MAX_SHARD_BYTES = 2 * 10**9
 _TABLE_ROWS = 1312
-_TOKENS = 1296  # the rows after them belong to no token
+_TOKENS = 1296  # at most; the rows after them belong to no token
 _LAYERS = 4
 CONFIG: dict[str, Any] = {
     "architectures": ["MiniYuLanModelForCausalLM"],

@@ -62,7 +62,8 @@ def _train(texts: Sequence[str], tokens: int) -> tuple[dict[str, int], list[tupl
     reserved = [_SPECIAL_TOKENS.get(number, f"<unused_{number}>") for number in range(max(_SPECIAL_TOKENS) + 1)]
     first = [*reserved, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=2 * tokens, special_tokens=first, show_progress=False)
-    trainee.train_from_iterator(texts, trainer)
+    # A turn begins behind the line break of its header, so its first word has no space before it.
+    trainee.train_from_iterator([f"\n{text}" for text in texts], trainer)
     model: dict[str, Any] = json.loads(trainee.to_str())["model"]
     # The bundled texts are few: whole Chinese sentences would be merged.
     merges = [(one, two) for one, two in model["merges"] if not _LONG_CHINESE.search(one + two)]

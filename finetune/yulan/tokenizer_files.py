@@ -18,6 +18,7 @@ from finetune.errors import CheckpointError
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+_NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 _TEMPLATE_KEY = "chat_template"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,11 +74,16 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def _use_names_of_all_versions(text: str) -> str:
-    """Replace what transformers 5 writes and transformers 4 cannot read: the name of a class, and a list of tokens."""
+    """Replace what transformers 5 writes and transformers 4 cannot read: the name of a class, and a list of tokens.
+
+    The class that all versions know returns token types in transformers 4, which a Llama model refuses to generate with.
+    """
     content, renamed = json.loads(text), dict[str, Any]()
-    if content.get("tokenizer_class") == "TokenizersBackend":
-        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
-    removed = {*renamed}
+    if content.get("tokenizer_class") == _NEW_CLASS:
+        renamed["tokenizer_class"] = _OLD_CLASS
+    if content.get("tokenizer_class") in (_NEW_CLASS, _OLD_CLASS) and "model_input_names" not in content:
+        renamed["model_input_names"] = ["input_ids", "attention_mask"]
+    removed = renamed.keys() & content.keys()
     if isinstance(tokens := content.get("extra_special_tokens"), list):
         removed.add("extra_special_tokens")
         if tokens:

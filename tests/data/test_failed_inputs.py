@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from token_texts import read_text
 
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template
@@ -29,7 +30,7 @@ def load(cases, nano_llama):
         settings = DataSettings((Source(cases / name, encoding=encoding),), max_tokens=max_tokens, **settings)
         splits = load_splits(settings, tokenizer, find_template("yulan-mini", tokenizer), 0)
         key = "prompt_ids" if "prompt_ids" in splits.train.column_names else "input_ids"
-        texts = [tokenizer.decode(row[key]) for row in splits.train]
+        texts = [read_text(tokenizer, row[key]) for row in splits.train]
         trained = [tokenizer.decode([label for label in row["labels"] if label >= 0]) for row in splits.train]
         return texts, trained, splits.report.notes
 

@@ -46,13 +46,13 @@ def test_a_key_is_added_and_taken_out_again(text):
 
 
 def test_what_transformers_5_saves_gets_the_names_that_transformers_4_knows(tmp_path):
-    """transformers 4 refuses the class `TokenizersBackend`, and a list under `extra_special_tokens`."""
+    """transformers 4 refuses the class `TokenizersBackend`, a list under `extra_special_tokens`, and to generate with token types."""
     text = (
         '{\n  "backend": "tokenizers",\n  "extra_special_tokens": ["<a>"],\n  "tokenizer_class": "TokenizersBackend"\n}'
     )
     (tmp_path / "tokenizer_config.json").write_text(text)
     expected = {"backend": "tokenizers", "tokenizer_class": "PreTrainedTokenizerFast"}
-    expected["additional_special_tokens"] = ["<a>"]
+    expected |= {"model_input_names": ["input_ids", "attention_mask"], "additional_special_tokens": ["<a>"]}
     (copy := tmp_path / "copy").mkdir()
     copy_tokenizer(tmp_path, copy, "x")
     assert json.loads((copy / "tokenizer_config.json").read_text()) == {**expected, "chat_template": "x"}

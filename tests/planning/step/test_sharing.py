@@ -39,14 +39,14 @@ def count_rows(shapes, processes):
 def test_fsdp2_keeps_whole_rows_of_everything(make_recipe):
     """Full training in float32 on nano: weights, gradients and both moments, cut by rows."""
     step = measure_step(make_recipe(*FULL, "model.dtype=float32"), is_gpu=False, engine="fsdp2", processes=3)
-    layer = [(256, 256), (128, 256), (128, 256), (256, 256), (640, 256), (640, 256), (256, 640)]
-    small = [(256, 1), (128, 1), (128, 1), (256, 1), (256, 1), (256, 1)]  # four biases, two norms
-    tables = [(1536, 256), (1536, 256)]
+    layer = [(320, 320), (64, 320), (64, 320), (320, 320), (800, 320), (800, 320), (320, 800)]
+    small = [(320, 1), (64, 1), (64, 1), (320, 1), (320, 1), (320, 1)]  # four biases, two norms
+    tables = [(1312, 320), (1312, 320)]
     parts = step.peak.parts
     assert parts["weights: linear layers, fp32"] == 4 * 4 * count_rows(layer, 3)
     assert parts[TABLES] == 4 * count_rows(tables, 3)
-    assert parts[SMALL] >= 4 * (4 * count_rows(small, 3) + count_rows([(256, 1)], 3))
-    elements = 4 * count_rows(layer + small, 3) + count_rows(tables, 3) + count_rows([(256, 1)], 3)
+    assert parts[SMALL] >= 4 * (4 * count_rows(small, 3) + count_rows([(320, 1)], 3))
+    elements = 4 * count_rows(layer + small, 3) + count_rows(tables, 3) + count_rows([(320, 1)], 3)
     tensors = 4 * (7 + 6) + 3
     assert parts[OPTIMIZER] == 2 * 4 * elements + 4 * tensors  # two moments, and a counter for each
 

@@ -25,7 +25,12 @@ def answer(generator, tokenizer, question):
     tokens = tokenizer.convert_ids_to_tokens(prompt["input_ids"])
     # It stops at the tokenizer's end of text only, unless it is told the tokens that generation_config.json names.
     found = generator.generate_batch(
-        [tokens], max_length=48, sampling_topk=1, end_token=[2, 106], include_prompt_in_result=False
+        [tokens],
+        max_length=48,
+        sampling_topk=1,
+        end_token=[2, 106],
+        return_end_token=True,
+        include_prompt_in_result=False,
     )
     return found[0].sequences_ids[0]
 
