@@ -51,9 +51,13 @@ def quantize_plainly(folder: Path) -> None:
 
     def work(piece: tuple[str, int, int]) -> int:
         blocks = tensors.read_rows(*piece).float().numpy().reshape(-1, 32)
-        scale = numpy.abs(blocks).max(axis=1, keepdims=True) / 127
+        scale = numpy.abs(blocks).max(axis=1, keepdims=True) / numpy.float32(127)
         inverse = numpy.divide(1, scale, where=scale > 0, out=numpy.zeros_like(scale))
-        values = numpy.rint(blocks * inverse).astype(numpy.int8)
+        quotients = blocks * inverse
+        sizes = numpy.abs(quotients)
+        whole = numpy.floor(sizes)
+        # Halves are rounded away from zero, as the format's own function does; numpy.rint rounds them to even.
+        values = (numpy.sign(quotients) * (whole + numpy.floor(2 * (sizes - whole)))).astype(numpy.int8)
         return scale.astype(numpy.float16).nbytes + values.nbytes
 
     pieces = [

@@ -55,12 +55,12 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         with file.open("rb") as stream:
             magic, _, count, keys = struct.unpack("<IIQQ", stream.read(24))
             if magic != GGUF_MAGIC:
-                raise ExportError(f"{file}: is not a GGUF file")
+                raise ExportError(f"{file.name}: is not a GGUF file")
             metadata = {_read_text(stream): _read_value(stream) for _ in range(keys)}
             tensors = dict(_read_tensor(stream) for _ in range(count))
             begin = -(-stream.tell() // 32) * 32
     except (struct.error, UnicodeDecodeError, ValueError, KeyError) as error:
-        raise ExportError(f"{file}: its header is damaged ({error})") from error
+        raise ExportError(f"{file.name}: its header is damaged ({error})") from error
     return metadata, {
         name: StoredTensor(found.shape, found.kind, begin + found.start) for name, found in tensors.items()
     }
@@ -100,7 +100,7 @@ def compare_file(file: Path, source: LlamaFolder, chosen: TensorType) -> int:
     planned = {tensor.name: tensor for tensor in plan_tensors(source, chosen)}
     _, stored = read_header(file)
     if stored.keys() != planned.keys():
-        raise ExportError(f"{file}: holds other tensors than were written; nothing was left; check the disk")
+        raise ExportError(f"{file.name}: holds other tensors than were written; nothing was left; check the disk")
 
     def find_excess(piece: Piece) -> tuple[str, float]:
         tensor, found = planned[piece.name], stored[piece.name]
@@ -116,7 +116,7 @@ def compare_file(file: Path, source: LlamaFolder, chosen: TensorType) -> int:
     if wrong:
         name, excess = next(iter(wrong.items()))
         raise ExportError(
-            f"{file}: {len(wrong)} tensors differ from {source.folder} by more than half a step of {chosen.name} (first: {name}, "
+            f"{file.name}: {len(wrong)} tensors differ from {source.folder} by more than half a step of {chosen.name} (first: {name}, "
             f"{excess:.2g} too far); nothing was left; check the disk, and write it again"
         )
     return len(planned)
@@ -125,7 +125,7 @@ def compare_file(file: Path, source: LlamaFolder, chosen: TensorType) -> int:
 def _read_stored(file: Path, found: StoredTensor, tensor: PlannedTensor, piece: Piece) -> NDArray[numpy.floating]:
     """Return rows of the file in float32, in the order of the folder."""
     if found.shape != tensor.shape or found.kind != tensor.kind:
-        raise ExportError(f"{file}: {tensor.name} has another shape or type than was written; check the disk")
+        raise ExportError(f"{file.name}: {tensor.name} has another shape or type than was written; check the disk")
     is_matrix = len(tensor.shape) == 2
     start, count = (piece.start, piece.stop - piece.start) if is_matrix else (0, 1)
     raw = numpy.fromfile(file, numpy.uint8, count * tensor.row_bytes, offset=found.start + start * tensor.row_bytes)
