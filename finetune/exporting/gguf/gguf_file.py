@@ -43,7 +43,7 @@ class PlannedTensor:
     @property
     def row_bytes(self) -> int:
         """The bytes of one row; a vector is one row."""
-        block, size = GGML_QUANT_SIZES[self.kind]
+        block, size = map(int, GGML_QUANT_SIZES[self.kind])
         return self.shape[-1] // block * size
 
     @property
@@ -136,7 +136,7 @@ def write_gguf(
             rows = read_rows(source, tensor, piece)
             if tensor.head_dim:
                 rows = permute_heads(rows, tensor.head_dim).astype(numpy.float32, copy=False)
-            view = memoryview(numpy.ascontiguousarray(quantize_rows(rows, tensor.kind)).view(numpy.uint8).reshape(-1))
+            view = numpy.ascontiguousarray(quantize_rows(rows, tensor.kind)).view(numpy.uint8).reshape(-1).data
             start = positions[tensor.name] + (piece.start * tensor.row_bytes if len(tensor.shape) == 2 else 0)
             with lock:
                 stream.seek(start)

@@ -28,7 +28,7 @@ class TensorType:
 
 def _round_half(values: Floats) -> Floats:
     """Return half the distance of two neighbouring 16-bit floats at these values."""
-    return numpy.maximum(numpy.abs(values) * 2.0**-11, 2.0**-25)
+    return numpy.maximum(numpy.abs(values) * numpy.float32(2.0**-11), numpy.float32(2.0**-25))
 
 
 def _limit_rounding(bits: int) -> Callable[[Floats], Floats]:
@@ -40,11 +40,14 @@ def _limit_symmetric(steps: int, top: float) -> Callable[[Floats], Floats]:
     """Half a step, where the value of largest size is `steps` steps away from 0, and the other side ends after `top` steps."""
 
     def limit(blocks: Floats) -> Floats:
-        largest = numpy.take_along_axis(blocks, numpy.abs(blocks).argmax(-1, keepdims=True), -1)
-        step = numpy.abs(largest) / steps
+        largest: Floats = numpy.take_along_axis(blocks, numpy.abs(blocks).argmax(-1, keepdims=True), -1)
+        step = numpy.abs(largest) / numpy.float32(steps)
         # The side opposite to the largest value has one step less, so a value at its very end is cut off.
         beyond = numpy.where(blocks * largest < 0, numpy.abs(blocks) - step * top, 0)
-        return numpy.maximum(step / 2, beyond) + steps * _round_half(step) + numpy.abs(largest) * 1e-6
+        limits: Floats = (
+            numpy.maximum(step / 2, beyond) + numpy.float32(steps) * _round_half(step) + numpy.abs(largest) * 1e-6
+        )
+        return limits
 
     return limit
 
@@ -54,8 +57,12 @@ def _limit_between(steps: int) -> Callable[[Floats], Floats]:
 
     def limit(blocks: Floats) -> Floats:
         lowest, highest = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
-        step = (highest - lowest) / steps
-        slack = steps * _round_half(step) + _round_half(lowest) + numpy.abs(blocks).max(-1, keepdims=True) * 1e-6
+        step = (highest - lowest) / numpy.float32(steps)
+        slack = (
+            numpy.float32(steps) * _round_half(step)
+            + _round_half(lowest)
+            + numpy.abs(blocks).max(-1, keepdims=True) * 1e-6
+        )
         return numpy.broadcast_to(step / 2 + slack, blocks.shape)
 
     return limit
