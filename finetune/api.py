@@ -9,6 +9,7 @@ from finetune.data.preview.preview import Preview, preview_rows
 from finetune.errors import DataError
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
 from finetune.evaluation.token_loss import Scores, evaluate_path
+from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.proof import ExportReport
 from finetune.exporting.verify import LogitVerifier
@@ -19,7 +20,7 @@ from finetune.pipeline.memory_ladder import train_on_device
 from finetune.planning.automatic import choose_settings
 from finetune.planning.forecast import Plan, choose_target, make_plan
 from finetune.recipe.sections import DtypeChoice
-from finetune.runs.export_settings import BaseChoice, ExportSettings
+from finetune.runs.export_settings import BaseChoice, ExportSettings, GgufType
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 from finetune.runs.summary import RunSummary
@@ -88,8 +89,9 @@ def export(
     base: BaseChoice = "full",
     verify: bool = True,
     base_model: str | None = None,
+    gguf: Sequence[GgufType] = (),
 ) -> ExportReport:
-    """Merge the adapter of a run, write Llama weights, reopen them and compare.
+    """Merge the adapter of a run, write Llama weights, reopen them and compare; also write GGUF files of the types in `gguf`.
 
     See `ExportSettings` for the options. `run` may also be a checkpoint of a run, or an adapter folder that PEFT wrote, whose base
     `base_model` names where it is not where the folder says.
@@ -97,9 +99,9 @@ def export(
     Raises:
         FinetuneError: the adapter does not fit its base, or the export is not what was trained; no output is left.
     """
-    settings = ExportSettings(dtype, max_shard_size, base, verify)
-    verifier = LogitVerifier() if verify else None
-    return export_result(open_result(Path(run)), Path(output), settings, verifier, base_model=base_model)
+    settings = ExportSettings(dtype, max_shard_size, base, verify, tuple(gguf))
+    verifier, prover = LogitVerifier() if verify else None, make_prover(settings)
+    return export_result(open_result(Path(run)), Path(output), settings, verifier, prover, base_model=base_model)
 
 
 def fold(

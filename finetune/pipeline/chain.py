@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
+from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import hash_file
@@ -187,7 +188,8 @@ def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) 
     processes.distributed_state.wait_for_everyone()
     if processes.process_index == 0 and not is_done:
         shutil.rmtree(stage.output, ignore_errors=True)
-        export_result(result, stage.output, stage.settings, LogitVerifier() if stage.settings.verify else None)
+        verifier = LogitVerifier() if stage.settings.verify else None
+        export_result(result, stage.output, stage.settings, verifier, make_prover(stage.settings))
         write_json(record_file, {**record, stage.name: identity})
     processes.distributed_state.wait_for_everyone()
     if is_done:

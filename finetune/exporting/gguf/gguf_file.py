@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from finetune.errors import ExportError
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.metadata import add_metadata
-from finetune.exporting.gguf.tensor_types import Floats, TensorType
+from finetune.exporting.gguf.tensor_types import Floats, TensorType, quantize_rows
 from finetune.yulan.shards import Piece, run_pieces
 
 # A group of rows and what quantizing makes of it fit a processor's cache.
@@ -43,7 +43,7 @@ class PlannedTensor:
     @property
     def row_bytes(self) -> int:
         """The bytes of one row; a vector is one row."""
-        block, size = GGML_QUANT_SIZES[self.kind]
+        block, size = map(int, GGML_QUANT_SIZES[self.kind])
         return self.shape[-1] // block * size
 
     @property
@@ -107,7 +107,7 @@ def read_rows(source: LlamaFolder, tensor: PlannedTensor, piece: Piece) -> Float
     """
     rows = source.tensors.read_rows(tensor.stored_name, piece.start, piece.stop).to(torch.float32).numpy()
     found: Floats = rows
-    largest = float(numpy.abs(found).max(initial=0.0))
+    largest = max(float(found.max()), -float(found.min()))
     if not math.isfinite(largest):
         raise ExportError(f"{source.folder}: {tensor.stored_name} holds NaN or infinite values; nothing was written")
     if largest > _FLOAT16_MOST and tensor.kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
@@ -136,7 +136,7 @@ def write_gguf(
             rows = read_rows(source, tensor, piece)
             if tensor.head_dim:
                 rows = permute_heads(rows, tensor.head_dim).astype(numpy.float32, copy=False)
-            view = memoryview(numpy.ascontiguousarray(quantize(rows, tensor.kind)).view(numpy.uint8).reshape(-1))
+            view = numpy.ascontiguousarray(quantize_rows(rows, tensor.kind)).view(numpy.uint8).reshape(-1).data
             start = positions[tensor.name] + (piece.start * tensor.row_bytes if len(tensor.shape) == 2 else 0)
             with lock:
                 stream.seek(start)

@@ -90,6 +90,11 @@ def open_llama_folder(folder: Path) -> LlamaFolder:
     _check_config(folder, config)
     tensors = open_tensors(folder)
     names = _name_tensors(folder, config, tensors)
+    # transformers makes an empty tokenizer of LlamaTokenizer's settings alone.
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer.json, from which a GGUF file's vocabulary is made; copy it there"
+        )
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(folder, tokenizer)
     if len(vocabulary.pieces) > config["vocab_size"]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType, LlamaFileType, quantize
 from numpy.typing import NDArray
 
 Floats = NDArray[numpy.float32]
@@ -28,7 +28,7 @@ class TensorType:
 
 def _round_half(values: Floats) -> Floats:
     """Return half the distance of two neighbouring 16-bit floats at these values."""
-    return numpy.maximum(numpy.abs(values) * 2.0**-11, 2.0**-25)
+    return numpy.maximum(numpy.abs(values) * numpy.float32(2.0**-11), numpy.float32(2.0**-25))
 
 
 def _limit_rounding(bits: int) -> Callable[[Floats], Floats]:
@@ -40,11 +40,14 @@ def _limit_symmetric(steps: int, top: float) -> Callable[[Floats], Floats]:
     """Half a step, where the value of largest size is `steps` steps away from 0, and the other side ends after `top` steps."""
 
     def limit(blocks: Floats) -> Floats:
-        largest = numpy.take_along_axis(blocks, numpy.abs(blocks).argmax(-1, keepdims=True), -1)
-        step = numpy.abs(largest) / steps
+        largest: Floats = numpy.take_along_axis(blocks, numpy.abs(blocks).argmax(-1, keepdims=True), -1)
+        step = numpy.abs(largest) / numpy.float32(steps)
         # The side opposite to the largest value has one step less, so a value at its very end is cut off.
         beyond = numpy.where(blocks * largest < 0, numpy.abs(blocks) - step * top, 0)
-        return numpy.maximum(step / 2, beyond) + steps * _round_half(step) + numpy.abs(largest) * 1e-6
+        limits: Floats = (
+            numpy.maximum(step / 2, beyond) + numpy.float32(steps) * _round_half(step) + numpy.abs(largest) * 1e-6
+        )
+        return limits
 
     return limit
 
@@ -54,11 +57,38 @@ def _limit_between(steps: int) -> Callable[[Floats], Floats]:
 
     def limit(blocks: Floats) -> Floats:
         lowest, highest = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
-        step = (highest - lowest) / steps
-        slack = steps * _round_half(step) + _round_half(lowest) + numpy.abs(blocks).max(-1, keepdims=True) * 1e-6
+        step = (highest - lowest) / numpy.float32(steps)
+        slack = (
+            numpy.float32(steps) * _round_half(step)
+            + _round_half(lowest)
+            + numpy.abs(blocks).max(-1, keepdims=True) * 1e-6
+        )
         return numpy.broadcast_to(step / 2 + slack, blocks.shape)
 
     return limit
+
+
+# The largest number below one half. Adding one half itself would round the number just below it up.
+_BELOW_HALF = numpy.float32(0.49999997)
+
+
+def quantize_rows(rows: Floats, kind: GGMLQuantizationType) -> NDArray[numpy.generic]:
+    """Return rows in a type, with the same bits as `gguf.quantize`.
+
+    Q8_0 is written out here with fewer passes and copies: `benchmarks/gguf_files.py` takes half the time with it.
+    """
+    if kind != GGMLQuantizationType.Q8_0:
+        found: NDArray[numpy.generic] = quantize(rows, kind)
+        return found
+    blocks = rows.reshape(-1, 32)
+    values = numpy.abs(blocks)
+    scales = values.max(axis=1, keepdims=True) / numpy.float32(127)
+    inverse = numpy.divide(numpy.float32(1), scales, where=scales > 0, out=numpy.zeros_like(scales))
+    numpy.multiply(blocks, inverse, out=values)
+    values += numpy.copysign(_BELOW_HALF, values)  # storing cuts off, so this rounds halves away from zero
+    out = numpy.empty(len(blocks), [("scale", "<f2"), ("values", "i1", 32)])
+    out["scale"], out["values"] = scales[:, 0], values
+    return out.view(numpy.uint8).reshape(*rows.shape[:-1], -1)
 
 
 _KINDS, _FILES = GGMLQuantizationType, LlamaFileType
