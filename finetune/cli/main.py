@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -13,6 +14,9 @@ from finetune.cli.libraries import is_main_process, quiet_libraries
 from finetune.cli.parser import make_parser
 from finetune.cli.printing import INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
+
+# What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
+_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,13 +34,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_main_process():
             print(f"finetune {arguments.verb}: {error}", file=sys.stderr)
         status = USER_ERROR
-    except KeyboardInterrupt:
-        print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
-        status = INTERRUPTED
     except BrokenPipeError:
         # The reading program (head, less) has ended. The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = SUCCESS
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+            raise
+        print(f"finetune {arguments.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        status = USER_ERROR
+    except KeyboardInterrupt:
+        print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     sys.exit(status)
 
 
