@@ -100,6 +100,9 @@ class _ChainReader:
             stages.append(stage)
         names = [stage.name for stage in stages]
         for override in self._own:
+            if not override.partition("=")[0].partition(".")[2] or "=" not in override:
+                self._problems.append(f"--set stages.{override}: must read stages.NAME.section.key=value")
+                continue
             if override.partition(".")[0] not in names:
                 name = override.partition(".")[0]
                 self._problems.append(
@@ -108,7 +111,7 @@ class _ChainReader:
         if not any(isinstance(stage, TrainStage) for stage in stages) and not self._problems:
             self._problems.append("stages: no stage trains; add one without export")
         if self._problems:
-            raise RecipeError(str(self._source), self._problems)
+            raise RecipeError(str(self._source), _join_equal(self._problems, names))
         return Chain(self._file, self._output, tuple(stages))
 
     def _list_stages(self) -> list[tuple[str, Content]]:
@@ -230,6 +233,16 @@ class _ChainReader:
             if "template" in data and data["template"] not in ("auto", *list_templates()):
                 data["template"] = _find_sources(data["template"], path.parent)
         return content
+
+
+def _join_equal(problems: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return problems with those that several stages have in one line, under all their names."""
+    stages: dict[str, list[str]] = {}
+    for problem in problems:
+        name, colon, fault = problem.partition(": ")
+        own = colon and name in names
+        stages.setdefault(fault if own else problem, []).append(name if own else "")
+    return [f"{', '.join(dict.fromkeys(found))}: {fault}" if found[0] else fault for fault, found in stages.items()]
 
 
 def _list_following_problems(resolved: ResolvedRecipe, earlier: ResolvedRecipe) -> Iterator[str]:

@@ -189,7 +189,7 @@ def _write_text(arguments: argparse.Namespace, result: Any, text: str) -> int:
     """Write a text to the file of `--output`, or print it."""
     from finetune.files.folders import write_new_file
 
-    if arguments.output is None:
+    if arguments.output is None or str(arguments.output) == "-":
         return print_result(arguments, result, text.removesuffix("\n"))
     write_new_file(arguments.output, text)
     print(f"wrote {arguments.output}", file=sys.stderr)

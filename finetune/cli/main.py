@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import os
 import signal
@@ -15,6 +16,9 @@ from finetune.cli.parser import make_parser
 from finetune.cli.printing import BUG, INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
 from finetune.files.terminal import escape_controls
+
+# What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
+_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +55,11 @@ def _run(argv: Sequence[str] | None) -> int:
         # The reading program (head, less) has ended. The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+            raise
+        print(escape_controls(f"finetune {arguments.verb}: {error.filename}: {error.strerror}"), file=sys.stderr)
+        return USER_ERROR
     return status
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetune.errors import RecipeError, describe_unknown_name
+from finetune.errors import RecipeError, describe_unknown_name, find_close_match
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -35,6 +35,15 @@ def name_recipe(source: Path) -> str:
     return source.as_posix().removeprefix("recipes/").removesuffix(".yaml")
 
 
+def find_close_recipe(name: str) -> str | None:
+    """Return the shipped recipe that a name means: in other case, without its folder, or nearly right; None where none is close."""
+    shipped = list_all_recipes()
+    for known in shipped:
+        if name.lower() in (known.lower(), known.rpartition("/")[2].lower()):
+            return known
+    return find_close_match(name.lower(), shipped)
+
+
 def find_shipped_recipe(name: Path) -> Path:
     """Return the file of a shipped recipe.
 
@@ -43,7 +52,7 @@ def find_shipped_recipe(name: Path) -> Path:
     """
     shipped = list_all_recipes()
     if name_recipe(name) not in shipped:
-        nearest = describe_unknown_name(name_recipe(name), shipped)
+        nearest = describe_unknown_name(find_close_recipe(name_recipe(name)) or name_recipe(name), shipped)
         raise RecipeError(str(name), [nearest.replace("unknown", "no shipped recipe has this name", 1)])
     return shipped[name_recipe(name)]
 

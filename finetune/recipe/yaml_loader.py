@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from finetune.errors import RecipeError, find_close_match
-from finetune.files.resources import list_all_recipes, name_recipe
+from finetune.errors import RecipeError
+from finetune.files.resources import find_close_recipe, name_recipe
 
 _MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 100_000
 
@@ -147,7 +147,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 def _suggest_neighbour(source: Path) -> str:
     folder = source.parent
     own = ", ".join(sorted(path.name for path in folder.glob("*.yaml")))
-    shipped = find_close_match(name_recipe(source), list_all_recipes())
+    shipped = find_close_recipe(name_recipe(source))
     if shipped is not None:
         return f"; did you mean the shipped recipe {shipped!r}?" + (f" {folder} holds {own}" if own else "")
     if not folder.is_dir():

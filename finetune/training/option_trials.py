@@ -14,6 +14,14 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from finetune.errors import RecipeError
 
 _TRIED_STEPS = 10
+# What torch's and bitsandbytes' optimizers say of a number.
+_OPTIMIZER_WORDS = {
+    "beta parameter at index 0": "adam_beta1",
+    "beta parameter at index 1": "adam_beta2",
+    "epsilon": "adam_epsilon",
+    "learning rate": "learning_rate",
+    "weight_decay": "weight_decay",
+}
 # These optimizers are built from the whole model.
 _NEED_MODEL = ("lomo", "adalomo", "galore", "apollo", "layerwise")
 
@@ -47,7 +55,7 @@ def check_optimizer(config: TrainingArguments, trainer: Mapping[str, Any]) -> No
             kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
             optimizer = kind([number], **options)
         except (ValueError, TypeError, ImportError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
-            raise RecipeError("trainer", [f"{_name_optimizer_key(error, trainer)}: {error}"]) from error
+            raise RecipeError("trainer", [f"{_name_optimizer_key(str(error), trainer)}: {error}"]) from error
     try:
         get_scheduler(
             config.lr_scheduler_type,
@@ -61,13 +69,7 @@ def check_optimizer(config: TrainingArguments, trainer: Mapping[str, Any]) -> No
         raise RecipeError("trainer", [f"trainer.{key}: {config.lr_scheduler_type} refuses it ({error})"]) from error
 
 
-def _name_optimizer_key(error: Exception, trainer: Mapping[str, Any]) -> str:
-    """Return the key that an optimizer refuses: a number that its message names, else its arguments, else itself."""
-    words = {
-        "beta parameter at index 0": "adam_beta1",
-        "beta parameter at index 1": "adam_beta2",
-        "epsilon": "adam_epsilon",
-    }
-    words |= {"learning rate": "learning_rate", "weight_decay": "weight_decay"}
-    found = next((key for word, key in words.items() if word in str(error)), None)
+def _name_optimizer_key(message: str, trainer: Mapping[str, Any]) -> str:
+    """Return the key that an optimizer refuses: a number that the message names, else its arguments, else itself."""
+    found = next((key for words, key in _OPTIMIZER_WORDS.items() if words in message), None)
     return f"trainer.{found or ('optim_args' if trainer.get('optim_args') else 'optim')}"

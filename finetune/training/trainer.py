@@ -170,7 +170,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     config_class = load_trainer_class(method.config_module, method.config_class)
     try:
         config: TrainingArguments = config_class(**options, **owned)
-    except Exception as error:  # it only reads options, so whatever it raises is about one of them
+    except (*_REFUSALS, AttributeError, OSError, RuntimeError, ZeroDivisionError) as error:  # it only reads options
         raise explain_refusal(error, recipe.trainer) from error
     check_optimizer(config, recipe.trainer)
     if options.get("activation_offloading") and config.device.type == "cpu":

@@ -127,7 +127,7 @@ def test_the_straight_line(call, folder):
     status, out, err = call("train", "recipe.yaml", "--json")
     assert status == 0
     losses, rewards = {"train_loss", "eval_loss"}, {"train_reward", "eval_reward"}
-    assert {"run", "steps", "tokens", "seconds"} | losses | rewards == set(json.loads(out))
+    assert {"run", "steps", "tokens", "seconds", "best_step", "warnings"} | losses | rewards == set(json.loads(out))
     assert "effective batch size: 2 rows (micro-batch size 2 x 1 accumulation steps x 1 process)" in err
 
     status, out, _ = call("export", "run", "-o", "exported", "--json")

@@ -1,0 +1,83 @@
+"""Paths and names that cannot be, on the command line: one message and status 2, never a traceback."""
+
+import pytest
+
+from finetune.cli.main import main
+
+LONG = "a" * 300
+
+
+@pytest.fixture
+def fail(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        output = capsys.readouterr()
+        assert (ended.value.code, output.out) == (2, "")
+        assert "Traceback" not in output.err
+        return output.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", LONG],
+        ["check", "sft_qlora", "-s", f"data.train={LONG}"],
+        ["check", "sft_qlora", "-s", f"model.checkpoint={LONG}"],
+        ["chat", LONG, "--prompt", "a"],
+        ["export", LONG, "-o", "out"],
+        ["fold", LONG, "-o", "out"],
+        ["fold", "nano", "-o", LONG],
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "LONG"),
+)
+def test_names_that_are_too_long(fail, words):
+    assert "too long" in fail(*words)
+
+
+@pytest.mark.parametrize(
+    "words", [["chat", "~nouser/x", "--prompt", "a"], ["export", "~nouser/x", "-o", "out"], ["check", "~nouser/x"]]
+)
+def test_the_home_of_nobody(fail, words):
+    assert "~nouser/x" in fail(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("8gb", "tiers/8gb"), ("8GB", "tiers/8gb"), ("SFT_qlora", "sft_qlora"), ("sft_qlor", "sft_qlora")],
+)
+def test_close_names_of_recipes(fail, name, close):
+    assert f"did you mean the shipped recipe {close!r}?" in fail("plan", name)
+    assert f"did you mean {close!r}?" in fail("recipes", name)
+
+
+def test_a_folder_that_holds_other_things(fail, tmp_path):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "adapter_config.json").write_text("[]")
+    assert "must hold an object; found list" in fail("export", "list", "-o", "out")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "this run has not finished" in fail("export", "run", "-o", "out")
+
+
+def test_a_recipe_is_printed_where_the_file_is_a_dash(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", "sft_qlora", "-o", "-"])
+    assert ended.value.code == 0
+    assert "adapter:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_share_a_line_and_need_a_key(fail, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "chain.yaml").write_text(
+        "data: {train: rows.jsonl}\nadapter: {r: 4}\nstages: [{name: one}, {name: two}]\n"
+    )
+    message = fail("check", "chain.yaml", "-s", "stages.one")
+    assert "one, two: adapter.r: unknown key; this is adapter.rank here" in message
+    assert "--set stages.one: must read stages.NAME.section.key=value" in message
