@@ -145,7 +145,7 @@ def render(tallies: list[Tally], every: int, seconds: float) -> str:
         "that is killed has written half. Then the work is resumed as its messages say, until it has ended.",
         "",
         f"Every {'operation' if every == 1 else f'{every}th operation'}, on `nano`, {platform.system()}, Python {platform.python_version()};",
-        f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes.",
+        f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes. One bit is flipped at places chosen by a seed.",
         "",
         "| work | fault | operations | tried | stopped | another result | lost | tracebacks |",
         "|---|---|---|---|---|---|---|---|",
@@ -153,7 +153,7 @@ def render(tallies: list[Tally], every: int, seconds: float) -> str:
     for tally in tallies:
         tracebacks = sum(count for name, count in tally.faults.items() if "traceback" in name or "status" in name)
         lines.append(
-            f"| {tally.kind} | {tally.fault} | {tally.operations} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
+            f"| {tally.kind} | {tally.fault} | {tally.operations or ''} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
             f"| {tally.faults['lost']} | {tracebacks} |"
         )
     return "\n".join([*lines, "", _NOTES])
@@ -197,7 +197,7 @@ def main() -> None:
         work = Path(folder).resolve()
         makers = make_kinds(work)
         with Server(work) as server:
-            for name in arguments.kinds.split(","):
+            for name in filter(None, arguments.kinds.split(",")):
                 kind = _make(server, makers, work, name)
                 for fault in arguments.faults.split(","):
                     run = (
@@ -212,12 +212,16 @@ def main() -> None:
                         flush=True,
                     )
                     print("\n".join(tally.examples), flush=True)
+                _report(arguments, tallies, started)
             tallies += _try_the_rest(server, makers, work, arguments)
-    text = render(tallies, arguments.every, time.monotonic() - started)
+    _report(arguments, tallies, started)
+
+
+def _report(arguments: argparse.Namespace, tallies: list[Tally], started: float) -> None:
+    """Write the page with what was tried so far."""
     if arguments.report:
+        text = render(tallies, arguments.every, time.monotonic() - started)
         arguments.report.write_text(text, encoding="utf-8")
-    else:
-        print(text)
 
 
 def _try_the_rest(server: Server, makers, work: Path, arguments: argparse.Namespace) -> list[Tally]:
