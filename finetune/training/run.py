@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
-from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
@@ -142,10 +142,14 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
     if checkpoint is None:
-        with translate_os_errors(resolved.output, _LEFT):
+        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
-    with translate_os_errors(resolved.output, _LEFT), skip_steps(trainer) if step >= last else contextlib.nullcontext():
+    with (
+        translate_os_errors(resolved.output, _LEFT),
+        translate_lost_workers(),
+        skip_steps(trainer) if step >= last else contextlib.nullcontext(),
+    ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 
 

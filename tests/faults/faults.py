@@ -1,8 +1,8 @@
 """Inject faults into all kinds of work, and write what came of it as a table: `make faults`.
 
-    python tests/faults/faults.py --every 1 --report docs/reliability.md
+    python tests/faults/faults.py --report docs/reliability.md
 
-`--every 7` takes every seventh operation, `--kinds lora,fold` some kinds. A whole pass takes hours.
+`--tries 20` takes twenty places of each kind, `--kinds lora,fold` some kinds. A whole pass takes hours.
 """
 
 import argparse
@@ -43,10 +43,10 @@ class Tally:
         self.examples.append(f"{self.kind}, {self.fault} at {at}: {name}\n{text[-1500:]}")
 
 
-def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = None, every: int = 1) -> Tally:
+def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = None, tries: int = 0) -> Tally:
     """Kill the work at operations, go on as a person would, and compare what comes out with the uninterrupted work."""
     tally, expected = _measure(server, kind, "kill")
-    for at in places if places is not None else range(1, tally.operations + 1, every):
+    for at in places if places is not None else _spread(tally.operations, tries):
         kind.clear()
         tally.tries += 1
         outcome = server.run(kind.start, kind.output.parent, at, KILL)
@@ -56,11 +56,11 @@ def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = N
 
 
 def fail_everywhere(
-    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, every: int = 1
+    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, tries: int = 0
 ) -> Tally:
     """Let an operation fail; the work must end well or in one message, and go on once the cause is gone."""
     tally, expected = _measure(server, kind, error)
-    for at in places if places is not None else range(1, tally.operations + 1, every):
+    for at in places if places is not None else _spread(tally.operations, tries):
         kind.clear()
         tally.tries += 1
         outcome = server.run(kind.start, kind.output.parent, at, ERRORS[error])
@@ -71,6 +71,13 @@ def fail_everywhere(
             tally.note(f"status {outcome.status}", at, outcome.text)
         _check(kind, tally, at, _go_on(server, kind, outcome), expected)
     return tally
+
+
+def _spread(operations: int, tries: int) -> list[int]:
+    """Return places that are spread evenly over all operations; 0 tries are one at every operation."""
+    if not tries or tries >= operations:
+        return list(range(1, operations + 1))
+    return [1 + number * operations // tries + operations // (2 * tries) for number in range(tries)]
 
 
 def _measure(server: Server, kind: Kind, fault: str) -> tuple[Tally, dict[str, str]]:
@@ -135,7 +142,7 @@ def race(server: Server, other: Server, kind: Kind, tries: int) -> Tally:
     return tally
 
 
-def render(tallies: list[Tally], every: int, seconds: float) -> str:
+def render(tallies: list[Tally], tries: int, seconds: float) -> str:
     """Return the table as the page of the documentation."""
     lines = [
         "# What happens when something fails",
@@ -144,8 +151,8 @@ def render(tallies: list[Tally], every: int, seconds: float) -> str:
         "fail, at the n-th operation on files (open, write, rename, sync, remove), also within the libraries in Rust and C++. A write",
         "that is killed has written half. Then the work is resumed as its messages say, until it has ended.",
         "",
-        f"Every {'operation' if every == 1 else f'{every}th operation'}, on `nano`, {platform.system()}, Python {platform.python_version()};",
-        f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes.",
+        f"{f'{tries} places of each kind, spread evenly' if tries else 'Every operation'}, on `nano`, {platform.system()}, Python {platform.python_version()};",
+        f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes. One bit is flipped at places chosen by a seed.",
         "",
         "| work | fault | operations | tried | stopped | another result | lost | tracebacks |",
         "|---|---|---|---|---|---|---|---|",
@@ -153,7 +160,7 @@ def render(tallies: list[Tally], every: int, seconds: float) -> str:
     for tally in tallies:
         tracebacks = sum(count for name, count in tally.faults.items() if "traceback" in name or "status" in name)
         lines.append(
-            f"| {tally.kind} | {tally.fault} | {tally.operations} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
+            f"| {tally.kind} | {tally.fault} | {tally.operations or ''} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
             f"| {tally.faults['lost']} | {tracebacks} |"
         )
     return "\n".join([*lines, "", _NOTES])
@@ -185,7 +192,9 @@ _NOTES = """*stopped*: the fault ended the work; else it met something that the 
 def main() -> None:
     """Run all kinds and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument(
+        "--tries", type=int, default=0, help="faults of each kind, spread evenly; 0 for every operation"
+    )
     parser.add_argument("--kinds", default="lora,nf4,full,dpo,pretrain,chain,fold,export")
     parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
     parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
@@ -197,7 +206,7 @@ def main() -> None:
         work = Path(folder).resolve()
         makers = make_kinds(work)
         with Server(work) as server:
-            for name in arguments.kinds.split(","):
+            for name in filter(None, arguments.kinds.split(",")):
                 kind = _make(server, makers, work, name)
                 for fault in arguments.faults.split(","):
                     run = (
@@ -205,19 +214,23 @@ def main() -> None:
                         if fault == "kill"
                         else lambda *a, fault=fault, **o: fail_everywhere(*a, fault, **o)
                     )
-                    tally = run(server, kind, every=arguments.every)
+                    tally = run(server, kind, tries=arguments.tries)
                     tallies.append(tally)
                     print(
                         f"{name} {fault}: {tally.tries} tries, {tally.stopped} stopped, {dict(tally.faults) or 'all as it should be'}",
                         flush=True,
                     )
                     print("\n".join(tally.examples), flush=True)
+                _report(arguments, tallies, started)
             tallies += _try_the_rest(server, makers, work, arguments)
-    text = render(tallies, arguments.every, time.monotonic() - started)
+    _report(arguments, tallies, started)
+
+
+def _report(arguments: argparse.Namespace, tallies: list[Tally], started: float) -> None:
+    """Write the page with what was tried so far."""
     if arguments.report:
+        text = render(tallies, arguments.tries, time.monotonic() - started)
         arguments.report.write_text(text, encoding="utf-8")
-    else:
-        print(text)
 
 
 def _try_the_rest(server: Server, makers, work: Path, arguments: argparse.Namespace) -> list[Tally]:

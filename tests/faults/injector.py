@@ -77,6 +77,7 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self._input.close()
         self._process.wait()
+        self._output.close()
 
 
 def serve() -> None:

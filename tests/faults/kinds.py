@@ -79,12 +79,12 @@ def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
     )
     pretrain = (
         f"method: pretrain\ndata: {{train: {work / 'texts.jsonl'}, max_tokens: 32}}\nanswers: 0\n"
-        "model: {checkpoint: nano, architecture: native}\nadapter: {kind: none}\noptimizer: {states: fresh, save_states: true}\n"
-        f"trainer: {_TRAINER.replace('lr_scheduler_type: constant, ', '')}"
+        "model: {checkpoint: nano, architecture: native}\nadapter: {kind: none}\nschedule: {length: 4, warmup: 1}\n"
+        "optimizer: {states: fresh, save_states: true}\ntrainer: {per_device_train_batch_size: 2, logging_steps: 1, save_steps: 2, "
+        "eval_strategy: 'no', gradient_checkpointing: false, disable_tqdm: true}"
     )
-    stage = f"data: {{train: {work / 'rows.jsonl'}, max_tokens: 128}}, answers: 0, trainer: {_TRAINER}"
     chain = (
-        f"stages:\n  - {{name: sft, model: {{checkpoint: nano}}, adapter: {{rank: 4, alpha: 8}}, {stage}}}\n"
+        f"{lora.replace('answers: 4', 'answers: 0')}\nstages:\n  - name: first\n  - {{name: second, seed: 43}}\n"
         "  - {name: merged, export: {verify: false}}"
     )
     texts = {"lora": lora, "nf4": nf4, "full": full, "dpo": dpo, "pretrain": pretrain, "chain": chain}

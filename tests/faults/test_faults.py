@@ -1,4 +1,4 @@
-"""A quick share of `make faults`: a few places each, chosen by a seed, and every place of a fold."""
+"""A quick share of `make faults`: a few places each."""
 
 import random
 
@@ -24,19 +24,19 @@ def kinds(tmp_path):
 def test_a_killed_run_is_resumed_to_the_same_weights(server, kinds):
     kind = kinds["lora"]()
     # The operations of a run number about 470; more than half of them are in its second half, where it saves.
-    places = sorted(random.Random(1).sample(range(20, 460), 5))
+    places = sorted(random.Random(1).sample(range(20, 460), 4))
     tally = kill_everywhere(server, kind, iter(places))
-    assert tally.stopped == tally.tries == 5
+    assert tally.stopped == tally.tries == 4
     assert not tally.faults, tally.examples
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_write_that_fails_is_one_message(server, kinds, error):
-    tally = fail_everywhere(server, kinds["lora"](), error, iter(sorted(random.Random(2).sample(range(20, 460), 3))))
+    tally = fail_everywhere(server, kinds["lora"](), error, iter(sorted(random.Random(2).sample(range(20, 460), 2))))
     assert not tally.faults, tally.examples
     assert tally.stopped
 
 
 def test_a_fold_is_whole_or_absent_wherever_it_is_killed(server, kinds):
-    tally = kill_everywhere(server, kinds["fold"](), every=10)
+    tally = kill_everywhere(server, kinds["fold"](), tries=8)
     assert not tally.faults, tally.examples

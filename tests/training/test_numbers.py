@@ -1,10 +1,13 @@
 """A run stops at the first number that is NaN or infinite, and never writes weights with one."""
 
+import os
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import ExportError, TrainingError
+from finetune.errors import ExportError, MachineError, TrainingError
 from finetune.exporting.merge import export_result
 from finetune.files.safety import manifests
 from finetune.runs.export_settings import ExportSettings
@@ -112,6 +115,22 @@ def test_weights_that_are_no_numbers_are_never_written(make_recipe, monkeypatch)
     with pytest.raises(TrainingError, match="has become NaN or infinite, so no result was written"):
         run_training(recipe)
     assert not (recipe.output / "adapter").exists()
+
+
+def test_a_killed_worker_of_the_loader_is_one_message(make_recipe, monkeypatch):
+    def change(trainer):
+        real = trainer.data_collator
+
+        def collate(rows):
+            if torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(rows)
+
+        trainer.data_collator = collate
+
+    poison(monkeypatch, change)
+    with pytest.raises(MachineError, match="a process that loads batches was ended from outside"):
+        run_training(make_recipe("run", "trainer.dataloader_num_workers=1"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from finetune.errors import FinetuneError, OutputError, TrainingError
 from finetune.files.safety import manifests
 from finetune.files.safety.locks import lock_folder
+from finetune.recipe.sections import OptimizerSection, Recipe
 from finetune.runs.results import open_result
 from finetune.training import run as run_module
 from finetune.training.journal.safeguards import SignalWatch
+from finetune.training.pretraining.packed_training import find_states
 from finetune.training.run import run_training
 
 SAVES = ["trainer.save_strategy=steps", "trainer.save_steps=2"]
@@ -245,3 +247,15 @@ def test_a_signal_whose_exception_was_lost_ends_the_run_at_the_next_step():
         assert stopped.value.code == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_damaged_optimizer_state_that_a_run_has_saved_is_refused(tmp_path):
+    """A flipped bit in saved moments was loaded without a word."""
+    states = tmp_path / "model"
+    states.mkdir()
+    (states / "exp_avg.pt").write_bytes(b"moments")
+    manifests.write_manifest(states)
+    (states / "exp_avg.pt").write_bytes(b"momentt")
+    recipe = Recipe(optimizer=OptimizerSection(states=str(tmp_path)))
+    with pytest.raises(FinetuneError, match=r"is not as it was written: exp_avg\.pt has other content"):
+        find_states(recipe)

@@ -1,4 +1,4 @@
-"""Turn failures of writing into one message: what the disk refused, and where."""
+"""Turn what the system did to a program into one message: what the disk refused, and which process it ended."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import OutputError
+from finetune.errors import MachineError, OutputError
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -27,6 +27,8 @@ REASONS = {
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
 # torch.save names no reason. Source: caffe2/serialize/inline_container.cc.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
+# Source: torch/utils/data/dataloader.py and torch/csrc/DataLoader.cpp.
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid")
 _PROBE_BYTES = 1 << 20
 
 
@@ -46,6 +48,20 @@ def translate_os_errors(folder: Path, left: str = "nothing was left there") -> I
             raise
         where = f" (at {error.filename})" if isinstance(error, OSError) and error.filename else ""
         raise OutputError(f"{folder}: cannot be written: {REASONS[number]}{where}; {left}") from error
+
+
+@contextlib.contextmanager
+def translate_lost_workers() -> Iterator[None]:
+    """Turn the error of torch's DataLoader about a worker that was killed into a `MachineError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _LOST_WORKER.search(repr(error)) is None:
+            raise
+        raise MachineError(
+            "trainer.dataloader_num_workers: a process that loads batches was ended from outside, most likely for want of memory; "
+            "set it lower, and continue with --resume"
+        ) from error
 
 
 def find_number(error: BaseException, folder: Path) -> int | None:
