@@ -39,10 +39,7 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def load_trainer_class(module: str, name: str) -> Any:
-    """Return a class of TRL, or of transformers, and keep TRL's notice about its experimental namespace to this kit's authors.
-
-    TRL gives the notice when ORPO or CPO is first imported from there; a test of ours says when they move.
-    """
+    """Return a class of TRL or transformers, without TRL's notice, at ORPO and CPO, that its namespace is experimental."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return getattr(_load(module), name)
 
@@ -53,10 +50,7 @@ def narrow_logit_tiles() -> None:
 
 
 def skip_row_preparation(trainer_class: type[Any]) -> type[Any]:
-    """Return TRL's trainer class without its preparation of rows, which would render and tokenize texts.
-
-    The SFT trainer has an option for this; the trainers of preference methods prepare any rows.
-    """
+    """Return TRL's trainer class without its preparation of rows, which only the SFT trainer has an option for."""
 
     def keep(self: Any, dataset: Any, *arguments: Any, **options: Any) -> Any:
         return dataset
@@ -65,11 +59,7 @@ def skip_row_preparation(trainer_class: type[Any]) -> type[Any]:
 
 
 def replace_chat_template(tokenizer: Any, encode: Callable[..., Any]) -> None:
-    """Let TRL's online trainers get the tokens of a conversation from `encode`.
-
-    They call `apply_chat_template`, which turns a question that spells a control token into that token, and renders templates
-    without their generation marks differently.
-    """
+    """Let TRL's online trainers get the tokens of a conversation from `encode`, which does not read control tokens in a question."""
     tokenizer.apply_chat_template = encode
 
 
@@ -99,10 +89,7 @@ def run_losses_in_place() -> Iterator[None]:
 
 @contextlib.contextmanager
 def take_reference_as_known(trainer_module: str, trainer_class: str, columns: Sequence[str]) -> Iterator[None]:
-    """Let a preference trainer find log-probabilities of the reference model in `columns` of its rows, all 0.
-
-    A run computes them in one pass over all rows before step 1, which a plan skips.
-    """
+    """Let a preference trainer find the reference model's log-probabilities, which a plan does not compute, as 0 in `columns`."""
 
     def add_columns(trainer: Any, rows: Any, name: str, batch_size: int) -> Any:
         for column in columns:
@@ -181,10 +168,9 @@ def leave_adapters_in_place() -> Iterator[None]:
 
 @contextlib.contextmanager
 def answer_autocast_as_gpu() -> Iterator[None]:
-    """Let `torch.is_autocast_enabled()` tell of the CPU's autocast, in which a dry run takes the place of a GPU's.
+    """Let `torch.is_autocast_enabled()`, which asks for CUDA, tell of the CPU's autocast, which stands for it in a dry run.
 
-    Without a device's name it asks for CUDA. PEFT's quantized layers ask that way, and without autocast they copy their input to
-    float32, which was planned as 1 GiB too much for a row of 28,672 tokens.
+    PEFT's quantized layers ask that way, and without autocast they copy their inputs to float32.
     """
     torch = _load("torch")
     ask = torch.is_autocast_enabled
@@ -267,10 +253,7 @@ class Operations(NamedTuple):
 
 
 def load_operations() -> Operations:
-    """Return what a CPU runs in place of FlashAttention's backward pass, what reads a number out of a tensor, and a view.
-
-    A plan replaces them, or counts what a GPU's would allocate; a dispatch mode knows an operation by this object alone.
-    """
+    """Return what a CPU runs for FlashAttention's backward pass, what reads a number out of a tensor, and a view."""
     aten = _load("torch").ops.aten
     return Operations(
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,

@@ -217,7 +217,7 @@ def list_patches(tree):
             names = [*str(module).split("."), *(part for alias in node.names for part in alias.name.split("."))]
             yield from (name for name in names if is_private(name) or name == "mock")
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
-            if not is_own(node.value):
+            if not is_own(node.value) and ast.unparse(node) != "os._exit":  # which is documented
                 yield ast.unparse(node)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and find_root(node) in foreign:
             yield ast.unparse(node)

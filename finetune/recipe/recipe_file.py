@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from finetune.recipe.foreign_names import describe_unknown_option
-from finetune.recipe.overrides import read_override
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
-from finetune.recipe.yaml_loader import describe_value, load_recipe_file
+from finetune.recipe.yaml_loader import describe_value, load_recipe_file, read_override
 
 # transformers' options for the micro-batch size and the accumulation steps.
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"

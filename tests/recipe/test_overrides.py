@@ -4,7 +4,7 @@ import pytest
 
 from finetune.check.recipes import load_recipe
 from finetune.errors import RecipeError
-from finetune.recipe.overrides import read_override
+from finetune.recipe.yaml_loader import read_override
 
 ROW = '{"prompt": "Q", "completion": "A"}\n'
 
