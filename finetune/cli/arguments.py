@@ -2,14 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from finetune.data.lint.findings import KINDS
 from finetune.errors import describe_unknown_name
 from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
-from finetune.runs.export_settings import GgufType
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1")
 _ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 _RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
 
@@ -140,7 +139,7 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TYPE",
-        help=f"also write a GGUF file for llama.cpp and Ollama, in this type ({', '.join(get_args(GgufType))}); may be repeated",
+        help=f"also write a GGUF file for llama.cpp and Ollama, in this type ({', '.join(_GGUF_TYPES)}); may be repeated",
     )
 
 
@@ -149,9 +148,7 @@ def add_gguf(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="a new file, such as mine-q8_0.gguf"
     )
-    verb.add_argument(
-        "--type", required=True, metavar="TYPE", help=f"type of the weights: {', '.join(get_args(GgufType))}"
-    )
+    verb.add_argument("--type", required=True, metavar="TYPE", help=f"type of the weights: {', '.join(_GGUF_TYPES)}")
     verb.add_argument("--no-verify", action="store_true", help="do not compare the file with the folder")
 
 

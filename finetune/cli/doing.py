@@ -91,7 +91,7 @@ def run_gguf(arguments: argparse.Namespace) -> int:
 
 def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
     """Return what runs GGUF files in llama.cpp, where a binding is installed."""
-    from finetune.exporting.gguf.conversion import has_binding
+    from finetune.exporting.proof import has_binding
 
     if arguments.no_verify or not has_binding():
         return None

@@ -128,7 +128,10 @@ VERBS: tuple[Verb, ...] = (
         "write a folder of Llama weights as a GGUF file, and verify it",
         arguments.add_gguf,
         run_gguf,
-        ("finetune gguf exports/mine -o mine-q8_0.gguf --type q8_0",),
+        (
+            "finetune gguf exports/mine -o mine-q8_0.gguf --type q8_0",
+            "finetune gguf exports/mine -o mine-f16.gguf --type f16 --json",
+        ),
     ),
     Verb(
         "evaluate",

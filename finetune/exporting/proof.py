@@ -1,10 +1,17 @@
 """The report of an export: how close it is to what was trained, and which base it was merged into."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 BaseKind = Literal["full", "dequantized"]
+BINDING = "xllamacpp"
+
+
+def has_binding() -> bool:
+    """Tell whether a llama.cpp binding is installed, with which files can be proved."""
+    return importlib.util.find_spec(BINDING) is not None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+from typing import get_args
 
 import gguf
 import numpy
@@ -20,9 +21,10 @@ from finetune.exporting.gguf.conversion import convert_folder
 from finetune.exporting.gguf.gguf_file import permute_heads, write_gguf
 from finetune.exporting.gguf.llama_folder import open_llama_folder, remove_training_marks
 from finetune.exporting.gguf.read_back import compare_file, read_header
-from finetune.exporting.gguf.tensor_types import TENSOR_TYPES
+from finetune.exporting.gguf.tensor_types import TENSOR_TYPES, quantize_rows
 from finetune.exporting.gguf.vocabulary import read_vocabulary
 from finetune.files.resources import list_templates
+from finetune.runs.export_settings import GgufType
 
 HEADS, KV_HEADS = 4, 2
 
@@ -65,6 +67,25 @@ def permute_plainly(rows, heads):
             out[head * size + 2 * i] = rows[head * size + i]
             out[head * size + 2 * i + 1] = rows[head * size + size // 2 + i]
     return out
+
+
+def test_the_types_are_the_same_everywhere(capsys):
+    assert get_args(GgufType) == tuple(TENSOR_TYPES)
+    with pytest.raises(SystemExit):
+        main(["gguf", "--help"])
+    assert f"type of the weights: {', '.join(TENSOR_TYPES)}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_q8_0_rounds_as_the_package_does():
+    """Halves away from zero, blocks of zeros, and sizes from the smallest to the largest."""
+    generator = numpy.random.default_rng(0)
+    for size in (1e-9, 0.02, 1e3):
+        rows = (generator.standard_normal((64, 320)) * size).astype(numpy.float32)
+        rows[3], rows[5] = 0, 1.5
+        rows[6:, ::32] = 127  # the scale is 1, so that these are halves
+        rows[6:, 1::32] = generator.integers(-127, 127, (58, 10)) + 0.5
+        kind = GGMLQuantizationType.Q8_0
+        assert quantize_rows(rows, kind).tobytes() == gguf.quantize(rows, kind).tobytes()
 
 
 def test_heads_are_permuted_by_the_plain_formula():
@@ -452,4 +473,4 @@ def test_the_command_proves_by_reading_back(llama, tmp_path, capsys):
 @pytest.fixture(autouse=True)
 def without_binding(monkeypatch):
     """These tests are about the files; where a binding is installed, it would run each of them."""
-    monkeypatch.setattr("finetune.exporting.gguf.conversion.BINDING", "no_binding_here")
+    monkeypatch.setattr("finetune.exporting.proof.BINDING", "no_binding_here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from dataclasses import replace
@@ -16,7 +15,7 @@ from finetune.exporting.gguf.gguf_file import plan_tensors, write_gguf
 from finetune.exporting.gguf.llama_folder import LlamaFolder, open_llama_folder
 from finetune.exporting.gguf.read_back import compare_file
 from finetune.exporting.gguf.tensor_types import TENSOR_TYPES, TensorType
-from finetune.exporting.proof import GgufReport, LlamaCppScores
+from finetune.exporting.proof import BINDING, GgufReport, LlamaCppScores
 from finetune.files.folders import write_files_together
 from finetune.files.sizes import describe_size
 from finetune.runs.export_settings import check_gguf_type
@@ -24,17 +23,11 @@ from finetune.runs.export_settings import check_gguf_type
 if TYPE_CHECKING:  # it loads the model libraries, and only a comparison in llama.cpp needs them
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
 
-BINDING = "xllamacpp"
 # Ollama fills in templates of its own kind, not the Jinja of the file. These are for the kit's two templates; tools are left out.
 _OLLAMA_TEMPLATES = {
     "yulan-mini": "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
-
-
-def has_binding() -> bool:
-    """Tell whether a llama.cpp binding is installed, with which files can be proved."""
-    return importlib.util.find_spec(BINDING) is not None
 
 
 def convert_folder(

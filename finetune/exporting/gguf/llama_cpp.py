@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune.data.encoding.rendering import encode_prompt
 from finetune.errors import ExportError
-from finetune.exporting.gguf.conversion import BINDING, has_binding
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.tensor_types import TensorType
-from finetune.exporting.proof import LlamaCppScores
+from finetune.exporting.proof import BINDING, LlamaCppScores, has_binding
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.trained_tokens import make_bundled_samples
 

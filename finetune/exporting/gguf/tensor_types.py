@@ -41,7 +41,7 @@ def _limit_symmetric(steps: int, top: float) -> Callable[[Floats], Floats]:
 
     def limit(blocks: Floats) -> Floats:
         largest: Floats = numpy.take_along_axis(blocks, numpy.abs(blocks).argmax(-1, keepdims=True), -1)
-        step = numpy.abs(largest) / numpy.float32(steps)
+        step = (numpy.abs(largest) / steps).astype(numpy.float32)
         # The side opposite to the largest value has one step less, so a value at its very end is cut off.
         beyond = numpy.where(blocks * largest < 0, numpy.abs(blocks) - step * top, 0)
         limits: Floats = (
