@@ -193,7 +193,7 @@ FAULTS = {
         "data.merge_turns: true",
     ),
     "an empty answer of HH": (
-        {"prompt": Q, "chosen": f"\n\nHuman: {Q}\n\nAssistant: ", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}"},
+        {"chosen": f"\n\nHuman: {Q}\n\nAssistant: ", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {B}"},
         "the content of message 2 is empty",
     ),
     "a question in messages": ({"messages": chat(Q), "chosen": A, "rejected": B}, "data.columns: {prompt: messages}"),
