@@ -82,7 +82,7 @@ def test_trained_ids_of_the_default_template_are_this_very_list(tokenizer):
         [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}]],
     )[0]
     # Behind a control token stands a space, and line breaks are bytes.
-    pieces = ["▁", "<0x0A>", "<0x0A>", "?", "<|eot_id|>", "<|start_header_id|>", "▁", "assistant", "<|end_header_id|>"]
+    pieces = ["▁", "<0x0A>", "<0x0A>", "?", "<|eot_id|>", "<|start_header_id|>", "▁assistant", "<|end_header_id|>"]
     pieces = ["<s>", "<|start_header_id|>", "▁", "user", "<|end_header_id|>", *pieces, *pieces[:3]]
     letters = ["ab"] if "ab" in tokenizer.get_vocab() else ["a", "b"]
     expected = tokenizer.convert_tokens_to_ids([*pieces, *letters, "<|eot_id|>"])
