@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from finetune.data.encoding.template import list_stop_tokens
+from finetune.errors import RecipeError
 from finetune.files.folders import translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
 from finetune.models.precision import Precision, choose_device, choose_precision
@@ -74,6 +75,11 @@ def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Train
     """
     device = choose_device(resolved.uses_cpu)
     check_engine(resolved, find_engine())
+    if (
+        resolved.recipe.trainer.get("activation_offloading") and device.type == "cpu"
+    ):  # a plan for a GPU may be made here
+        problem = "trainer.activation_offloading: moves activations off a GPU, and there is none; remove this key"
+        raise RecipeError("trainer", [problem])
     dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
     precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
     return device, precision, make_config(resolved, resolved.evaluates, precision)
