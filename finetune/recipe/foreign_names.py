@@ -118,8 +118,8 @@ def describe_unknown_option(key: str, known: Iterable[str]) -> str:
     if len(names) <= _MOST_SHOWN * 4:
         return describe_unknown_name(key, names, "unknown key")
     near = difflib.get_close_matches(key.lower(), names, n=_MOST_SHOWN, cutoff=0.5)
-    if near and difflib.SequenceMatcher(None, key, near[0]).ratio() >= 0.8:
+    if near and difflib.SequenceMatcher(None, key, near[0]).ratio() >= 0.7:
         return f"unknown key; did you mean {near[0]!r}?"
     if near:
-        return f"unknown key; the closest are {', '.join(near)}"
+        return f"unknown key; the closest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
     return "unknown key; `finetune recipes --keys` explains the kit's own, and the documentation of TRL the others"

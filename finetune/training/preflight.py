@@ -132,27 +132,6 @@ def _list_texts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, 
     yield ids, mask, labels
 
 
-def warn_of_positions(trainer: Trainer, rows: Dataset, *, writes_answers: bool) -> None:
-    """Warn of rows, or of prompts with their longest answers, that are longer than the positions of the base model."""
-    positions = getattr(trainer.model.config, "max_position_embeddings", None)
-    longest = max(_measure_lengths(rows), default=0)
-    answer = int(getattr(trainer.args, "max_completion_length", None) or 0) if writes_answers else 0
-    if positions is None or longest + answer <= positions:
-        return
-    what = (
-        f"the longest row has {longest:,} tokens"
-        if not answer
-        else f"the longest prompt with an answer has {longest + answer:,} tokens"
-    )
-    logger.warning(
-        "%s, and the base model %s positions: it was never trained beyond them. Lower data.max_tokens%s, or raise model.max_positions "
-        "with model.rope_theta",
-        what,
-        f"{positions:,}",
-        " or trainer.max_completion_length" if answer else "",
-    )
-
-
 def choose_longest_rows(rows: Dataset | PackedRows, args: TrainingArguments) -> Dataset | Subset[Any]:
     """Return the longest rows, as many as one evaluation step of all processes takes; packed rows are equally long."""
     size = args.per_device_eval_batch_size * args.world_size

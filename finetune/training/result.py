@@ -93,6 +93,8 @@ class CheckpointOrigin(TrainerCallback):
         if not setup.resolved.recipe.adapter.changes_base:
             _write_origin(checkpoint, setup, rows)
             return
+        # What a stopped run left there is of the same step, but of other weights where the checkpoint was incomplete.
+        shutil.rmtree(checkpoint / ADAPTER_FOLDER, ignore_errors=True)
         with write_folder(checkpoint / ADAPTER_FOLDER) as folder:
             for name in (PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE):
                 shutil.copyfile(checkpoint / name, folder / name)

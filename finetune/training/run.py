@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
+from finetune.errors import RecipeError
 from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
 from finetune.models.engine import check_engine, find_engine, gather_weights
 from finetune.models.precision import Precision, choose_device, choose_precision
@@ -24,7 +25,7 @@ from finetune.training.journal.answers import AnswerSheet, is_sharded
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch, warn_of_positions
+from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
@@ -93,6 +94,11 @@ def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Train
     """
     device = choose_device(resolved.uses_cpu)
     check_engine(resolved, find_engine())
+    if (
+        resolved.recipe.trainer.get("activation_offloading") and device.type == "cpu"
+    ):  # a plan for a GPU may be made here
+        problem = "trainer.activation_offloading: moves activations off a GPU, and there is none; remove this key"
+        raise RecipeError("trainer", [problem])
     dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
     precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
     return device, precision, make_config(resolved, resolved.evaluates, precision)
@@ -117,9 +123,7 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
     report, method = setup.splits.report, setup.resolved.method
     if method.is_pretraining:
         check_packed_batch(trainer)
-    else:
-        warn_of_positions(trainer, setup.splits.train, writes_answers=method.is_online)
-    if not method.is_pretraining and not method.is_online:  # an online method has no answers to check yet
+    elif not method.is_online:  # an online method has no answers to check yet
         # A text that was split, or an answer that was cut as the recipe allows, may lack its stop token.
         may_lack_stops = "text" in report.formats.values() or report.train.answers_cut > 0
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)

@@ -173,11 +173,6 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     except (*_REFUSALS, AttributeError, OSError, RuntimeError, ZeroDivisionError) as error:  # it only reads options
         raise explain_refusal(error, recipe.trainer) from error
     check_optimizer(config, recipe.trainer)
-    if options.get("activation_offloading") and config.device.type == "cpu":
-        raise RecipeError(
-            "trainer",
-            ["trainer.activation_offloading: moves activations off a GPU, and there is none; remove this key"],
-        )
     let_cpu_shard(config)
     return config
 

@@ -1,7 +1,6 @@
 """Options that a library refuses, or that train nothing, end in one message; what a finished run must not be taken for is said."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -90,27 +89,6 @@ def test_equal_rewards_are_said(make_prompts):
     summary = run_training(make_prompts("rewards.rules={final_answer: 1.0}", "trainer.max_completion_length=4"))
     assert len(summary.warnings) == 1
     assert "nothing was learnt from the rewards" in describe_run(summary)
-
-
-def test_answers_beyond_the_positions_are_said(make_prompts, caplog):
-    recipe = make_prompts(
-        "rewards.rules={final_answer: 1.0}", "trainer.max_completion_length=2048", "trainer.max_steps=1"
-    )
-    short = recipe.change_trainer(generation_kwargs={"max_new_tokens": 2})
-    with caplog.at_level(logging.WARNING, "finetune"):
-        run_training(short)
-    assert "the longest prompt with an answer has 2,0" in caplog.text
-    assert "2,048 positions" in caplog.text
-
-
-def test_rows_beyond_the_positions_are_said(make_recipe, nano_llama, tmp_path, caplog):
-    base = tmp_path / "base"
-    shutil.copytree(nano_llama, base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
-    with caplog.at_level(logging.WARNING, "finetune"):
-        run_training(make_recipe("run", f"model.checkpoint={base}", "trainer.max_steps=1"))
-    assert "and the base model 64 positions" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", ["[]", "[104, 106]"])

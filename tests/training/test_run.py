@@ -86,10 +86,7 @@ def test_resuming_is_bit_for_bit_the_same_run(train, make_recipe, overrides):
     resumed = train("resumed", *overrides)
     # As if it had been killed between step 3 and the end: the later checkpoint and the result are not there.
     for name in ("adapter", "model", "checkpoint-6"):
-        for path in sorted((resumed / name).rglob("*"), reverse=True):
-            path.unlink()
-        if (resumed / name).is_dir():
-            (resumed / name).rmdir()
+        shutil.rmtree(resumed / name, ignore_errors=True)
     train("resumed", *overrides, resume=True)
     kind = "model" if (straight / "model").is_dir() else "adapter"
     files = sorted(path.name for path in (straight / kind).glob("*.safetensors"))
