@@ -30,7 +30,7 @@ class Environment:
 
     `packages` are pip's requirements with exact versions. `constraints` takes the other versions from constraints.txt; that is
     for rows whose packages agree with it. `sees_kit` lets its Python import the kit and the libraries of the Python that runs the
-    tests, behind its own. `nightly` keeps it out of .ci/run.
+    tests, before its own. `nightly` keeps it out of .ci/run.
     """
 
     packages: tuple[str, ...]
