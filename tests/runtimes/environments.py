@@ -33,7 +33,7 @@ class Environment:
 
     `packages` are pip's requirements with exact versions. `constraints` takes the other versions from constraints.txt; that is
     for rows whose packages agree with it. `sees_kit` lets its Python import the kit and the libraries of the Python that runs the
-    tests, behind its own. `borrows` installs the packages alone, without what they require: their Python finds the rest, such as
+    tests, before its own. `borrows` installs the packages alone, without what they require: their Python finds the rest, such as
     torch, behind its own packages in the Python that runs the tests. `nightly` keeps it out of .ci/run.
     """
 
