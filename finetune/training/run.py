@@ -25,6 +25,7 @@ from finetune.training.journal.answers import AnswerSheet, is_sharded
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
+from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
@@ -101,7 +102,10 @@ def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Train
         raise RecipeError("trainer", [problem])
     dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
     precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
-    return device, precision, make_config(resolved, resolved.evaluates, precision)
+    config = make_config(resolved, resolved.evaluates, precision)
+    if not pretrains:  # whose optimizer and schedule are the kit's own
+        check_optimizer(config, resolved.recipe.trainer)
+    return device, precision, config
 
 
 def _check_same_run(setup: Setup) -> None:

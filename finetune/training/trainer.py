@@ -31,7 +31,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.online import PromptOrder
-from finetune.training.option_trials import check_optimizer, explain_refusal
+from finetune.training.option_trials import explain_refusal
 from finetune.training.preference.prepared_rows import (
     adapt_collator,
     choose_rows,
@@ -172,7 +172,6 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         config: TrainingArguments = config_class(**options, **owned)
     except (*_REFUSALS, AttributeError, OSError, RuntimeError, ZeroDivisionError) as error:  # it only reads options
         raise explain_refusal(error, recipe.trainer) from error
-    check_optimizer(config, recipe.trainer)
     let_cpu_shard(config)
     return config
 
