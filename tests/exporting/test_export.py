@@ -127,6 +127,7 @@ def test_an_export_holds_all_that_servers_need(make_adapter, tmp_path):
         "export.json",
         "generation_config.json",
         "model.safetensors.index.json",
+        "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

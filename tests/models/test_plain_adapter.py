@@ -91,7 +91,7 @@ def test_plain_lora_computes_the_same(make_adapter, nano_llama, tmp_path, option
         ({"use_dora": True}, r"it is DoRA \(adapter.dora\)"),
         ({"modules_to_save": ["lm_head"]}, "which is no LoRA matrix of a projection"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "it changes the token tables"),
-        ({"lora_bias": True, "target_modules": ["q_proj"]}, "it trains biases"),
+        ({"bias": "lora_only", "target_modules": ["q_proj"]}, "it trains biases"),
     ],
 )
 def test_what_plain_lora_cannot_hold_is_named(make_adapter, tmp_path, options, reason):

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_later_stages_need(train, nano_llama):
 def test_the_adapter_has_the_parameters_of_the_formula(train):
     weights = read_weights(train("run", "trainer.max_steps=1"))
     # rank x (inputs + outputs) of q, k, v, o, gate, up, down, in each of 4 layers.
-    linear = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 640), (256, 640), (640, 256)]
+    linear = [(320, 320), (320, 64), (320, 64), (320, 320), (320, 800), (320, 800), (800, 320)]
     assert sum(tensor.numel() for tensor in weights.values()) == 4 * 4 * sum(i + o for i, o in linear)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
