@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoints.llama_checks import EMBEDDING, HEAD, is_tied, open_llama_tensors
 from finetune.errors import ExportError
 from finetune.exporting.adapters.adapter_changes import Adapter
 from finetune.exporting.adapters.adapter_reading import read_adapter
@@ -18,6 +17,7 @@ from finetune.runs.lineage import find_base
 from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture, read_config
+from finetune.yulan.llama_files import EMBEDDING, HEAD, is_tied, open_llama_tensors
 from finetune.yulan.shards import Piece, TensorSpec
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype
 

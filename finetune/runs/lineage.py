@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
-from finetune.checkpoints.llama_checks import open_llama_tensors
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
@@ -12,6 +11,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, check_result_files
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 from finetune.yulan.layout import find_architecture, parse_native_config, read_config
+from finetune.yulan.llama_files import open_llama_tensors
 from finetune.yulan.tokenizer_files import holds_tokenizer
 
 

@@ -16,7 +16,8 @@ from finetune.yulan.tensors import TensorFolder, open_tensors
 
 LlamaHead = Literal["language", "score", "stored"]
 
-_HEAD, _SCORE = "lm_head.weight", "score.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_SCORE = "score.weight"
 _SCORE_CLASS = "LlamaForSequenceClassification"
 _MOST_LAYERS, _LARGEST_SIZE = 1_000, 1 << 24
 # Buffers that older versions stored with the weights; they are computed anew.
@@ -38,22 +39,45 @@ def check_llama(folder: Path, head: LlamaHead = "stored") -> None:
     tensors = open_tensors(folder)
     has_scores = _SCORE_CLASS in (config.get("architectures") or ())
     if head == "language" or (head == "stored" and not has_scores):
-        if config.get("tie_word_embeddings", False) is not True:
-            shapes[_HEAD] = shapes["model.embed_tokens.weight"]
+        if not is_tied(config):
+            shapes[HEAD] = shapes[EMBEDDING]
     elif has_scores:
         shapes[_SCORE] = (tensors.shape(_SCORE)[0] if tensors.entries.get(_SCORE) else 1, int(config["hidden_size"]))
     _compare(tensors, shapes)
 
 
+def open_llama_tensors(folder: Path) -> TensorFolder:
+    """Open the tensors of a language model in Llama form, under the names of `LlamaForCausalLM`, after checking them.
+
+    Raises:
+        CheckpointError: see `check_llama`.
+    """
+    check_llama(folder, "language")
+    opened = open_tensors(folder)
+    if not _is_bare(opened):
+        return opened
+    names = {name: name if name in (HEAD, _SCORE) else f"model.{name}" for name in opened.names}
+    return TensorFolder(folder, {names[name]: entry for name, entry in opened.entries.items()})
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Tell whether the head of a Llama configuration is its embedding."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def _is_bare(tensors: TensorFolder) -> bool:
+    """Tell whether a folder was saved without its head: transformers then leaves out the first part of all names."""
+    return not any(name.startswith("model.") for name in tensors.names)
+
+
 def _compare(tensors: TensorFolder, shapes: Mapping[str, Shape]) -> None:
-    # A folder of the bare model, without its head, may leave out the first part of its names.
-    is_bare = not any(name.startswith("model.") for name in tensors.names)
+    is_bare = _is_bare(tensors)
     expected = {name.removeprefix("model.") if is_bare else name: shape for name, shape in shapes.items()}
     missing = [name for name in expected if name not in tensors.entries]
     unknown = [
         name
         for name in tensors.names
-        if name not in expected and name not in (_HEAD, _SCORE) and not name.endswith(_BUFFERS)
+        if name not in expected and name not in (HEAD, _SCORE) and not name.endswith(_BUFFERS)
     ]
     misshapen = [
         f"{name} is {list(tensors.shape(name))}, expected {list(shape)}"
@@ -80,7 +104,11 @@ def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
     """
     faults: list[str] = []
     if config.get("quantization_config"):
-        faults.append("quantization_config is set; give the checkpoint in full precision, and set model.quantize")
+        kind = config["quantization_config"]
+        method = kind.get("quant_method", "some method") if isinstance(kind, dict) else kind
+        faults.append(
+            f"its weights are quantized ({method}); give the full-precision checkpoint that they were made of"
+        )
 
     def read(key: str, limit: int = _LARGEST_SIZE, default: int | None = None) -> int:
         value = config.get(key)
@@ -99,6 +127,8 @@ def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
         faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if config.get("head_dim") is None and width % heads:
         faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    if size % 2:
+        faults.append(f"head_dim {size} must be even, for RoPE")
     faults += _find_value_faults(config, vocabulary)
     if faults:
         raise CheckpointError(f"{folder / 'config.json'}: {'; '.join(faults)}")
@@ -112,7 +142,7 @@ def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
         "mlp.up_proj": (inner, width, mlp_bias),
         "mlp.down_proj": (width, inner, mlp_bias),
     }
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    shapes: dict[str, Shape] = {EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):

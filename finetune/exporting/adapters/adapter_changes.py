@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoints.llama_checks import EMBEDDING, HEAD
+from finetune.yulan.llama_files import EMBEDDING, HEAD
 
 
 @dataclass

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 
-from finetune.checkpoints.llama_checks import EMBEDDING, HEAD
 from finetune.errors import ExportError
 from finetune.exporting.adapters.adapter_changes import Adapter, Change
 from finetune.exporting.adapters.adapter_targets import (
@@ -19,6 +18,7 @@ from finetune.exporting.adapters.adapter_targets import (
 )
 from finetune.models.adapter_config import check_language_adapter, read_adapter_config
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from finetune.yulan.llama_files import EMBEDDING, HEAD
 from finetune.yulan.tensors import TensorFolder, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from finetune.checkpoints.llama_checks import EMBEDDING, HEAD
 from finetune.recipe.sections import LINEAR_LAYERS
+from finetune.yulan.llama_files import EMBEDDING, HEAD
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
