@@ -178,7 +178,9 @@ def _describe_use() -> str:
 Plain Llama weights with one chat template. `config.json` and `generation_config.json` name the same tokens that end an answer.
 The tokenizer's own `eos_token` is only one of them: a program that stops at nothing else must be told the others.
 
-No program that serves models was tried with this folder.
+No program that serves models was tried with this folder. For llama.cpp and Ollama write a GGUF file with
+`finetune gguf FOLDER -o FILE --type q8_0`. Give them neither the folder nor a file of llama.cpp's own converter: both programs read
+the tokens of a chat template as plain text, and the model is then asked in other tokens than it was trained on.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -117,6 +117,7 @@ def test_the_card_says_only_what_was_tried(make_adapter, tmp_path):
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert f"reopened by transformers {transformers.__version__}" in card
     assert "No program that serves models was tried with this folder." in card
+    assert "For llama.cpp and Ollama write a GGUF file with" in card
     assert not any(name in card.lower() for name in ("vllm", "sglang", "llama.cpp", "gguf", "ollama"))
 
 
