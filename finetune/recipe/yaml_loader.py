@@ -8,6 +8,7 @@ import yaml
 
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import RecipeError
+from finetune.files.folders import expand_home
 from finetune.files.resources import find_close_recipe, find_resource_folder, name_recipe
 
 _MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 100_000
@@ -201,7 +202,7 @@ def _anchor(value: Any, may_fall_back: bool) -> Any:
     """Return a path, or a source that has one, with the current folder before it; anything else stays as it is."""
     if isinstance(value, dict) and isinstance(value.get("path"), str):
         return {**value, "path": _anchor(value["path"], may_fall_back)}
-    if not isinstance(value, str) or Path(value).expanduser().is_absolute():
+    if not isinstance(value, str) or expand_home(value).is_absolute():
         return value
     path = Path.cwd() / value
     exists = bool(expand_pattern(path)[1]) if has_signs(path) else path.exists()
