@@ -2,6 +2,8 @@
 
 import json
 
+from token_texts import read_text
+
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template
 from finetune.data.settings import DataSettings, Source
@@ -67,12 +69,12 @@ def read_sequence(row, tokenizer):
         if label != -100:
             runs[-1].append(token)
         before = label
-    return tokenizer.decode(row["input_ids"]), [tokenizer.decode(run) for run in runs]
+    return read_text(tokenizer, row["input_ids"]), [read_text(tokenizer, run) for run in runs]
 
 
 def read_pair(row, tokenizer):
     """Return the texts of a pair's prompt, chosen answer and rejected answer."""
-    return tuple(tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return tuple(read_text(tokenizer, row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 def render_pair(prompt, chosen, rejected, tools=None):
