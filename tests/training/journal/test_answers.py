@@ -13,7 +13,7 @@ from finetune.training.run import run_training
 
 
 def test_a_run_keeps_its_answers_before_and_after(train, tmp_path, nano_llama):
-    run = train("run", "answers=12", "trainer.learning_rate=1e-2")
+    run = train("run", "answers=12", "trainer.learning_rate=2e-2")
     samples = json.loads((run / "answers.json").read_text(encoding="utf-8"))
     assert [sample["origin"] for sample in samples[:2]] == ["fixed", "fixed"]
     assert [sample["origin"] for sample in samples[2:]] == [f"{tmp_path / 'held.jsonl'}, line {n}" for n in (1, 2)]
@@ -21,7 +21,8 @@ def test_a_run_keeps_its_answers_before_and_after(train, tmp_path, nano_llama):
     for sample, row in zip(samples[2:], rows, strict=False):
         first = next(number for number, message in enumerate(row) if message["role"] == "assistant")
         assert sample["prompt"].startswith("<s><|start_header_id|>")
-        assert sample["prompt"].endswith("assistant<|end_header_id|>\n\n")
+        # Tokenizers of SentencePiece's kind show a space between a control token and the text behind it.
+        assert sample["prompt"].endswith("assistant<|end_header_id|> \n\n")
         assert row[first - 1]["content"] in sample["prompt"]
         assert row[first]["content"] not in sample["prompt"]
     # The very answers that the start and the result give in a chat, though they were generated in one padded batch.
