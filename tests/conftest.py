@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from byte_level_tokenizer import write_byte_level_tokenizer
 from legacy_tokenizer import write_legacy_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -79,6 +80,15 @@ def legacy_base(nano_llama, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(nano_llama, folder)
     write_legacy_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def byte_level_base(nano_llama, tmp_path):
+    """Nano's weights with a small byte-level tokenizer."""
+    folder = tmp_path / "byte_level"
+    shutil.copytree(nano_llama, folder)
+    write_byte_level_tokenizer(folder, find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines())
     return folder
 
 

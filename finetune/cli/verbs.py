@@ -118,9 +118,8 @@ VERBS: tuple[Verb, ...] = (
         run_export,
         (
             "finetune export runs/mine -o exports/mine",
-            "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto",
+            "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
             "finetune export runs/mine -o adapters/mine --adapter",
-            "finetune export runs/mine -o exports/mine --gguf q8_0 --gguf q5_0",
         ),
     ),
     Verb(

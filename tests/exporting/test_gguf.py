@@ -2,13 +2,11 @@
 
 import json
 import resource
-import shutil
 from typing import get_args
 
 import gguf
 import numpy
 import pytest
-import torch
 from gguf import GGMLQuantizationType, GGUFReader, TokenType
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from legacy_tokenizer import MERGES
@@ -24,33 +22,18 @@ from finetune.exporting.gguf.read_back import compare_file, read_header
 from finetune.exporting.gguf.tensor_types import TENSOR_TYPES, quantize_rows
 from finetune.exporting.gguf.vocabulary import read_vocabulary
 from finetune.files.resources import list_templates
+from finetune.files.sizes import describe_size
 from finetune.runs.export_settings import GgufType
+from finetune.yulan.nano import CONFIG
 
-HEADS, KV_HEADS = 4, 2
-
-
-def randomize_biases(folder):
-    """Give every norm and bias random values: nano's biases are all zero, which hides a wrong order of rows."""
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 1:
-            tensors[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+ROWS, HEADS, KV_HEADS = (CONFIG[key] for key in ("vocab_size", "num_attention_heads", "num_key_value_heads"))
+HEAD_SIZE = CONFIG["hidden_size"] // HEADS
 
 
 @pytest.fixture
 def llama(legacy_base):
-    """A folder with a small tokenizer of the published kind, a table with unused rows, and random norms and biases."""
-    return randomize_biases(legacy_base)
-
-
-@pytest.fixture
-def byte_level(nano_llama, tmp_path):
-    """The same with nano's own tokenizer."""
-    shutil.copytree(nano_llama, tmp_path / "byte_level")
-    return randomize_biases(tmp_path / "byte_level")
+    """A folder with a small tokenizer of the published kind and a table with unused rows; nano's norms and biases are random."""
+    return legacy_base
 
 
 def read_fields(file):
@@ -139,17 +122,17 @@ def test_metadata_of_a_published_tokenizer(llama, tmp_path):
         "general.name": "YuLan-Mini, fine-tuned",
         "general.file_type": 7,
         "general.quantization_version": 2,
-        "llama.vocab_size": 1536,
-        "llama.context_length": 2048,
-        "llama.embedding_length": 256,
-        "llama.block_count": 4,
-        "llama.feed_forward_length": 640,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.key_length": 64,
-        "llama.attention.value_length": 64,
+        "llama.vocab_size": ROWS,
+        "llama.context_length": CONFIG["max_position_embeddings"],
+        "llama.embedding_length": CONFIG["hidden_size"],
+        "llama.block_count": CONFIG["num_hidden_layers"],
+        "llama.feed_forward_length": CONFIG["intermediate_size"],
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.attention.key_length": HEAD_SIZE,
+        "llama.attention.value_length": HEAD_SIZE,
         "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
-        "llama.rope.dimension_count": 64,
+        "llama.rope.dimension_count": HEAD_SIZE,
         "llama.rope.freq_base": 10_000.0,
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
@@ -162,9 +145,9 @@ def test_metadata_of_a_published_tokenizer(llama, tmp_path):
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.padding_token_id": 102,
     }
-    assert len(tokens) == len(types) == len(scores) == 1536
+    assert len(tokens) == len(types) == len(scores) == ROWS
     assert tokens[104:110] == ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<0x00>", "<0x01>", "<0x02>"]
-    assert [types[number] for number in (0, 1, 2, 3, 102, 106, 107, 362, 363, 398, 1535)] == [
+    assert [types[number] for number in (0, 1, 2, 3, 102, 106, 107, 362, 363, 398, ROWS - 1)] == [
         TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, TokenType.NORMAL, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 2,
         TokenType.NORMAL, TokenType.UNUSED, TokenType.UNUSED,
     ]  # fmt: skip
@@ -175,9 +158,9 @@ def test_metadata_of_a_published_tokenizer(llama, tmp_path):
     assert "bos_token" in template
 
 
-def test_metadata_of_a_byte_level_tokenizer(byte_level, tmp_path):
-    convert_folder(byte_level, tmp_path / "m.gguf", "f16")
-    fields, content = read_fields(tmp_path / "m.gguf"), json.loads((byte_level / "tokenizer.json").read_text())
+def test_metadata_of_a_byte_level_tokenizer(byte_level_base, tmp_path):
+    convert_folder(byte_level_base, tmp_path / "m.gguf", "f16")
+    fields, content = read_fields(tmp_path / "m.gguf"), json.loads((byte_level_base / "tokenizer.json").read_text())
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in content["model"]["merges"]]
     assert not fields["tokenizer.ggml.add_space_prefix"]
@@ -324,10 +307,10 @@ def test_a_tokenizer_that_llama_cpp_cannot_express(llama, tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_byte_level_tokenizer_with_other_words_is_refused(byte_level, tmp_path):
-    change_tokenizer(byte_level, lambda content: content["pre_tokenizer"].update(add_prefix_space=True))
+def test_a_byte_level_tokenizer_with_other_words_is_refused(byte_level_base, tmp_path):
+    change_tokenizer(byte_level_base, lambda content: content["pre_tokenizer"].update(add_prefix_space=True))
     with pytest.raises(ExportError, match="cuts words in a way that has no name there"):
-        convert_folder(byte_level, tmp_path / "m.gguf", "q8_0")
+        convert_folder(byte_level_base, tmp_path / "m.gguf", "q8_0")
 
 
 def remove(name):
@@ -460,7 +443,12 @@ def test_export_writes_gguf_files_beside_the_weights(make_adapter, tmp_path, cap
         "model-q8_0.gguf",
         "model-f32.gguf",
     ]
-    assert "| `model-q8_0.gguf` | 3.8 MB | all 55 tensors |" in (output / "README.md").read_text()
+    size = (output / "model-q8_0.gguf").stat().st_size
+    # Q8_0 has a scale of two bytes and 32 values of one byte; what is not a matrix is in float32. The rest is the vocabulary.
+    merged_shapes = [tensor.shape for tensor in load_file(output / "model.safetensors").values()]
+    weights = sum(shape.numel() * 34 // 32 if len(shape) == 2 else shape.numel() * 4 for shape in merged_shapes)
+    assert weights < report[0]["bytes"] == size < weights + 100_000
+    assert f"| `model-q8_0.gguf` | {describe_size(size)} | all 55 tensors |" in (output / "README.md").read_text()
 
 
 def test_the_command_proves_by_reading_back(llama, tmp_path, capsys):

@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from finetune.checkpoints.finding import as_llama
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.yulan.llama_files import check_llama
+from finetune.yulan.nano import CONFIG
+
+WIDTH, ROWS = CONFIG["hidden_size"], CONFIG["vocab_size"]
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def rename(tensors):
         (rename, r"1 missing \(model.layers.0.mlp.up_proj.weight\); 1 unknown \(model.layers.0.mlp.up.weight\)"),
         (lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]], r"\d+ missing"),
         (
-            lambda tensors: tensors.update({"model.norm.weight": torch.ones(255)}),
-            r"model.norm.weight is \[255\], expected \[256\]",
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(WIDTH - 1)}),
+            rf"model.norm.weight is \[{WIDTH - 1}\], expected \[{WIDTH}\]",
         ),
     ],
     ids=["norm", "head", "renamed", "nearly-all", "shape"],
@@ -72,7 +75,7 @@ def test_a_tied_head_and_old_buffers_may_be_there_or_not(base):
 def test_a_reward_model_has_no_language_head(base):
     change_config(base, architectures=["LlamaForSequenceClassification"])
     change_tensors(
-        base, lambda tensors: (tensors.pop("lm_head.weight"), tensors.update({"score.weight": torch.ones(1, 256)}))
+        base, lambda tensors: (tensors.pop("lm_head.weight"), tensors.update({"score.weight": torch.ones(1, WIDTH)}))
     )
     check_llama(base)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
@@ -85,18 +88,21 @@ def test_a_reward_model_has_no_language_head(base):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_attention_heads": 5}, "num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 2},
+            "num_attention_heads 5 is not a multiple of num_key_value_heads 2",
+        ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1,000"),
-        ({"hidden_size": "256"}, "hidden_size must be a whole number"),
+        ({"hidden_size": str(WIDTH)}, "hidden_size must be a whole number"),
         ({"hidden_size": None}, "hidden_size must be a whole number"),
         ({"vocab_size": 10**30}, "vocab_size must be a whole number"),
-        ({"vocab_size": 1537}, r"expected \[1537, 256\]"),
-        ({"pad_token_id": 5000}, "pad_token_id must be a token below vocab_size 1536"),
+        ({"vocab_size": ROWS + 1}, rf"expected \[{ROWS + 1}, {WIDTH}\]"),
+        ({"pad_token_id": 5000}, f"pad_token_id must be a token below vocab_size {ROWS}"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"hidden_act": {}}, "hidden_act must be a name"),
         ({"architectures": "Llama"}, "architectures must be a list"),
-        ({"quantization_config": {"bits": 4}}, "give the checkpoint in full precision"),
+        ({"quantization_config": {"bits": 4}}, "give the full-precision checkpoint that they were made of"),
     ],
 )
 def test_a_configuration_that_contradicts_itself_is_refused(base, values, message):
@@ -166,8 +172,20 @@ def test_a_damaged_configuration_file_is_refused(base, name, content):
         as_llama(base)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"model": {"type": "BPE"}}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}}}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_damaged_tokenizer_is_one_message(base, content):
+    """transformers made a LlamaTokenizer without pieces or merges of a file that lacks them: no tokens, or one a character."""
     from finetune.data.encoding.tokenizer import load_tokenizer, load_tokenizer_file
 
     (base / "tokenizer.json").write_bytes(content)

@@ -55,6 +55,7 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["doctor"],
         ["train", str(recipe)],
         ["export", str(run), "-o", str(tmp_path / "export")],
+        ["gguf", str(tmp_path / "export"), "-o", str(tmp_path / "m.gguf"), "--type", "q8_0"],
         ["evaluate", str(run), "--data", str(tmp_path / "rows.jsonl")],
         ["chat", str(run), "--prompt", "Who are you?", "--max-new-tokens", "2"],
     ]

@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_gone_without(own_cache):
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without_and_said_once(own_cache, monkeypatch, caplog):
-    monkeypatch.setattr(cache_module, "check_writable", lambda folder: "the file system is read-only")
+    monkeypatch.setattr(cache_module, "find_writing_obstacle", lambda folder: "the file system is read-only")
     cache_module._find_temporary_cache.cache_clear()
     with caplog.at_level("WARNING", "finetune"):
         for name in ("abc", "abc", "def"):

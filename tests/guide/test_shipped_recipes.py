@@ -22,7 +22,7 @@ def test_the_list_tells_recipes_apart():
         "name": "sft_qlora",
         "method": "sft",
         "trains": "LoRA (rank 16) on a 4-bit base",
-        "needs": "4.8 GiB of GPU memory (planned, not measured)",
+        "needs": "4.8 GiB of GPU memory (planned; an H100 allocated as much as planned)",
     }
     assert rows["instruct"].method == "sft, then dpo"
     assert rows["anneal"].trains == "all weights, native architecture"

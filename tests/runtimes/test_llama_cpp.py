@@ -81,8 +81,8 @@ def test_the_larger_published_tokenizer_with_unused_rows(run_in, published_base,
     assert found["same_answers"] == found["answers"] == 8
 
 
-def test_a_byte_level_tokenizer(run_in, nano_llama, tmp_path):
-    found = convert(run_in, nano_llama, tmp_path / "m.gguf", "f32")
+def test_a_byte_level_tokenizer(run_in, byte_level_base, tmp_path):
+    found = convert(run_in, byte_level_base, tmp_path / "m.gguf", "f32")
     assert found["texts"] >= 200
     assert found["max_abs"] <= 1e-4 * found["spread"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
+from tokenizers import Tokenizer
 
 from finetune.errors import CheckpointError
 
@@ -22,6 +23,8 @@ def load_tokenizer(folder: Path, *, needs_padding: bool = True) -> PreTrainedTok
         CheckpointError: the tokenizer cannot be read without running code from the folder, or has no padding token.
     """
     try:
+        if (file := folder / "tokenizer.json").is_file():
+            _require_pieces(Tokenizer.from_file(str(file)))
         # An attribute of the module: importing the name would load the registry of architectures, for seconds.
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library in Rust raises plain exceptions for patterns and merges that it cannot use
@@ -44,11 +47,21 @@ def load_tokenizer_file(folder: Path, *, needs_padding: bool = True) -> PreTrain
         return load_tokenizer(folder, needs_padding=needs_padding)
     try:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        _require_pieces(tokenizer.backend_tokenizer)
     except Exception as error:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); download it again"
         ) from error
     return _complete(tokenizer, folder, needs_padding)
+
+
+def _require_pieces(whole: Tokenizer) -> None:
+    """Raise an error for a `tokenizer.json`, read as a whole, that has no vocabulary.
+
+    For some classes, such as `LlamaTokenizer`, transformers takes parts of the file, and makes a tokenizer without those that lack.
+    """
+    if whole.get_vocab_size(with_added_tokens=False) == 0:
+        raise ValueError("its vocabulary is empty")
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, folder: Path, needs_padding: bool) -> PreTrainedTokenizerBase:
