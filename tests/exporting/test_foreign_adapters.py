@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from added_tokens import add_tokens, fill_table
+from added_tokens import add_token, fill_table
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -321,7 +321,7 @@ def test_a_tokenizer_larger_than_the_table(make_base, adapt, tmp_path):
     for file in base.glob("tokenizer*"):
         shutil.copy(file, adapter)
     fill_table(adapter, 1312)
-    add_tokens(adapter, "<|mine|>")
+    add_token(adapter, "<|mine|>")
     with pytest.raises(
         ExportError, match=r"its tokenizer has 1 tokens beyond the 1,312 rows .*first: '<\|mine\|>', 1312"
     ):
@@ -332,7 +332,7 @@ def test_a_base_that_pads_with_a_token_beyond_its_table(make_base, adapt, tmp_pa
     """The export named that token in `config.json`, and transformers could not open it."""
     base = make_base(pad_token_id=0)
     fill_table(base, 1312)
-    add_tokens(base, "<|mine|>")
+    add_token(base, "<|mine|>")
     edit_tokenizer(base, pad_token="<|mine|>")
     adapter, live = adapt(base)
     export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
