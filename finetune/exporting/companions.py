@@ -49,7 +49,7 @@ def write_companions(folder: Path, subject: Subject, merged: Merged) -> None:
         copy_tokenizer(form.tokenizer_folder, folder, form.source)
         if form.source is None:
             (folder / TEMPLATE_FILE).unlink(missing_ok=True)
-    tokens = _list_special_tokens(subject)
+    tokens = _list_special_tokens(subject, merged.vocabulary)
     sampling = read_json(subject.base / "generation_config.json") or {}
     sampling = {key: value for key, value in sampling.items() if key not in _OF_THE_FILE}
     write_json(folder / "config.json", _describe_config(subject, merged) | tokens)
@@ -84,14 +84,16 @@ def check_vocabulary(subject: Subject, rows: int) -> None:
     logger.warning("%s", fault)
 
 
-def _list_special_tokens(subject: Subject) -> dict[str, Any]:
+def _list_special_tokens(subject: Subject, rows: int) -> dict[str, Any]:
     """Return the ids of bos, pad and the stop tokens: those of the tokenizer, or of the base's configuration where it has none."""
     form, stored = subject.form, read_config(subject.base)
     stops = form.list_stops(subject.base)
     bos, pad = stored.get("bos_token_id"), stored.get("pad_token_id")
     if form.tokenizer_folder is not None:
         tokenizer = load_tokenizer_file(form.tokenizer_folder, needs_padding=False)
-        bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+        bos = tokenizer.bos_token_id
+        # transformers cannot build a table without the row of the token that pads.
+        pad = pad if (tokenizer.pad_token_id or 0) >= rows else tokenizer.pad_token_id
     return {"bos_token_id": bos, "eos_token_id": stops or None, "pad_token_id": pad}
 
 

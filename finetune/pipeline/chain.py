@@ -162,9 +162,8 @@ def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) 
     if processes.process_index == 0 and run.is_dir() and checkpoint is None and not is_saved:
         remove_made_files(run)
     state.wait_for_everyone()
-    return StageSummary(
-        stage.name, str(run), False, asdict(train_on_device(resolved, checkpoint is not None or is_saved, force))
-    )
+    outcome = train_on_device(resolved, checkpoint is not None or is_saved, force)
+    return StageSummary(stage.name, str(run), False, _to_json(asdict(outcome)))
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
@@ -182,7 +181,7 @@ def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) 
     result = open_result(stage.run)
     # An export of other weights, compared by content, or with other settings is made again.
     weights = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
-    identity = {"weights": [hash_file(file) for file in weights], "settings": dict(vars(stage.settings))}
+    identity = {"weights": [hash_file(file) for file in weights], "settings": _to_json(vars(stage.settings))}
     record = read_json(record_file) or {}
     is_done = stage.output.is_dir() and record.get(stage.name) == identity
     processes.distributed_state.wait_for_everyone()
@@ -196,6 +195,11 @@ def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) 
         logger.info("%s: finished already", stage.output)
     report = read_json(stage.output / EXPORT_REPORT_FILE)
     return StageSummary(stage.name, str(stage.output), is_done, report)
+
+
+def _to_json(content: Any) -> Any:
+    """Return values as a JSON file gives them back, so that they can be compared with stored ones: a tuple becomes a list."""
+    return json.loads(json.dumps(content))
 
 
 def describe_chain(summary: ChainSummary) -> str:

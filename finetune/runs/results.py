@@ -30,7 +30,7 @@ from finetune.runs.run_files import (
     find_result_folder,
     is_checkpoint_of_run,
 )
-from finetune.runs.trainer_checkpoints import find_complete_checkpoint, is_complete_checkpoint
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 
 ResultKind = Literal["adapter", "model"]
 
@@ -184,10 +184,8 @@ def open_result(path: Path) -> Result:
 
 def _open_checkpoint(path: Path) -> Result:
     """Open a checkpoint of a run, which the run has completed with its lineage and its rows."""
-    if not is_complete_checkpoint(path):
-        raise FinetuneError(
-            f"{path}: this checkpoint is incomplete, its run was stopped while it wrote it; use another"
-        )
+    if (damage := find_damage(path)) is not None:
+        raise FinetuneError(f"{path}: this checkpoint is not whole ({damage}); use another")
     if (path / ADAPTER_FOLDER / LINEAGE_FILE).is_file():  # PiSSA's, as an adapter of the unchanged base
         return _open_folder(path / ADAPTER_FOLDER, "adapter")
     if not (path / LINEAGE_FILE).is_file():

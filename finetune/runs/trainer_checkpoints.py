@@ -24,11 +24,6 @@ def find_complete_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def is_complete_checkpoint(checkpoint: Path) -> bool:
-    """Tell whether the files of a checkpoint are all as they were written."""
-    return find_damage(checkpoint) is None
-
-
 def read_last_step(checkpoint: Path) -> tuple[int, int]:
     """Return the step of a whole checkpoint, and the last step of its run.
 

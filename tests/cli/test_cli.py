@@ -365,7 +365,7 @@ def lose_shard(path):
     [
         (lambda path: path.unlink(), "holds no weights"),
         (cut, "it is truncated or damaged, download it again"),
-        (misshape, "1 of a wrong shape (model.norm.weight is [3], expected [256])"),
+        (misshape, "1 of a wrong shape (model.norm.weight is [3], expected [320])"),
         (pickle_only, "holds only pickled weights (pytorch_model.bin)"),
         (point_outside, "names the file '../../secret.safetensors', which lies outside the folder"),
         (lose_shard, "the shard model-00001-of-00002.safetensors that model.safetensors.index.json names is missing"),

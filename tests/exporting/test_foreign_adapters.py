@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from added_tokens import add_token, fill_table
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from finetune.runs.results import open_result
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = ExportSettings("float32")
+TEMPLATES = Path(__file__).parents[2] / "templates"
 TOKENS = torch.arange(3, 40).unsqueeze(0)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -193,7 +196,7 @@ def test_the_chosen_layers_are_pefts(options):
             lambda t: t.update(
                 {
                     "base_model.model.lm_head.lora_A.weight": torch.ones(4, 32),
-                    "base_model.model.lm_head.lora_B.weight": torch.ones(1536, 4),
+                    "base_model.model.lm_head.lora_B.weight": torch.ones(1312, 4),
                 }
             ),
             "holds LoRA for 1 layers that its target_modules leaves out, which PEFT would drop",
@@ -239,9 +242,12 @@ def test_tokenizers_of_other_tools(make_base, adapt, tmp_path, changes, template
     adapter, live = adapt(base)
     export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert (read_logits(tmp_path / "export") - live).abs().max() < 1e-4
-    assert (tmp_path / "export" / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
-    if template:
-        assert (tmp_path / "export" / "chat_template.jinja").read_text() == template
+    source = template or (TEMPLATES / "yulan-mini.jinja").read_text()
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == source
+    # transformers 4.46 reads the template there alone; every other character is the base's.
+    kept = (base / "tokenizer_config.json").read_text().removesuffix("}")
+    expected = f'{kept},\n  "chat_template": {json.dumps(source)}}}'
+    assert (tmp_path / "export" / "tokenizer_config.json").read_text() == expected
 
 
 def test_an_export_without_any_tokenizer_is_compared_too(make_base, adapt, tmp_path):
@@ -314,13 +320,25 @@ def test_a_tokenizer_larger_than_the_table(make_base, adapt, tmp_path):
     adapter, _ = adapt(base)
     for file in base.glob("tokenizer*"):
         shutil.copy(file, adapter)
-    content = json.loads((adapter / "tokenizer.json").read_text())
-    content["added_tokens"].append({**content["added_tokens"][-1], "id": 1536, "content": "<|mine|>"})
-    (adapter / "tokenizer.json").write_text(json.dumps(content))
+    fill_table(adapter, 1312)
+    add_token(adapter, "<|mine|>")
     with pytest.raises(
-        ExportError, match=r"its tokenizer has 1 tokens beyond the 1,536 rows .*first: '<\|mine\|>', 1536"
+        ExportError, match=r"its tokenizer has 1 tokens beyond the 1,312 rows .*first: '<\|mine\|>', 1312"
     ):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS)
+
+
+def test_a_base_that_pads_with_a_token_beyond_its_table(make_base, adapt, tmp_path):
+    """The export named that token in `config.json`, and transformers could not open it."""
+    base = make_base(pad_token_id=0)
+    fill_table(base, 1312)
+    add_token(base, "<|mine|>")
+    edit_tokenizer(base, pad_token="<|mine|>")
+    adapter, live = adapt(base)
+    export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
+    assert (read_logits(tmp_path / "export") - live).abs().max() < 1e-4
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "export" / name).read_text())["pad_token_id"] == 0
 
 
 def test_an_export_of_another_base_can_be_talked_to(make_base, adapt, tmp_path):

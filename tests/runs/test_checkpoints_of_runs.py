@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from finetune.errors import ExportError, FinetuneError
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
+from finetune.files.safety.manifests import write_manifest
 from finetune.models.opening import open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
@@ -69,7 +70,9 @@ def test_tokenizer_files_of_a_checkpoint_are_those_of_the_base(train, legacy_bas
     own, theirs = (
         json.loads((path / "tokenizer_config.json").read_text()) for path in (run / "checkpoint-4", legacy_base)
     )
-    assert own == {key: value for key, value in theirs.items() if key != "chat_template"}
+    template = (Path(__file__).parents[2] / "templates" / "yulan-mini.jinja").read_text()
+    assert own == {**theirs, "chat_template": template}
+    assert (run / "checkpoint-4" / "chat_template.jinja").read_text() == template
     assert open_model(str(run / "checkpoint-4")).answer("Who are you?", 4).tokens > 0
 
 
@@ -94,10 +97,25 @@ def test_a_run_continues_from_a_checkpoint(train):
 
 @pytest.mark.parametrize(
     ("lost", "message"),
-    [("trainer_state.json", "this checkpoint is incomplete"), ("finetune.json", "lacks finetune.json")],
+    [
+        ("trainer_state.json", r"this checkpoint is not whole \(trainer_state.json is missing\); use another"),
+        ("finetune.json", r"this checkpoint is not whole \(finetune.json is missing\); use another"),
+        (
+            "manifest.json",
+            r"this checkpoint is not whole \(it has no manifest.json, so it was not written to the end\)",
+        ),
+    ],
 )
 def test_half_a_checkpoint_is_refused(train, lost, message):
     checkpoint = train("run", *KEPT) / "checkpoint-4"
     (checkpoint / lost).unlink()
     with pytest.raises(FinetuneError, match=message):
+        open_result(checkpoint)
+
+
+def test_a_sealed_checkpoint_without_lineage_is_no_adapter_of_another_tool(train):
+    checkpoint = train("run", *KEPT) / "checkpoint-4"
+    (checkpoint / "finetune.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(FinetuneError, match=r"lacks finetune\.json"):
         open_result(checkpoint)

@@ -107,13 +107,15 @@ def test_a_reward_model_from_an_sft_run(train, make_pairs_recipe, tmp_path, toke
     ("changes", "message"),
     [
         (
-            {"num_attention_heads": 5, "num_key_value_heads": 2},
-            r"hidden_size 256 is not a multiple of num_attention_heads 5; .*",
+            {"num_attention_heads": 6, "num_key_value_heads": 4},
+            "num_attention_heads 6 is not a multiple of num_key_value_heads 4; "
+            "hidden_size 320 is not a multiple of num_attention_heads 6",
         ),
-        ({"num_key_value_heads": 3}, "num_attention_heads .* is not a multiple of num_key_value_heads 3"),
-        ({"num_hidden_layers": 99}, r"it lacks model\.layers"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 5 is not a multiple of num_key_value_heads 3"),
+        # 9 weights and 4 biases of attention in each of 95 layers.
+        ({"num_hidden_layers": 99}, r"1235 missing \(model\.layers\.4\.input_layernorm\.weight, "),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantized \(gptq\)"),
-        ({"intermediate_size": "big"}, "intermediate_size must be a whole number above 0; found 'big'"),
+        ({"intermediate_size": "big"}, "intermediate_size must be a whole number from 1 to 16,777,216; found 'big'"),
     ],
 )
 def test_a_base_whose_sizes_contradict_each_other(make_recipe, nano_llama, tmp_path, changes, message):
