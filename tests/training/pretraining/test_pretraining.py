@@ -89,7 +89,11 @@ def test_a_run_that_goes_on_from_another_is_one_run(train, tokens, dtype):
     assert read_metrics(second, "loss") == read_metrics(whole, "loss")[2:]
     one, other = open_states(whole / "model"), open_states(second / "model")
     assert one.step == other.step == 4
-    assert [(group.lr, group.weight_decay) for group in other.groups] == [(1e-3 * 256 / 320, 0.1), (1e-3, 0.1), (1e-3, 0.0)]
+    assert [(group.lr, group.weight_decay) for group in other.groups] == [
+        (1e-3 * 256 / 320, 0.1),
+        (1e-3, 0.1),
+        (1e-3, 0.0),
+    ]
     for name, shape in one.shapes.items():
         states = [read_state(opened, name, torch.Size(shape)) for opened in (one, other)]
         assert torch.equal(states[0].weight, states[1].weight)
