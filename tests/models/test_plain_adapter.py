@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 
 from finetune.cli.main import main
 from finetune.errors import ExportError
+from finetune.models import plain_adapter
+from finetune.models.lora import list_adapter_defaults
 from finetune.models.opening import open_model
 from finetune.models.plain_adapter import describe_use, list_obstacles, write_plain_adapter
 from finetune.runs.results import open_result
@@ -152,3 +154,11 @@ def test_all_weights_hold_no_adapter(train, tmp_path):
     run = train("run", "adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.max_steps=1")
     with pytest.raises(ExportError, match="all weights were trained, so there is no adapter"):
         write_plain_adapter(open_result(run), tmp_path / "plain")
+
+
+def test_the_defaults_are_those_of_peft():
+    """A setting that PEFT always writes must not make an adapter odd."""
+    given = {
+        key: value for key, value in list_adapter_defaults().items() if value and key not in plain_adapter._EXPRESSIBLE
+    }
+    assert {key: value for key, value in given.items() if key != "bias"} == plain_adapter._DEFAULTS
