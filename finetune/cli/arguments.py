@@ -38,6 +38,21 @@ def add_recipes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
 
 
+def add_init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--data", type=Path, metavar="FILE", help="a file or folder with your rows")
+    verb.add_argument("--base", metavar="CHECKPOINT", help="an alias, a hub id, a folder, or a run to continue")
+    verb.add_argument(
+        "--device", metavar="DEVICE", help='a GPU\'s memory or name (8GB, "RTX 4060 Laptop"), cpu, or auto'
+    )
+    verb.add_argument(
+        "--goal", choices=("chat", "pairs", "labels"), help="train answers, pairs (DPO) or labelled answers (KTO)"
+    )
+    verb.add_argument(
+        "-o", "--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="a new file (default: my.yaml)"
+    )
+    verb.add_argument("--yes", action="store_true", help="ask nothing: take the default for what no option says")
+
+
 def add_mixtures(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--datasets", action="store_true", help="list the open data sets that were used, with their addresses"

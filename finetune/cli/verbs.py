@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.cli import arguments
+from finetune.cli.asking import run_init
 from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
 from finetune.cli.looking import (
     run_check,
@@ -36,6 +37,16 @@ VERBS: tuple[Verb, ...] = (
         arguments.add_checkpoints,
         run_checkpoints,
         ("finetune checkpoints", "finetune checkpoints --states FOLDER --json"),
+    ),
+    Verb(
+        "init",
+        "write a first recipe for your rows and your GPU, after four questions",
+        arguments.add_init,
+        run_init,
+        (
+            "finetune init",
+            "finetune init --data my.jsonl --device 8GB -o my.yaml --yes",
+        ),
     ),
     Verb(
         "recipes",
