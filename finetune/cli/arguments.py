@@ -36,6 +36,7 @@ def add_recipes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", metavar="NAME", nargs="?", type=Path, help="print this shipped recipe with all its keys")
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the output to a new file instead")
     verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
+    verb.add_argument("--agents", action="store_true", help="print what a coding assistant needs to write recipes")
 
 
 def add_init(verb: argparse.ArgumentParser) -> None:
