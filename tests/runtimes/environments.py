@@ -72,7 +72,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
 
 def find_folder(name: str) -> Path:
     """Return the folder of an environment, whether it was built or not."""
-    row = json.dumps([asdict(ENVIRONMENTS[name]), sys.version_info[:2]])
+    row = json.dumps([{**asdict(ENVIRONMENTS[name]), "heavy": None}, sys.version_info[:2]])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parent = Path(os.environ.get("FINETUNE_RUNTIMES") or Path(cache) / "yulan-finetune-runtimes")
     return parent / f"{name}-{hashlib.sha256(row.encode()).hexdigest()[:12]}"
