@@ -29,6 +29,7 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
             _describe_comparison(report.verify),
             *([_describe_gguf(report.gguf)] if report.gguf else []),
+            *([f"## Tokenizer\n\n{subject.lost_legacy}."] if subject.lost_legacy else []),
             _describe_use(),
             *([f"## The adapter alone\n\n{_capitalise(describe_use(subject.adapter))}."] if subject.adapter else []),
         ]
@@ -165,9 +166,10 @@ def _describe_gguf(files: Sequence[GgufReport]) -> str:
         lines.append(f"| `{file.output.name}` | {describe_size(file.bytes)} | {proof} | {run}")
     ran = [file.llama_cpp for file in files if file.llama_cpp is not None]
     if ran:
+        rows = f", and {ran[0].rows} stored rows become the tokens that were trained" if ran[0].rows else ""
         lines += [
             "",
-            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included.",
+            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included{rows}.",
         ]
     return "\n".join(lines)
 

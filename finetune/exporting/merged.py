@@ -20,6 +20,7 @@ from finetune.yulan.layout import Architecture, find_architecture, read_config
 from finetune.yulan.llama_files import EMBEDDING, HEAD, is_tied, open_llama_tensors
 from finetune.yulan.shards import Piece, TensorSpec
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype
+from finetune.yulan.tokenizer_files import describe_lost_legacy
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Subject:
             TemplateError: the result was trained with another template.
         """
         return find_chat_form(self.result, self.base)
+
+    @property
+    def lost_legacy(self) -> str | None:
+        """What a person must know of a tokenizer that has lost `legacy: true`, or None."""
+        folder = self.form.tokenizer_folder
+        return None if folder is None else describe_lost_legacy(folder)
 
     @property
     def adapter(self) -> Path | None:

@@ -61,7 +61,7 @@ class BaseScores:
 class LlamaCppScores:
     """A GGUF file in llama.cpp beside its folder in transformers.
 
-    `texts` counts the texts whose tokens are equal, `max_abs` is the largest difference of a log-probability and `spread` their
+    `texts` counts the texts whose tokens are equal, `rows` the sides of stored rows that become the tokens that were trained, `max_abs` is the largest difference of a log-probability and `spread` their
     standard deviation, `kl` the mean KL(folder || file) in nats over `contexts`. `same_answers` of `answers` greedy answers are
     equal, and `stopped` of those that end by themselves in transformers do so here. `version` is the binding's.
     """
@@ -76,6 +76,7 @@ class LlamaCppScores:
     same_answers: int
     stopped: int
     stopped_there: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)
