@@ -73,6 +73,9 @@ def _list_faults(config: Mapping[str, Any]) -> Iterator[str]:
     targets = config.get("target_modules")
     for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(key) or ()
+        if not isinstance(value, str | list | tuple):
+            yield f"{key} is {value!r}; expected a list of names, or one pattern"
+            continue
         for pattern in [value] if isinstance(value, str) else value:
             yield from _list_regex_faults(key, pattern)
     if isinstance(targets, str):

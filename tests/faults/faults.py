@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from corpus import Sources, meet_everything
 from flips import flip_everywhere
 from injector import Server
 from kinds import Kind, find_cold_cache, make_export, make_kinds
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
     parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
     parser.add_argument("--races", type=int, default=50, help="starts of two processes into one output")
+    parser.add_argument("--hostile", type=int, default=1, help="0 leaves the corpus of hostile files out")
     parser.add_argument("--work", type=Path, help="where to work; a file system in memory is fastest")
     parser.add_argument("--results", type=Path, help="a JSON file to which the counts are added")
     parser.add_argument("--report", type=Path)
@@ -66,9 +68,23 @@ def inject(arguments: argparse.Namespace, work: Path) -> Iterator[Tally]:
                     yield fail_everywhere(server, kind, fault, tries=arguments.tries)
         if arguments.flips:
             yield from flip_everywhere(warm, makers["short"](), makers["pretrain"](), work / "cache", arguments.flips)
+        if arguments.hostile:
+            yield from meet_everything(warm, make_sources(warm, makers, work), work)
         if arguments.races:
             with Server(work) as other:
                 yield race(warm, other, makers["lora"](), arguments.races)
+
+
+def make_sources(server: Server, makers, work: Path) -> Sources:
+    """Make what the hostile cases are made of."""
+    kinds = {name: makers[name]() for name in ("short", "pretrain", "judge")}
+    for kind in kinds.values():
+        kind.clear()
+        outcome = server.run(kind.start, kind.output.parent)
+        assert outcome.status == 0, outcome.text
+    cache = Path(os.environ["FINETUNE_CACHE"])
+    (native,), (llama, *_) = cache.glob("nano/*"), cache.glob("folds/*")
+    return Sources(native, llama, kinds["short"], kinds["judge"].output, kinds["pretrain"])
 
 
 def _make(server: Server, makers, work: Path, name: str) -> Kind:

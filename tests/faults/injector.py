@@ -27,17 +27,18 @@ HERE = Path(__file__).resolve().parent
 KILL = 0
 _STOP = -1
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-_MOST_SECONDS = 300
+_MOST_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line did: its exit status (negative: killed by that signal), its operations, its standard error, its seconds."""
+    """What a command line did: its exit status (negative: killed by that signal), its operations, its output, its seconds, its memory."""
 
     status: int
     operations: int
     text: str
     seconds: float
+    peak_bytes: int = 0
 
     @property
     def has_traceback(self) -> bool:
@@ -147,14 +148,15 @@ def _run_child(main, layer, arguments, root, at, number) -> Iterator[Outcome | N
                     json.dump([layer.fault_count(), [name for name in sys.modules if name not in known]], counts)
                     counts.flush()
                 os._exit(status)
-        while (status := _wait(child)) is None:
+        while (ended := _wait(child)) is None:
             yield None
             os.kill(child, signal.SIGCONT)
+        status, peak_bytes = ended
         for file in (log, counts):
             file.seek(0)
         operations, modules = json.loads(counts.read() or "[0, []]")
         _import_all(modules)
-        yield Outcome(status, operations, log.read()[-4000:], round(time.monotonic() - started, 2))
+        yield Outcome(status, operations, log.read()[-4000:], round(time.monotonic() - started, 2), peak_bytes)
 
 
 def _import_all(modules: list[str]) -> None:
@@ -178,17 +180,17 @@ def _run_line(main, arguments) -> int:
     return 0
 
 
-def _wait(child: int) -> int | None:
-    """Return the exit status of a child, or None where it was stopped; one that hangs is killed."""
+def _wait(child: int) -> tuple[int, int] | None:
+    """Return the exit status and the peak memory of a child, or None where it was stopped; one that hangs is killed."""
     deadline = time.monotonic() + _MOST_SECONDS
     while True:
-        done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        done, status, usage = os.wait4(child, os.WNOHANG | os.WUNTRACED)
         if done:
-            return None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+            return None if os.WIFSTOPPED(status) else (os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
         if time.monotonic() > deadline:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            return -1000
+            return -1000, 0
         time.sleep(0.002)
 
 

@@ -103,6 +103,8 @@ def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
         .replace("save_steps: 2", "save_steps: 1")
         .replace("answers: 4", "answers: 0")
     )
+    reward = dpo.replace("method: dpo", "method: reward")
+    makers["judge"] = lambda: make_training("judge", work, reward)
     makers["short"] = lambda: make_training("short", work, short)
     makers["cold"] = lambda: _make_cold(work, lora.replace("max_steps: 4", "max_steps: 1"))
     makers["fold"] = lambda: _make_fold(work)

@@ -63,6 +63,8 @@ def find_damage(folder: Path) -> str | None:
     manifest = folder / MANIFEST_FILE
     try:
         status = manifest.stat()
+        if not manifest.is_file():
+            return f"its {MANIFEST_FILE} is damaged"
     except OSError:
         return f"it has no {MANIFEST_FILE}, so it was not written to the end"
     key = (str(folder.resolve()), status.st_ino, status.st_mtime_ns)
@@ -74,7 +76,7 @@ def find_damage(folder: Path) -> str | None:
 def _compare(folder: Path, manifest: Path) -> str | None:
     try:
         entries = _read_entries(json.loads(manifest.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST_FILE} is damaged"
     # Sizes first: a file that is gone or cut off is then found without reading gigabytes.
     for name, entry in entries.items():
@@ -82,6 +84,8 @@ def _compare(folder: Path, manifest: Path) -> str | None:
             size = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
+        if not (folder / name).is_file():
+            return f"{name} is no file"
         if size != entry.size:
             return f"{name} has {size:,} bytes where {entry.size:,} were written"
     found = _hash_files((folder / name, entry.kind) for name, entry in entries.items())
