@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
@@ -19,6 +18,7 @@ from finetune.files.json_files import read_json, write_json
 from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from finetune.yulan.tensors import read_header
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
@@ -112,7 +112,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Return a base model with a trained adapter applied live by PEFT, its tables enlarged where the adapter's are.
 
     Raises:
-        FinetuneError: the adapter's configuration cannot be used, or PEFT refuses the adapter.
+        FinetuneError: the adapter is damaged, its configuration cannot be used, or PEFT refuses the adapter.
     """
     settings = read_adapter_config(folder)
     rows = _count_rows(folder)
@@ -139,9 +139,8 @@ def disable_adapter(tuned: PeftModel) -> Iterator[None]:
 
 def _count_rows(folder: Path) -> int:
     """Return the most tokens that a table in an adapter's file has, or 0."""
-    with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:
-        tables = [name for name in file.keys() if name.endswith(_TABLES)]  # noqa: SIM118 - not a dict
-        return max((int(file.get_slice(name).get_shape()[0]) for name in tables), default=0)
+    entries = read_header(folder / PEFT_WEIGHTS_FILE)
+    return max((entry.shape[0] for name, entry in entries.items() if name.endswith(_TABLES) and entry.shape), default=0)
 
 
 def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:
