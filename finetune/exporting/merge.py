@@ -56,7 +56,7 @@ def export_result(
     _check_tokenizer(subject)
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     check_vocabulary(subject, merged.vocabulary)
-    bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
+    bases = verifier.measure_bases(subject, merged) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
