@@ -50,7 +50,7 @@ class LogitVerifier:
 
     def measure_bases(self, subject: Subject, merged: Merged) -> BaseScores:
         """Compare the adapter on its quantized base with its merges into the full and the dequantized base."""
-        rows = _list_rows(subject)
+        rows = list_rows(subject)
         # It is run as it was trained: in memory, and each row alone, because int8 chooses outliers for a batch as a whole.
         trained = run_rows(open_trained(subject.result).model, rows, batches=False)
         scores = {}
@@ -72,14 +72,10 @@ class LogitVerifier:
         compare_tensors(folder, merged)
         check_generation(folder, subject)
         texts = compare_tokens(folder, subject)
-        rows = cut_rows(_list_rows(subject))
+        rows = cut_rows(list_rows(subject))
         trained, effect = _run_trained(subject, merged, rows)
         written = open_tensors(folder)
         exported = run_rows(_reopen(folder, read_stored(written)), rows).logits
-        rounding = None
-        if merged.dtype != torch.float32:
-            shaken = run_rows(_reopen(folder, read_with_errors(written, merged)), rows).logits
-            rounding = measure_kl(exported, shaken)
         comparison = Comparison(
             max_abs=measure_difference(trained, exported),
             kl=measure_kl(trained, exported),
@@ -88,9 +84,13 @@ class LogitVerifier:
             positions=trained.shape[0],
             effect_kl=effect,
             texts=texts,
-            rounding_kl=rounding,
-            tolerance=find_float32_limit(trained) if rounding is None else find_rounded_limit(rounding),
+            rounding_kl=None,
+            tolerance=find_float32_limit(trained),
         )
+        del trained  # room for the next logits
+        if merged.dtype != torch.float32:
+            rounded = measure_kl(exported, run_rows(_reopen(folder, read_with_errors(written, merged)), rows).logits)
+            comparison = replace(comparison, rounding_kl=rounded, tolerance=find_rounded_limit(rounded))
         check_comparison(comparison, merged.dtype)
         return comparison
 
@@ -139,7 +139,7 @@ def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _list_rows(subject: Subject) -> Sequence[SampleRow]:
+def list_rows(subject: Subject) -> Sequence[SampleRow]:
     """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
     if subject.result.rows:
         return subject.result.rows

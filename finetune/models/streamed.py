@@ -21,7 +21,7 @@ from finetune.yulan.tensors import TensorFolder
 ReadTensor = Callable[[str], torch.Tensor]
 # PEFT puts a module into these, and keeps the base's tensors under their own names within them.
 _WRAPPERS = frozenset(["base_layer", "original_module", "token_adapter"])
-_PART_ELEMENTS = 1 << 22
+PART_ELEMENTS = 1 << 22  # of a matrix that is read, at most these at a time
 
 
 def read_stored(tensors: TensorFolder, change: Callable[[str, torch.Tensor], torch.Tensor] | None = None) -> ReadTensor:
@@ -37,7 +37,7 @@ def read_stored(tensors: TensorFolder, change: Callable[[str, torch.Tensor], tor
             whole = tensors.read(stored_name)
             return (change(name, whole) if change else whole).float()
         found = torch.empty(shape)
-        step = max(1, _PART_ELEMENTS // shape[1])
+        step = max(1, PART_ELEMENTS // shape[1])
         for start in range(0, shape[0], step):
             rows = tensors.read_rows(stored_name, start, min(start + step, shape[0]))
             found[start : start + step] = change(name, rows) if change else rows

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.runs.results import SampleRow
 
-_MOST_POSITIONS = 512  # 200 MB of logits where the vocabulary has 99,000 tokens
-_MOST_TOKENS = 768  # a full-size model takes about 35 seconds of a CPU core for them
+_MOST_POSITIONS = 256  # 100 MB of logits where the vocabulary has 99,000 tokens
+_MOST_TOKENS = 512  # a full-size model takes about 25 seconds of a CPU core for them
 _BATCH_TOKENS = 2048
+_LOSS_POSITIONS = 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def run_rows(model: Any, rows: Sequence[SampleRow], *, batches: bool = True) -> 
         parts = (torch.cat(states), torch.tensor(targets), torch.tensor(is_kept))
         for chunk, labels, chosen in zip(*(part.split(_MOST_POSITIONS) for part in parts), strict=True):
             logits = head(chunk).float().cpu()
-            total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            total += _sum_losses(logits, labels)
             kept.append(logits if chosen.all() else logits[chosen])
     return Output(total / len(targets), len(targets), kept[0] if len(kept) == 1 else torch.cat(kept))
 
@@ -67,7 +68,7 @@ def run_rows(model: Any, rows: Sequence[SampleRow], *, batches: bool = True) -> 
 def measure_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Return the mean KL(expected || found) in nats, computed in float64 a few rows at a time."""
     total = 0.0
-    for first, second in zip(expected.split(32), found.split(32), strict=True):
+    for first, second in zip(expected.split(_LOSS_POSITIONS), found.split(_LOSS_POSITIONS), strict=True):
         log_p, log_q = first.double().log_softmax(-1), second.double().log_softmax(-1)
         total += (log_p.exp() * (log_p - log_q)).sum().item()
     return max(0.0, total / expected.shape[0])
@@ -80,8 +81,14 @@ def measure_agreement(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def measure_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Return the largest difference of a logit."""
-    pairs = zip(expected.split(32), found.split(32), strict=True)
+    pairs = zip(expected.split(_LOSS_POSITIONS), found.split(_LOSS_POSITIONS), strict=True)
     return max(float((first - second).abs().max()) for first, second in pairs)
+
+
+def _sum_losses(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the sum of the cross entropies in nats; all at once would take the memory of the logits again."""
+    pairs = zip(logits.split(_LOSS_POSITIONS), labels.split(_LOSS_POSITIONS), strict=True)
+    return sum(torch.nn.functional.cross_entropy(*pair, reduction="sum").item() for pair in pairs)
 
 
 def _find_share(rows: Sequence[SampleRow]) -> int:

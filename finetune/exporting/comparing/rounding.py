@@ -4,12 +4,14 @@ Rounding to 16 bits gives each weight an error of at most half a step. What such
 it is run once more with random errors of that size, on the same rows.
 """
 
+import zlib
+
 import torch
 
 from finetune.errors import ExportError
 from finetune.exporting.merged import Merged
 from finetune.exporting.proof import Comparison
-from finetune.models.streamed import ReadTensor, read_stored
+from finetune.models.streamed import PART_ELEMENTS, ReadTensor, read_stored
 from finetune.yulan.tensors import TensorFolder, name_dtype
 
 # Merging in float32 and applying the adapter live differ in the order of sums only.
@@ -22,7 +24,6 @@ _SMALLEST_KL = 1e-6  # float32 sums in another order give less than this
 # a KL of order 1e-3. Where it takes a good part of the adapter's whole effect, the export is not what was trained.
 _ROUNDED_KL = 0.02
 _ROUNDED_SHARE_OF_EFFECT = 0.25
-_NOISE_ELEMENTS = 1 << 22
 
 
 def read_with_errors(tensors: TensorFolder, merged: Merged) -> ReadTensor:
@@ -30,14 +31,15 @@ def read_with_errors(tensors: TensorFolder, merged: Merged) -> ReadTensor:
 
     The errors are spread evenly between minus and plus half a step, as those of rounding are.
     """
-    noise = torch.rand(_NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0)) - 0.5
+    noise = torch.rand(2 * PART_ELEMENTS, generator=torch.Generator().manual_seed(0)) - 0.5
 
     def change(name: str, rows: torch.Tensor) -> torch.Tensor:
         if not merged.is_rounded(name):
             return rows.float()
         # As whole numbers, 16-bit floating-point numbers stand in the order of their size: the next one is a step away.
         step = (rows.view(torch.int16) + 1).view(rows.dtype).float() - rows.float()
-        return rows.float() + step * noise[: rows.numel()].reshape(rows.shape)
+        start = zlib.crc32(name.encode()) % PART_ELEMENTS  # other errors in each tensor
+        return rows.float() + step * noise[start : start + rows.numel()].reshape(rows.shape)
 
     return read_stored(tensors, change)
 
