@@ -37,6 +37,13 @@ class Comparison:
     texts: int = 0
 
 
+def describe_tolerance(comparison: Comparison, dtype: str) -> str:
+    """Say what explains the difference between an export and what was trained, and how large it may be."""
+    if comparison.rounding_kl is None:
+        return f"the order of {dtype} sums explains differences up to {comparison.tolerance:.1e}"
+    return f"rounding to {dtype} explains a KL of about {comparison.rounding_kl:.1e}, and {comparison.tolerance:.1e} is allowed"
+
+
 @dataclass(frozen=True)
 class BaseScore:
     """One way to merge, on held-out rows; `loss` in nats per trained token, the rest compared with the model as it was trained."""

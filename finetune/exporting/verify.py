@@ -72,27 +72,55 @@ class LogitVerifier:
         compare_tensors(folder, merged)
         check_generation(folder, subject)
         texts = compare_tokens(folder, subject)
-        rows = cut_rows(list_rows(subject))
-        trained, effect = _run_trained(subject, merged, rows)
-        written = open_tensors(folder)
-        exported = run_rows(_reopen(folder, read_stored(written)), rows).logits
-        comparison = Comparison(
-            max_abs=measure_difference(trained, exported),
-            kl=measure_kl(trained, exported),
-            top1_agreement=measure_agreement(trained, exported),
-            rows=len(rows),
-            positions=trained.shape[0],
-            effect_kl=effect,
-            texts=texts,
-            rounding_kl=None,
-            tolerance=find_float32_limit(trained),
-        )
-        del trained  # room for the next logits
-        if merged.dtype != torch.float32:
-            rounded = measure_kl(exported, run_rows(_reopen(folder, read_with_errors(written, merged)), rows).logits)
-            comparison = replace(comparison, rounding_kl=rounded, tolerance=find_rounded_limit(rounded))
+        comparison = replace(compare_logits(folder, subject, merged), texts=texts)
         check_comparison(comparison, merged.dtype)
         return comparison
+
+
+def list_rows(subject: Subject) -> Sequence[SampleRow]:
+    """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
+    if subject.result.rows:
+        return subject.result.rows
+    form = subject.form
+    if form.tokenizer_folder is None:
+        generator = torch.Generator().manual_seed(0)
+        size = (_RANDOM_ROWS, _RANDOM_TOKENS)
+        rows = torch.randint(read_config(subject.base)["vocab_size"], size, generator=generator).tolist()
+    else:
+        tokenizer = load_tokenizer(form.tokenizer_folder, needs_padding=False)
+        if form.template is None:
+            rows = [ids for ids in encode_bundled_texts(tokenizer) if len(ids) > 1]
+        else:
+            samples = make_bundled_samples(tokenizer, form.template)
+            rows = [side for sample in samples for side in sample.token_ids]
+    return [SampleRow(ids, ids) for ids in rows]
+
+
+def compare_logits(folder: Path, subject: Subject, merged: Merged) -> Comparison:
+    """Compare the logits of an export with those of the model that was trained, and measure how far they may differ.
+
+    Raises:
+        ExportError: transformers does not find its tensors in the folder.
+    """
+    rows = cut_rows(list_rows(subject))
+    trained, effect = _run_trained(subject, merged, rows)
+    written = open_tensors(folder)
+    exported = run_rows(_reopen(folder, read_stored(written)), rows).logits
+    comparison = Comparison(
+        max_abs=measure_difference(trained, exported),
+        kl=measure_kl(trained, exported),
+        top1_agreement=measure_agreement(trained, exported),
+        rows=len(rows),
+        positions=trained.shape[0],
+        effect_kl=effect,
+        rounding_kl=None,
+        tolerance=find_float32_limit(trained),
+    )
+    del trained  # room for the next logits
+    if merged.dtype == torch.float32:
+        return comparison
+    rounded = measure_kl(exported, run_rows(_reopen(folder, read_with_errors(written, merged)), rows).logits)
+    return replace(comparison, rounding_kl=rounded, tolerance=find_rounded_limit(rounded))
 
 
 def _run_trained(subject: Subject, merged: Merged, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, float | None]:
@@ -137,25 +165,6 @@ def compare_tensors(folder: Path, merged: Merged) -> None:
 
 def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def list_rows(subject: Subject) -> Sequence[SampleRow]:
-    """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
-    if subject.result.rows:
-        return subject.result.rows
-    form = subject.form
-    if form.tokenizer_folder is None:
-        generator = torch.Generator().manual_seed(0)
-        size = (_RANDOM_ROWS, _RANDOM_TOKENS)
-        rows = torch.randint(read_config(subject.base)["vocab_size"], size, generator=generator).tolist()
-    else:
-        tokenizer = load_tokenizer(form.tokenizer_folder, needs_padding=False)
-        if form.template is None:
-            rows = [ids for ids in encode_bundled_texts(tokenizer) if len(ids) > 1]
-        else:
-            samples = make_bundled_samples(tokenizer, form.template)
-            rows = [side for sample in samples for side in sample.token_ids]
-    return [SampleRow(ids, ids) for ids in rows]
 
 
 def _open_trained(subject: Subject, tensors: TensorFolder, kind: BaseKind) -> Any:
