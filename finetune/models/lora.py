@@ -108,24 +108,31 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
 
 
-def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def apply_adapter(model: PreTrainedModel, folder: Path, *, assigns: bool = False) -> PeftModel:
     """Return a base model with a trained adapter applied live by PEFT, its tables enlarged where the adapter's are.
+
+    `assigns` takes the stored tensors as they are, and copies no values into those of the model, which may be placeholders.
 
     Raises:
         FinetuneError: the adapter is damaged, its configuration cannot be used, or PEFT refuses the adapter.
     """
     settings = read_adapter_config(folder)
-    rows = _count_rows(folder)
-    if rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    enlarge_tables(model, folder)
     try:
         with warnings.catch_warnings():
             for message in _PEFT_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             config = LoraConfig.from_peft_type(**settings)
-            return PeftModel.from_pretrained(model, folder, config=config)
+            return PeftModel.from_pretrained(model, folder, config=config, low_cpu_mem_usage=assigns)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
+
+
+def enlarge_tables(model: PreTrainedModel, folder: Path) -> None:
+    """Enlarge a model's token tables to the size of those in an adapter's file, if there are any."""
+    rows = _count_rows(folder)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @contextlib.contextmanager
