@@ -61,6 +61,20 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"), borrows=True),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), borrows=True),
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
+    # DeepSpeed and what it requires that the kit's own libraries do not; its CPU accelerator needs no compiler.
+    "deepspeed": Environment(
+        (
+            "deepspeed==0.19.8",
+            "einops==0.8.1",
+            "hjson==3.1.0",
+            "msgpack==1.1.2",
+            "py-cpuinfo==9.0.0",
+            "ninja==1.13.0",
+        ),
+        sees_kit=True,
+        borrows=True,
+        nightly=True,
+    ),
 }
 
 
