@@ -15,7 +15,7 @@ from transformers import (
 
 from finetune.compat import keep_weights_differentiable
 from finetune.errors import MachineError
-from finetune.models.engine import find_engine
+from finetune.models.engine import ENGINES, find_engine
 from finetune.models.precision import Precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
@@ -54,7 +54,7 @@ def load_base(
             config=config,
             dtype=precision.weights,
             quantization_config=make_quantization(
-                section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
+                section.quantize, precision.weights, is_sharded=ENGINES[find_engine()].shards_weights
             ),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.

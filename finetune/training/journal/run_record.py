@@ -27,6 +27,7 @@ from finetune.runs.run_files import (
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
+from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
 from finetune.watching.board_page import write_report
 
@@ -69,6 +70,7 @@ class RunRecord:
             "status": status,
             "resumed": self._resumed,
             "recipe": to_plain(recipe),
+            **describe_processes(),
             "base": str(setup.base),
             "base_fingerprint": setup.base_fingerprint,
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
