@@ -40,9 +40,11 @@ TRIES ?= 0
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --tries $(TRIES) --report docs/reliability.md
 
-# Write docs/keys.md anew after a change of a key, its text or its values. A test compares the page with the code.
+# Write the generated pages anew after a change of a key, its text or its values, of a verb, or of the list of guides. Tests compare them.
 keys: $(READY)
 	$(BIN)/finetune recipes --keys > docs/keys.md
+	$(BIN)/finetune recipes --agents > AGENTS.md
+	$(BIN)/python docs/write_llms.py
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ from finetune.exporting.companions import check_vocabulary, write_companions
 from finetune.exporting.gguf.conversion import describe_gguf, write_file
 from finetune.exporting.gguf.llama_folder import open_llama_folder
 from finetune.exporting.merged import Subject, open_merged, open_subject
-from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, GgufReport
+from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, GgufReport, describe_tolerance
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.runs.export_settings import ExportSettings, list_refusals
@@ -59,7 +59,7 @@ def export_result(
     _check_tokenizer(subject)
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     check_vocabulary(subject, merged.vocabulary)
-    bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
+    bases = verifier.measure_bases(subject, merged) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
@@ -134,7 +134,8 @@ def describe_export(report: ExportReport) -> str:
     verify = report.verify
     lines.append(
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
-        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows"
+        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows; "
+        f"{describe_tolerance(verify, report.dtype)}"
     )
     if verify.texts:
         lines.append(f"the reopened tokenizer gives the tokens that were trained, on {verify.texts} rows")

@@ -99,6 +99,12 @@ class Merged:
         requantized = self.quantize != "none" and is_quantized(name)
         return requantized or (self.adapter is not None and self.adapter.needs_whole(self.find_change(name)))
 
+    def is_rounded(self, name: str) -> bool:
+        """Tell whether an exported tensor has been rounded to its type, and is not just a copy of the base's."""
+        is_copy = self.fold is None and self.tensors.dtype(self.find_stored_name(name)) == self.dtype
+        is_changed = self.adapter is not None and self.find_change(name) in self.adapter.changes
+        return not is_copy or is_changed or (self.quantize != "none" and is_quantized(name))
+
     def make_rows(self, piece: Piece) -> torch.Tensor:
         """Read rows of the base and return the exported rows.
 

@@ -140,19 +140,36 @@ def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
             os.close(lock)
 
 
+def check_file_is_new(file: Path) -> None:
+    """Check that nothing has this path.
+
+    Raises:
+        OutputError: the path exists, or cannot be looked at.
+    """
+    try:
+        exists = file.exists() or file.is_symlink()
+    except OSError as error:
+        raise _refuse_file(file, error) from error
+    if exists:
+        raise OutputError(f"{file}: exists already; choose another name, or remove it")
+
+
+def _refuse_file(file: Path, error: OSError) -> OutputError:
+    return OutputError(f"{file}: cannot be made: {error.strerror} (at {error.filename}); choose another")
+
+
 def write_new_file(file: Path, text: str) -> None:
     """Write a text to a new file.
 
     Raises:
         OutputError: the path exists, or cannot be written.
     """
+    check_file_is_new(file)
     try:
-        if file.exists() or file.is_symlink():
-            raise OutputError(f"{file}: exists already; choose another name, or remove it")
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("x", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise OutputError(f"{file}: cannot be made: {error.strerror} (at {error.filename}); choose another") from error
+        raise _refuse_file(file, error) from error
     try:
         with translate_os_errors(file), stream:
             stream.write(text)

@@ -32,6 +32,7 @@ from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
+from finetune.watching.board_page import write_report
 
 _LEFT = "what was saved before is whole: make room, and continue with --resume"
 
@@ -77,6 +78,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _write_results(setup, trainer, trained, sheet)
             if is_writer:
                 record.write_end(summary)
+                write_report(resolved.output)
         trainer.accelerator.wait_for_everyone()
     return summary
 
