@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.libraries import is_main_process
 from finetune.cli.printing import SUCCESS, print_result, to_json
 from finetune.errors import ExportError
+from finetune.files.launcher import is_main_process
 
 if TYPE_CHECKING:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
