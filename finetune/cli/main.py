@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from finetune.cli.libraries import is_launched, is_main_process, quiet_libraries
@@ -42,6 +43,7 @@ def _run(argv: Sequence[str] | None) -> int:
     quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_current_folder()
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except FinetuneError as error:
@@ -61,6 +63,18 @@ def _run(argv: Sequence[str] | None) -> int:
         print(escape_controls(f"finetune {arguments.verb}: {error.filename}: {error.strerror}"), file=sys.stderr)
         return USER_ERROR
     return status
+
+
+def _check_current_folder() -> None:
+    """Refuse to work in a folder that has been removed, where no relative path has a meaning.
+
+    Raises:
+        FinetuneError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise FinetuneError("the current folder has been removed; change to another folder") from error
 
 
 class _Leaving:
