@@ -25,6 +25,7 @@ ROOMS = (
     "rewards",
     "check",
     "guide",
+    "watching",
     "training",
     "planning",
     "exporting",
@@ -145,6 +146,8 @@ TELLS_REWARDS = {
     "finetune.runs.summary",
     "finetune.training.journal.loss_plot",
     "finetune.training.journal.summarising",
+    "finetune.watching.panels",
+    "finetune.watching.run_view",
 }
 
 

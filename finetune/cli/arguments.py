@@ -128,6 +128,22 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--force", action="store_true", help="train even if the plan says that the run cannot fit this GPU"
     )
+    verb.add_argument(
+        "--watch", action="store_true", help="serve a page that shows the run while it trains, to this machine alone"
+    )
+
+
+def add_watch(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
+    verb.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
+    )
+    verb.add_argument(
+        "--until-input-ends",
+        action="store_true",
+        help="wait for runs that have not begun, and stop serving when standard input ends",
+    )
 
 
 def add_export(verb: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
+from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train, run_watch
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -121,6 +121,13 @@ VERBS: tuple[Verb, ...] = (
             "finetune train sft_qlora -s data.train=my.jsonl -s output=runs/mine --resume",
             "finetune train dpo_qlora -s model.checkpoint=runs/mine -s data.train=pairs.jsonl",
         ),
+    ),
+    Verb(
+        "watch",
+        "show runs on one page, live while they train: curves, warnings, answers, what differs",
+        arguments.add_watch,
+        run_watch,
+        ("finetune watch runs/mine", "finetune watch runs/one runs/two -o compared.html"),
     ),
     Verb(
         "export",

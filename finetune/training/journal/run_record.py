@@ -22,12 +22,14 @@ from finetune.runs.run_files import (
     RECORD_FILE,
     find_result_folder,
     list_trainer_checkpoints,
+    read_metrics,
 )
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
-from finetune.training.journal.progress import read_metrics
+from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
+from finetune.watching.board_page import write_report
 
 
 class RunRecord:
@@ -68,6 +70,7 @@ class RunRecord:
             "status": status,
             "resumed": self._resumed,
             "recipe": to_plain(recipe),
+            **describe_processes(),
             "base": str(setup.base),
             "base_fingerprint": setup.base_fingerprint,
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
@@ -95,6 +98,7 @@ def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | N
     draw_losses(run, title)
     with translate_os_errors(run, "the result is whole; make room, and end the run with --resume"):
         write_json(run / RECORD_FILE, {**record, "status": "finished"})
+    write_report(run)
     return RunSummary(**record["result"])
 
 
