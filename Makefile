@@ -35,10 +35,11 @@ bench: $(READY)
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
-# Inject faults into everything that writes files, and write docs/reliability.md anew. It takes hours: TRIES=20 takes twenty places of each kind.
+# Inject faults into everything that writes files, and write docs/reliability.md anew. It takes hours: TRIES=20 takes twenty places of
+# each kind. faults.py --help: one kind, or one fault, at a time, added to the results of earlier calls.
 TRIES ?= 0
 faults: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --tries $(TRIES) --report docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(TRIES) --tries $(TRIES) --report docs/reliability.md
 
 # Write the generated pages anew after a change of a key, its text or its values, of a verb, or of the list of guides. Tests compare them.
 keys: $(READY)

@@ -23,6 +23,8 @@ from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
 
+_LONGEST_NAME = 255
+
 
 def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> ResolvedRecipe:
     """Read a recipe, check all of it, and return it with absolute paths, its method and its base checkpoint.
@@ -98,6 +100,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if str(expand_home(recipe.output)).startswith("~"):
         yield f"output: there is no user of this name; found {recipe.output}"
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(recipe.output).parts):
+        yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:

@@ -102,10 +102,10 @@ def _check_tokenizer(subject: Subject) -> None:
     Raises:
         FinetuneError: it is another template, or gives other tokens.
     """
-    if subject.lost_legacy is not None:
-        logger.warning("%s: %s", subject.form.tokenizer_folder, subject.lost_legacy)
     if subject.form.tokenizer_folder is not None and not has_files_of_base(subject.result, subject.base):
         open_tokenizer(subject.result, subject.base, needs_padding=subject.result.lineage is not None)
+    if subject.lost_legacy is not None:
+        logger.warning("%s: %s", subject.form.tokenizer_folder, subject.lost_legacy)
 
 
 def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:

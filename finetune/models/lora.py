@@ -124,7 +124,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, *, assigns: bool = False
                 warnings.filterwarnings("ignore", message)
             config = LoraConfig.from_peft_type(**settings)
             return PeftModel.from_pretrained(model, folder, config=config, low_cpu_mem_usage=assigns)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
 
 

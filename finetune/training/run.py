@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
-from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
+from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
 from finetune.models.engine import (
     ENGINES,
     check_engine,
@@ -181,6 +181,7 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
+        translate_damaged_states(checkpoint),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
