@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "cleaning",
     "pipeline",
     "api",
     "cli",
