@@ -30,6 +30,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "cleaning",
     "pipeline",
     "api",
     "cli",

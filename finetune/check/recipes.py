@@ -8,6 +8,7 @@ from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
+from finetune.check.preparation.clean_checks import check_clean, settle_clean
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
 from finetune.check.trainer.trainer_section import check_trainer
@@ -89,6 +90,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     yield from _check_checkpoint(recipe.model)
     yield from check_data_section(recipe.data, folder)
     yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
+    yield from check_clean(recipe.clean, folder)
     if method is not None and method.pretraining is not None:
         yield from check_pretraining(recipe, method.pretraining, folder)
     elif method is not None:
@@ -145,5 +147,13 @@ def settle_recipe(draft: Draft) -> Recipe:
     method = METHODS[recipe.method]
     trainer = settle_trainer(recipe.trainer, recipe.adapter, method)
     rewards = replace(recipe.rewards, judge=judge)
-    settled = replace(recipe, model=model, data=data, trainer=trainer, rewards=rewards, output=str(output.resolve()))
+    settled = replace(
+        recipe,
+        model=model,
+        data=data,
+        trainer=trainer,
+        rewards=rewards,
+        clean=settle_clean(recipe.clean, folder),
+        output=str(output.resolve()),
+    )
     return settled if method.pretraining is None else resolve_pretraining(settled, method.pretraining, folder)

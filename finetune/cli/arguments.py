@@ -96,6 +96,11 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clean(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+
 def _read_kinds(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train, run_watch
+from finetune.cli.doing import (
+    run_chat,
+    run_clean,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_fold,
+    run_gguf,
+    run_train,
+    run_watch,
+)
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -92,6 +102,16 @@ VERBS: tuple[Verb, ...] = (
         arguments.add_lint,
         run_lint,
         ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean --only duplicate"),
+    ),
+    Verb(
+        "clean",
+        "make a training set of raw rows, by the steps of the recipe's section clean",
+        arguments.add_clean,
+        run_clean,
+        (
+            "finetune clean my.yaml -o cleaned",
+            "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
+        ),
     ),
     Verb(
         "plan",
