@@ -1,7 +1,7 @@
 """Check the arguments of the public functions of `import finetune`, before anything is opened."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.errors import ArgumentError
@@ -11,11 +11,12 @@ def require_path(name: str, value: object, expected: str = "a path (str or pathl
     """Return an argument as a path; `name` is `function: argument`.
 
     Raises:
-        ArgumentError: it is none, or an empty text.
+        ArgumentError: it is none, an empty text, or one with a NUL, which no file system takes.
     """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ArgumentError(f"{name}: must be {expected}; found {value!r}")
-    return Path(value)
+    return Path(text)
 
 
 def require_list(name: str, value: object, expected: str = "a list of texts") -> tuple[str, ...]:
@@ -41,6 +42,21 @@ def require_count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name}: must be a whole number of 1 or more; found {value!r}")
     return value
+
+
+def require_turns(name: str, value: object) -> list[Mapping[str, str]]:
+    """Return an argument that is a question, or the turns of a conversation, as turns.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    found = list(value) if isinstance(value, Sequence) and not isinstance(value, bytes) else []
+    turns = [turn for turn in found if isinstance(turn, Mapping) and "role" in turn]
+    if not turns or len(turns) < len(found):
+        raise ArgumentError(f"{name}: must be a question, or a list of turns with role and content; found {value!r}")
+    return turns
 
 
 def require_flag(name: str, value: object) -> bool:

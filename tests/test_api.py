@@ -143,6 +143,7 @@ def test_choices_that_do_not_exist_are_refused(tmp_path):
             lambda: finetune.fold("nano", "out", max_shard_size=None),
             "fold: max_shard_size: must be a text .*; found None",
         ),
+        (lambda: finetune.fold("nano", "a\0b"), r"fold: output: must be a path .*; found 'a\\x00b'"),
         (lambda: finetune.open_model(None), "open_model: name: must be a run directory, .*; found None"),
     ],
 )
@@ -153,3 +154,20 @@ def test_arguments_of_a_wrong_type_are_named(tmp_path, monkeypatch, call, messag
         call()
     assert "--" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5,), "answer: messages: must be a question, or a list of turns with role and content; found 5"),
+        (([],), r"answer: messages: must be .*; found \[\]"),
+        ((["Hello!"],), r"answer: messages: must be .*; found \['Hello!'\]"),
+        (("Hello!", "many"), "answer: max_new_tokens: must be a whole number of 1 or more; found 'many'"),
+        (("Hello!", 0), "answer: max_new_tokens: must be a whole number of 1 or more; found 0"),
+        (("Hello!", 1, "warm"), "answer: temperature: must be a number of 0 or more; found 'warm'"),
+        (("Hello!", 1, -0.5), "answer: temperature: must be a number of 0 or more; found -0.5"),
+    ],
+)
+def test_arguments_of_an_answer_are_named(nano_llama, arguments, message):
+    with pytest.raises(FinetuneError, match=message):
+        finetune.open_model(nano_llama).answer(*arguments)

@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.api_arguments import require_count, require_turns
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
-from finetune.errors import FinetuneError
+from finetune.errors import ArgumentError, FinetuneError
 from finetune.files.folders import expand_home
 from finetune.models.loading import load_base
 from finetune.models.lora import apply_adapter
@@ -52,15 +53,13 @@ class LoadedModel:
         Temperature 0 takes the likeliest token each time.
 
         Raises:
-            FinetuneError: the number of new tokens is below 1, or the temperature below 0.
+            FinetuneError: the messages are none, the number of new tokens is below 1, or the temperature below 0.
         """
-        if max_new_tokens < 1 or temperature < 0:
-            raise FinetuneError(
-                f"an answer needs at least 1 new token and a temperature of 0 or more; found {max_new_tokens} and {temperature}"
-            )
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        prompt = torch.tensor([encode_prompt(self.tokenizer, self.template, messages)], device=self.model.device)
+        turns = require_turns("answer: messages", messages)
+        require_count("answer: max_new_tokens", max_new_tokens)
+        if not isinstance(temperature, int | float) or not temperature >= 0:
+            raise ArgumentError(f"answer: temperature: must be a number of 0 or more; found {temperature!r}")
+        prompt = torch.tensor([encode_prompt(self.tokenizer, self.template, turns)], device=self.model.device)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
