@@ -24,8 +24,11 @@ def require_list(name: str, value: object, expected: str = "a list of texts") ->
     Raises:
         ArgumentError: it is no list of texts.
     """
-    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    if not is_list or not all(isinstance(item, str) for item in value):
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or not all(isinstance(item, str) for item in value)
+    ):
         hint = f"; write [{value!r}]" if isinstance(value, str) else ""
         raise ArgumentError(f"{name}: must be {expected}; found {value!r}{hint}")
     return tuple(value)
