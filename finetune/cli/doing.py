@@ -117,13 +117,12 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
         ("--dtype", arguments.dtype, "auto"),
         ("--max-shard-size", arguments.max_shard_size, "2GB"),
         ("--base", arguments.base, "full"),
+        ("--base-model", arguments.base_model, None),
         ("--no-verify", arguments.no_verify, False),
         ("--gguf", arguments.gguf, []),
     ):
         if value != default:
-            raise ExportError(
-                f"export: {option} is for merged weights, and --adapter merges nothing; remove one of the two"
-            )
+            raise ExportError(f"{option} is for merged weights, and --adapter merges nothing; remove one of the two")
     from finetune.models.plain_adapter import describe_adapter, write_plain_adapter
     from finetune.runs.results import open_result
 
