@@ -96,6 +96,11 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clean(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+
 def _read_kinds(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -173,6 +178,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"also write a GGUF file for llama.cpp and Ollama, in this type ({', '.join(_GGUF_TYPES)}); may be repeated",
     )
+
+
+def add_average(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)
+    _add_writing(verb)
 
 
 def add_gguf(verb: argparse.ArgumentParser) -> None:

@@ -32,6 +32,18 @@ def run_fold(arguments: argparse.Namespace) -> int:
     return print_result(arguments, to_json(report), text)
 
 
+def run_clean(arguments: argparse.Namespace) -> int:
+    from finetune.check.recipes import load_recipe
+
+    # The recipe is checked before torch is imported, which takes seconds.
+    resolved = load_recipe(arguments.recipe, arguments.set)
+    from finetune.cleaning.clean_report import describe_clean
+    from finetune.cleaning.clean_run import clean_rows
+
+    report = clean_rows(resolved, arguments.output)
+    return print_result(arguments, report.to_json(), describe_clean(report))
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
 
@@ -117,6 +129,13 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
 
     report = write_plain_adapter(open_result(arguments.result), arguments.output)
     return print_result(arguments, to_json(report), describe_adapter(report))
+
+
+def run_average(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.averaging import average_models, describe_average
+
+    report = average_models(arguments.models, arguments.output, arguments.dtype, arguments.max_shard_size)
+    return print_result(arguments, to_json(report), describe_average(report))
 
 
 def run_gguf(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train, run_watch
+from finetune.cli.doing import (
+    run_average,
+    run_chat,
+    run_clean,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_fold,
+    run_gguf,
+    run_train,
+    run_watch,
+)
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -94,6 +105,16 @@ VERBS: tuple[Verb, ...] = (
         ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean --only duplicate"),
     ),
     Verb(
+        "clean",
+        "make a training set of raw rows, by the steps of the recipe's section clean",
+        arguments.add_clean,
+        run_clean,
+        (
+            "finetune clean my.yaml -o cleaned",
+            "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
+        ),
+    ),
+    Verb(
         "plan",
         "predict memory and time of a training step, without a GPU and without weights",
         arguments.add_plan,
@@ -138,6 +159,16 @@ VERBS: tuple[Verb, ...] = (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
             "finetune export runs/mine -o adapters/mine --adapter",
+        ),
+    ),
+    Verb(
+        "average",
+        "average the weights of runs or models into one folder of Llama weights",
+        arguments.add_average,
+        run_average,
+        (
+            "finetune average runs/mine/checkpoint-100 runs/mine/checkpoint-200 -o exports/averaged",
+            "finetune average phase24 phase25 -o exports/averaged --dtype bfloat16",
         ),
     ),
     Verb(

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -40,7 +40,7 @@ from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
 from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples
 from finetune.yulan.layout import read_config
-from finetune.yulan.shards import Piece, list_pieces, run_pieces
+from finetune.yulan.shards import Piece, RowSource, TensorSpec, list_pieces, run_pieces
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
 
 _RANDOM_ROWS, _RANDOM_TOKENS = 8, 64
@@ -134,8 +134,16 @@ def _run_trained(subject: Subject, merged: Merged, rows: Sequence[SampleRow]) ->
         return logits, measure_kl(logits, run_rows(model, rows).logits)
 
 
-def compare_tensors(folder: Path, merged: Merged) -> None:
-    """Reopen the written weights and compare each tensor with the merge, computed once more.
+class WrittenTensors(RowSource, Protocol):
+    """What was written: its tensors, and how to compute them once more."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The names, shapes and types."""
+
+
+def compare_tensors(folder: Path, merged: WrittenTensors) -> None:
+    """Reopen the written weights and compare each tensor with what it was made of, computed once more.
 
     Raises:
         ExportError: a tensor differs in at least one bit, or is not finite.

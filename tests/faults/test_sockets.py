@@ -54,6 +54,7 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["check", str(recipe)],
         ["preview", str(recipe)],
         ["lint", str(recipe)],
+        ["clean", str(recipe), "-s", "clean.unreadable=true", "-o", str(tmp_path / "cleaned")],
         ["plan", str(recipe)],
         ["doctor"],
         ["train", str(recipe)],
