@@ -1,9 +1,9 @@
 """Compare whole evaluations with the results of the two harnesses, and their speed with lm-evaluation-harness.
 
-    python benchmarks/evaluation.py REFERENCE --train gsm8k_train.jsonl            # every row of every task: minutes on one core
-    python benchmarks/evaluation.py REFERENCE --train gsm8k_train.jsonl --harness PYTHON
+    python benchmarks/evaluation.py                            # every row of every task: minutes on one core
+    python benchmarks/evaluation.py --harness PYTHON
 
-REFERENCE is the folder of reference results; its `check.py` compares. PYTHON is that of an environment with lm_eval 0.4.13 and this
+It needs the reference results beside the checkout (`--reference`); their `check.py` compares. PYTHON is that of an environment with lm_eval 0.4.13 and this
 project's torch and transformers; then both evaluate the same passages with the same batch, one after the other.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
 
+SHARED = Path(__file__).parents[2] / "shared"
 # Our task and protocol, the file of its rows, and the name of the reference.
 CASES = (
     ("lambada", "harness", "lambada_like", "lambada"),
@@ -96,11 +97,14 @@ def race(reference: Path, harness: Path, folder: Path, batch: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("--train", type=Path, required=True, help="the train split of GSM8K")
+    parser.add_argument("--reference", type=Path, default=SHARED / "reference" / "evaluation")
+    parser.add_argument("--train", type=Path, default=SHARED / "data" / "gsm8k_train.jsonl", help="GSM8K's train split")
     parser.add_argument("--harness", type=Path, help="the Python of an environment with lm_eval")
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
+    if not arguments.reference.is_dir():
+        print(f"{arguments.reference} is not here; nothing is compared")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         if arguments.harness:
             race(arguments.reference, arguments.harness, Path(folder), arguments.batch)

@@ -1,6 +1,7 @@
 """Generated code runs shut in, and passes only by returning what the tests ask for."""
 
 import os
+import shutil
 import socket
 import sys
 
@@ -10,10 +11,11 @@ from reference import REFERENCE, needs_reference, read_lines, read_reference
 from finetune.errors import MachineError
 from finetune.evaluation.sandbox import programs
 from finetune.evaluation.sandbox.exchange import Opaque, pack, unpack
-from finetune.evaluation.sandbox.programs import Program, choose_runner, find_obstacle, run_program
+from finetune.evaluation.sandbox.isolation import BUBBLEWRAP
+from finetune.evaluation.sandbox.programs import Program, choose_runner, find_sandbox, run_program
 from finetune.evaluation.tasks.humaneval import make_program
 
-needs_sandbox = pytest.mark.skipif(sys.platform != "linux" or find_obstacle() is not None, reason="no sandbox here")
+needs_sandbox = pytest.mark.skipif(sys.platform != "linux" or isinstance(find_sandbox(), str), reason="no sandbox here")
 
 GIVEN = "import math\n\ndef add(a, b):\n"
 TESTS = """
@@ -180,7 +182,23 @@ def test_other_values_lose_their_methods():
 
 
 def test_without_a_sandbox_the_task_refuses(monkeypatch):
-    monkeypatch.setattr(programs, "find_obstacle", lambda: "unshare: Operation not permitted")
+    monkeypatch.setattr(programs, "find_sandbox", lambda: "user namespaces: unshare: Operation not permitted")
     with pytest.raises(MachineError, match=r"no sandbox .*Operation not permitted.*bubblewrap.*--unsafe-code"):
         choose_runner()
     assert choose_runner(is_unsafe=True)(make("    return a + b\n", 5.0)).passed
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_bubblewrap_contains_hostile_programs_too(name, tmp_path):
+    (tmp_path / "secret.txt").write_text("mine", encoding="utf-8")
+    code = HOSTILE[name].replace("SECRET", str(tmp_path / "secret.txt")).replace("FOLDER", str(tmp_path))
+    if os.getuid() == 0 and name == "starts many processes":
+        pytest.skip("limits on processes do not bind root")
+    assert not run_program(make(code.replace("PORT", "9")), BUBBLEWRAP).passed
+    assert os.listdir(tmp_path) == ["secret.txt"]  # noqa: PTH208
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_bubblewrap_lets_a_right_program_pass():
+    assert run_program(make("    open('note', 'w').write('x')\n    return a + b\n", 5.0), BUBBLEWRAP).passed

@@ -36,7 +36,7 @@ def main() -> None:
     end_with_parent()
     for name in settings["preload"]:
         importlib.import_module(name)  # not part of the program's time, as it is not in the protocols' own programs
-    if not settings["isolated"]:
+    if not settings["enters_namespaces"]:
         _start(settings, None)
         return
     user = enter_namespaces()
@@ -53,8 +53,9 @@ def main() -> None:
 def _start(settings: dict[str, Any], user: int | None) -> None:
     os.environ.clear()
     _limit(settings["seconds"])
-    if settings["isolated"]:
-        os.setsid()  # or a signal to its own group would reach the process outside
+    if settings["is_sandbox"]:
+        with contextlib.suppress(PermissionError):  # it leads a session already
+            os.setsid()  # or a signal to its own group would reach the process outside
         drop_rights(user)
         forbid_calls()
     silence = os.open("/dev/null", os.O_RDWR)

@@ -16,8 +16,8 @@ _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 1
 _DETACH, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_SETATTR = 2, -100, 0x8000, 442
 _SET_PDEATHSIG, _SET_DUMPABLE, _CAPBSET_DROP, _SET_NO_NEW_PRIVS = 1, 4, 24, 38
 _CAPABILITY_VERSION, _MOST_CAPABILITIES, _SIGKILL = 0x20080522, 64, 9
-_SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _HIGH_ID = 0x70000000  # user ids from here on belong to nobody
 _TEMPORARY = "size=64m,nr_inodes=4k,mode=1777"
 
@@ -75,7 +75,7 @@ def enter_empty_root(root: str, visible: Iterable[str]) -> None:
     """
     _call("mount", None, "/", None, _REC | _PRIVATE, None)
     _call("mount", "tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    for path in (*_SYSTEM_PATHS, *visible, *_DEVICES):
+    for path in (*SYSTEM_PATHS, *visible, *DEVICES):
         _show(path, root)
     os.mkdir(f"{root}/tmp")  # noqa: PTH102
     _call("mount", "tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV, _TEMPORARY)
@@ -100,7 +100,7 @@ def _show(path: str, root: str) -> None:
     else:
         place.touch()
     _call("mount", path, str(place), None, _BIND | _REC, None)
-    flags = _RDONLY | _NOSUID | (0 if path in _DEVICES else _NODEV)
+    flags = _RDONLY | _NOSUID | (0 if path in DEVICES else _NODEV)
     attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", flags, 0, 0, 0))
     _call("syscall", _MOUNT_SETATTR, _AT_FDCWD, str(place), _AT_RECURSIVE, attributes, 32)
 

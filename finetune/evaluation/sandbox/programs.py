@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import MachineError
+from finetune.evaluation.sandbox.isolation import NAMESPACES, NO_ISOLATION, Isolation, list_sandboxes
 
 # Until Python and the sandbox are there; a busy machine needs seconds.
 _START_SECONDS = 20.0
 # After a program's time is up, until its examiner has said so.
 _GRACE_SECONDS = 2.0
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.evaluation.sandbox.inside import main; main()"
-_PROBE = "def probe(number):\n"
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,37 @@ def choose_runner(is_unsafe: bool = False) -> Callable[[Program], Verdict]:
     Raises:
         MachineError: this system has no sandbox.
     """
-    if is_unsafe:
-        return functools.partial(run_program, is_isolated=False)
-    if (obstacle := find_obstacle()) is not None:
+    if is_unsafe and sys.platform != "win32":
+        return functools.partial(run_program, isolation=NO_ISOLATION)
+    found = find_sandbox()
+    if isinstance(found, str):
         raise MachineError(
-            f"this task runs code that a model wrote, and this machine has no sandbox for it ({obstacle}); on Linux, install the "
+            f"this task runs code that a model wrote, and this machine has no sandbox for it ({found}); on Linux, install the "
             "package bubblewrap or allow user namespaces; --unsafe-code runs the code without a sandbox, with your rights"
         )
-    return run_program
+    return functools.partial(run_program, isolation=found)
 
 
 @functools.cache
-def find_obstacle() -> str | None:
-    """Return why no sandbox can be made here, or None where one can; a small program is run in one."""
+def find_sandbox() -> Isolation | str:
+    """Return the first sandbox in which a small program runs as it should, or why there is none."""
     if sys.platform != "linux":
         return f"{sys.platform} has no namespaces"
-    probe = Program("", _PROBE, "    return number + 1\n", "assert probe(1) == 2\n", "probe", 5.0)
-    try:
-        verdict = run_program(probe)
-    except MachineError as error:
-        return str(error)
-    return None if verdict.passed else verdict.reason
+    probe = Program("", "def probe(number):\n", "    return number + 1\n", "assert probe(1) == 2\n", "probe", 5.0)
+    obstacles = []
+    for isolation in list_sandboxes():
+        try:
+            verdict = run_program(probe, isolation)
+        except MachineError as error:
+            obstacles.append(f"{isolation.name}: {error}")
+            continue
+        if verdict.passed:
+            return isolation
+        obstacles.append(f"{isolation.name}: {verdict.reason}")
+    return "; ".join(obstacles)
 
 
-def run_program(program: Program, is_isolated: bool = True) -> Verdict:
+def run_program(program: Program, isolation: Isolation = NAMESPACES) -> Verdict:
     """Run a program against its tests: each side in a sandbox of its own, joined by two pipes.
 
     The verdict comes from the side of the tests, on a pipe that the program's side does not have.
@@ -89,11 +96,14 @@ def run_program(program: Program, is_isolated: bool = True) -> Verdict:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="finetune-sandbox-", ignore_cleanup_errors=True))
         pipes = _Pipes(stack)
+        visible = sorted({sys.base_prefix, sys.prefix})
+        python = isolation.wrap([sys.executable, "-I", "-c", _BOOT, str(Path(__file__).parents[3])], visible)
         (calls_out, calls_in), (replies_out, replies_in), (verdict_out, verdict_in) = (pipes.make() for _ in range(3))
         common = {
-            "isolated": is_isolated,
+            "is_sandbox": isolation.is_sandbox,
+            "enters_namespaces": isolation.enters_namespaces,
             "root": place,
-            "visible": sorted({sys.base_prefix, sys.prefix}),
+            "visible": visible,
             "preload": ["numpy"] if "numpy" in program.preamble else [],
             "entry_point": program.entry_point,
             "seconds": program.seconds,
@@ -113,8 +123,8 @@ def run_program(program: Program, is_isolated: bool = True) -> Verdict:
             "given": program.given,
             "tests": program.tests,
         }
-        stack.enter_context(_launch(common | candidate, place, calls_out, replies_in))
-        stack.enter_context(_launch(common | examiner, place, calls_in, replies_out, verdict_in))
+        stack.enter_context(_launch(python, common | candidate, place, calls_out, replies_in))
+        stack.enter_context(_launch(python, common | examiner, place, calls_in, replies_out, verdict_in))
         pipes.close(verdict_out)
         return _await_verdict(verdict_out, program.seconds)
 
@@ -140,15 +150,15 @@ class _Pipes:
 
 
 @contextlib.contextmanager
-def _launch(settings: dict[str, Any], place: str, *descriptors: int) -> Iterator[None]:
+def _launch(command: list[str], settings: dict[str, Any], place: str, *descriptors: int) -> Iterator[None]:
     """Start one side in a process group of its own; kill the whole group at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _BOOT, str(Path(__file__).parents[3])],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=place,
-        env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        env={"OPENBLAS_NUM_THREADS": "1"},
         pass_fds=descriptors,
         start_new_session=True,
     )
