@@ -9,6 +9,7 @@ project's torch and transformers; then both evaluate the same passages with the 
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -90,9 +91,11 @@ def race(reference: Path, harness: Path, folder: Path, batch: int) -> None:
     theirs = [str(harness), "-m", "lm_eval", "--model", "hf", "--tasks", "passages", "--include_path", str(folder)]
     theirs += ["--model_args", f"pretrained={model},dtype=float32", "--batch_size", str(batch), "--device", "cpu"]
     for name, command in (("finetune evaluate", ours), ("lm_eval", theirs)):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        print(f"{name}: {len(rows)} passages, batch {batch}: {time.perf_counter() - start:.1f} s", flush=True)
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+        print(f"{name}: {len(rows)} passages, batch {batch}: {seconds:.1f} s, {cpu:.1f} s of CPU", flush=True)
 
 
 def main() -> int:
