@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.api_arguments import require_list, require_path
 from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
@@ -33,14 +34,18 @@ def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> Reso
     `source` is a file or the name of a shipped recipe (`sft_qlora`). Each override reads `section.key=value`.
 
     Raises:
+        ArgumentError: an argument has a wrong type.
         RecipeError: with every problem that was found, not only the first; or the recipe is a chain of several runs.
     """
-    file = find_recipe(Path(source))
+    file = find_recipe(require_path("recipe", source, "the path or the name of a recipe (str or pathlib.Path)"))
     content = load_recipe_file(file)
     if "stages" in content:
         problem = "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
         raise RecipeError(str(source), [problem])
     overrides = [overrides] if isinstance(overrides, str) else overrides
+    overrides = require_list(
+        "load_recipe: overrides", overrides, "a text such as 'trainer.max_steps=2', or a list of such texts"
+    )
     return resolve_draft(draft_recipe(file, content, overrides), str(source))
 
 

@@ -180,6 +180,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_average(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)
+    _add_writing(verb)
+
+
 def add_gguf(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", metavar="FOLDER", type=Path, help="a folder of Llama weights, such as an export")
     verb.add_argument(

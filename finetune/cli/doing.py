@@ -131,6 +131,13 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
     return print_result(arguments, to_json(report), describe_adapter(report))
 
 
+def run_average(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.averaging import average_models, describe_average
+
+    report = average_models(arguments.models, arguments.output, arguments.dtype, arguments.max_shard_size)
+    return print_result(arguments, to_json(report), describe_average(report))
+
+
 def run_gguf(arguments: argparse.Namespace) -> int:
     from finetune.exporting.gguf.conversion import convert_folder, describe_gguf
     from finetune.runs.export_settings import check_gguf_type

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
 from finetune.cli.doing import (
+    run_average,
     run_chat,
     run_clean,
     run_demo,
@@ -158,6 +159,16 @@ VERBS: tuple[Verb, ...] = (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
             "finetune export runs/mine -o adapters/mine --adapter",
+        ),
+    ),
+    Verb(
+        "average",
+        "average the weights of runs or models into one folder of Llama weights",
+        arguments.add_average,
+        run_average,
+        (
+            "finetune average runs/mine/checkpoint-100 runs/mine/checkpoint-200 -o exports/averaged",
+            "finetune average phase24 phase25 -o exports/averaged --dtype bfloat16",
         ),
     ),
     Verb(
