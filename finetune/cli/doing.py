@@ -159,6 +159,8 @@ def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
 
@@ -172,6 +174,23 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"over {scores.tokens:,} trained tokens"
     )
     return print_result(arguments, asdict(scores), text)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
+
+    settings = TaskSettings(
+        tasks=arguments.tasks,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        data=arguments.task_data,
+        exemplars=arguments.exemplars,
+        batch_size=arguments.batch_size,
+        chat=arguments.chat,
+        unsafe_code=arguments.unsafe_code,
+    )
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

@@ -183,12 +183,13 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "evaluate",
-        "measure loss, perplexity and token accuracy on held-out rows",
+        "measure loss and accuracy on held-out rows, or the scores of LAMBADA, GSM8K and HumanEval",
         arguments.add_evaluate,
         run_evaluate,
         (
             "finetune evaluate runs/mine --data held_out.jsonl",
-            "finetune evaluate base --data held_out.jsonl --json",
+            "finetune evaluate base --tasks lambada,gsm8k,humaneval",
+            "finetune evaluate runs/mine --tasks gsm8k --limit 100 --task-data gsm8k_test.jsonl --exemplars gsm8k_train.jsonl",
         ),
     ),
     Verb(
