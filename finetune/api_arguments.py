@@ -24,14 +24,12 @@ def require_list(name: str, value: object, expected: str = "a list of texts") ->
     Raises:
         ArgumentError: it is no list of texts.
     """
-    if (
-        not isinstance(value, Sequence)
-        or isinstance(value, str | bytes)
-        or not all(isinstance(item, str) for item in value)
-    ):
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [None]
+    texts = tuple(item for item in items if isinstance(item, str))
+    if len(texts) < len(items):
         hint = f"; write [{value!r}]" if isinstance(value, str) else ""
         raise ArgumentError(f"{name}: must be {expected}; found {value!r}{hint}")
-    return tuple(value)
+    return texts
 
 
 def require_count(name: str, value: object) -> int:
