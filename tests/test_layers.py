@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "synthesis",
     "cleaning",
     "pipeline",
     "api",

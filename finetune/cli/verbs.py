@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
-from finetune.cli.doing import run_chat, run_clean, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
+from finetune.cli.doing import (
+    run_chat,
+    run_clean,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_fold,
+    run_gguf,
+    run_synthesize,
+    run_train,
+)
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -102,6 +112,13 @@ VERBS: tuple[Verb, ...] = (
             "finetune clean my.yaml -o cleaned",
             "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
         ),
+    ),
+    Verb(
+        "synthesize",
+        "write new rows or pairs with a model, from prompts, texts or rows",
+        arguments.add_synthesize,
+        run_synthesize,
+        ("finetune synthesize my.yaml --dry-run", "finetune synthesize my.yaml -o written"),
     ),
     Verb(
         "plan",
