@@ -78,7 +78,8 @@ def list_endpoint_keys() -> tuple[Key, ...]:
 
 def list_chain_keys() -> tuple[Key, ...]:
     """Return the key `stages` with the keys of a stage."""
-    kinds = {"name": "text", "recipe": "text", "export": "a section of keys and values"}
+    kinds = {"name": "text", "recipe": "text", "synthesize": "a section of keys and values"}
+    kinds["export"] = "a section of keys and values"
     inner = tuple(_make_key(f"{STAGES}.{name}", "", (kind,)) for name, kind in kinds.items())
     return (dataclasses.replace(_make_key(STAGES, "", ("a list of stages",)), inner=inner),)
 

@@ -248,6 +248,10 @@ KEYS: Mapping[str, str] = {
     ),
     "stages.name": "The name of a stage, and of its folder in the output.",
     "stages.recipe": "A recipe file or a shipped recipe as the basis of the stage; the stage's own keys override it.",
+    "stages.synthesize": (
+        "Let the newest run before this stage write rows: the section synthesize, whose endpoint is that run unless it names another. "
+        "The next stage trains on the rows, so it names no data.train."
+    ),
     "stages.export": "Export the newest run before this stage; the options are those of `finetune export`.",
     "export.dtype": "The type of the exported weights; auto keeps the stored one.",
     "export.max_shard_size": "The largest weight file, such as 2GB.",

@@ -22,6 +22,7 @@ from finetune.files.json_files import write_json
 from finetune.files.version import read_version
 from finetune.recipe.sections import to_plain
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.run_files import WRITTEN_ROWS_FILE
 from finetune.synthesis.endpoints.budget import Spent
 from finetune.synthesis.endpoints.endpoint import open_endpoint
 from finetune.synthesis.jobs import JOBS, JobContext, JobKind, Seed, read_seed
@@ -30,7 +31,7 @@ from finetune.training.training_rows import open_data
 
 logger = logging.getLogger(__name__)
 
-RECORD, ROWS = "synthesize.json", "rows.jsonl"
+RECORD = "synthesize.json"
 _CHUNK = 64
 _MOST_EXAMPLES = 5
 
@@ -116,13 +117,13 @@ def _make_rows(
         while chunk := list(itertools.islice(seeds, _CHUNK)):
             for seed, made in zip(chunk, kind.make(context, chunk), strict=True):
                 for row in made.rows:
-                    writer.write("train", ROWS, row)
+                    writer.write("train", WRITTEN_ROWS_FILE, row)
                 left_out.update(skip.kind for skip in made.skips)
                 room = _MOST_EXAMPLES - len(report.examples)
                 report.examples += [f"{seed.place}: {skip.kind}: {skip.text}" for skip in made.skips][:room]
             report.seeds += len(chunk)
-            logger.info("%s rows read, %s rows made", f"{report.seeds:,}", f"{writer.counts[ROWS]:,}")
-    report.rows, report.left_out = writer.counts[ROWS], dict(sorted(left_out.items()))
+            logger.info("%s rows read, %s rows made", f"{report.seeds:,}", f"{writer.counts[WRITTEN_ROWS_FILE]:,}")
+    report.rows, report.left_out = writer.counts[WRITTEN_ROWS_FILE], dict(sorted(left_out.items()))
 
 
 def _add_spent(report: SynthesizeReport, spent: list[Spent]) -> SynthesizeReport:
@@ -168,7 +169,7 @@ def describe_synthesis(report: SynthesizeReport) -> str:
             f"{report.cached:,} answers are known"
         )
         return "\n".join(lines)
-    lines.append(f"{report.job}: {report.rows:,} rows made of {report.seeds:,}: {report.output}/{ROWS}")
+    lines.append(f"{report.job}: {report.rows:,} rows made of {report.seeds:,}: {report.output}/{WRITTEN_ROWS_FILE}")
     lines.append(
         f"{report.requests:,} requests, {report.tokens:,} tokens, cost {report.cost:.4g}; {report.cached:,} answers were known"
     )
