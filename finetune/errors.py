@@ -7,6 +7,7 @@
     ├── TemplateError       a chat template that cannot be used
     ├── TrainingError       a run that must not start, or cannot be resumed
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
+    ├── EndpointError       a model on a server that cannot be asked, or a limit that is reached
     ├── OutputError         a folder that cannot be written: not empty, no permission, no space
     ├── MachineError        something this machine cannot do
     └── ArgumentError       an argument of a public function that has a wrong type or lies outside its range
@@ -87,6 +88,10 @@ class TrainingError(FinetuneError):
 
 class ExportError(FinetuneError):
     """A model cannot be exported, or the export is not equal to what was trained."""
+
+
+class EndpointError(FinetuneError):
+    """A model on a server cannot be asked, or a limit of its endpoint is reached."""
 
 
 class OutputError(FinetuneError):

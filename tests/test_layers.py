@@ -31,6 +31,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "synthesis",
     "cleaning",
     "pipeline",
     "api",

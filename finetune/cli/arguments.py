@@ -101,6 +101,14 @@ def add_clean(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
 
 
+def add_synthesize(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="a new or empty folder")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say how many requests and tokens are coming, and ask nothing"
+    )
+
+
 def _read_kinds(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

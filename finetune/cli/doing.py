@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
-from finetune.errors import ExportError
+from finetune.errors import ExportError, OutputError
 from finetune.files.launcher import is_main_process
 
 if TYPE_CHECKING:
@@ -42,6 +42,18 @@ def run_clean(arguments: argparse.Namespace) -> int:
 
     report = clean_rows(resolved, arguments.output)
     return print_result(arguments, report.to_json(), describe_clean(report))
+
+
+def run_synthesize(arguments: argparse.Namespace) -> int:
+    from finetune.check.recipes import load_recipe
+
+    if arguments.output is None and not arguments.dry_run:
+        raise OutputError("-o is missing; name a new folder for the rows, such as -o written, or ask for --dry-run")
+    resolved = load_recipe(arguments.recipe, arguments.set)
+    from finetune.synthesis.synthesize_run import count_requests, describe_synthesis, synthesize_rows
+
+    report = count_requests(resolved) if arguments.dry_run else synthesize_rows(resolved, arguments.output)
+    return print_result(arguments, report.to_json(), describe_synthesis(report))
 
 
 def run_train(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from finetune.cli.doing import (
     run_export,
     run_fold,
     run_gguf,
+    run_synthesize,
     run_train,
     run_watch,
 )
@@ -113,6 +114,13 @@ VERBS: tuple[Verb, ...] = (
             "finetune clean my.yaml -o cleaned",
             "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
         ),
+    ),
+    Verb(
+        "synthesize",
+        "write new rows or pairs with a model, from prompts, texts or rows",
+        arguments.add_synthesize,
+        run_synthesize,
+        ("finetune synthesize my.yaml --dry-run", "finetune synthesize my.yaml -o written"),
     ),
     Verb(
         "plan",
