@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo runtimes-env test check bench gpu keys faults clean
+.PHONY: demo engines runtimes-env test check bench gpu keys faults clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -13,6 +13,11 @@ demo: $(READY)
 # Environments in which other programs open what the kit exports; they lie in the user's cache.
 runtimes-env: $(READY)
 	$(BIN)/python tests/runtimes/environments.py
+
+# Two processes on the CPU under each engine, DeepSpeed included. It takes about five minutes.
+engines: $(READY)
+	$(BIN)/python tests/runtimes/environments.py deepspeed
+	FINETUNE_ENGINES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 0 -s tests/engines
 
 # One process for each core (at most 4), each with one thread, because the tests compute little and spend most of their time in Python.
 test: $(READY)

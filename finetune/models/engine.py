@@ -1,7 +1,8 @@
 """Find and set up the engine by which the processes of `accelerate launch` share a run: whole copies, or sharded tensors."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError, TrainingError
@@ -132,6 +134,23 @@ def let_cpu_shard(config: TrainingArguments) -> None:
     """Let FSDP2 shard on the CPU too, where this process was launched with it."""
     if find_engine() == "fsdp2" and config.device.type == "cpu":
         shard_on_cpu("bf16" if config.bf16 else "fp16" if config.fp16 else "no")
+
+
+@contextlib.contextmanager
+def load_whole(config: TrainingArguments) -> Iterator[None]:
+    """Let every process load whole weights inside this context; the engine takes its shares of them when training begins.
+
+    Under ZeRO-3 transformers would partition them while it loads, so that nothing before step 1 could read a tensor, and would
+    refuse to load them onto a GPU.
+    """
+    if config.deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        config.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:

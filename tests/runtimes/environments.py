@@ -61,7 +61,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"), borrows=True),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), borrows=True),
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
-    # DeepSpeed and what it requires that the kit's own libraries do not; its CPU accelerator needs no compiler.
+    # For `make engines`: DeepSpeed, and what it requires that the kit's own libraries do not.
     "deepspeed": Environment(
         (
             "deepspeed==0.19.8",
