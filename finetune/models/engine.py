@@ -38,6 +38,8 @@ ENGINES: Mapping[Engine, EngineKind] = {
     "zero3": EngineKind("ZeRO-3", shards_weights=True, is_deepspeed=True),
 }
 ZERO_STAGES: Mapping[int, Engine] = {2: "zero2", 3: "zero3"}
+# What gloo and NCCL say of a connection whose other end is gone.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "ncclRemoteError")
 _CONFIG = "in accelerate's configuration; see recipes/accelerate/fsdp2.yaml"
 
 
@@ -163,6 +165,25 @@ def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     elif policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype)
+
+
+@contextlib.contextmanager
+def translate_lost_processes() -> Iterator[None]:
+    """Say in one sentence that another process of the launch is gone, where torch tells of a broken connection.
+
+    Raises:
+        TrainingError: it is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)
+        if count_processes() == 1 or not is_lost:
+            raise
+        raise TrainingError(
+            f"another process of this launch has ended ({str(error).splitlines()[0]}); look at what it printed, on its machine, and then "
+            "launch all processes again, with --resume where the run has a checkpoint"
+        ) from error
 
 
 def leave_processes() -> None:

@@ -20,6 +20,7 @@ from finetune.models.engine import (
     find_engine,
     gather_weights,
     load_whole,
+    translate_lost_processes,
 )
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
@@ -175,12 +176,13 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
     if checkpoint is None:
-        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers():
+        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
+        translate_lost_processes(),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)

@@ -6,11 +6,15 @@ CPU time, so they are no part of `make test`.
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -150,3 +154,61 @@ def test_a_launch_chooses_its_settings(launch, engine):
     assert done.returncode == 0, done.stderr
     assert "trainer.auto chose" in done.stderr
     assert (run / "adapter").is_dir()
+
+
+@pytest.fixture
+def start_machine(make_recipe, tmp_path):
+    """Return a function that starts one of two machines, simulated by two launches on the loopback interface."""
+    make_recipe("run")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    started = []
+
+    def start(rank, *overrides):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml"]
+        command += ["--num_machines", 2, "--num_processes", 2, "--machine_rank", rank]
+        command += [
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            port,
+            START,
+            "train",
+            tmp_path / "recipe.yaml",
+        ]
+        for override in (f"output={tmp_path / 'run'}", "trainer.per_device_train_batch_size=4", *overrides):
+            command += ["-s", override]
+        with (tmp_path / f"output{rank}").open("w") as file:
+            launched = subprocess.Popen(list(map(str, command)), start_new_session=True, stdout=file, stderr=file)
+        started.append(launched)
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_machines_train_what_one_process_does(start_machine, make_recipe, tmp_path):
+    first, second = start_machine(0), start_machine(1)
+    assert (first.wait(600), second.wait(600)) == (0, 0), (tmp_path / "output0").read_text()
+    run_training(make_recipe("alone"))
+    assert read(tmp_path / "run", "loss") == pytest.approx(read(tmp_path / "alone", "loss"), abs=1e-4)
+
+
+def test_a_machine_ends_with_a_message_when_the_other_is_gone(start_machine, tmp_path):
+    first, second = start_machine(0, "trainer.max_steps=100000"), start_machine(1, "trainer.max_steps=100000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()):
+        assert first.poll() is None and second.poll() is None, (tmp_path / "output0").read_text()
+        time.sleep(0.5)
+    os.killpg(second.pid, signal.SIGKILL)
+    # The launcher puts each process into a session of its own.
+    for child in psutil.process_iter(["cmdline"]):
+        if child.ppid() == 1 and str(tmp_path / "recipe.yaml") in (child.info["cmdline"] or []):
+            child.kill()
+    began = time.monotonic()
+    assert first.wait(60) != 0
+    print(f"\nended after {time.monotonic() - began:.1f} s")
+    assert "another process of this launch has ended" in (tmp_path / "output0").read_text()
