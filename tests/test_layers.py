@@ -25,10 +25,12 @@ ROOMS = (
     "rewards",
     "check",
     "guide",
+    "watching",
     "training",
     "planning",
     "exporting",
     "evaluation",
+    "cleaning",
     "pipeline",
     "api",
     "cli",
@@ -145,6 +147,8 @@ TELLS_REWARDS = {
     "finetune.runs.summary",
     "finetune.training.journal.loss_plot",
     "finetune.training.journal.summarising",
+    "finetune.watching.panels",
+    "finetune.watching.run_view",
 }
 
 

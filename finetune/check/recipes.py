@@ -8,6 +8,7 @@ from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
+from finetune.check.preparation.clean_checks import check_clean, settle_clean
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
 from finetune.check.trainer.trainer_section import check_trainer
@@ -22,6 +23,8 @@ from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
+
+_LONGEST_NAME = 255
 
 
 def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> ResolvedRecipe:
@@ -87,6 +90,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     yield from _check_checkpoint(recipe.model)
     yield from check_data_section(recipe.data, folder)
     yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
+    yield from check_clean(recipe.clean, folder)
     if method is not None and method.pretraining is not None:
         yield from check_pretraining(recipe, method.pretraining, folder)
     elif method is not None:
@@ -98,6 +102,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if str(expand_home(recipe.output)).startswith("~"):
         yield f"output: there is no user of this name; found {recipe.output}"
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(recipe.output).parts):
+        yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:
@@ -141,5 +147,13 @@ def settle_recipe(draft: Draft) -> Recipe:
     method = METHODS[recipe.method]
     trainer = settle_trainer(recipe.trainer, recipe.adapter, method)
     rewards = replace(recipe.rewards, judge=judge)
-    settled = replace(recipe, model=model, data=data, trainer=trainer, rewards=rewards, output=str(output.resolve()))
+    settled = replace(
+        recipe,
+        model=model,
+        data=data,
+        trainer=trainer,
+        rewards=rewards,
+        clean=settle_clean(recipe.clean, folder),
+        output=str(output.resolve()),
+    )
     return settled if method.pretraining is None else resolve_pretraining(settled, method.pretraining, folder)

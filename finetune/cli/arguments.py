@@ -36,6 +36,22 @@ def add_recipes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", metavar="NAME", nargs="?", type=Path, help="print this shipped recipe with all its keys")
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the output to a new file instead")
     verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
+    verb.add_argument("--agents", action="store_true", help="print what a coding assistant needs to write recipes")
+
+
+def add_init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--data", type=Path, metavar="FILE", help="a file or folder with your rows")
+    verb.add_argument("--base", metavar="CHECKPOINT", help="an alias, a hub id, a folder, or a run to continue")
+    verb.add_argument(
+        "--device", metavar="DEVICE", help='a GPU\'s memory or name (8GB, "RTX 4060 Laptop"), cpu, or auto'
+    )
+    verb.add_argument(
+        "--goal", choices=("chat", "pairs", "labels"), help="train answers, pairs (DPO) or labelled answers (KTO)"
+    )
+    verb.add_argument(
+        "-o", "--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="a new file (default: my.yaml)"
+    )
+    verb.add_argument("--yes", action="store_true", help="ask nothing: take the default for what no option says")
 
 
 def add_mixtures(verb: argparse.ArgumentParser) -> None:
@@ -80,6 +96,11 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clean(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+
 def _read_kinds(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -111,6 +132,22 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the recipe's output")
     verb.add_argument(
         "--force", action="store_true", help="train even if the plan says that the run cannot fit this GPU"
+    )
+    verb.add_argument(
+        "--watch", action="store_true", help="serve a page that shows the run while it trains, to this machine alone"
+    )
+
+
+def add_watch(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
+    verb.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
+    )
+    verb.add_argument(
+        "--until-input-ends",
+        action="store_true",
+        help="wait for runs that have not begun, and stop serving when standard input ends",
     )
 
 

@@ -159,6 +159,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def run_recipes(arguments: argparse.Namespace) -> int:
     if arguments.keys:
         return _explain_keys(arguments)
+    if arguments.agents:
+        return _guide_assistants(arguments)
     if arguments.name is None:
         return _list_recipes(arguments)
     from finetune.files.resources import find_shipped_recipe
@@ -171,9 +173,21 @@ def run_recipes(arguments: argparse.Namespace) -> int:
 def _explain_keys(arguments: argparse.Namespace) -> int:
     from finetune.guide.key_guide import list_keys_as_json, render_key_guide
 
-    if arguments.name is not None:
-        raise RecipeError("--keys", [f"explains the keys of every recipe; leave {arguments.name} out"])
+    _refuse_name(arguments, "--keys")
     return _write_text(arguments, list_keys_as_json(), render_key_guide())
+
+
+def _guide_assistants(arguments: argparse.Namespace) -> int:
+    from finetune.guide.assistant_guide import render_assistant_guide
+
+    _refuse_name(arguments, "--agents")
+    text = render_assistant_guide(arguments.verbs)
+    return _write_text(arguments, {"text": text}, text)
+
+
+def _refuse_name(arguments: argparse.Namespace, option: str) -> None:
+    if arguments.name is not None:
+        raise RecipeError(option, [f"explains every recipe; leave {arguments.name} out"])
 
 
 def _list_recipes(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from finetune.cli.libraries import quiet_libraries
@@ -40,6 +41,7 @@ def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
     arguments = make_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_current_folder()
         if is_launched():
             atexit.register(leaving.leave)  # the first to be registered runs last
         quiet_libraries()
@@ -61,6 +63,18 @@ def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
         _print_fault(arguments.verb, f"{error.filename}: {error.strerror}")
         return USER_ERROR
     return status
+
+
+def _check_current_folder() -> None:
+    """Refuse to work in a folder that has been removed, where no relative path has a meaning.
+
+    Raises:
+        FinetuneError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise FinetuneError("the current folder has been removed; change to another folder") from error
 
 
 def _print_fault(verb: str, message: str) -> None:

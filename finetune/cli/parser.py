@@ -23,13 +23,14 @@ class _PrintVersion(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs; the parsed arguments hold the function of the verb as `run`."""
+    """Return the parser of all verbs; the parsed arguments hold the function of the verb as `run`, and the table as `verbs`."""
     parser = argparse.ArgumentParser(
         prog="finetune",
         description="Fine-tune YuLan-Mini from any of its published checkpoints, and export verified Llama-format models.",
         epilog="Start with: finetune demo",
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version")
+    parser.set_defaults(verbs=VERBS)  # for the verb that lists them all
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         _add_verb(parsers, verb)

@@ -5,7 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.cli import arguments
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
+from finetune.cli.asking import run_init
+from finetune.cli.doing import (
+    run_chat,
+    run_clean,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_fold,
+    run_gguf,
+    run_train,
+    run_watch,
+)
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -36,6 +47,16 @@ VERBS: tuple[Verb, ...] = (
         arguments.add_checkpoints,
         run_checkpoints,
         ("finetune checkpoints", "finetune checkpoints --states FOLDER --json"),
+    ),
+    Verb(
+        "init",
+        "write a first recipe for your rows and your GPU, after four questions",
+        arguments.add_init,
+        run_init,
+        (
+            "finetune init",
+            "finetune init --data my.jsonl --device 8GB -o my.yaml --yes",
+        ),
     ),
     Verb(
         "recipes",
@@ -83,6 +104,16 @@ VERBS: tuple[Verb, ...] = (
         ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean --only duplicate"),
     ),
     Verb(
+        "clean",
+        "make a training set of raw rows, by the steps of the recipe's section clean",
+        arguments.add_clean,
+        run_clean,
+        (
+            "finetune clean my.yaml -o cleaned",
+            "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
+        ),
+    ),
+    Verb(
         "plan",
         "predict memory and time of a training step, without a GPU and without weights",
         arguments.add_plan,
@@ -110,6 +141,13 @@ VERBS: tuple[Verb, ...] = (
             "finetune train sft_qlora -s data.train=my.jsonl -s output=runs/mine --resume",
             "finetune train dpo_qlora -s model.checkpoint=runs/mine -s data.train=pairs.jsonl",
         ),
+    ),
+    Verb(
+        "watch",
+        "show runs on one page, live while they train: curves, warnings, answers, what differs",
+        arguments.add_watch,
+        run_watch,
+        ("finetune watch runs/mine", "finetune watch runs/one runs/two -o compared.html"),
     ),
     Verb(
         "export",

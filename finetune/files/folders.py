@@ -55,8 +55,12 @@ def check_output_free(folder: Path, ignored: str = "") -> None:
     """Refuse an output path that is a file or a folder with content; a file named `ignored` may be there.
 
     Raises:
-        OutputError: the path is taken; nothing was changed.
+        OutputError: the path is taken, or begins with a home folder that nobody has; nothing was changed.
     """
+    if str(folder).startswith("~"):
+        home = expand_home(folder)
+        cure = "there is no user of this name" if home == folder else f"~ is not replaced here; write {home}"
+        raise OutputError(f"{folder}: {cure}")
     if folder.is_dir():
         if any(path.name != ignored for path in folder.iterdir()):
             raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")
@@ -140,19 +144,36 @@ def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
             os.close(lock)
 
 
+def check_file_is_new(file: Path) -> None:
+    """Check that nothing has this path.
+
+    Raises:
+        OutputError: the path exists, or cannot be looked at.
+    """
+    try:
+        exists = file.exists() or file.is_symlink()
+    except OSError as error:
+        raise _refuse_file(file, error) from error
+    if exists:
+        raise OutputError(f"{file}: exists already; choose another name, or remove it")
+
+
+def _refuse_file(file: Path, error: OSError) -> OutputError:
+    return OutputError(f"{file}: cannot be made: {error.strerror} (at {error.filename}); choose another")
+
+
 def write_new_file(file: Path, text: str) -> None:
     """Write a text to a new file.
 
     Raises:
         OutputError: the path exists, or cannot be written.
     """
+    check_file_is_new(file)
     try:
-        if file.exists() or file.is_symlink():
-            raise OutputError(f"{file}: exists already; choose another name, or remove it")
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("x", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise OutputError(f"{file}: cannot be made: {error.strerror} (at {error.filename}); choose another") from error
+        raise _refuse_file(file, error) from error
     try:
         with translate_os_errors(file), stream:
             stream.write(text)

@@ -73,7 +73,7 @@ def _insert_keys(lines: list[str], content: yaml.MappingNode) -> Iterator[str]:
             behind[_find_last_line(given[key.name])] = list(_list_missing(key, given[key.name], method))
     first = content.start_mark.line
     yield from lines[:first]
-    yield from _write_prose(_NOTE, "")
+    yield from write_prose(_NOTE, "")
     for number, line in enumerate(lines[first:], first):
         yield line
         yield from behind.get(number, ())
@@ -98,7 +98,7 @@ def _list_missing(section: Key, node: yaml.Node, method: str) -> Iterator[str]:
             yield from _write_key(key, "  ")
     if section.name == TRAINER:
         class_name = METHODS[method].config_class
-        yield from _write_prose(
+        yield from write_prose(
             f"Any other option of {class_name} may stand here under its own name, except those that the kit sets.", "  "
         )
 
@@ -106,17 +106,18 @@ def _list_missing(section: Key, node: yaml.Node, method: str) -> Iterator[str]:
 def _write_key(key: Key, indent: str) -> Iterator[str]:
     """Yield the comments of a key that is not set: its text, and a line that sets its default once the # is removed."""
     if key.inner:
-        yield from _write_prose(key.text, indent)
+        yield from write_prose(key.text, indent)
         # An empty section has no effect, so its name needs no #, and each line inside it works once its own # is removed.
         yield f"{indent}{key.short_name}:"
         for inner in key.inner:
             yield from _write_key(inner, f"{indent}  ")
         return
-    yield from _write_prose(f"{key.text} Values: {', '.join(key.values)}.", indent)
+    yield from write_prose(f"{key.text} Values: {', '.join(key.values)}.", indent)
     yield f"{indent}#{key.short_name}: {key.default}"
 
 
-def _write_prose(text: str, indent: str) -> Iterable[str]:
+def write_prose(text: str, indent: str) -> Iterable[str]:
+    """Return a sentence as lines of comments."""
     start = f"{indent}# "
     return textwrap.wrap(
         text,
@@ -132,5 +133,5 @@ def _explain_export() -> Iterator[str]:
     yield "# Options of export, with their defaults:\n"
     for key in list_export_keys():
         yield f"#   {key.short_name}: {key.default}\n"
-        for line in _write_prose(f"{key.text} Values: {', '.join(key.values)}.", ""):
+        for line in write_prose(f"{key.text} Values: {', '.join(key.values)}.", ""):
             yield f"#       {line.removeprefix('# ')}\n"

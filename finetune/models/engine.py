@@ -15,7 +15,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.files.launcher import count_processes
-from finetune.models.zero_stage import list_contradictions, read_stage
+from finetune.models.engines.zero_stage import list_contradictions, read_stage
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]

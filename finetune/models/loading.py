@@ -32,6 +32,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a whole base model on one device, in the recipe's architecture and quantization; `head="score"` adds a new head.
 
+    On the meta device it has no values: only names and shapes are read.
+
     Raises:
         CheckpointError: files are damaged, or tensors are missing.
         MachineError: the quantization or the attention kernel cannot run here.
@@ -56,7 +58,7 @@ def load_base(
             ),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
-            device_map={"": device} if device.type == "cuda" else None,
+            device_map={"": device} if device.type in ("cuda", "meta") else None,
             local_files_only=True,
         )
     except ImportError as error:

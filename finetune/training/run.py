@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
-from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
+from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
 from finetune.models.engine import (
     ENGINES,
     check_engine,
@@ -43,6 +43,7 @@ from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
+from finetune.watching.board_page import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _write_results(setup, trainer, trained, sheet)
             if is_writer:
                 record.write_end(summary)
+                write_report(resolved.output)
         trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -183,6 +185,7 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
         translate_lost_processes(),
+        translate_damaged_states(checkpoint),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)

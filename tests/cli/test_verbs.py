@@ -106,7 +106,7 @@ def test_a_recipe_is_copied_to_a_new_file_only(capsys, tmp_path, monkeypatch):
     [
         (["sft_qlra"], "sft_qlra: 1 problem\n  - no shipped recipe has this name; did you mean 'sft_qlora'?\n"),
         (["-o", "my.yaml"], "-o: 1 problem\n  - needs the name of a recipe to copy"),
-        (["--keys", "sft_qlora"], "--keys: 1 problem\n  - explains the keys of every recipe; leave sft_qlora out\n"),
+        (["--keys", "sft_qlora"], "--keys: 1 problem\n  - explains every recipe; leave sft_qlora out\n"),
     ],
 )
 def test_recipes_refuses(capsys, tmp_path, monkeypatch, arguments, sentence):

@@ -14,7 +14,7 @@ import yaml
 
 from finetune.errors import MachineError
 from finetune.models.engine import ENGINES, ZERO_STAGES, Engine
-from finetune.models.zero_stage import check_stage
+from finetune.models.engines.zero_stage import check_stage
 from finetune.planning.step import tracker as phase
 from finetune.planning.step.step_parts import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, SCALES, WEIGHTS
 

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from finetune.errors import TrainingError
 from finetune.files.json_files import read_json, write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
@@ -22,13 +23,14 @@ from finetune.runs.run_files import (
     RECORD_FILE,
     find_result_folder,
     list_trainer_checkpoints,
+    read_metrics,
 )
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.processes import describe_processes
-from finetune.training.journal.progress import read_metrics
 from finetune.training.setup import Setup
+from finetune.watching.board_page import write_report
 
 
 class RunRecord:
@@ -84,8 +86,13 @@ def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | N
 
     A result without the record of its summary is removed: the run's last checkpoint gives it again. The writer must be the first
     of several processes to call it.
+
+    Raises:
+        TrainingError: the record is damaged.
     """
     result, record = find_result_folder(run), read_json(run / RECORD_FILE) or {}
+    if not isinstance(record, dict):
+        raise TrainingError(f"{run / RECORD_FILE}: must hold an object; the folder is damaged; restore this file")
     status = record.get("status")
     if result is None or (status == "finished" and is_writer):
         return None
@@ -97,6 +104,7 @@ def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | N
     draw_losses(run, title)
     with translate_os_errors(run, "the result is whole; make room, and end the run with --resume"):
         write_json(run / RECORD_FILE, {**record, "status": "finished"})
+    write_report(run)
     return RunSummary(**record["result"])
 
 
