@@ -1,4 +1,4 @@
-"""Make a trainer's held-out loss the mean over all trained tokens, or all pairs, whatever the size of its batches.
+"""Make a trainer's held-out loss the mean over all trained tokens, whatever the size of its batches.
 
 transformers averages the means of batches, so that a token of a batch with few trained tokens counts more, and counts rows twice
 that fill up the last batch of several processes (transformers 5.23, `Trainer.evaluation_loop`).
@@ -17,11 +17,6 @@ from finetune.data.encoding.gates import IGNORED_LABEL
 def average_over_tokens(trainer_class: type[Any]) -> type[Any]:
     """Return a trainer class whose evaluations report the mean loss over trained tokens; its batches have `labels`."""
     return type(trainer_class.__name__, (_TokenMean, trainer_class), {})
-
-
-def average_over_pairs(trainer_class: type[Any]) -> type[Any]:
-    """Return a trainer class whose evaluations report the mean loss over pairs; its loss of a batch is their mean."""
-    return type(trainer_class.__name__, (_PairMean, trainer_class), {})
 
 
 class _HeldOutMean:
@@ -53,7 +48,7 @@ class _HeldOutMean:
     def evaluation_loop(
         self: Any, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> Any:
-        """Evaluate, and report the mean over the tokens or pairs of all processes."""
+        """Evaluate, and report the mean over the tokens of all processes."""
         self._loss_sum, self._weight = 0.0, 0
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
@@ -71,25 +66,6 @@ class _TokenMean(_HeldOutMean):
     def _weigh(inputs: Mapping[str, Any], size: int, own: int | None) -> tuple[dict[str, Any], int]:
         batch = dict(inputs) if own is None else {**inputs, "labels": _mask_repeated(inputs, size, own)}
         return batch, int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-
-
-class _PairMean(_HeldOutMean):
-    """Weighs a batch by its pairs. DPO's and the reward model's batches hold all chosen answers first, and then all rejected ones."""
-
-    @staticmethod
-    def _weigh(inputs: Mapping[str, Any], size: int, own: int | None) -> tuple[dict[str, Any], int]:
-        sides = next(len(value) for name, value in inputs.items() if name.endswith("input_ids"))
-        has_both = not any(name.startswith("chosen_input") for name in inputs)
-        if own is None:
-            return dict(inputs), sides // 2 if has_both else sides
-        kept = max(own, 1)  # every process must run the model, also where all its rows are repeated ones
-        batch = dict(inputs)
-        for name, value in inputs.items():
-            if len(value) == 2 * size:
-                batch[name] = torch.cat([value[:kept], value[size : size + kept]])
-            elif len(value) == size:
-                batch[name] = value[:kept]
-        return batch, own
 
 
 def _count_own_rows(accelerator: Any, size: int) -> int | None:

@@ -39,6 +39,7 @@ PAIRS = [
     "data.max_tokens=256",
     "method=dpo",
 ]
+# Pairs are averaged by batches, so that the last batch of several processes must be full.
 CASES = {"lora": [], "nf4": ["model.quantize=nf4"], "full": FULL, "dpo": PAIRS}
 EVALUATE = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.per_device_eval_batch_size=3"]
 SAVE = ["trainer.save_strategy=steps", "trainer.save_steps=2"]
@@ -49,6 +50,13 @@ DEEPSPEED = {
 }
 
 pytestmark = pytest.mark.skipif(not os.environ.get("FINETUNE_ENGINES"), reason="takes minutes; run `make engines`")
+
+
+def find_port():
+    """Return a free port, so that runs of this file do not meet."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 @pytest.fixture
@@ -70,7 +78,14 @@ def launch(make_recipe, tmp_path):
             "--config_file",
             file or CONFIGS / f"{FILES[engine]}.yaml",
         ]
-        command += [START, "train", tmp_path / "recipe.yaml", *(["--resume"] if resume else [])]
+        command += [
+            "--main_process_port",
+            find_port(),
+            START,
+            "train",
+            tmp_path / "recipe.yaml",
+            *(["--resume"] if resume else []),
+        ]
         for override in (f"output={tmp_path / name}", "trainer.per_device_train_batch_size=4", *overrides):
             command += ["-s", override]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=variables)
@@ -93,7 +108,8 @@ def export(run, folder):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", FILES)
 def test_two_processes_train_and_export_what_one_does(launch, make_recipe, tmp_path, engine, case):
-    settings = [*CASES[case], *EVALUATE, *(SAVE if case == "lora" else [])]
+    full = ["trainer.per_device_eval_batch_size=4"] if case == "dpo" else []
+    settings = [*CASES[case], *EVALUATE, *full, *(SAVE if case == "lora" else [])]
     run_training(make_recipe("alone", *settings))
     run, done = launch(engine, "shared", *settings)
     assert done.returncode == 0, done.stderr
@@ -160,9 +176,7 @@ def test_a_launch_chooses_its_settings(launch, engine):
 def start_machine(make_recipe, tmp_path):
     """Return a function that starts one of two machines, simulated by two launches on the loopback interface."""
     make_recipe("run")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = find_port()
     started = []
 
     def start(rank, *overrides):

@@ -8,7 +8,7 @@ import torch
 
 from finetune.evaluation.token_loss import evaluate_path
 from finetune.files.resources import find_demo_data
-from finetune.training.held_out_loss import _count_own_rows, _PairMean, _TokenMean
+from finetune.training.held_out_loss import _count_own_rows, _TokenMean
 
 EVALUATE = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.max_steps=2"]
 
@@ -60,12 +60,6 @@ def test_rows_that_fill_the_last_batch_of_several_processes_count_once(rank, rem
     flat = {"labels": torch.ones(1, 24, dtype=torch.long), "position_ids": torch.arange(24)[None] % 6}
     batch, _ = _TokenMean._weigh(flat, 4, kept)
     assert (batch["labels"] != -100).sum().item() == rows * 6
-    sides = torch.arange(8)[:, None]
-    batch, weight = _PairMean._weigh({"input_ids": sides, "ref_chosen_logps": torch.arange(4)}, 4, kept)
-    shown = max(rows, 1)
-    assert batch["input_ids"].flatten().tolist() == [*range(shown), *range(4, 4 + shown)]
-    assert (len(batch["ref_chosen_logps"]), weight) == (shown, rows)
-    assert _PairMean._weigh({"chosen_input_ids": sides[:4]}, 4, kept)[1] == rows
 
 
 @pytest.mark.parametrize("method", ["dpo", "reward"])
