@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "files",
     "compat",
+    "hub",
     "yulan",
     "data",
     "mixtures",

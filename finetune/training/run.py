@@ -11,10 +11,12 @@ from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
 from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
+from finetune.hub.commits import pin_commits
 from finetune.models.engine import check_engine, find_engine, gather_weights
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
 from finetune.rewards.judge import fingerprint_judge
+from finetune.runs.hub_names import read_hub_record
 from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
@@ -46,7 +48,10 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     # Options that cannot work are refused before any work is done.
     device, precision, config = _configure(resolved)
     is_writer = config.process_index == 0
-    with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
+    with (
+        hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext(),
+        pin_commits(read_hub_record(resolved.output) if resume else ()),
+    ):
         checkpoint = None
         if resume:
             if (summary := _complete(resolved, config)) is not None:
@@ -185,6 +190,7 @@ def check_finished_run(resolved: ResolvedRecipe) -> None:
     """
     recipe, run = resolved.recipe, resolved.output
     check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")
-    _, splits = prepare_rows(resolved)
-    base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
-    check_same_inputs(run, splits.report.fingerprint, base, judge)
+    with pin_commits(read_hub_record(run)):
+        _, splits = prepare_rows(resolved)
+        base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
+        check_same_inputs(run, splits.report.fingerprint, base, judge)

@@ -15,6 +15,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
 from finetune.recipe.sections import dump_recipe, to_plain
 from finetune.rewards.judge import fingerprint_judge
+from finetune.runs.hub_names import record_hub
 from finetune.runs.resuming import remove_made_files
 from finetune.runs.run_files import (
     PISSA_START_FOLDER,
@@ -70,6 +71,7 @@ class RunRecord:
             "recipe": to_plain(recipe),
             "base": str(setup.base),
             "base_fingerprint": setup.base_fingerprint,
+            "hub": record_hub(recipe),
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
             "data": setup.splits.report.to_json(),
             **describe_environment(),
