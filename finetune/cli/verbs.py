@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
-from finetune.cli.doing import run_chat, run_demo, run_evaluate, run_export, run_fold, run_gguf, run_train
+from finetune.cli.doing import (
+    run_chat,
+    run_demo,
+    run_evaluate,
+    run_export,
+    run_fold,
+    run_gguf,
+    run_push,
+    run_train,
+)
 from finetune.cli.looking import (
     run_check,
     run_checkpoints,
@@ -130,8 +139,15 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
-            "finetune export runs/mine -o adapters/mine --adapter",
+            "finetune export runs/mine -o adapters/mine --adapter --push me/mine-lora",
         ),
+    ),
+    Verb(
+        "push",
+        "upload a run's adapter or an export to the hub, with its card; private unless asked otherwise",
+        arguments.add_push,
+        run_push,
+        ("finetune push runs/mine me/mine-lora", "finetune push exports/mine me/mine --public"),
     ),
     Verb(
         "gguf",

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 
 from finetune.errors import HubError
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds before the second and the third try.
 _WAITS = (1, 3)
+# After a try of so many seconds there is no other: the library has tried again by itself.
+_PATIENCE = 60
 ANSWER_SECONDS = 10
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PAGES = {"model": "", "dataset": "datasets/"}
@@ -141,7 +144,9 @@ _FAULTS = (
         passes=True,
         is_unreachable=True,
     ),
-    _Fault(_has_status(409, 412), "{repository} was changed by somebody else at the same time; run the same command again"),
+    _Fault(
+        _has_status(409, 412), "{repository} was changed by somebody else at the same time; run the same command again"
+    ),
     _Fault(
         _is_server_fault,
         "the hub has a fault of its own (status {status}); try again later, and look at https://status.huggingface.co",
@@ -172,6 +177,11 @@ _FAULTS = (
         "the connection to {endpoint} broke off ({detail}); run the same command again, which keeps the files that are whole",
         passes=True,
         is_unreachable=True,
+    ),
+    _Fault(
+        _is(ConnectionError, XetDownloadError),  # of hf_xet, which moves large files
+        "the transfer broke off ({detail}); run the same command again, which goes on where it stopped",
+        passes=True,
     ),
     _Fault(
         _is(httpx2.HTTPError, httpx2.InvalidURL),
@@ -206,6 +216,7 @@ def ask_hub(call: Callable[[], Answer], asked: Asked, *, tries_again: bool = Tru
         HubError: it failed for a reason that is known.
     """
     for wait in (*_WAITS, None):
+        started = time.monotonic()
         try:
             return call()
         except Exception as error:
@@ -214,7 +225,8 @@ def ask_hub(call: Callable[[], Answer], asked: Asked, *, tries_again: bool = Tru
                 raise
             fault, cause = found
             text = _describe(fault, cause, asked)
-            if wait is None or not (fault.passes and tries_again):
+            tries_again = tries_again and fault.passes and time.monotonic() - started < _PATIENCE
+            if wait is None or not tries_again:
                 raise HubError(text, is_unreachable=fault.is_unreachable) from error
             logger.warning("%s: %s (trying again in %d s)", asked, text.partition(";")[0], wait)
             time.sleep(wait)

@@ -94,13 +94,9 @@ def find_listing(asked: Asked) -> Listing:
 
 
 def _request_listing(asked: Asked, commit: str | None) -> Listing:
-    info = huggingface_hub.HfApi().repo_info(
-        asked.repository,
-        revision=commit or asked.revision,
-        repo_type=asked.kind,
-        timeout=ANSWER_SECONDS,
-        files_metadata=True,
-    )
+    api = huggingface_hub.HfApi()
+    request = api.dataset_info if asked.kind == "dataset" else api.model_info
+    info = request(asked.repository, revision=commit or asked.revision, timeout=ANSWER_SECONDS, files_metadata=True)
     return Listing(str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()})
 
 

@@ -1,10 +1,12 @@
 """Find the base checkpoint, the tokenizer and the template of a run or its result, and check that they are the same ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.checkpoints.finding import (
     find_base_folder,
     find_checkpoint,
+    find_repository,
     find_text_files,
     fingerprint_checkpoint,
     pin_name,
@@ -12,9 +14,10 @@ from finetune.checkpoints.finding import (
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
+from finetune.hub.faults import Asked
 from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.results import Result, check_result_files
+from finetune.runs.results import Lineage, Result, check_result_files
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 from finetune.yulan.layout import find_architecture, parse_native_config, read_config
 from finetune.yulan.llama_files import open_llama_tensors
@@ -142,6 +145,19 @@ def find_base_name(result: Result) -> str | None:
     content = read_json(result.folder / PEFT_CONFIG_FILE)
     name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     return name if isinstance(name, str) and name else None
+
+
+def find_hub_base(lineage: Lineage) -> Asked | None:
+    """Return the repository and the commit of the hub from which the first base of a result came, if it came from there."""
+    first = lineage.earlier[0] if lineage.earlier else lineage
+    asked = find_repository(first.checkpoint)
+    return None if asked is None else replace(asked, revision=first.commit or asked.revision)
+
+
+def name_base(lineage: Lineage) -> str:
+    """Return the first base checkpoint of a result, with its commit on the hub where one is recorded."""
+    first = lineage.earlier[0] if lineage.earlier else lineage
+    return f"{first.checkpoint} (commit {first.commit})" if first.commit else first.checkpoint
 
 
 def _find_peft_base(folder: Path, base_model: str | None) -> Path:

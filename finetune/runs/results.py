@@ -165,13 +165,15 @@ def open_result(path: Path) -> Result:
         raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
     if is_checkpoint_of_run(path):
         return _open_checkpoint(path)
-    if (path / PEFT_CONFIG_FILE).is_file():
+    # What lies in a run directory itself is no result of this kit: an upload of TRL's puts an earlier adapter there.
+    is_run = (path / RECORD_FILE).is_file()
+    if not is_run and (path / PEFT_CONFIG_FILE).is_file():
         return _open_folder(path, "adapter")
-    if (path / LINEAGE_FILE).is_file():
+    if not is_run and (path / LINEAGE_FILE).is_file():
         return _open_folder(path, "model")
     if (folder := find_result_folder(path)) is not None:
         return _open_folder(folder, "adapter" if folder.name == ADAPTER_FOLDER else "model")
-    if (path / RECORD_FILE).is_file():
+    if is_run:
         checkpoint = find_complete_checkpoint(path)
         use = "" if checkpoint is None else f", or give its newest checkpoint instead, {checkpoint}"
         raise FinetuneError(

@@ -14,13 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.checkpoints.finding import find_named_commit
+from finetune.checkpoints.hub_names import name_datasets
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import TrainingError
 from finetune.files.folders import write_folder
 from finetune.files.safety.manifests import write_manifest
 from finetune.models.lora import save_adapter, subtract_initial
 from finetune.models.plain_adapter import describe_use
-from finetune.runs.hub_names import name_datasets
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, list_checked_files, write_lineage
 from finetune.runs.run_files import (
     ADAPTER_FOLDER,

@@ -15,9 +15,14 @@ def hub(monkeypatch, tmp_path):
     stand_in = StandIn()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        constants, "HF_HUB_DISABLE_XET", True
+    )  # its servers speak another language, which nobody describes
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "own-cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)

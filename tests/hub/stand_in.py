@@ -96,7 +96,11 @@ class StandIn:
 
     def list_fetched(self) -> set[str]:
         """Return the names of the files whose content was asked for."""
-        found = (re.search(r"/(?:resolve|cdn/[^?]*?)/[0-9a-f]{40}/([^?]+)", one.path) for one in self.log if one.method == "GET")
+        found = (
+            re.search(r"/(?:resolve|cdn/[^?]*?)/[0-9a-f]{40}/([^?]+)", one.path)
+            for one in self.log
+            if one.method == "GET"
+        )
         return {unquote(match[1]) for match in found if match}
 
 
@@ -123,7 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("content-length") or 0))
         self.token = (self.headers.get("authorization") or "").removeprefix("Bearer ") or None
         self.hub.log.append(Request(self.command, self.path, self.token))
-        self.fault = next((f for f in self.hub.faults if f.times > 0 and f.match in self.path and f.method in ("", self.command)), None)
+        self.fault = next(
+            (f for f in self.hub.faults if f.times > 0 and f.match in self.path and f.method in ("", self.command)),
+            None,
+        )
         try:
             if self.fault is None or self._play(self.fault):
                 self._route(unquote(urlsplit(self.path).path), parse_qs(urlsplit(self.path).query))
@@ -134,7 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Do what a fault says; return whether the request is answered nevertheless."""
         fault.times -= 1
         if fault.do == "status":
-            self._send(fault.code, fault.body or {"error": fault.message or "no"}, *self._name_error(fault.error, fault.message))
+            self._send(
+                fault.code,
+                fault.body or {"error": fault.message or "no"},
+                *self._name_error(fault.error, fault.message),
+            )
         elif fault.do == "hang":
             self.hub.closing.wait(60)
             self._drop()
@@ -190,8 +201,16 @@ class _Handler(BaseHTTPRequestHandler):
             files = found[0].commits[found[1]]
             self._send(
                 200,
-                {"_id": "0", "id": name, "sha": found[1], "private": found[0].private, "tags": [], "downloads": 0, "likes": 0,
-                 "siblings": [{"rfilename": file, "size": len(content)} for file, content in files.items()]},
+                {
+                    "_id": "0",
+                    "id": name,
+                    "sha": found[1],
+                    "private": found[0].private,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                    "siblings": [{"rfilename": file, "size": len(content)} for file, content in files.items()],
+                },
             )
 
     def tree(self, kind: str, name: str, revision: str, under: str | None, query: dict[str, list[str]]) -> None:
@@ -224,7 +243,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif _is_lfs(file, content):
             target = f"{self.hub.url}/cdn/{kind}/{name}/{commit}/{file}"
             etag = hashlib.sha256(content).hexdigest()
-            self._send(302, b"", ("Location", target), ("X-Repo-Commit", commit), ("X-Linked-Size", str(len(content))), ("X-Linked-ETag", f'"{etag}"'))
+            self._send(
+                302,
+                b"",
+                ("Location", target),
+                ("X-Repo-Commit", commit),
+                ("X-Linked-Size", str(len(content))),
+                ("X-Linked-ETag", f'"{etag}"'),
+            )
         else:
             self._send_file(content, commit, _hash_as_git(content))
 
@@ -259,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if ("models", name) in self.hub.repositories:
-            self._refuse(409, "", "You already created this model repo")
+            self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
             return
         self.hub.created.append(asked)
         private = asked.get("private", asked.get("visibility") == "private")
@@ -273,8 +299,12 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, kind: str, name: str, revision: str) -> None:
         files = json.loads(self.body)["files"]
         modes = [
-            {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(_LFS) or file["size"] > _LFS_BYTES else "regular",
-             "shouldIgnore": False, "oid": None}
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(_LFS) or file["size"] > _LFS_BYTES else "regular",
+                "shouldIgnore": False,
+                "oid": None,
+            }
             for file in files
         ]
         self._send(200, {"files": modes})

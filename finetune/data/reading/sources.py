@@ -175,6 +175,7 @@ def _list_dataset_files(dataset: HubDataset) -> list[Path]:
 def _load_dataset(dataset: HubDataset) -> Dataset:
     place = Place(_name_dataset(dataset))
     asked = Asked(dataset.name, dataset.revision, "dataset")
+    commit: str | None
     try:
         commit = find_listing(asked).commit
     except HubError as error:

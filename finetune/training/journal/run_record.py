@@ -10,12 +10,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from finetune.checkpoints.hub_names import record_hub
 from finetune.files.json_files import read_json, write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
 from finetune.recipe.sections import dump_recipe, to_plain
 from finetune.rewards.judge import fingerprint_judge
-from finetune.runs.hub_names import record_hub
 from finetune.runs.resuming import remove_made_files
 from finetune.runs.run_files import (
     PISSA_START_FOLDER,

@@ -9,7 +9,6 @@ from finetune.files.json_files import read_json
 from finetune.hub.commits import find_commit, record_commits
 from finetune.hub.faults import Asked
 from finetune.recipe.sections import Recipe, SourceSection
-from finetune.runs.run_files import RECORD_FILE
 
 
 def record_hub(recipe: Recipe) -> list[dict[str, str | None]]:
@@ -18,9 +17,9 @@ def record_hub(recipe: Recipe) -> list[dict[str, str | None]]:
     return record_commits([*([base] if base is not None else []), *_list_datasets(recipe)])
 
 
-def read_hub_record(run: Path) -> list[dict[str, Any]]:
+def read_hub_record(record_file: Path) -> list[dict[str, Any]]:
     """Return the commits that a run began with; a run of before they were recorded has none."""
-    record = read_json(run / RECORD_FILE)
+    record = read_json(record_file)
     found = record.get("hub") if isinstance(record, dict) else None
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
