@@ -96,6 +96,11 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clean(verb: argparse.ArgumentParser) -> None:
+    add_recipe(verb)
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+
 def _read_kinds(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -127,6 +132,22 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the recipe's output")
     verb.add_argument(
         "--force", action="store_true", help="train even if the plan says that the run cannot fit this GPU"
+    )
+    verb.add_argument(
+        "--watch", action="store_true", help="serve a page that shows the run while it trains, to this machine alone"
+    )
+
+
+def add_watch(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
+    verb.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
+    )
+    verb.add_argument(
+        "--until-input-ends",
+        action="store_true",
+        help="wait for runs that have not begun, and stop serving when standard input ends",
     )
 
 
@@ -174,6 +195,11 @@ def add_push(verb: argparse.ArgumentParser) -> None:
         "repository", metavar="OWNER/NAME", help="a repository of the hub; it is made where there is none"
     )
     verb.add_argument("--public", action="store_true", help="let everybody read it (default: only its owner)")
+
+
+def add_average(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)
+    _add_writing(verb)
 
 
 def add_gguf(verb: argparse.ArgumentParser) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
 from finetune.errors import ExportError, FinetuneError, HubError
+from finetune.files.launcher import is_main_process
 from finetune.files.terminal import escape_controls
 
 if TYPE_CHECKING:
@@ -28,6 +34,18 @@ def run_fold(arguments: argparse.Namespace) -> int:
     return print_result(arguments, to_json(report), text)
 
 
+def run_clean(arguments: argparse.Namespace) -> int:
+    from finetune.check.recipes import load_recipe
+
+    # The recipe is checked before torch is imported, which takes seconds.
+    resolved = load_recipe(arguments.recipe, arguments.set)
+    from finetune.cleaning.clean_report import describe_clean
+    from finetune.cleaning.clean_run import clean_rows
+
+    report = clean_rows(resolved, arguments.output)
+    return print_result(arguments, report.to_json(), describe_clean(report))
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     from finetune.check.chains import load_chain
 
@@ -36,9 +54,43 @@ def run_train(arguments: argparse.Namespace) -> int:
     from finetune.models.engine import leave_processes
     from finetune.pipeline.chain import describe_chain, run_chain
 
-    done = run_chain(chain, arguments.resume, arguments.force)
+    watched = is_main_process() and arguments.watch
+    with _watch([stage.resolved.output for stage in chain.trainings]) if watched else contextlib.nullcontext():
+        done = run_chain(chain, arguments.resume, arguments.force)
     leave_processes()
     return print_result(arguments, done.to_json(), describe_chain(done))
+
+
+@contextlib.contextmanager
+def _watch(runs: Sequence[Path]) -> Iterator[None]:
+    """Serve the page of runs in a process of its own, so that the training does not wait for it."""
+    command = [sys.executable, "-m", "finetune", "watch", *map(str, runs), "--until-input-ends"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
+    try:
+        yield
+    finally:
+        server.communicate()
+
+
+def run_watch(arguments: argparse.Namespace) -> int:
+    from finetune.watching.board_page import write_board_page
+    from finetune.watching.server import BoardServer
+
+    if arguments.output is not None:
+        write_board_page(arguments.runs, arguments.output)
+        return print_result(arguments, {"output": str(arguments.output)}, f"wrote {arguments.output}")
+    with BoardServer(arguments.runs, arguments.port, waits=arguments.until_input_ends) as server:
+        print_result(arguments, {"address": server.address}, f"watch: {server.address} (only from this machine)")
+        sys.stdout.flush()
+        if arguments.until_input_ends:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            sys.stdin.read()
+            server.shutdown()
+        else:
+            print("Press Ctrl-C to end it.", file=sys.stderr)
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+    return SUCCESS
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -91,8 +143,8 @@ def _print_and_push(arguments: argparse.Namespace, report: ExportReport | Adapte
     """Print what was written, after it was uploaded where that was asked for."""
     if arguments.push is None:
         return print_result(arguments, to_json(report), text)
-    from finetune.exporting.push import push_result
     from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
 
     try:
         pushed = push_result(report.output, arguments.push, public=arguments.public)
@@ -103,11 +155,18 @@ def _print_and_push(arguments: argparse.Namespace, report: ExportReport | Adapte
 
 
 def run_push(arguments: argparse.Namespace) -> int:
-    from finetune.exporting.push import push_result
     from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
 
     report = push_result(arguments.path, arguments.repository, public=arguments.public)
     return print_result(arguments, to_json(report), describe_push(report))
+
+
+def run_average(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.averaging import average_models, describe_average
+
+    report = average_models(arguments.models, arguments.output, arguments.dtype, arguments.max_shard_size)
+    return print_result(arguments, to_json(report), describe_average(report))
 
 
 def run_gguf(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
 from finetune.cli.doing import (
+    run_average,
     run_chat,
+    run_clean,
     run_demo,
     run_evaluate,
     run_export,
@@ -15,6 +17,7 @@ from finetune.cli.doing import (
     run_gguf,
     run_push,
     run_train,
+    run_watch,
 )
 from finetune.cli.looking import (
     run_check,
@@ -103,6 +106,16 @@ VERBS: tuple[Verb, ...] = (
         ("finetune lint sft_qlora -s data.train=my.jsonl", "finetune lint my.yaml --fix clean --only duplicate"),
     ),
     Verb(
+        "clean",
+        "make a training set of raw rows, by the steps of the recipe's section clean",
+        arguments.add_clean,
+        run_clean,
+        (
+            "finetune clean my.yaml -o cleaned",
+            "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
+        ),
+    ),
+    Verb(
         "plan",
         "predict memory and time of a training step, without a GPU and without weights",
         arguments.add_plan,
@@ -132,6 +145,13 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        "watch",
+        "show runs on one page, live while they train: curves, warnings, answers, what differs",
+        arguments.add_watch,
+        run_watch,
+        ("finetune watch runs/mine", "finetune watch runs/one runs/two -o compared.html"),
+    ),
+    Verb(
         "export",
         "merge a run into Llama-format weights, and verify them",
         arguments.add_export,
@@ -148,6 +168,16 @@ VERBS: tuple[Verb, ...] = (
         arguments.add_push,
         run_push,
         ("finetune push runs/mine me/mine-lora", "finetune push exports/mine me/mine --public"),
+    ),
+    Verb(
+        "average",
+        "average the weights of runs or models into one folder of Llama weights",
+        arguments.add_average,
+        run_average,
+        (
+            "finetune average runs/mine/checkpoint-100 runs/mine/checkpoint-200 -o exports/averaged",
+            "finetune average phase24 phase25 -o exports/averaged --dtype bfloat16",
+        ),
     ),
     Verb(
         "gguf",

@@ -51,7 +51,7 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
 
 def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Scores:
     """Evaluate on tokenized rows (`input_ids`, `labels`), one at a time."""
-    backbone, head = _split_model(loaded)
+    backbone, head = split_model(loaded)
     loss, correct, tokens = 0.0, 0, 0
     with torch.inference_mode():
         for row in rows:
@@ -70,7 +70,7 @@ def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) 
     return Scores(mean, math.exp(min(mean, 700.0)), correct / tokens, tokens)
 
 
-def _split_model(loaded: LoadedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
+def split_model(loaded: LoadedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the backbone and the head, so that logits are made only where they are needed."""
     model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     return model.model, model.get_output_embeddings()

@@ -55,8 +55,12 @@ def check_output_free(folder: Path, ignored: str = "") -> None:
     """Refuse an output path that is a file or a folder with content; a file named `ignored` may be there.
 
     Raises:
-        OutputError: the path is taken; nothing was changed.
+        OutputError: the path is taken, or begins with a home folder that nobody has; nothing was changed.
     """
+    if str(folder).startswith("~"):
+        home = expand_home(folder)
+        cure = "there is no user of this name" if home == folder else f"~ is not replaced here; write {home}"
+        raise OutputError(f"{folder}: {cure}")
     if folder.is_dir():
         if any(path.name != ignored for path in folder.iterdir()):
             raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from finetune.check.preparation.clean_checks import COMPARED, RULE_KINDS
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
 from finetune.files.resources import list_templates
@@ -32,6 +33,9 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "data.template": ("auto", *list_templates(), "a .jinja file"),
     "adapter.targets": ("all-linear", *LINEAR_LAYERS),
     "rewards.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
+    "clean.rules": RULE_KINDS,
+    "clean.near_duplicates.compare": COMPARED,
+    "clean.decontaminate.against": ("a file", "a list of files"),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }
 

@@ -1,6 +1,8 @@
 """Find and set up the engine by which the processes of `accelerate launch` share a run: whole copies, or sharded tensors."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,11 +11,31 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from finetune.compat import shard_on_cpu
-from finetune.errors import MachineError, RecipeError
+from finetune.errors import MachineError, RecipeError, TrainingError
+from finetune.files.launcher import count_processes
+from finetune.models.engines.zero_stage import list_contradictions, read_stage
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]
-ENGINE_NAMES = {"one": "", "ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What is special about an engine: its name for a person, whether it shards the weights, and whether DeepSpeed runs it."""
+
+    title: str
+    shards_weights: bool = False
+    is_deepspeed: bool = False
+
+
+ENGINES: Mapping[Engine, EngineKind] = {
+    "one": EngineKind("one process"),
+    "ddp": EngineKind("DDP"),
+    "fsdp2": EngineKind("FSDP2", shards_weights=True),
+    "zero2": EngineKind("ZeRO-2", is_deepspeed=True),
+    "zero3": EngineKind("ZeRO-3", shards_weights=True, is_deepspeed=True),
+}
+ZERO_STAGES: Mapping[int, Engine] = {2: "zero2", 3: "zero3"}
 _CONFIG = "in accelerate's configuration; see recipes/accelerate/fsdp2.yaml"
 
 
@@ -23,7 +45,9 @@ def find_engine() -> Engine:
     Raises:
         MachineError: the kit does not support the engine, or one of its settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):  # it also shards the work of one process, to main memory
+        return ZERO_STAGES[read_stage()]
+    if count_processes() == 1:
         return "one"
     if _is_on("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -34,8 +58,6 @@ def find_engine() -> Engine:
                 f"set fsdp_cpu_ram_efficient_loading: false {_CONFIG}"
             )
         return "fsdp2"
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
     return "ddp"
 
 
@@ -45,24 +67,25 @@ def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
     Raises:
         RecipeError: it cannot; the message names the keys to change.
     """
-    recipe, problems = resolved.recipe, []
-    if engine in ("fsdp2", "zero3") and recipe.adapter.train_tokens:
+    recipe, kind = resolved.recipe, ENGINES[engine]
+    problems = list(list_contradictions()) if kind.is_deepspeed and engine == find_engine() else []
+    if kind.shards_weights and recipe.adapter.train_tokens:
         problems.append(
-            f"adapter.train_tokens: PEFT replaces rows of whole embedding tables, and {ENGINE_NAMES[engine]} shards them; "
+            f"adapter.train_tokens: PEFT replaces rows of whole embedding tables, and {kind.title} shards them; "
             "set train_tokens: [], or launch with recipes/accelerate/ddp.yaml"
         )
-    if engine in ("fsdp2", "zero3") and recipe.model.quantize == "int8":
+    if kind.shards_weights and recipe.model.quantize == "int8":
         problems.append("model.quantize: int8 weights cannot be sharded; set nf4 or none")
-    if engine in ("fsdp2", "zero3") and recipe.rewards.judge.run:
+    if kind.shards_weights and recipe.rewards.judge.run:
         problems.append(
-            f"rewards.judge.run: the judge needs the whole base model, and {ENGINE_NAMES[engine]} shards it; "
+            f"rewards.judge.run: the judge needs the whole base model, and {kind.title} shards it; "
             "launch with recipes/accelerate/ddp.yaml"
         )
     if engine == "fsdp2" and "bit" in str(recipe.trainer.get("optim", "")):
         problems.append(
             f"trainer.optim: {recipe.trainer['optim']} cannot step sharded tensors; set adamw_torch, whose moments can be sharded"
         )
-    if resolved.method.is_pretraining and engine.startswith("zero"):
+    if resolved.method.is_pretraining and kind.is_deepspeed:
         problems.append(
             f"method: {recipe.method} uses an optimizer of its own, which DeepSpeed would replace; launch with "
             "recipes/accelerate/fsdp2.yaml"
@@ -72,11 +95,37 @@ def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
             f"optimizer.moments: moments of the kind {recipe.optimizer.moments} cannot be sharded; set float32"
         )
     if problems:
-        raise RecipeError(f"under {ENGINE_NAMES[engine]}", problems)
+        raise RecipeError(f"under {kind.title}", problems)
 
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def check_launch_precision(autocast: str) -> None:
+    """Check that accelerate's `mixed_precision` leaves the dtype to the recipe, whose autocast dtype is `no`, `bf16` or `fp16`.
+
+    Raises:
+        MachineError: it names another dtype, which would be trained with.
+    """
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", autocast):
+        wanted = "float32" if autocast == "no" else autocast
+        raise MachineError(
+            f"mixed_precision in accelerate's configuration is {said}, but this recipe's model.dtype computes in {wanted}; "
+            "set mixed_precision: 'no', so that the recipe decides"
+        )
+
+
+def describe_idle_gpus(device: torch.device) -> str | None:
+    """Return a sentence about visible GPUs that this process leaves unused, or None."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count < 2 or count_processes() > 1:
+        return None
+    return (
+        f"{count} GPUs are visible, and this run uses one of them, {device}; to use all, set num_processes: {count} in "
+        "recipes/accelerate/ddp.yaml and run: accelerate launch --config_file recipes/accelerate/ddp.yaml -m finetune train RECIPE"
+    )
 
 
 def let_cpu_shard(config: TrainingArguments) -> None:
@@ -108,12 +157,14 @@ def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
 
     Every process must call it, since each sends its share. Returns None where nothing is sharded.
     """
-    engine = find_engine()
-    if engine not in ("fsdp2", "zero3"):
+    kind = ENGINES[find_engine()]
+    if not kind.shards_weights:
         return None
     trained = {name: tensor for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
-    if engine == "zero3":
+    if kind.is_deepspeed:
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+        if trainer.is_world_process_zero() and (lacking := [name for name in trained if name not in whole]):
+            raise TrainingError(f"{lacking[0]} could not be gathered from the processes; this is a fault of the kit")
         return {name: whole[name] for name in trained if name in whole}
     weights = {}
     for name, tensor in trained.items():

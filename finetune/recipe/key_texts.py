@@ -159,6 +159,42 @@ KEYS: Mapping[str, str] = {
         "Stop after so many evaluations in a row that are not better than the best one. Needs load_best_model_at_end: true and held-out "
         "rows; trainer.metric_for_best_model names what is compared, the held-out loss by default. A resumed run counts anew."
     ),
+    "clean": "The steps of `finetune clean`, in the order in which they run; each is off unless it is set. Training reads none of it.",
+    "clean.unreadable": "Leave out what cannot be read as a row: broken lines, turns out of order, empty questions or answers.",
+    "clean.rules": "Leave out rows with these findings of `finetune lint`; too_long takes data.max_tokens.",
+    "clean.exact_duplicates": "Leave out rows that equal an earlier one, as data.deduplicate does.",
+    "clean.near_duplicates": "Leave out rows that are nearly the same as one that stays, by MinHash signatures.",
+    "clean.near_duplicates.threshold": "The share of word groups from which two texts are nearly the same, such as 0.8; null turns the step off.",
+    "clean.near_duplicates.ngram": "How many consecutive words make a group. A Chinese, Japanese or Korean letter is a word.",
+    "clean.near_duplicates.permutations": "The length of a signature: more permutations estimate the share more exactly and take more memory.",
+    "clean.near_duplicates.compare": (
+        "What is compared: the trained text, the question, or both. A row leaves if one of them is nearly that of a row that stays. "
+        "Texts of fewer than ten groups are not compared."
+    ),
+    "clean.near_duplicates.best_by": (
+        "The key of a row that holds its score; of rows that are nearly the same, the one with the highest score stays. Empty keeps the first."
+    ),
+    "clean.decontaminate": "Leave out rows that share consecutive words with an evaluation set.",
+    "clean.decontaminate.against": "The files of the evaluation sets, in any format that can be read; every text in their rows counts.",
+    "clean.decontaminate.ngram": "How many consecutive words a row must share.",
+    "clean.complexity": (
+        "Leave out rows whose length_weight x tokens + loss_weight x loss is too high. The loss is that of the trained text under "
+        "model.checkpoint."
+    ),
+    "clean.complexity.drop_above": "The highest complexity that stays; null turns the step off.",
+    "clean.complexity.length_weight": "The weight of the length in tokens.",
+    "clean.complexity.loss_weight": "The weight of the loss, in nats per token.",
+    "clean.complexity.batch_size": "How many rows the model reads at a time. It changes no result.",
+    "clean.verify": "Leave out rows whose final answer differs from the true one.",
+    "clean.verify.answers": "Compare the final answers by the rule of the reward final_answer.",
+    "clean.verify.truth": "The key of a row that holds the true answer. Rows without it stay.",
+    "clean.mix": "Draw rows by the seed, so that groups of rows have given shares.",
+    "clean.mix.shares": (
+        "Groups with their shares, such as {maths: 0.22, code: 0.03, Latin: 0.39, Chinese: 0.36}. A group is a value of clean.mix.key, a "
+        "script, or both with a space between them."
+    ),
+    "clean.mix.key": "The key of a row that holds its kind; empty groups by script alone.",
+    "clean.mix.rows": "The most rows in all; null takes as many as the shares allow.",
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
+from finetune.recipe.preparation.clean_section import CleanSection
+
 TrainedArchitecture = Literal["llama", "native"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 # What `adapter.targets: all-linear` stands for.
@@ -156,6 +158,7 @@ class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
     `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
+    `clean` belongs to `finetune clean`; training does not read it.
     """
 
     method: str = "sft"
@@ -166,6 +169,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    clean: CleanSection = field(default_factory=CleanSection)
     answers: int = 64
     output: str = ""
     seed: int = 42
@@ -182,8 +186,9 @@ def dump_plain(content: Mapping[str, Any]) -> str:
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as dicts, lists and scalars."""
-    return {name: _to_plain(value) for name, value in vars(recipe).items()}
+    """Return the recipe as dicts, lists and scalars; `clean` is left out where it names no step."""
+    given = {name: value for name, value in vars(recipe).items() if name != "clean" or value != CleanSection()}
+    return {name: _to_plain(value) for name, value in given.items()}
 
 
 def _to_plain(value: Any) -> Any:

@@ -65,10 +65,10 @@ def check_gguf_type(name: str) -> None:
     if found := _BLOCKS_OF_256.fullmatch(name.lower()):
         nearest = _NEAREST_TYPES.get(found[1] or "", "q4_0")
         raise ExportError(
-            f"export: gguf: {name} stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800, which are no multiples "
+            f"{name} stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800, which are no multiples "
             f"of 256 (llama.cpp itself writes q5_0 and q8_0 there instead); take {nearest}"
         )
-    raise ExportError(f"export: gguf: {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
+    raise ExportError(f"the type {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
 
 
 def list_refusals(settings: ExportSettings, quantize: str, *, verifies: bool, is_stage: bool) -> Iterator[str]:

@@ -8,7 +8,7 @@ from stand_in import Fault, Repository
 
 from finetune.cli.main import main
 from finetune.errors import ExportError, HubError, RecipeError
-from finetune.exporting.push import push_result
+from finetune.pipeline.push import push_result
 from finetune.runs.results import open_result
 
 # The library itself calls its HTTP client so.

@@ -5,6 +5,8 @@ from typing import Any
 
 from finetune.data.formats.messages import MARKS, ROLE_NAMES, THOUGHTS, RowError, is_empty
 
+# The key under which `finetune clean` and `finetune synthesize` say what a row has passed.
+PROVENANCE = "provenance"
 # The keys under which a row holds messages.
 _LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 _SHARED_KEYS = frozenset({"tool_calls", "function_call", "tool_call_id", *MARKS, *THOUGHTS})
@@ -31,6 +33,9 @@ _ROW_REFUSALS = {
     ),
 }
 
+# Where the kit's own rows come from; it is written for people.
+_SILENT = frozenset({PROVENANCE})
+
 Rendered = Mapping[str, bool]
 
 
@@ -43,7 +48,7 @@ def list_unused_keys(row: Mapping[str, Any], known: frozenset[str], rendered: Re
     Raises:
         RowError: without one of these keys, the row would mean something else.
     """
-    unused = {key for key in row.keys() - known if not is_empty(row[key])}
+    unused = {key for key in row.keys() - known - _SILENT if not is_empty(row[key])}
     if isinstance(row.get("loss"), bool):
         unused.discard("loss")
     for key in sorted(unused & _ROW_REFUSALS.keys()):

@@ -94,7 +94,7 @@ def lint_rows(
     seen: dict[Split, _Seen] = {"evaluation": _Seen(), "train": _Seen()}
     tally = _Tally()
     for row in rows:
-        found = dict([row.fault] if row.fault else [*_check_row(row, settings), *_compare_row(row, seen)])
+        found = dict([row.fault] if row.fault else [*check_row_text(row, settings), *_compare_row(row, seen)])
         tally.count_row(row, found, settings.dropped)
         reason = _find_reason(row, found, settings.dropped)
         if reason is not None:
@@ -113,7 +113,7 @@ def _find_reason(row: LintRow, found: Mapping[str, str], dropped: Set[str]) -> s
     return next((name for name in KINDS if name in found and name in dropped), None)
 
 
-def _check_row(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, str]]:
+def check_row_text(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, str]]:
     """Yield the kind and the text of what is wrong with a row by itself."""
     texts = [*row.messages, *(row.rejected or ())]
     question = "\n".join(message["content"] for message in row.messages if message["role"] == "user")

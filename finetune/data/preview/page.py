@@ -21,7 +21,7 @@ from finetune.data.preview.preview import list_sides
 from finetune.errors import OutputError, Place
 from finetune.files.safety.disk_errors import translate_os_errors
 
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_STYLE_FOLDER = Path(__file__).parent
 _GENERATOR = "finetune preview"
 _HEAD_BYTES = 1000
 # Shows the token under the pointer, or the one that was touched. It reads and writes text only, never mark-up.
@@ -152,14 +152,20 @@ def _count_files(rows: Dataset | None) -> Counter[str]:
     return Counter() if rows is None else Counter(place["file"] for place in rows["place"])
 
 
+def make_environment(folder: Path) -> jinja2.Environment:
+    """Return where the page templates of a folder are rendered: every text is escaped, and all pages share `page.css`."""
+    loader = jinja2.FileSystemLoader([folder, _STYLE_FOLDER])
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+
+
 def render_page(page: Page) -> str:
     """Return the page as HTML. All text in it is escaped, and only its own script can run."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = make_environment(_STYLE_FOLDER)
     environment.filters["groupby_order"] = _group_pieces
     report = page.report
     splits = [("training", report.train), ("held out", report.evaluation)]
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.get_template("page.html.jinja").render(
         page=page,
         report=report,
         figures=list(_list_figures(report)),

@@ -1,0 +1,38 @@
+"""The table of steps, in the order in which they run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finetune.cleaning.answer_steps import drop_surplus, drop_wrong_answers
+from finetune.cleaning.complexity import drop_complex
+from finetune.cleaning.row_spool import Candidate
+from finetune.cleaning.step_form import CleanContext, StepResult
+from finetune.cleaning.text_steps import (
+    drop_by_rules,
+    drop_contaminated,
+    drop_exact_duplicates,
+    drop_near_duplicates,
+    drop_unreadable,
+)
+from finetune.recipe.preparation.clean_section import CleanSection
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its key in the section `clean`, whether a recipe turns it on, and the function that chooses what leaves."""
+
+    name: str
+    is_on: Callable[[CleanSection], bool]
+    run: Callable[[CleanContext, Sequence[Candidate]], StepResult]
+
+
+STEPS: tuple[Step, ...] = (
+    Step("unreadable", lambda section: section.unreadable, drop_unreadable),
+    Step("rules", lambda section: bool(section.rules), drop_by_rules),
+    Step("exact_duplicates", lambda section: section.exact_duplicates, drop_exact_duplicates),
+    Step("near_duplicates", lambda section: section.near_duplicates.threshold is not None, drop_near_duplicates),
+    Step("decontaminate", lambda section: bool(section.decontaminate.against), drop_contaminated),
+    Step("complexity", lambda section: section.complexity.drop_above is not None, drop_complex),
+    Step("verify", lambda section: section.verify.answers, drop_wrong_answers),
+    Step("mix", lambda section: bool(section.mix.shares), drop_surplus),
+)

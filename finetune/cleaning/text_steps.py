@@ -1,0 +1,149 @@
+"""The steps that look at texts: what cannot be read, the rules of `lint`, duplicates, and rows of an evaluation set."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rensa import RMinHash
+
+from finetune.cleaning.row_spool import Candidate, SpooledRow
+from finetune.cleaning.step_form import CleanContext, Drop, StepResult
+from finetune.data.lint.findings import KINDS
+from finetune.data.lint.near_duplicates import NearIndex, list_word_groups, sign_text
+from finetune.data.lint.text_checks import shorten
+from finetune.data.reading.sources import read_source
+from finetune.data.settings import Source
+from finetune.errors import DataError, Place
+
+
+def drop_unreadable(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
+    """Drop what cannot be read as a row: broken lines, turns out of order, empty texts."""
+    return StepResult({row.number: Drop(row.fault, row.found[row.fault]) for row in rows if row.fault is not None})
+
+
+def drop_by_rules(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
+    """Drop rows with a finding of a kind that the recipe names; a row counts under the gravest."""
+    named = [name for name in KINDS if name in context.section.rules]
+    result = StepResult()
+    for row in rows:
+        kind = next((name for name in named if name in row.found), None)
+        if kind is not None:
+            result.dropped[row.number] = Drop(kind, row.found[kind])
+    return result
+
+
+def drop_exact_duplicates(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
+    """Drop rows that are asked and trained the same as an earlier one, as for `data.deduplicate`."""
+    result, first = StepResult(), dict[bytes, Place]()
+    for row in rows:
+        place = first.setdefault(row.digest, row.place)
+        if place is not row.place:
+            text = shorten(context.spool.read(row).trained)
+            result.dropped[row.number] = Drop("duplicate", f"the same as {place}: {text}")
+    return result
+
+
+def drop_near_duplicates(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
+    """Drop rows whose trained text or question is nearly that of a row that stays.
+
+    The best row stays where the recipe names a key for scores, else the first. Texts of few words are not compared.
+    """
+    section, result = context.section.near_duplicates, StepResult()
+    threshold = section.threshold or 0.0
+    indexes = {name: NearIndex(threshold, section.permutations) for name in section.compare}
+    for row in _order_by_score(context, rows):
+        content = context.spool.read(row)
+        signatures = {
+            name: signature
+            for name in section.compare
+            if (signature := sign_text(_PARTS[name](content), section.ngram, section.permutations)) is not None
+        }
+        found = _find_near(indexes, signatures)
+        if found is None:
+            for name, signature in signatures.items():
+                indexes[name].add(row.place, signature)
+            continue
+        name, place, share = found
+        text = shorten(_PARTS[name](content))
+        result.dropped[row.number] = Drop(f"near duplicate ({name})", f"{share:.0%} the same as {place}: {text}")
+    return result
+
+
+def _find_near(indexes: Mapping[str, NearIndex], signatures: Mapping[str, RMinHash]) -> tuple[str, Place, float] | None:
+    for name, signature in signatures.items():
+        if near := indexes[name].find(signature):
+            return name, *near
+    return None
+
+
+def _order_by_score(context: CleanContext, rows: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return the rows with the best first; those with equal scores, or with none, keep their order."""
+    key = context.section.near_duplicates.best_by
+    if not key:
+        return rows
+    return sorted(rows, key=lambda row: -_read_number((context.spool.read(row).raw or {}).get(key)))
+
+
+def _read_number(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return float(value) if is_number else -math.inf  # type: ignore[arg-type]
+
+
+def _read_question(row: SpooledRow) -> str:
+    return row.question
+
+
+def _read_trained(row: SpooledRow) -> str:
+    return row.trained
+
+
+_PARTS = {"trained": _read_trained, "question": _read_question}
+
+
+def drop_contaminated(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
+    """Drop rows that share `ngram` consecutive words with a row of an evaluation set."""
+    section, result = context.section.decontaminate, StepResult()
+    held, short = _read_held_groups(section.against, section.ngram)
+    if short:
+        result.notes.append(
+            f"{short:,} rows of the evaluation sets have no text of {section.ngram} words, so nothing can share that many with them"
+        )
+    for row in rows:
+        content = context.spool.read(row)
+        texts = (turn["content"] for turn in [*content.messages, *content.rejected] if turn["role"] != "system")
+        groups = (group for text in texts for group in list_word_groups(text, section.ngram))
+        if match := next((group for group in groups if group in held), None):
+            result.dropped[row.number] = Drop("shared with an evaluation set", f"{held[match]}: {match}")
+    return result
+
+
+def _read_held_groups(files: Sequence[str], size: int) -> tuple[dict[str, Place], int]:
+    """Return every group of words of the evaluation sets with its first place, and the number of rows that have none.
+
+    Raises:
+        DataError: a file or a row cannot be read.
+    """
+    held, short = dict[str, Place](), 0
+    for file in files:
+        for _, rows in read_source(Source(Path(file), split="evaluation")):
+            for place, raw in rows:
+                if isinstance(raw, DataError):
+                    raise raw
+                groups = [group for text in _list_texts(raw) for group in list_word_groups(text, size)]
+                short += not groups
+                for group in groups:
+                    held.setdefault(group, place)
+    return held, short
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a row, however deep it lies."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _list_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _list_texts(inner)
