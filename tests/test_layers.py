@@ -16,6 +16,7 @@ ROOMS = (
     "api_arguments",
     "files",
     "compat",
+    "hub",
     "yulan",
     "data",
     "mixtures",

@@ -187,6 +187,23 @@ def add_export(verb: argparse.ArgumentParser) -> None:
         help=f"also write a GGUF file for llama.cpp and Ollama, in this type ({', '.join(_GGUF_TYPES)}); may be repeated",
     )
 
+    verb.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="then upload what was written to this repository of the hub, private unless --public",
+    )
+    verb.add_argument("--public", action="store_true", help="let everybody read the upload (with --push)")
+
+
+def add_push(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "path", metavar="RUN_OR_EXPORT", type=Path, help="a run with an adapter, or a folder that export wrote"
+    )
+    verb.add_argument(
+        "repository", metavar="OWNER/NAME", help="a repository of the hub; it is made where there is none"
+    )
+    verb.add_argument("--public", action="store_true", help="let everybody read it (default: only its owner)")
+
 
 def add_average(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)

@@ -1,4 +1,4 @@
-"""Run the verbs that train, write and use models."""
+"""Run the verbs that train, write and use models, and upload them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
-from finetune.errors import ExportError, OutputError
+from finetune.errors import ExportError, FinetuneError, HubError, OutputError
 from finetune.files.launcher import is_main_process
+from finetune.files.terminal import escape_controls
 
 if TYPE_CHECKING:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
-from finetune.files.terminal import escape_controls
+    from finetune.exporting.proof import ExportReport
+    from finetune.models.plain_adapter import AdapterReport
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -104,6 +106,12 @@ def run_watch(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    if arguments.public and arguments.push is None:
+        raise ExportError("export: --public says who can read an upload; name its repository with --push OWNER/NAME")
+    if arguments.push is not None:
+        from finetune.hub.uploads import check_push
+
+        check_push(arguments.push)  # before minutes of work
     if arguments.adapter:
         return _run_adapter_export(arguments)
     from finetune.exporting.merge import describe_export, export_result
@@ -121,7 +129,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     prover = _make_prover(arguments) if settings.gguf else None
     result = open_result(arguments.result)
     report = export_result(result, arguments.output, settings, verifier, prover, base_model=arguments.base_model)
-    return print_result(arguments, to_json(report), describe_export(report))
+    return _print_and_push(arguments, report, describe_export(report))
 
 
 def _run_adapter_export(arguments: argparse.Namespace) -> int:
@@ -139,7 +147,30 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
     from finetune.runs.results import open_result
 
     report = write_plain_adapter(open_result(arguments.result), arguments.output)
-    return print_result(arguments, to_json(report), describe_adapter(report))
+    return _print_and_push(arguments, report, describe_adapter(report))
+
+
+def _print_and_push(arguments: argparse.Namespace, report: ExportReport | AdapterReport, text: str) -> int:
+    """Print what was written, after it was uploaded where that was asked for."""
+    if arguments.push is None:
+        return print_result(arguments, to_json(report), text)
+    from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
+
+    try:
+        pushed = push_result(report.output, arguments.push, public=arguments.public)
+    except FinetuneError as error:
+        again = f"finetune push {report.output} {arguments.push}"
+        raise HubError(f"{error}\n{report.output} is written; upload it later with `{again}`") from error
+    return print_result(arguments, {**to_json(report), "push": to_json(pushed)}, f"{text}\n{describe_push(pushed)}")
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
+
+    report = push_result(arguments.path, arguments.repository, public=arguments.public)
+    return print_result(arguments, to_json(report), describe_push(report))
 
 
 def run_average(arguments: argparse.Namespace) -> int:

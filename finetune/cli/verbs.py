@@ -15,6 +15,7 @@ from finetune.cli.doing import (
     run_export,
     run_fold,
     run_gguf,
+    run_push,
     run_synthesize,
     run_train,
     run_watch,
@@ -166,8 +167,15 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
-            "finetune export runs/mine -o adapters/mine --adapter",
+            "finetune export runs/mine -o adapters/mine --adapter --push me/mine-lora",
         ),
+    ),
+    Verb(
+        "push",
+        "upload a run's adapter or an export to the hub, with its card; private unless asked otherwise",
+        arguments.add_push,
+        run_push,
+        ("finetune push runs/mine me/mine-lora", "finetune push exports/mine me/mine --public"),
     ),
     Verb(
         "average",

@@ -7,6 +7,7 @@ _PREPARES = "the kit prepares the rows itself; remove this key"
 _LOSSES = "evaluation computes losses and keeps no logits; remove this key"
 _COMPLETIONS = "the run directory holds completions.jsonl; remove this key"
 _OURS = "the kit sets this option itself"
+_PUSH = "uploads checkpoints as they come, and none of the run's own files; remove this key, and upload with `finetune push`"
 _PAD = "the kit always pads with YuLan-Mini's own <pad>; remove this key"
 _LIGER = (
     "the loss is computed in tiles of logits without Liger's kernels; remove this key, and for less memory set "
@@ -98,6 +99,18 @@ SHARED_OWNED: Mapping[str, str] = {
     "fsdp": _LAUNCHER,
     "fsdp_config": _LAUNCHER,
     "ddp_backend": "accelerate takes NCCL for GPUs and gloo for CPUs; remove this key",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        _PUSH,
+    ),
 }
 
 

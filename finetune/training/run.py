@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from finetune.checkpoints.hub_names import read_hub_record
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
 from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
+from finetune.hub.commits import pin_commits
 from finetune.models.engine import (
     ENGINES,
     check_engine,
@@ -28,7 +30,7 @@ from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
-from finetune.runs.run_files import RECIPE_FILE
+from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE
 from finetune.runs.summary import RunSummary
 from finetune.runs.trainer_checkpoints import read_last_step
 from finetune.training.journal.answers import AnswerSheet
@@ -61,7 +63,10 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     device, precision, config = configure(resolved)
     check_same_recipes(resolved.recipe, resume=resume)
     is_writer = config.process_index == 0
-    with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
+    with (
+        hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext(),
+        pin_commits(read_hub_record(resolved.output / RECORD_FILE) if resume else ()),
+    ):
         checkpoint = None
         if resume:
             check_same_processes(resolved.output)
@@ -215,6 +220,7 @@ def check_finished_run(resolved: ResolvedRecipe) -> None:
     """
     recipe, run = resolved.recipe, resolved.output
     check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")
-    _, splits = prepare_rows(resolved)
-    base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
-    check_same_inputs(run, splits.report.fingerprint, base, judge)
+    with pin_commits(read_hub_record(run / RECORD_FILE)):
+        _, splits = prepare_rows(resolved)
+        base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
+        check_same_inputs(run, splits.report.fingerprint, base, judge)

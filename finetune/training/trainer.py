@@ -17,7 +17,6 @@ from transformers import (
 
 from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_preparation, use_one_gpu
 from finetune.data.dataset import Splits
-from finetune.errors import RecipeError
 from finetune.models.engine import ENGINES, find_engine, let_cpu_shard, set_shared_type
 from finetune.models.lora import raise_rate_of_b
 from finetune.models.precision import Precision
@@ -90,11 +89,6 @@ def build_trainer(
         )
     except _REFUSALS as error:
         raise explain_refusal(error, resolved.recipe.trainer) from error
-    except Exception as error:
-        if not config.push_to_hub:
-            raise
-        fault = f"trainer.push_to_hub: the hub could not be prepared ({error}); log in with `hf auth login`, or remove this key"
-        raise RecipeError("trainer", [fault]) from error
     _restore_adapter(model, adapter_before)
     set_shared_type(trainer, precision.shared)
     if not method.collator_class:
