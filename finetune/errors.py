@@ -3,10 +3,12 @@
     FinetuneError           any of those below; the command line prints it without a traceback and exits with 2
     ├── RecipeError         a recipe with one or more problems
     ├── CheckpointError     a base checkpoint that cannot be found, read or folded
+    ├── HubError            something that cannot be fetched from the hub, or sent to it
     ├── DataError           a data file or row that cannot be used
     ├── TemplateError       a chat template that cannot be used
     ├── TrainingError       a run that must not start, or cannot be resumed
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
+    ├── EndpointError       a model on a server that cannot be asked, or a limit that is reached
     ├── OutputError         a folder that cannot be written: not empty, no permission, no space
     ├── MachineError        something this machine cannot do
     └── ArgumentError       an argument of a public function that has a wrong type or lies outside its range
@@ -40,6 +42,17 @@ class RecipeError(FinetuneError):
 
 class CheckpointError(FinetuneError):
     """A checkpoint cannot be found, read or folded."""
+
+
+class HubError(FinetuneError):
+    """The hub, the network or the hub's cache does not do what was asked.
+
+    `is_unreachable`: the hub said nothing about it, so that a copy on this machine can stand in.
+    """
+
+    def __init__(self, fault: str, *, is_unreachable: bool = False) -> None:
+        self.is_unreachable = is_unreachable
+        super().__init__(fault)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,10 @@ class TrainingError(FinetuneError):
 
 class ExportError(FinetuneError):
     """A model cannot be exported, or the export is not equal to what was trained."""
+
+
+class EndpointError(FinetuneError):
+    """A model on a server cannot be asked, or a limit of its endpoint is reached."""
 
 
 class OutputError(FinetuneError):

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from byte_level_tokenizer import write_byte_level_tokenizer
 from legacy_tokenizer import write_legacy_tokenizer
@@ -38,9 +39,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Keep folds and hashes of the tests out of the user's own cache, also in child processes."""
+    """Keep folds and hashes of the tests out of the user's own cache, and the hub out of the tests; also in child processes."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FINETUNE_CACHE"] = str(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the library read the variable when it was imported
     return folder
 
 

@@ -10,6 +10,13 @@ from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
 from finetune.check.preparation.clean_checks import check_clean, settle_clean
+from finetune.check.preparation.synthesize_checks import (
+    check_clean_judge,
+    check_endpoints,
+    check_synthesize,
+    settle_endpoints,
+    settle_synthesize,
+)
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
 from finetune.check.trainer.trainer_section import check_trainer
@@ -96,6 +103,9 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     yield from check_data_section(recipe.data, folder)
     yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
     yield from check_clean(recipe.clean, folder)
+    yield from check_clean_judge(recipe.clean, recipe.endpoints, folder)
+    yield from check_endpoints(recipe.endpoints)
+    yield from check_synthesize(recipe.synthesize, recipe.endpoints)
     if method is not None and method.pretraining is not None:
         yield from check_pretraining(recipe, method.pretraining, folder)
     elif method is not None:
@@ -159,6 +169,8 @@ def settle_recipe(draft: Draft) -> Recipe:
         trainer=trainer,
         rewards=rewards,
         clean=settle_clean(recipe.clean, folder),
+        synthesize=settle_synthesize(recipe.synthesize),
+        endpoints=settle_endpoints(recipe.endpoints),
         output=str(output.resolve()),
     )
     return settled if method.pretraining is None else resolve_pretraining(settled, method.pretraining, folder)

@@ -90,8 +90,15 @@ def list_aliases() -> list[str]:
 def find_alias(name: str) -> Checkpoint | None:
     """Return the base checkpoint of an alias, or None; every name from `phase1` to `phase25` is an alias.
 
-    The authors published more phases than their table of scores lists, under the same pattern of names.
+    The authors published more phases than their table of scores lists, under the same pattern of names. An alias of a repository
+    may have an `@revision`.
     """
+    alias, revision = split_hub_id(name)
+    entry = _find_row(alias)
+    return None if entry is None or (revision and entry.repository is None) else entry
+
+
+def _find_row(name: str) -> Checkpoint | None:
     for checkpoint in CHECKPOINTS:
         if checkpoint.alias == name:
             return checkpoint

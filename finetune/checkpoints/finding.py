@@ -5,22 +5,22 @@ the checkpoint's content.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases, split_hub_id
-from finetune.errors import CheckpointError, describe_unknown_name
+from finetune.checkpoints.wanted_files import (
+    advise_download,
+    choose_checkpoint_files,
+    choose_state_files,
+    choose_text_files,
+)
+from finetune.errors import CheckpointError, HubError, describe_unknown_name
 from finetune.files.cache import find_cache, hash_file, make_once
 from finetune.files.folders import expand_home
 from finetune.files.resources import find_demo_data
+from finetune.hub.commits import find_commit
+from finetune.hub.faults import Asked
+from finetune.hub.snapshots import Choice, fetch_files
 from finetune.recipe.sections import TrainedArchitecture
 from finetune.yulan.folding import fold_checkpoint
 from finetune.yulan.layout import find_architecture, read_config
@@ -29,36 +29,27 @@ from finetune.yulan.nano import CONFIG, NANO_VERSION, build_nano
 from finetune.yulan.states.optimizer_states import POINTER, RESULT
 from finetune.yulan.tensors import list_weight_files
 
-# Weights as safetensors, and text files; neither code nor pickles.
-_WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
-# Optimizer states are pickles. They are downloaded only for a recipe that asks for them, and read as tensors and plain values.
-_STATE_FILES = (POINTER, "*_universal/*.pt")
 _FOLD_VERSION = 2
 
 
 def find_checkpoint(name: str) -> Path:
     """Return the local folder of a checkpoint; download it or build it first where needed.
 
-    `name` is an alias, a hub id with an optional `@revision`, or a folder.
+    `name` is an alias or a hub id, both with an optional `@revision`, or a folder.
 
     Raises:
         CheckpointError: the name is unknown, or the checkpoint cannot be downloaded.
     """
-    entry = find_alias(name)
-    if entry is not None:
-        if entry.alias == "nano":
-            return _find_nano()
-        if entry.repository is None:
-            raise CheckpointError(f"{name}: {entry.note}")
-        return _download(entry.repository, None, name)
-    folder = expand_home(name)
-    if folder.is_dir():
-        return folder.resolve()
-    if is_hub_id(name) and not name.startswith((".", "/", "~")):
-        return _download(*split_hub_id(name), name)
-    raise CheckpointError(
-        f"{name!r} is {describe_unknown_name(name, list_aliases())}; a hub id (owner/repository) or a local folder works too"
-    )
+    return _find(name, choose_checkpoint_files)
+
+
+def find_text_files(name: str) -> Path:
+    """Return the local folder with configuration and tokenizer of a checkpoint, as `find_checkpoint` finds it; without weights.
+
+    Raises:
+        CheckpointError: the name is unknown, or the files cannot be downloaded.
+    """
+    return _find(name, choose_text_files)
 
 
 def find_states_folder(name: str) -> Path:
@@ -67,12 +58,7 @@ def find_states_folder(name: str) -> Path:
     Raises:
         CheckpointError: the checkpoint has no optimizer state, or it cannot be downloaded.
     """
-    folder = expand_home(name)
-    entry = find_alias(name)
-    if entry is not None and entry.repository is not None:
-        folder = _download(entry.repository, None, name, (*_WANTED_FILES, *_STATE_FILES))
-    elif entry is None and not folder.is_dir():
-        folder = _download(*split_hub_id(name), name, (*_WANTED_FILES, *_STATE_FILES))
+    folder = _find(name, choose_state_files)
     if not any((place / POINTER).is_file() for place in (folder, folder / RESULT)):
         raise CheckpointError(
             f"{name}: holds no optimizer state (no {POINTER} in {folder}); set optimizer.states: fresh to begin with zero "
@@ -81,22 +67,49 @@ def find_states_folder(name: str) -> Path:
     return folder
 
 
-def _download(repository: str, revision: str | None, name: str, files: Sequence[str] = _WANTED_FILES) -> Path:
+def _find(name: str, choose: Choice) -> Path:
+    entry, folder = find_alias(name), expand_home(name)
+    if entry is not None and entry.alias == "nano":
+        return _find_nano()
+    if entry is not None and entry.repository is None:
+        raise CheckpointError(f"{name}: {entry.note}")
+    if entry is None and folder.is_dir():
+        return folder.resolve()
+    asked = find_repository(name)
+    if asked is None:
+        raise CheckpointError(
+            f"{name!r} is {describe_unknown_name(name, list_aliases())}; a hub id (owner/repository) or a local folder works too"
+        )
     try:
-        # Access by attribute makes the library load its download code only here. It takes a fifth of a second.
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise CheckpointError(
-            f"{name}: the hub has no {repository}{f' at {revision}' if revision else ''}, or it is private; check the name, "
-            "or log in with `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        at = f" --revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{name}: {repository} is not on this machine, and the hub cannot be reached; on a machine with a network run\n"
-            f"  hf download {repository}{at} --local-dir {repository.rpartition('/')[2]}\n"
+        return fetch_files(asked, choose)
+    except HubError as error:
+        elsewhere = (
+            "\nOn a machine with a network run\n"
+            f"  {advise_download(asked.repository, asked.revision)}\n"
             "and set model.checkpoint to that folder"
-        ) from error
+        )
+        raise CheckpointError(f"{name}: {error}{elsewhere if error.is_unreachable else ''}") from error
+
+
+def find_repository(name: str) -> Asked | None:
+    """Return the repository of the hub and the revision that a name stands for, or None where it stands for no repository."""
+    entry, (repository, revision) = find_alias(name), split_hub_id(name)
+    if entry is not None:
+        return None if entry.repository is None else Asked(entry.repository, revision)
+    if expand_home(name).is_dir() or not is_hub_id(name) or name.startswith((".", "/", "~")):
+        return None
+    return Asked(repository, revision)
+
+
+def find_named_commit(name: str) -> str | None:
+    """Return the commit of the hub that a name stands for, as far as this process knows it."""
+    asked = find_repository(name)
+    return None if asked is None else find_commit(asked)
+
+
+def pin_name(name: str, commit: str | None) -> str:
+    """Return the name of a checkpoint at a commit of the hub; without one, or where it is on no hub, the name itself."""
+    return name if commit is None or find_repository(name) is None else f"{split_hub_id(name)[0]}@{commit}"
 
 
 def _find_nano() -> Path:

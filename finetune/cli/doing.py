@@ -1,4 +1,4 @@
-"""Run the verbs that train, write and use models."""
+"""Run the verbs that train, write and use models, and upload them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
-from finetune.errors import ExportError
+from finetune.errors import ExportError, FinetuneError, HubError, OutputError
 from finetune.files.launcher import is_main_process
+from finetune.files.terminal import escape_controls
 
 if TYPE_CHECKING:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
-from finetune.files.terminal import escape_controls
+    from finetune.exporting.proof import ExportReport
+    from finetune.models.plain_adapter import AdapterReport
 
 
 def run_fold(arguments: argparse.Namespace) -> int:
@@ -42,6 +44,18 @@ def run_clean(arguments: argparse.Namespace) -> int:
 
     report = clean_rows(resolved, arguments.output)
     return print_result(arguments, report.to_json(), describe_clean(report))
+
+
+def run_synthesize(arguments: argparse.Namespace) -> int:
+    from finetune.check.recipes import load_recipe
+
+    if arguments.output is None and not arguments.dry_run:
+        raise OutputError("-o is missing; name a new folder for the rows, such as -o written, or ask for --dry-run")
+    resolved = load_recipe(arguments.recipe, arguments.set)
+    from finetune.synthesis.synthesize_run import count_requests, describe_synthesis, synthesize_rows
+
+    report = count_requests(resolved) if arguments.dry_run else synthesize_rows(resolved, arguments.output)
+    return print_result(arguments, report.to_json(), describe_synthesis(report))
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -92,6 +106,12 @@ def run_watch(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    if arguments.public and arguments.push is None:
+        raise ExportError("export: --public says who can read an upload; name its repository with --push OWNER/NAME")
+    if arguments.push is not None:
+        from finetune.hub.uploads import check_push
+
+        check_push(arguments.push)  # before minutes of work
     if arguments.adapter:
         return _run_adapter_export(arguments)
     from finetune.exporting.merge import describe_export, export_result
@@ -109,7 +129,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     prover = _make_prover(arguments) if settings.gguf else None
     result = open_result(arguments.result)
     report = export_result(result, arguments.output, settings, verifier, prover, base_model=arguments.base_model)
-    return print_result(arguments, to_json(report), describe_export(report))
+    return _print_and_push(arguments, report, describe_export(report))
 
 
 def _run_adapter_export(arguments: argparse.Namespace) -> int:
@@ -117,18 +137,40 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
         ("--dtype", arguments.dtype, "auto"),
         ("--max-shard-size", arguments.max_shard_size, "2GB"),
         ("--base", arguments.base, "full"),
+        ("--base-model", arguments.base_model, None),
         ("--no-verify", arguments.no_verify, False),
         ("--gguf", arguments.gguf, []),
     ):
         if value != default:
-            raise ExportError(
-                f"export: {option} is for merged weights, and --adapter merges nothing; remove one of the two"
-            )
+            raise ExportError(f"{option} is for merged weights, and --adapter merges nothing; remove one of the two")
     from finetune.models.plain_adapter import describe_adapter, write_plain_adapter
     from finetune.runs.results import open_result
 
     report = write_plain_adapter(open_result(arguments.result), arguments.output)
-    return print_result(arguments, to_json(report), describe_adapter(report))
+    return _print_and_push(arguments, report, describe_adapter(report))
+
+
+def _print_and_push(arguments: argparse.Namespace, report: ExportReport | AdapterReport, text: str) -> int:
+    """Print what was written, after it was uploaded where that was asked for."""
+    if arguments.push is None:
+        return print_result(arguments, to_json(report), text)
+    from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
+
+    try:
+        pushed = push_result(report.output, arguments.push, public=arguments.public)
+    except FinetuneError as error:
+        again = f"finetune push {report.output} {arguments.push}"
+        raise HubError(f"{error}\n{report.output} is written; upload it later with `{again}`") from error
+    return print_result(arguments, {**to_json(report), "push": to_json(pushed)}, f"{text}\n{describe_push(pushed)}")
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    from finetune.hub.uploads import describe_push
+    from finetune.pipeline.push import push_result
+
+    report = push_result(arguments.path, arguments.repository, public=arguments.public)
+    return print_result(arguments, to_json(report), describe_push(report))
 
 
 def run_average(arguments: argparse.Namespace) -> int:
@@ -160,6 +202,8 @@ def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
 
@@ -173,6 +217,23 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"over {scores.tokens:,} trained tokens"
     )
     return print_result(arguments, asdict(scores), text)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
+
+    settings = TaskSettings(
+        tasks=arguments.tasks,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        data=arguments.task_data,
+        exemplars=arguments.exemplars,
+        batch_size=arguments.batch_size,
+        chat=arguments.chat,
+        unsafe_code=arguments.unsafe_code,
+    )
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

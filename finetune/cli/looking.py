@@ -163,10 +163,12 @@ def run_recipes(arguments: argparse.Namespace) -> int:
         return _guide_assistants(arguments)
     if arguments.name is None:
         return _list_recipes(arguments)
-    from finetune.files.resources import find_shipped_recipe
+    from finetune.files.resources import find_launch_file, find_shipped_recipe, list_launch_files
     from finetune.guide.recipe_copy import copy_recipe
 
-    text = copy_recipe(find_shipped_recipe(arguments.name))
+    file = find_launch_file(arguments.name)
+    is_launch_file = file in list_launch_files().values()
+    text = file.read_text(encoding="utf-8") if is_launch_file else copy_recipe(find_shipped_recipe(arguments.name))
     return _write_text(arguments, {"recipe": str(arguments.name), "text": text}, text)
 
 

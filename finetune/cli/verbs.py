@@ -15,6 +15,8 @@ from finetune.cli.doing import (
     run_export,
     run_fold,
     run_gguf,
+    run_push,
+    run_synthesize,
     run_train,
     run_watch,
 )
@@ -115,6 +117,13 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        "synthesize",
+        "write new rows or pairs with a model, from prompts, texts or rows",
+        arguments.add_synthesize,
+        run_synthesize,
+        ("finetune synthesize my.yaml --dry-run", "finetune synthesize my.yaml -o written"),
+    ),
+    Verb(
         "plan",
         "predict memory and time of a training step, without a GPU and without weights",
         arguments.add_plan,
@@ -158,8 +167,15 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
-            "finetune export runs/mine -o adapters/mine --adapter",
+            "finetune export runs/mine -o adapters/mine --adapter --push me/mine-lora",
         ),
+    ),
+    Verb(
+        "push",
+        "upload a run's adapter or an export to the hub, with its card; private unless asked otherwise",
+        arguments.add_push,
+        run_push,
+        ("finetune push runs/mine me/mine-lora", "finetune push exports/mine me/mine --public"),
     ),
     Verb(
         "average",
@@ -183,12 +199,13 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "evaluate",
-        "measure loss, perplexity and token accuracy on held-out rows",
+        "measure loss and accuracy on held-out rows, or the scores of LAMBADA, GSM8K and HumanEval",
         arguments.add_evaluate,
         run_evaluate,
         (
             "finetune evaluate runs/mine --data held_out.jsonl",
-            "finetune evaluate base --data held_out.jsonl --json",
+            "finetune evaluate base --tasks lambada,gsm8k,humaneval",
+            "finetune evaluate runs/mine --tasks gsm8k --limit 100 --task-data gsm8k_test.jsonl --exemplars gsm8k_train.jsonl",
         ),
     ),
     Verb(

@@ -11,7 +11,7 @@ from finetune.exporting.merged import Subject
 from finetune.exporting.proof import BaseScores, Comparison, ExportReport, GgufReport, describe_tolerance
 from finetune.files.sizes import describe_size
 from finetune.models.plain_adapter import describe_use
-from finetune.runs.lineage import find_base_name
+from finetune.runs.lineage import find_base_name, name_base
 from finetune.yulan.layout import PUBLISHED_SIZES, read_config
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
@@ -89,7 +89,8 @@ def _describe_origin(subject: Subject, report: ExportReport) -> str:
     if lineage is not None:
         merged = f"a LoRA adapter, merged into the {_BASE_NAMES[report.base]} base"
         rows = [
-            ("base checkpoint", lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint),
+            ("base checkpoint", name_base(lineage)),
+            *([("data sets of the hub", ", ".join(lineage.datasets))] if lineage.datasets else []),
             ("method", lineage.method),
             *([("chain", lineage.describe_chain())] if lineage.earlier else []),
             ("trained", "all weights" if subject.adapter is None else merged),

@@ -116,6 +116,7 @@ def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:
         "result": str(result.folder),
         "origin": asdict(result.lineage) if result.lineage else None,
         "base": str(subject.base),
+        "base_commit": result.lineage.commit if result.lineage else None,
         "base_fingerprint": result.lineage.base_fingerprint if result.lineage else None,
         "merged_into": report.base,
         "bases": asdict(report.bases) if report.bases else None,

@@ -30,6 +30,22 @@ def list_all_recipes() -> dict[str, Path]:
     return {**list_recipes(), **{f"tiers/{path.stem}": path for path in tiers}}
 
 
+def list_launch_files() -> dict[str, Path]:
+    """Return the shipped configurations of accelerate: name, such as `accelerate/fsdp2` -> file."""
+    return {f"accelerate/{path.stem}": path for path in sorted(_find_launch_folder().glob("*.yaml"))}
+
+
+def find_launch_file(name: Path) -> Path:
+    """Return a configuration of accelerate: the given path, or the shipped one of that name or path (`fsdp2`)."""
+    if name.is_file():
+        return name
+    return list_launch_files().get(f"accelerate/{name_recipe(name).removeprefix('accelerate/')}", name)
+
+
+def _find_launch_folder() -> Path:
+    return find_resource_folder("recipes") / "accelerate"
+
+
 def name_recipe(source: Path) -> str:
     """Return the name of a shipped recipe from its path: `sft_qlora` for `recipes/sft_qlora.yaml`."""
     return source.as_posix().removeprefix("recipes/").removesuffix(".yaml")

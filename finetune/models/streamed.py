@@ -98,6 +98,8 @@ class _Memory:
         self._free: dict[torch.Size, list[torch.Tensor]] = {}
 
     def take(self, shape: torch.Size) -> torch.Tensor:
+        if shape.numel() > _KEPT_ELEMENTS:  # a table of tokens needs the room, and comes before or after all layers
+            self._free.clear()
         free = self._free.get(shape)
         return free.pop() if free else torch.empty(shape)
 

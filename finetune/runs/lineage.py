@@ -1,14 +1,23 @@
 """Find the base checkpoint, the tokenizer and the template of a run or its result, and check that they are the same ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.checkpoints.finding import find_base_folder, find_checkpoint, fingerprint_checkpoint
+from finetune.checkpoints.finding import (
+    find_base_folder,
+    find_checkpoint,
+    find_repository,
+    find_text_files,
+    fingerprint_checkpoint,
+    pin_name,
+)
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import CheckpointError, ExportError, TemplateError
 from finetune.files.json_files import read_json
+from finetune.hub.faults import Asked
 from finetune.recipe.sections import ModelSection, TrainedArchitecture
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.results import Result, check_result_files
+from finetune.runs.results import Lineage, Result, check_result_files
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 from finetune.yulan.layout import find_architecture, parse_native_config, read_config
 from finetune.yulan.llama_files import open_llama_tensors
@@ -30,16 +39,41 @@ def find_training_base(resolved: ResolvedRecipe) -> Path:
     return find_base(earlier) if earlier.is_adapter else find_base_folder(str(earlier.folder), model.architecture)
 
 
+def find_text_base(resolved: ResolvedRecipe) -> Path:
+    """Find a folder with configuration and tokenizer of what a run trains, for which no weights are fetched or folded.
+
+    Raises:
+        FinetuneError: it cannot be found or read.
+    """
+    model, earlier = resolved.recipe.model, resolved.earlier
+    if earlier is None:
+        folder = find_text_files(model.checkpoint)
+        _check_tokenizer(folder)
+        read_config(folder)
+        return folder
+    lineage = earlier.lineage
+    if not earlier.is_adapter:
+        return earlier.folder
+    if lineage is None:
+        return find_base(earlier)
+    base = Path(lineage.base)
+    return base if base.is_dir() else find_text_files(pin_name(lineage.checkpoint, lineage.commit))
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not holds_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
+        )
+
+
 def _check_trainable(folder: Path) -> None:
     """Look at a checkpoint before it is folded or loaded, which takes minutes and gigabytes.
 
     Raises:
         CheckpointError: it has no tokenizer, its sizes contradict each other, or tensors are missing.
     """
-    if not holds_tokenizer(folder):
-        raise CheckpointError(
-            f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
-        )
+    _check_tokenizer(folder)
     if find_architecture(folder) == "llama":
         open_llama_tensors(folder)
     else:
@@ -61,7 +95,7 @@ def find_base(result: Result, base_model: str | None = None) -> Path:
     if base_model is not None:
         base = find_base_folder(base_model, lineage.architecture)
     elif not base.is_dir():
-        base = find_base_folder(lineage.checkpoint, lineage.architecture)
+        base = find_base_folder(pin_name(lineage.checkpoint, lineage.commit), lineage.architecture)
     found = fingerprint_checkpoint(base)
     if found != lineage.base_fingerprint:
         raise ExportError(
@@ -113,6 +147,19 @@ def find_base_name(result: Result) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def find_hub_base(lineage: Lineage) -> Asked | None:
+    """Return the repository and the commit of the hub from which the first base of a result came, if it came from there."""
+    first = lineage.earlier[0] if lineage.earlier else lineage
+    asked = find_repository(first.checkpoint)
+    return None if asked is None else replace(asked, revision=first.commit or asked.revision)
+
+
+def name_base(lineage: Lineage) -> str:
+    """Return the first base checkpoint of a result, with its commit on the hub where one is recorded."""
+    first = lineage.earlier[0] if lineage.earlier else lineage
+    return f"{first.checkpoint} (commit {first.commit})" if first.commit else first.checkpoint
+
+
 def _find_peft_base(folder: Path, base_model: str | None) -> Path:
     """Find the base of an adapter that another tool wrote: the one that is given, or the one that its configuration names."""
     content = read_json(folder / PEFT_CONFIG_FILE)
@@ -123,7 +170,7 @@ def _find_peft_base(folder: Path, base_model: str | None) -> Path:
             f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with --base-model"
         )
     try:
-        base = find_checkpoint(name)
+        base = find_checkpoint(name if base_model is not None else pin_name(name, content.get("revision")))
         find_architecture(base)
     except CheckpointError as error:
         if base_model is not None:

@@ -38,18 +38,20 @@ ResultKind = Literal["adapter", "model"]
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run that a result continues: its base checkpoint, its method, its folder."""
+    """A run that a result continues: its base checkpoint with the hub's commit, its method, its folder."""
 
     checkpoint: str
     method: str
     run: str
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
 class Lineage:
     """Where a result comes from: its base checkpoint as the recipe names it, the folder of weights, the template.
 
-    Where the folder `base` is gone, the base is found again by `checkpoint`. `earlier` holds the runs before this one, the oldest
+    Where the folder `base` is gone, the base is found again by `checkpoint` and the hub's `commit`. `datasets` names those of the
+    hub, with their commits. `earlier` holds the runs before this one, the oldest
     first. `max_positions` and `rope_theta` are set where training changed them; an adapter has no other place to record them.
     """
 
@@ -65,6 +67,8 @@ class Lineage:
     earlier: tuple[EarlierRun, ...] = ()
     max_positions: int | None = None
     rope_theta: float | None = None
+    commit: str | None = None
+    datasets: tuple[str, ...] = ()
 
     def describe_chain(self) -> str:
         """Return the base checkpoint and every method that followed, such as `base → sft → dpo`."""
@@ -162,13 +166,15 @@ def open_result(path: Path) -> Result:
         raise FinetuneError(f"{path}: there is no such folder; give a run directory or an adapter folder")
     if is_checkpoint_of_run(path):
         return _open_checkpoint(path)
-    if (path / PEFT_CONFIG_FILE).is_file():
+    # What lies in a run directory itself is no result of this kit: an upload of TRL's puts an earlier adapter there.
+    is_run = (path / RECORD_FILE).is_file()
+    if not is_run and (path / PEFT_CONFIG_FILE).is_file():
         return _open_folder(path, "adapter")
-    if (path / LINEAGE_FILE).is_file():
+    if not is_run and (path / LINEAGE_FILE).is_file():
         return _open_folder(path, "model")
     if (folder := find_result_folder(path)) is not None:
         return _open_folder(folder, "adapter" if folder.name == ADAPTER_FOLDER else "model")
-    if (path / RECORD_FILE).is_file():
+    if is_run:
         checkpoint = find_complete_checkpoint(path)
         use = "" if checkpoint is None else f", or give its newest checkpoint instead, {checkpoint}"
         raise FinetuneError(
@@ -220,4 +226,5 @@ def _open_folder(folder: Path, kind: ResultKind) -> Result:
 
 
 def _read_lineage(content: dict[str, Any]) -> Lineage:
-    return Lineage(**{**content, "earlier": tuple(EarlierRun(**run) for run in content.get("earlier", ()))})
+    earlier = tuple(EarlierRun(**run) for run in content.get("earlier", ()))
+    return Lineage(**{**content, "earlier": earlier, "datasets": tuple(content.get("datasets", ()))})

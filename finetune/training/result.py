@@ -13,6 +13,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.checkpoints.finding import find_named_commit
+from finetune.checkpoints.hub_names import name_datasets
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import TrainingError
 from finetune.files.folders import write_folder
@@ -132,14 +134,14 @@ def _check_numbers(folder: Path) -> None:
 def _describe_lineage(setup: Setup) -> Lineage:
     """Return where the result comes from: its base checkpoint, its template, its method, and the runs before this one."""
     model, earlier, runs = setup.resolved.recipe.model, setup.resolved.earlier, tuple[EarlierRun, ...]()
-    checkpoint = model.checkpoint
+    checkpoint, commit = model.checkpoint, find_named_commit(model.checkpoint)
     if earlier is not None and earlier.lineage is not None:
         before = earlier.lineage
-        runs = (*before.earlier, EarlierRun(before.checkpoint, before.method, checkpoint))
+        runs = (*before.earlier, EarlierRun(before.checkpoint, before.method, checkpoint, before.commit))
         if (
             earlier.is_adapter
         ):  # it belongs to the same base, which is found again by the name in the first run's recipe
-            checkpoint = before.checkpoint
+            checkpoint, commit = before.checkpoint, before.commit
     return Lineage(
         checkpoint=checkpoint,
         base=str(setup.base),
@@ -153,6 +155,8 @@ def _describe_lineage(setup: Setup) -> Lineage:
         earlier=runs,
         max_positions=model.max_positions,
         rope_theta=model.rope_theta,
+        commit=commit,
+        datasets=name_datasets(setup.resolved.recipe),
     )
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from finetune.checkpoints.hub_names import read_hub_record
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
 from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
+from finetune.hub.commits import pin_commits
 from finetune.models.engine import (
     ENGINES,
     check_engine,
@@ -19,6 +21,8 @@ from finetune.models.engine import (
     describe_idle_gpus,
     find_engine,
     gather_weights,
+    load_whole,
+    translate_lost_processes,
 )
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
@@ -26,7 +30,7 @@ from finetune.rewards.judge import fingerprint_judge
 from finetune.runs.lineage import find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
-from finetune.runs.run_files import RECIPE_FILE
+from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE
 from finetune.runs.summary import RunSummary
 from finetune.runs.trainer_checkpoints import read_last_step
 from finetune.training.journal.answers import AnswerSheet
@@ -56,10 +60,13 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     """
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
-    device, precision, config = _configure(resolved)
+    device, precision, config = configure(resolved)
     check_same_recipes(resolved.recipe, resume=resume)
     is_writer = config.process_index == 0
-    with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
+    with (
+        hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext(),
+        pin_commits(read_hub_record(resolved.output / RECORD_FILE) if resume else ()),
+    ):
         checkpoint = None
         if resume:
             check_same_processes(resolved.output)
@@ -71,7 +78,8 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         if checkpoint is not None:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
-            trained = build_model(setup, config, device)
+            with load_whole(config):
+                trained = build_model(setup, config, device)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
@@ -103,7 +111,7 @@ def _complete(resolved: ResolvedRecipe, config: TrainingArguments) -> RunSummary
         return complete_record(resolved.output, resolved.title, is_writer=config.process_index == 0)
 
 
-def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
+def configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
     """Choose the device and the precision, and make the trainer's configuration.
 
     Raises:
@@ -175,12 +183,13 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
     if checkpoint is None:
-        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers():
+        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
+        translate_lost_processes(),
         translate_damaged_states(checkpoint),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):
@@ -211,6 +220,7 @@ def check_finished_run(resolved: ResolvedRecipe) -> None:
     """
     recipe, run = resolved.recipe, resolved.output
     check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")
-    _, splits = prepare_rows(resolved)
-    base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
-    check_same_inputs(run, splits.report.fingerprint, base, judge)
+    with pin_commits(read_hub_record(run / RECORD_FILE)):
+        _, splits = prepare_rows(resolved)
+        base, judge = find_training_base(resolved), fingerprint_judge(recipe.rewards.judge)
+        check_same_inputs(run, splits.report.fingerprint, base, judge)

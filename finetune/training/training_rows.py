@@ -17,7 +17,7 @@ from finetune.mixtures.published import find_mixture
 from finetune.recipe.sections import DataSection, SourceSection
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.rewards.rules import find_reference_rule
-from finetune.runs.lineage import find_training_base
+from finetune.runs.lineage import find_text_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.trained_tokens import open_tokenizer
 
@@ -51,9 +51,9 @@ def read_training_sources(data: DataSection) -> tuple[tuple[Source, ...], tuple[
 
 
 def prepare_rows(resolved: ResolvedRecipe) -> tuple[PreTrainedTokenizerBase, Splits]:
-    """Return the tokenizer and the rows that a run of this recipe would train on; no weights are loaded."""
+    """Return the tokenizer and the rows that a run of this recipe would train on; no weights are fetched or loaded."""
     _, tokenizer, template = open_data(resolved)
-    return tokenizer, load_rows(resolved, find_training_base(resolved), tokenizer, template)
+    return tokenizer, load_rows(resolved, find_text_base(resolved), tokenizer, template)
 
 
 def load_rows(
@@ -96,7 +96,7 @@ def _describe_positions(resolved: ResolvedRecipe, base: Path, report: DataReport
 
 def open_data(resolved: ResolvedRecipe) -> tuple[DataSettings, PreTrainedTokenizerBase, ChatTemplate]:
     """Return the data settings, the tokenizer and the template of a recipe; no row is read."""
-    base = find_training_base(resolved)
+    base = find_text_base(resolved)
     tokenizer = open_tokenizer(resolved.earlier, base)
     return read_data_settings(resolved), tokenizer, find_template(resolved.recipe.data.template, tokenizer)
 

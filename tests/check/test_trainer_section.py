@@ -86,9 +86,7 @@ def test_a_zero_kl_weight_is_fine_for_online_methods(make_recipe, tmp_path):
     [
         ("trainer.report_to=wandb", "wandb"),
         ("trainer.report_to=[tensorboard]", "tensorboard"),
-        ("trainer.optim=galore_adamw", "galore_torch"),
-        ("trainer.optim=schedule_free_adamw", "schedulefree"),
-        ("trainer.deepspeed=recipe.yaml", "deepspeed"),
+        ("trainer.optim=lion_8bit", "bitsandbytes"),
     ],
 )
 def test_words_whose_packages_are_missing(find_problem, monkeypatch, tmp_path, setting, package):

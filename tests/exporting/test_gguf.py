@@ -372,6 +372,7 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(llama, tmp_path, name):
         ("q4_k_m", "q4_k_m stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800"),
         ("Q6_K", "take q8_0"),
         ("iq2_xxs", "take q4_0"),
+        ("IQ1_S", "take q4_0"),
         ("q8", "'q8' is unknown; did you mean 'q8_0'?"),
     ],
 )
@@ -398,6 +399,28 @@ def test_what_is_there_stays(llama, tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(OutputError, match=r"name the file m\.gguf"):
         convert_folder(llama, tmp_path / "m.bin", "q8_0")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        # An empty name was a traceback, and `..` was told to become "...gguf".
+        (".", "name the file mine.gguf"),
+        ("/", "name the file mine.gguf"),
+        ("..", "name the file mine.gguf"),
+        # A folder of the name `~` was made.
+        ("~/m.gguf", "~ is not replaced here; write /"),
+    ],
+)
+def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatch, capsys, output, message):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with pytest.raises(SystemExit) as ended:
+        main(["gguf", str(llama), "-o", output, "--type", "q8_0"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(work.iterdir()) == []
 
 
 @pytest.fixture

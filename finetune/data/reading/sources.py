@@ -15,8 +15,11 @@ from finetune.data.reading.arrow_rows import RawRow, list_rows
 from finetune.data.reading.data_folders import choose_files, list_files
 from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import HubDataset, Source
-from finetune.errors import DataError, Place
+from finetune.errors import DataError, HubError, Place
 from finetune.files.cache import hash_file
+from finetune.hub.commits import find_commit
+from finetune.hub.faults import Asked, explain_fault
+from finetune.hub.snapshots import find_listing
 
 _BATCH_ROWS = 1000
 
@@ -171,8 +174,16 @@ def _list_dataset_files(dataset: HubDataset) -> list[Path]:
 @lru_cache
 def _load_dataset(dataset: HubDataset) -> Dataset:
     place = Place(_name_dataset(dataset))
+    asked = Asked(dataset.name, dataset.revision, "dataset")
+    commit: str | None
     try:
-        return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=dataset.revision)
+        commit = find_listing(asked).commit
+    except HubError as error:
+        if not error.is_unreachable:
+            raise DataError(str(error), place) from error
+        commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
+    try:
+        return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
     except DatasetNotFoundError as error:
         raise DataError(
             f"the hub has no such data set or revision, or it is private or gated ({_first_line(error)}); "
@@ -181,12 +192,12 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
         ) from error
     except ValueError as error:  # an unknown config or split; the library lists those that there are
         raise DataError(f"{_first_line(error)}; name one with config: or split:", place) from error
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"cannot be loaded from the hub ({_first_line(error)}); check the connection, or download its files and give "
-            "their path",
-            place,
-        ) from error
+    except Exception as error:  # those of the connection's library have no common class with the system's
+        fault = explain_fault(error, asked)
+        if fault is None and not isinstance(error, OSError | RuntimeError):
+            raise
+        fault = fault or f"cannot be loaded from the hub ({_first_line(error)}); check the connection"
+        raise DataError(f"{fault}, or download its files and give their path", place) from error
 
 
 def _first_line(error: Exception) -> str:

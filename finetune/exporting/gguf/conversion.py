@@ -62,9 +62,8 @@ def convert_folder(
     """
     check_gguf_type(type_name)
     if output.suffix != ".gguf":
-        raise OutputError(
-            f"{output}: programs know the format by its ending; name the file {output.with_suffix('.gguf').name}"
-        )
+        name = output.with_suffix(".gguf").name if output.name not in ("", "..") else "mine.gguf"
+        raise OutputError(f"{output}: programs know the format by its ending; name the file {name}")
     with write_files_together([output, name_modelfile(output)]) as partial:
         source = open_llama_folder(folder)
         report = write_file(source, partial / output.name, type_name, prover, verify=verify)

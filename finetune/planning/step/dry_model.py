@@ -10,8 +10,6 @@ from bitsandbytes import functional as quantization
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,14 +23,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune.checkpoints.checkpoint_table import find_alias, split_hub_id
-from finetune.checkpoints.finding import find_checkpoint
+from finetune.checkpoints.checkpoint_table import find_alias
+from finetune.checkpoints.finding import find_text_files
 from finetune.compat import keep_in_place, load_fake_tensors, make_without_weights
 from finetune.data.account import DataReport, SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.settings import RowShape
-from finetune.errors import CheckpointError
-from finetune.files.folders import expand_home
 from finetune.models.loading import extend_context, make_quantization
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
@@ -62,7 +58,7 @@ def find_model_config(resolved: ResolvedRecipe) -> LlamaConfig | YuLanMiniConfig
     if _has_published_sizes(resolved):  # they are the defaults of the class, so no network is needed
         return extend_context(YuLanMiniConfig(), section)
     name = section.checkpoint if resolved.earlier is None else _find_weights(resolved.earlier)
-    return extend_context(load_native_config(find_checkpoint(name)), section)
+    return extend_context(load_native_config(find_text_files(name)), section)
 
 
 def _has_published_sizes(resolved: ResolvedRecipe) -> bool:
@@ -164,9 +160,7 @@ def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:
     row = find_alias(name)
     if row is not None and row.has_published_sizes:
         return PUBLISHED_SIZES
-    if row is None and not expand_home(name).is_dir():
-        return _to_llama(_download_config(name))
-    return _to_llama(find_checkpoint(name))
+    return _to_llama(find_text_files(name))
 
 
 def _find_weights(earlier: Result) -> str:
@@ -183,17 +177,6 @@ def _to_llama(folder: Path) -> Mapping[str, Any]:
     if content.get("model_type") == "llama":
         return content
     return describe_llama_config(parse_native_config(content, folder), torch.float32)
-
-
-def _download_config(name: str) -> Path:
-    repository, revision = split_hub_id(name)
-    try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision)).parent
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: its config.json is not on this machine and the hub cannot be reached; "
-            "plan with an alias of `finetune checkpoints`, which needs no network, or with a local folder"
-        ) from error
 
 
 def make_full_rows(resolved: ResolvedRecipe) -> Splits:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from finetune.errors import MachineError
+from finetune.files.resources import find_launch_file
 from finetune.models.engine import ENGINES, ZERO_STAGES, Engine
 from finetune.models.engines.zero_stage import check_stage
 from finetune.planning.step import tracker as phase
@@ -125,11 +126,12 @@ def _measure_model(model: torch.nn.Module) -> _Sizes:
 
 
 def read_sharing(path: Path) -> tuple[Engine, int]:
-    """Read engine and number of processes from an accelerate configuration file.
+    """Read engine and number of processes from an accelerate configuration file, or a shipped one by its name.
 
     Raises:
         MachineError: the file cannot be read, or names an engine that this kit does not train with.
     """
+    path = find_launch_file(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

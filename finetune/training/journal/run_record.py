@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from finetune.checkpoints.hub_names import record_hub
 from finetune.errors import TrainingError
 from finetune.files.json_files import write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
@@ -77,6 +78,7 @@ class RunRecord:
             **describe_processes(),
             "base": str(setup.base),
             "base_fingerprint": setup.base_fingerprint,
+            "hub": record_hub(recipe),
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
             "data": setup.splits.report.to_json(),
             **describe_environment(),
