@@ -100,18 +100,17 @@ def name_modelfile(file: Path) -> Path:
     return file.with_suffix(".Modelfile")
 
 
-def make_modelfile(source: LlamaFolder, name: str) -> str:
+def make_modelfile(source: LlamaFolder, file_name: str) -> str:
     """Return a Modelfile for Ollama: where the weights are, what ends an answer, the context, and a template where one is known."""
-    template = OLLAMA_TEMPLATES.get(source.template.name)
+    name = source.form.template.name if source.form.template is not None else "the tokenizer's own"
+    template = OLLAMA_TEMPLATES.get(name)
     stops = source.tokenizer.convert_ids_to_tokens(source.stop_tokens) + list(template.stops if template else ())
-    lines = [f"FROM ./{name}", *(f'PARAMETER stop "{text}"' for text in stops)]
-    lines.append(f"PARAMETER num_ctx {source.config['max_position_embeddings']}")
+    lines = [f"FROM ./{file_name}", *(f'PARAMETER stop "{text}"' for text in stops)]
+    lines.append(f"PARAMETER num_ctx {source.context}")
     if template is not None:
         lines += ["# Without tools: Ollama writes their JSON in another way.", f'TEMPLATE """{template.text}"""']
     else:
-        lines.append(
-            f"# No template: {source.template.name} has no counterpart in Ollama's language here. Write one as TEMPLATE."
-        )
+        lines.append(f"# No template: {name} has no counterpart in Ollama's language here. Write one as TEMPLATE.")
     return "\n".join(lines) + "\n"
 
 
