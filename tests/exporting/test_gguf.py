@@ -468,6 +468,12 @@ def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatc
     assert list(work.iterdir()) == []
 
 
+def test_a_run_is_to_be_exported_first(tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(ExportError, match=r"is a run or an adapter.*run -o DIR --gguf q8_0"):
+        convert_folder(tmp_path / "run", tmp_path / "m.gguf", "q8_0")
+
+
 @pytest.fixture
 def small_files():
     """Let no file of this process grow above 1 MiB; to a program that is the same as a full disk."""
