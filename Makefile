@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo runtimes-env runtimes test check bench gpu keys faults clean
+.PHONY: demo engines runtimes-env runtimes test check bench gpu keys faults clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -18,6 +18,11 @@ runtimes-env: $(READY)
 runtimes: $(READY)
 	$(BIN)/python tests/runtimes/environments.py all
 	FINETUNE_RUNTIMES_REQUIRED=all $(BIN)/python -m pytest --numprocesses 0 tests/runtimes
+
+# Two processes on the CPU under each engine, DeepSpeed included. It takes about five minutes.
+engines: $(READY)
+	$(BIN)/python tests/runtimes/environments.py deepspeed
+	FINETUNE_ENGINES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 0 -s tests/engines
 
 # One process for each core (at most 4), each with one thread, because the tests compute little and spend most of their time in Python.
 test: $(READY)

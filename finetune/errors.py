@@ -7,8 +7,10 @@
     ├── TemplateError       a chat template that cannot be used
     ├── TrainingError       a run that must not start, or cannot be resumed
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
+    ├── EndpointError       a model on a server that cannot be asked, or a limit that is reached
     ├── OutputError         a folder that cannot be written: not empty, no permission, no space
-    └── MachineError        something this machine cannot do
+    ├── MachineError        something this machine cannot do
+    └── ArgumentError       an argument of a public function that has a wrong type or lies outside its range
 
 Every message says what is wrong, where, what was found, what would be right, and what to do.
 Any other exception is a bug of the kit and keeps its traceback.
@@ -88,12 +90,20 @@ class ExportError(FinetuneError):
     """A model cannot be exported, or the export is not equal to what was trained."""
 
 
+class EndpointError(FinetuneError):
+    """A model on a server cannot be asked, or a limit of its endpoint is reached."""
+
+
 class OutputError(FinetuneError):
     """An output file or folder cannot be written."""
 
 
 class MachineError(FinetuneError):
     """This machine cannot do what was asked."""
+
+
+class ArgumentError(FinetuneError):
+    """An argument of a public function has a wrong type, or lies outside its range."""
 
 
 def find_close_match(name: str, known: Iterable[str]) -> str | None:

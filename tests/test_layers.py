@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room may import the rooms above it in this list, and its own modules.
 ROOMS = (
     "errors",
+    "api_arguments",
     "files",
     "compat",
     "yulan",
@@ -30,6 +31,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "synthesis",
     "cleaning",
     "pipeline",
     "api",

@@ -15,12 +15,14 @@ Content = dict[str, Any]
 class TrainStage:
     """A stage that trains; `follows` is the run directory that it continues from, which may not exist yet.
 
-    `recipe` names the base checkpoint of the first stage, so that plans and previews work before any stage has run.
+    `recipe` names the base checkpoint of the first stage, so that plans and previews work before any stage has run. `rows` is the
+    file of the stage before, where that one synthesizes; in `recipe`, bundled pairs stand for it.
     """
 
     name: str
     resolved: ResolvedRecipe
     follows: Path | None
+    rows: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -32,7 +34,8 @@ class TrainStage:
         """The recipe for running the stage: its `model.checkpoint` is the run directory that it continues from."""
         if self.follows is None:
             return self.recipe
-        return replace(self.recipe, model=replace(self.recipe.model, checkpoint=str(self.follows)))
+        data = self.recipe.data if self.rows is None else replace(self.recipe.data, train=(str(self.rows),))
+        return replace(self.recipe, model=replace(self.recipe.model, checkpoint=str(self.follows)), data=data)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,31 @@ class ExportStage:
     output: Path
 
 
-Stage = TrainStage | ExportStage
+# The name of the endpoint that stands for the newest run before a stage.
+RUN_ENDPOINT = "run"
+
+
+@dataclass(frozen=True)
+class SynthesizeStage:
+    """A stage that lets the newest run before it write rows into a folder named after the stage.
+
+    In `resolved`, the base checkpoint of the first stage stands for that run, which may not exist yet.
+    """
+
+    name: str
+    resolved: ResolvedRecipe
+    run: Path
+    output: Path
+
+    @property
+    def run_resolved(self) -> ResolvedRecipe:
+        """The recipe for running the stage: the endpoint `run` is the run before."""
+        endpoints = dict(self.resolved.recipe.endpoints)
+        endpoints[RUN_ENDPOINT] = replace(endpoints[RUN_ENDPOINT], model=str(self.run))
+        return self.resolved.change(endpoints=endpoints)
+
+
+Stage = TrainStage | ExportStage | SynthesizeStage
 
 
 @dataclass(frozen=True)
@@ -80,12 +107,23 @@ def to_plain_chain(chain: Chain) -> Content:
         if isinstance(stage, ExportStage):
             stages.append({"name": stage.name, "export": dict(vars(stage.settings))})
             continue
+        if isinstance(stage, SynthesizeStage):
+            stages.append({"name": stage.name, **_list_synthesis(stage)})
+            continue
         recipe = to_plain(stage.recipe)
         recipe.pop("output")
+        if stage.rows is not None:
+            recipe["data"].pop("train")
         if stage.follows is not None:
             recipe["model"].pop("checkpoint")
         stages.append({"name": stage.name, **recipe})
     return {"output": str(chain.output), "stages": stages}
+
+
+def _list_synthesis(stage: SynthesizeStage) -> Content:
+    recipe = to_plain(stage.resolved.recipe)
+    recipe["endpoints"] = {name: own for name, own in recipe["endpoints"].items() if name != RUN_ENDPOINT}
+    return {key: recipe[key] for key in ("data", "synthesize", "endpoints", "seed")}
 
 
 def dump_chain(chain: Chain) -> str:

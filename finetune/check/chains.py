@@ -6,15 +6,22 @@ Precedence, lowest first: the recipe file that a stage names, the keys outside `
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.check.adoption import adopt_earlier_run, adopt_form, list_method_misfits, read_stage_form
-from finetune.check.chain_stages import Chain, Content, ExportStage, Stage, TrainStage
+from finetune.check.adoption import adopt_earlier_run, adopt_form, read_stage_form
+from finetune.check.chain_stages import Chain, Content, ExportStage, Stage, SynthesizeStage, TrainStage
+from finetune.check.chaining.chain_problems import join_equal, list_export_problems, list_following_problems
+from finetune.check.chaining.chain_synthesis import (
+    WRITING_KEYS,
+    add_run_endpoint,
+    find_written_rows,
+    list_foreign_keys,
+    use_written_rows,
+)
 from finetune.check.data_section import find_file
-from finetune.check.preference_methods import check_continued_reference
 from finetune.check.recipes import list_problems, resolve_draft, resolve_names, settle_recipe
 from finetune.errors import ExportError, FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.folders import expand_home
@@ -32,7 +39,7 @@ from finetune.recipe.recipe_file import (
 )
 from finetune.recipe.sections import Recipe
 from finetune.recipe.yaml_loader import load_recipe_file
-from finetune.runs.export_settings import ExportSettings, list_refusals
+from finetune.runs.export_settings import ExportSettings
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import open_result
 
@@ -93,9 +100,7 @@ class _ChainReader:
         for name, item in self._list_stages():
             start = len(self._problems)
             before = [stage for stage in stages if isinstance(stage, TrainStage)]
-            stage = (
-                self._read_export(name, item, before) if "export" in item else self._read_training(name, item, before)
-            )
+            stage = self._read_stage(name, item, before, stages[-1] if stages else None)
             self._problems[start:] = [f"{name}: {problem}" for problem in self._problems[start:]]
             stages.append(stage)
         names = [stage.name for stage in stages]
@@ -111,8 +116,37 @@ class _ChainReader:
         if not any(isinstance(stage, TrainStage) for stage in stages) and not self._problems:
             self._problems.append("stages: no stage trains; add one without export")
         if self._problems:
-            raise RecipeError(str(self._source), _join_equal(self._problems, names))
+            raise RecipeError(str(self._source), join_equal(self._problems, names))
         return Chain(self._file, self._output, tuple(stages))
+
+    def _read_stage(self, name: str, item: Content, before: Sequence[TrainStage], last: Stage | None) -> Stage:
+        if "export" in item:
+            return self._read_export(name, item, before)
+        if "synthesize" in item:
+            return self._read_synthesis(name, item, before)
+        return self._read_training(name, item, before, find_written_rows(last))
+
+    def _read_synthesis(self, name: str, item: Content, before: Sequence[TrainStage]) -> Stage:
+        """Read a stage that writes rows; what it shares with the stages that train is the section data, endpoints and seed."""
+        content = copy.deepcopy({key: value for key, value in self._content.items() if key in WRITING_KEYS})
+        _merge(content, {key: value for key, value in item.items() if key not in _OWN_KEYS})
+        self._override(name, content, ())
+        self._problems += list_foreign_keys(content)
+        if not before:
+            self._problems.append("synthesize: no stage before it trains; use `finetune synthesize` for other models")
+            return ExportStage(name, ExportSettings(), self._output, self._output / name)
+        first, run = before[0], Path(before[-1].recipe.output)
+        add_run_endpoint(content, first.recipe.model.checkpoint)
+        content["model"] = {"checkpoint": first.recipe.model.checkpoint}
+        problems: list[str] = []
+        recipe = read_section(Recipe, content, "", problems)
+        draft = Draft(self._file, recipe, tuple(problems), frozenset(list_keys(content)))
+        try:
+            resolved = self._resolve_later(draft, first)
+        except RecipeError as error:
+            self._problems += error.problems
+            resolved = ResolvedRecipe(recipe, DEFAULT_METHOD)
+        return SynthesizeStage(name, resolved, run, self._output / name)
 
     def _list_stages(self) -> list[tuple[str, Content]]:
         """Return the stages that are mappings with a valid name, and add a problem for every other."""
@@ -147,7 +181,7 @@ class _ChainReader:
             self._problems.append(f"export.gguf: {error}")
             settings = ExportSettings()
         if before:
-            self._problems += _list_export_problems(settings, before[-1].resolved)
+            self._problems += list_export_problems(settings, before[-1].resolved)
         else:
             self._problems.append(
                 "export: no stage before it trains, so there is nothing to export; move it behind one"
@@ -159,13 +193,15 @@ class _ChainReader:
         run = Path(before[-1].recipe.output) if before else self._output
         return ExportStage(name, settings, run, self._output / name)
 
-    def _read_training(self, name: str, item: Content, before: Sequence[TrainStage]) -> TrainStage:
+    def _read_training(self, name: str, item: Content, before: Sequence[TrainStage], rows: Path | None) -> TrainStage:
         content = self._read_named_recipe(item)
         _merge(content, copy.deepcopy(self._content))
         _merge(content, {key: value for key, value in item.items() if key not in _OWN_KEYS})
         names_checkpoint = isinstance(item.get("model"), dict) and "checkpoint" in item["model"]
         if before and names_checkpoint:
             self._problems.append("model.checkpoint: this stage continues from the stage before; remove this key")
+        if rows is not None:
+            self._problems += use_written_rows(content, item)
         if "output" in item:
             self._problems.append(f"output: a stage writes to the folder {name} in the chain's output; remove this key")
         shared = [text for text in self._overrides if not (before and text.startswith("model.checkpoint="))]
@@ -191,9 +227,9 @@ class _ChainReader:
             return TrainStage(name, ResolvedRecipe(recipe, METHODS.get(recipe.method, DEFAULT_METHOD)), None)
         if follows is None:
             return TrainStage(name, resolved, None)
-        self._problems += _list_following_problems(resolved, follows.resolved)
+        self._problems += list_following_problems(resolved, follows.resolved)
         continues = not follows.resolved.trains_all_weights
-        return TrainStage(name, replace(resolved, awaits_adapter=continues), follows.resolved.output)
+        return TrainStage(name, replace(resolved, awaits_adapter=continues), follows.resolved.output, rows)
 
     def _resolve_later(self, draft: Draft, first: TrainStage) -> ResolvedRecipe:
         """Resolve a later stage; the run that the first stage continues stands for the stage before, which has not run yet."""
@@ -237,31 +273,6 @@ class _ChainReader:
             if "template" in data and data["template"] not in ("auto", *list_templates()):
                 data["template"] = _find_sources(data["template"], path.parent)
         return content
-
-
-def _join_equal(problems: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return problems with those that several stages have in one line, under all their names."""
-    stages: dict[str, list[str]] = {}
-    for problem in problems:
-        name, colon, fault = problem.partition(": ")
-        own = colon and name in names
-        stages.setdefault(fault if own else problem, []).append(name if own else "")
-    return [f"{', '.join(dict.fromkeys(found))}: {fault}" if found[0] else fault for fault, found in stages.items()]
-
-
-def _list_following_problems(resolved: ResolvedRecipe, earlier: ResolvedRecipe) -> Iterator[str]:
-    """Yield why a stage cannot continue from the one before; otherwise this would fail only after that one's training."""
-    yield from list_method_misfits(earlier.method.name, resolved.method.name, "the stage before trains", "method")
-    if not earlier.trains_all_weights:
-        yield from check_continued_reference(resolved.recipe.trainer, resolved.recipe.adapter, resolved.method)
-
-
-def _list_export_problems(settings: ExportSettings, earlier: ResolvedRecipe) -> Iterator[str]:
-    """Yield why the stage before cannot be exported like this; otherwise this would fail only after its training."""
-    if earlier.method.trains_reward_model:
-        yield "export: the stage before trains a reward model, but only language models can be exported; remove this stage"
-    quantize = "none" if earlier.trains_all_weights else earlier.recipe.model.quantize
-    yield from list_refusals(settings, quantize, verifies=settings.verify, is_stage=True)
 
 
 def _find_sources(value: Any, folder: Path) -> Any:

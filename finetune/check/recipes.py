@@ -4,11 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.api_arguments import require_list, require_path
 from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
 from finetune.check.preparation.clean_checks import check_clean, settle_clean
+from finetune.check.preparation.synthesize_checks import (
+    check_clean_judge,
+    check_endpoints,
+    check_synthesize,
+    settle_endpoints,
+    settle_synthesize,
+)
 from finetune.check.pretraining_methods import check_pretraining, check_unused, resolve_pretraining
 from finetune.check.reward_section import check_rewards
 from finetune.check.trainer.trainer_section import check_trainer
@@ -33,14 +41,18 @@ def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> Reso
     `source` is a file or the name of a shipped recipe (`sft_qlora`). Each override reads `section.key=value`.
 
     Raises:
+        ArgumentError: an argument has a wrong type.
         RecipeError: with every problem that was found, not only the first; or the recipe is a chain of several runs.
     """
-    file = find_recipe(Path(source))
+    file = find_recipe(require_path("recipe", source, "the path or the name of a recipe (str or pathlib.Path)"))
     content = load_recipe_file(file)
     if "stages" in content:
         problem = "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
         raise RecipeError(str(source), [problem])
     overrides = [overrides] if isinstance(overrides, str) else overrides
+    overrides = require_list(
+        "load_recipe: overrides", overrides, "a text such as 'trainer.max_steps=2', or a list of such texts"
+    )
     return resolve_draft(draft_recipe(file, content, overrides), str(source))
 
 
@@ -91,6 +103,9 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
     yield from check_data_section(recipe.data, folder)
     yield from check_adapter_section(recipe.adapter, recipe.model.quantize)
     yield from check_clean(recipe.clean, folder)
+    yield from check_clean_judge(recipe.clean, recipe.endpoints, folder)
+    yield from check_endpoints(recipe.endpoints)
+    yield from check_synthesize(recipe.synthesize, recipe.endpoints)
     if method is not None and method.pretraining is not None:
         yield from check_pretraining(recipe, method.pretraining, folder)
     elif method is not None:
@@ -154,6 +169,8 @@ def settle_recipe(draft: Draft) -> Recipe:
         trainer=trainer,
         rewards=rewards,
         clean=settle_clean(recipe.clean, folder),
+        synthesize=settle_synthesize(recipe.synthesize),
+        endpoints=settle_endpoints(recipe.endpoints),
         output=str(output.resolve()),
     )
     return settled if method.pretraining is None else resolve_pretraining(settled, method.pretraining, folder)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune.cleaning.answer_steps import drop_surplus, drop_wrong_answers
-from finetune.cleaning.complexity import drop_complex
 from finetune.cleaning.row_spool import Candidate
 from finetune.cleaning.step_form import CleanContext, StepResult
-from finetune.cleaning.text_steps import (
+from finetune.cleaning.steps.answer_steps import drop_surplus, drop_wrong_answers
+from finetune.cleaning.steps.complexity import drop_complex
+from finetune.cleaning.steps.judge_step import drop_lowest
+from finetune.cleaning.steps.text_steps import (
     drop_by_rules,
     drop_contaminated,
     drop_exact_duplicates,
@@ -32,6 +33,7 @@ STEPS: tuple[Step, ...] = (
     Step("exact_duplicates", lambda section: section.exact_duplicates, drop_exact_duplicates),
     Step("near_duplicates", lambda section: section.near_duplicates.threshold is not None, drop_near_duplicates),
     Step("decontaminate", lambda section: bool(section.decontaminate.against), drop_contaminated),
+    Step("judge", lambda section: bool(section.judge.endpoint), drop_lowest),
     Step("complexity", lambda section: section.complexity.drop_above is not None, drop_complex),
     Step("verify", lambda section: section.verify.answers, drop_wrong_answers),
     Step("mix", lambda section: bool(section.mix.shares), drop_surplus),

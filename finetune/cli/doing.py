@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
-from finetune.errors import ExportError
+from finetune.errors import ExportError, OutputError
 from finetune.files.launcher import is_main_process
 
 if TYPE_CHECKING:
@@ -42,6 +42,18 @@ def run_clean(arguments: argparse.Namespace) -> int:
 
     report = clean_rows(resolved, arguments.output)
     return print_result(arguments, report.to_json(), describe_clean(report))
+
+
+def run_synthesize(arguments: argparse.Namespace) -> int:
+    from finetune.check.recipes import load_recipe
+
+    if arguments.output is None and not arguments.dry_run:
+        raise OutputError("-o is missing; name a new folder for the rows, such as -o written, or ask for --dry-run")
+    resolved = load_recipe(arguments.recipe, arguments.set)
+    from finetune.synthesis.synthesize_run import count_requests, describe_synthesis, synthesize_rows
+
+    report = count_requests(resolved) if arguments.dry_run else synthesize_rows(resolved, arguments.output)
+    return print_result(arguments, report.to_json(), describe_synthesis(report))
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -130,6 +142,13 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
     return print_result(arguments, to_json(report), describe_adapter(report))
 
 
+def run_average(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.averaging import average_models, describe_average
+
+    report = average_models(arguments.models, arguments.output, arguments.dtype, arguments.max_shard_size)
+    return print_result(arguments, to_json(report), describe_average(report))
+
+
 def run_gguf(arguments: argparse.Namespace) -> int:
     from finetune.exporting.gguf.conversion import convert_folder, describe_gguf
     from finetune.runs.export_settings import check_gguf_type
@@ -152,6 +171,8 @@ def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
 
@@ -165,6 +186,23 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"over {scores.tokens:,} trained tokens"
     )
     return print_result(arguments, asdict(scores), text)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
+
+    settings = TaskSettings(
+        tasks=arguments.tasks,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        data=arguments.task_data,
+        exemplars=arguments.exemplars,
+        batch_size=arguments.batch_size,
+        chat=arguments.chat,
+        unsafe_code=arguments.unsafe_code,
+    )
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
 from finetune.cli.doing import (
+    run_average,
     run_chat,
     run_clean,
     run_demo,
@@ -14,6 +15,7 @@ from finetune.cli.doing import (
     run_export,
     run_fold,
     run_gguf,
+    run_synthesize,
     run_train,
     run_watch,
 )
@@ -114,6 +116,13 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        "synthesize",
+        "write new rows or pairs with a model, from prompts, texts or rows",
+        arguments.add_synthesize,
+        run_synthesize,
+        ("finetune synthesize my.yaml --dry-run", "finetune synthesize my.yaml -o written"),
+    ),
+    Verb(
         "plan",
         "predict memory and time of a training step, without a GPU and without weights",
         arguments.add_plan,
@@ -161,6 +170,16 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        "average",
+        "average the weights of runs or models into one folder of Llama weights",
+        arguments.add_average,
+        run_average,
+        (
+            "finetune average runs/mine/checkpoint-100 runs/mine/checkpoint-200 -o exports/averaged",
+            "finetune average phase24 phase25 -o exports/averaged --dtype bfloat16",
+        ),
+    ),
+    Verb(
         "gguf",
         "write a folder of Llama weights as a GGUF file, and verify it",
         arguments.add_gguf,
@@ -172,12 +191,13 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "evaluate",
-        "measure loss, perplexity and token accuracy on held-out rows",
+        "measure loss and accuracy on held-out rows, or the scores of LAMBADA, GSM8K and HumanEval",
         arguments.add_evaluate,
         run_evaluate,
         (
             "finetune evaluate runs/mine --data held_out.jsonl",
-            "finetune evaluate base --data held_out.jsonl --json",
+            "finetune evaluate base --tasks lambada,gsm8k,humaneval",
+            "finetune evaluate runs/mine --tasks gsm8k --limit 100 --task-data gsm8k_test.jsonl --exemplars gsm8k_train.jsonl",
         ),
     ),
     Verb(

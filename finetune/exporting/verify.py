@@ -4,10 +4,11 @@ Tensors are compared to the bit. Logits are compared on real rows, in float32, b
 the adapter applied live by PEFT, and the exported folder in unchanged transformers. Both are read from the disk a layer at a time.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,7 @@ from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
 from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples
 from finetune.yulan.layout import read_config
-from finetune.yulan.shards import Piece, list_pieces, run_pieces
+from finetune.yulan.shards import Piece, RowSource, TensorSpec, list_pieces, run_pieces
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
 
 _RANDOM_ROWS, _RANDOM_TOKENS = 8, 64
@@ -105,7 +106,7 @@ def compare_logits(folder: Path, subject: Subject, merged: Merged) -> Comparison
     rows = cut_rows(list_rows(subject))
     trained, effect = _run_trained(subject, merged, rows)
     written = open_tensors(folder)
-    exported = run_rows(_reopen(folder, read_stored(written)), rows).logits
+    exported = _run_export(folder, read_stored(written), rows)
     comparison = Comparison(
         max_abs=measure_difference(trained, exported),
         kl=measure_kl(trained, exported),
@@ -119,7 +120,7 @@ def compare_logits(folder: Path, subject: Subject, merged: Merged) -> Comparison
     del trained  # room for the next logits
     if merged.dtype == torch.float32:
         return comparison
-    rounded = measure_kl(exported, run_rows(_reopen(folder, read_with_errors(written, merged)), rows).logits)
+    rounded = measure_kl(exported, _run_export(folder, read_with_errors(written, merged), rows))
     return replace(comparison, rounding_kl=rounded, tolerance=find_rounded_limit(rounded))
 
 
@@ -133,8 +134,16 @@ def _run_trained(subject: Subject, merged: Merged, rows: Sequence[SampleRow]) ->
         return logits, measure_kl(logits, run_rows(model, rows).logits)
 
 
-def compare_tensors(folder: Path, merged: Merged) -> None:
-    """Reopen the written weights and compare each tensor with the merge, computed once more.
+class WrittenTensors(RowSource, Protocol):
+    """What was written: its tensors, and how to compute them once more."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The names, shapes and types."""
+
+
+def compare_tensors(folder: Path, merged: WrittenTensors) -> None:
+    """Reopen the written weights and compare each tensor with what it was made of, computed once more.
 
     Raises:
         ExportError: a tensor differs in at least one bit, or is not finite.
@@ -178,15 +187,21 @@ def _open_trained(subject: Subject, tensors: TensorFolder, kind: BaseKind) -> An
 
 
 def _requantize(read: ReadTensor, quantize: str, dtype: torch.dtype) -> ReadTensor:
-    return lambda name: requantize(read(name), quantize, dtype) if is_quantized(name) else read(name)
+    def read_quantized(name: str, target: torch.Tensor) -> None:
+        read(name, target)
+        if is_quantized(name):
+            target.copy_(requantize(target, quantize, dtype))
+
+    return read_quantized
 
 
-def _reopen(folder: Path, read: ReadTensor) -> Any:
-    """Reopen an export: its classes and settings by transformers, its tensors by `read`.
+def _run_export(folder: Path, read: ReadTensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Reopen an export and return its logits: its classes and settings are read by transformers, its tensors by `read`.
 
     Raises:
         ExportError: transformers misses tensors, or finds others.
     """
+    gc.collect()  # of an earlier model, which holds memory and refers to itself
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
@@ -194,4 +209,4 @@ def _reopen(folder: Path, read: ReadTensor) -> Any:
         raise ExportError(
             f"export: transformers does not find its tensors in the written folder ({'; '.join(faults)}); nothing was left in the output"
         )
-    return stream_model(model, read, choose_device())
+    return run_rows(stream_model(model, read, choose_device()), rows).logits

@@ -4,7 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from finetune.data.formats.row_formats import FORMATS, SHAPES
-from finetune.guide.recipe_keys import list_export_keys, list_recipe_keys, list_source_keys, walk_keys
+from finetune.guide.recipe_keys import (
+    list_endpoint_keys,
+    list_export_keys,
+    list_recipe_keys,
+    list_source_keys,
+    walk_keys,
+)
 from finetune.guide.shipped_recipes import list_shipped_recipes
 from finetune.recipe.methods import METHODS
 
@@ -75,8 +81,8 @@ def _list_parts(verbs: Iterable[ShownVerb]) -> Iterator[str]:
     for entry in FORMATS.values():
         methods = [name for name, method in METHODS.items() if entry.row_kind in SHAPES[method.shape]]
         yield f"- `{entry.name}`: {', '.join(f'`{key}`' for key in entry.required)} (for {', '.join(methods)})"
-    yield "\n## Keys\n\n`source.` stands for an entry of data.train as a mapping, `export.` for a stage of a chain that exports.\n"
-    for key in (*list_recipe_keys(), *list_source_keys(), *list_export_keys()):
+    yield "\n## Keys\n\n`source.` stands for an entry of data.train as a mapping, `endpoint.` for one of endpoints, `export.` for a stage of a chain that exports.\n"
+    for key in (*list_recipe_keys(), *list_source_keys(), *list_endpoint_keys(), *list_export_keys()):
         for own in walk_keys((key,)):
             if not own.inner:
                 default = f", default `{own.default}`" if own.default else ""

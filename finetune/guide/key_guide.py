@@ -6,6 +6,7 @@ from finetune.data.formats.row_formats import FORMATS, SHAPES
 from finetune.guide.recipe_keys import (
     Key,
     list_chain_keys,
+    list_endpoint_keys,
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
@@ -50,6 +51,7 @@ def _list_parts() -> Iterator[str]:
             yield from _render_rules()
         elif key.name == "trainer":
             yield from _render_trainer()
+    yield from _render_section("An entry of `endpoints`", "", list_endpoint_keys())
     (stages,) = list_chain_keys()
     yield from _render_section("`stages`: a chain", stages.text, stages.inner)
     yield from _render_section("`export` of a stage", "", list_export_keys())
@@ -130,7 +132,7 @@ def _escape(cell: str) -> str:
 
 def list_keys_as_json() -> list[Mapping[str, object]]:
     """Return every key with its default, its values and its text."""
-    sections = (list_recipe_keys(), list_source_keys(), list_chain_keys(), list_export_keys())
+    sections = (list_recipe_keys(), list_source_keys(), list_endpoint_keys(), list_chain_keys(), list_export_keys())
     return [
         {"key": key.name, "default": key.default, "values": list(key.values), "text": key.text}
         for keys in sections

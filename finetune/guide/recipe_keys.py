@@ -9,18 +9,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from finetune.check.preparation.clean_checks import COMPARED, RULE_KINDS
+from finetune.check.preparation.synthesize_checks import VARIATIONS
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
 from finetune.files.resources import list_templates
 from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH, EARLY_STOPPING
 from finetune.recipe.key_texts import KEYS
 from finetune.recipe.methods import METHODS
+from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
 from finetune.recipe.sections import LINEAR_LAYERS, Recipe, SourceSection
 from finetune.rewards.rules import RULES
 from finetune.runs.export_settings import ExportSettings
 
-SOURCE, TRAINER, STAGES, EXPORT = "source", "trainer", "stages", "export"
+SOURCE, TRAINER, STAGES, EXPORT, ENDPOINT = "source", "trainer", "stages", "export", "endpoint"
 # The values of keys whose type does not show them.
 _VALUES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -35,6 +37,9 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "rewards.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
     "clean.rules": RULE_KINDS,
     "clean.near_duplicates.compare": COMPARED,
+    "synthesize.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
+    "synthesize.variations": VARIATIONS,
+    "endpoints": ("names with a section each",),
     "clean.decontaminate.against": ("a file", "a list of files"),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }
@@ -66,9 +71,15 @@ def list_source_keys() -> tuple[Key, ...]:
     return tuple(_list_fields(SourceSection, f"{SOURCE}."))
 
 
+def list_endpoint_keys() -> tuple[Key, ...]:
+    """Return the keys of one entry of the section endpoints."""
+    return tuple(_list_fields(EndpointSection, f"{ENDPOINT}."))
+
+
 def list_chain_keys() -> tuple[Key, ...]:
     """Return the key `stages` with the keys of a stage."""
-    kinds = {"name": "text", "recipe": "text", "export": "a section of keys and values"}
+    kinds = {"name": "text", "recipe": "text", "synthesize": "a section of keys and values"}
+    kinds["export"] = "a section of keys and values"
     inner = tuple(_make_key(f"{STAGES}.{name}", "", (kind,)) for name, kind in kinds.items())
     return (dataclasses.replace(_make_key(STAGES, "", ("a list of stages",)), inner=inner),)
 

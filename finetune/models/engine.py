@@ -1,7 +1,8 @@
 """Find and set up the engine by which the processes of `accelerate launch` share a run: whole copies, or sharded tensors."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError, TrainingError
@@ -36,6 +38,8 @@ ENGINES: Mapping[Engine, EngineKind] = {
     "zero3": EngineKind("ZeRO-3", shards_weights=True, is_deepspeed=True),
 }
 ZERO_STAGES: Mapping[int, Engine] = {2: "zero2", 3: "zero3"}
+# What gloo and NCCL say of a connection whose other end is gone.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "ncclRemoteError")
 _CONFIG = "in accelerate's configuration; see recipes/accelerate/fsdp2.yaml"
 
 
@@ -134,6 +138,23 @@ def let_cpu_shard(config: TrainingArguments) -> None:
         shard_on_cpu("bf16" if config.bf16 else "fp16" if config.fp16 else "no")
 
 
+@contextlib.contextmanager
+def load_whole(config: TrainingArguments) -> Iterator[None]:
+    """Let every process load whole weights inside this context; the engine takes its shares of them when training begins.
+
+    Under ZeRO-3 transformers would partition them while it loads, so that nothing before step 1 could read a tensor, and would
+    refuse to load them onto a GPU.
+    """
+    if config.deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        config.deepspeed_plugin.set_deepspeed_weakref()
+
+
 def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
     """Set the dtype that FSDP2 computes in; it must not round the loss to that dtype, and sums gradients in float32."""
     if find_engine() != "fsdp2":
@@ -144,6 +165,25 @@ def set_shared_type(trainer: Trainer, dtype: torch.dtype | None) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     elif policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype)
+
+
+@contextlib.contextmanager
+def translate_lost_processes() -> Iterator[None]:
+    """Say in one sentence that another process of the launch is gone, where torch tells of a broken connection.
+
+    Raises:
+        TrainingError: it is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)
+        if count_processes() == 1 or not is_lost:
+            raise
+        raise TrainingError(
+            f"another process of this launch has ended ({str(error).splitlines()[0]}); look at what it printed, on its machine, and then "
+            "launch all processes again, with --resume where the run has a checkpoint"
+        ) from error
 
 
 def leave_processes() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetune.check.chain_stages import Chain, ExportStage, TrainStage, dump_chain
+from finetune.check.chain_stages import Chain, ExportStage, SynthesizeStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
+from finetune.data.reading.sources import hash_source
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
@@ -24,6 +25,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.files.safety.locks import LOCK_FILE
 from finetune.models.precision import choose_device, choose_precision
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.recipe.sections import to_plain
 from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe, has_saved_result, hold_output, remove_made_files
 from finetune.runs.run_files import (
@@ -36,9 +38,10 @@ from finetune.runs.run_files import (
 )
 from finetune.runs.summary import RunSummary, describe_run
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.synthesis.synthesize_run import synthesize_rows
 from finetune.training.run import check_finished_run
 from finetune.training.trainer import make_config
-from finetune.training.training_rows import prepare_rows
+from finetune.training.training_rows import prepare_rows, read_data_settings
 from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)
@@ -105,6 +108,8 @@ def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list
         logger.info("stage %d of %d: %s", number, len(chain.stages), stage.name)
         if isinstance(stage, TrainStage):
             summaries.append(_run_training(stage, processes, force))
+        elif isinstance(stage, SynthesizeStage):
+            summaries.append(_run_synthesis(stage, chain, processes))
         else:
             summaries.append(_run_export(stage, chain, processes))
         gc.collect()  # a trainer and its callbacks refer to each other, and keep the model alive
@@ -176,12 +181,39 @@ def _read_summary(run: Path) -> dict[str, Any] | None:
     return dict(record["result"]) if is_finished else None
 
 
+def _hash_weights(run: Path) -> list[str]:
+    result = open_result(run)
+    weights = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
+    return [hash_file(file) for file in weights]
+
+
+def _run_synthesis(stage: SynthesizeStage, chain: Chain, processes: TrainingArguments) -> StageSummary:
+    """Let the run before write rows. They are written again where its weights, the prompts or the recipe are others."""
+    record_file, resolved = chain.output / CHAIN_RECORD_FILE, stage.run_resolved
+    recipe = to_plain(resolved.recipe)
+    settings = {key: recipe[key] for key in ("data", "synthesize", "endpoints", "seed")}
+    sources = [hash_source(source) for source in read_data_settings(resolved).train]
+    identity = _to_json({"weights": _hash_weights(stage.run), "settings": settings, "sources": sources})
+    record = read_json(record_file) or {}
+    is_done = stage.output.is_dir() and record.get(stage.name, {}).get("identity") == identity
+    processes.distributed_state.wait_for_everyone()
+    if processes.process_index == 0 and not is_done:
+        shutil.rmtree(stage.output, ignore_errors=True)
+        report = synthesize_rows(resolved, stage.output).to_json()
+        record = {**record, stage.name: {"identity": identity, "report": report}}
+        write_json(record_file, record)
+    processes.distributed_state.wait_for_everyone()
+    record = read_json(record_file) or {}
+    if is_done:
+        logger.info("%s: finished already", stage.output)
+    return StageSummary(stage.name, str(stage.output), is_done, record[stage.name]["report"])
+
+
 def _run_export(stage: ExportStage, chain: Chain, processes: TrainingArguments) -> StageSummary:
     record_file = chain.output / CHAIN_RECORD_FILE
     result = open_result(stage.run)
     # An export of other weights, compared by content, or with other settings is made again.
-    weights = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
-    identity = {"weights": [hash_file(file) for file in weights], "settings": _to_json(vars(stage.settings))}
+    identity = {"weights": _hash_weights(stage.run), "settings": _to_json(vars(stage.settings))}
     record = read_json(record_file) or {}
     is_done = stage.output.is_dir() and record.get(stage.name) == identity
     processes.distributed_state.wait_for_everyone()
@@ -214,6 +246,9 @@ def describe_chain(summary: ChainSummary) -> str:
                 if stage.name
                 else f"{text}\nexport it: finetune export {stage.path} -o DIR"
             )
+            continue
+        if "job" in result:
+            lines.append(f"{stage.name}{note}: {stage.path}: {result['rows']:,} rows made of {result['seeds']:,}")
             continue
         verify = result["verify"]
         compared = "not compared" if verify is None else f"same likeliest token {verify['top1_agreement']:.1%}"

@@ -1,8 +1,8 @@
 """The sentences that explain each key of a recipe. They stand only here.
 
 `finetune recipes NAME` writes them beside the keys of a copied recipe, and `finetune recipes --keys` makes `docs/keys.md` of
-them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources, and
-`export` for the options of a stage that exports.
+them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources,
+`endpoint` for one of endpoints, and `export` for the options of a stage that exports.
 """
 
 from collections.abc import Mapping
@@ -177,6 +177,12 @@ KEYS: Mapping[str, str] = {
     "clean.decontaminate": "Leave out rows that share consecutive words with an evaluation set.",
     "clean.decontaminate.against": "The files of the evaluation sets, in any format that can be read; every text in their rows counts.",
     "clean.decontaminate.ngram": "How many consecutive words a row must share.",
+    "clean.judge": "Let a model score each answer from 1 to 5 for instruction following, informativeness and truthfulness.",
+    "clean.judge.endpoint": "The name of the judge in endpoints; empty turns the step off.",
+    "clean.judge.drop_lowest": "The share of the scored rows that leaves: those with the lowest mean of the scores.",
+    "clean.judge.prompt": "The prompt: a name in templates/judge, or a .jinja file of yours.",
+    "clean.judge.attempts": "How often a row is asked about until the judge's answer holds scores. A row without scores stays, and is counted.",
+    "clean.judge.max_tokens": "The longest answer of the judge in tokens.",
     "clean.complexity": (
         "Leave out rows whose length_weight x tokens + loss_weight x loss is too high. The loss is that of the trained text under "
         "model.checkpoint."
@@ -195,6 +201,41 @@ KEYS: Mapping[str, str] = {
     ),
     "clean.mix.key": "The key of a row that holds its kind; empty groups by script alone.",
     "clean.mix.rows": "The most rows in all; null takes as many as the shares allow.",
+    "synthesize": "What `finetune synthesize` writes. Training reads none of it.",
+    "synthesize.job": (
+        "answers lets a model answer the prompts of data.train, questions makes questions and answers of its texts, variations makes "
+        "new rows of its rows, and pairs makes preference rows of several answers to each prompt."
+    ),
+    "synthesize.endpoint": "The name of the writer in endpoints.",
+    "synthesize.samples": "How many answers each prompt gets, or how many questions are made of a text.",
+    "synthesize.temperature": "The sampling temperature; 0 takes the likeliest token each time.",
+    "synthesize.max_tokens": "The longest answer in tokens.",
+    "synthesize.system": "A system message for prompts that have none of their own. The written rows do not hold it.",
+    "synthesize.keep": (
+        "Which answers are kept: all, the best by score, or those whose final answer is that of the reference answer (verified)."
+    ),
+    "synthesize.rules": "Reward rules with their weights, which score the answers.",
+    "synthesize.length_tokens": "The number of tokens up to which the rule length gives 1.",
+    "synthesize.judge": "The name of a judge in endpoints, which scores the answers instead of rules.",
+    "synthesize.reward_run": "The run directory of a reward model, which scores the answers instead of rules.",
+    "synthesize.margin": "For pairs: the best answer's score must be higher than the worst one's by more than this.",
+    "synthesize.variations": "Which variations are made of each row.",
+    "synthesize.attempts": "How often a model is asked until its answer has the form that is needed.",
+    "endpoints": (
+        "The models that write or judge, by names of your choice, such as {teacher: {model: qwen, base_url: http://localhost:8000/v1}}. "
+        "Nothing is sent to any other place."
+    ),
+    "endpoint.model": "The name of the model on the server; without base_url a checkpoint or a run on this machine.",
+    "endpoint.base_url": "The address of an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama or a remote one.",
+    "endpoint.key_variable": "The environment variable that holds the server's key; empty for a server without keys.",
+    "endpoint.concurrency": "How many requests are under way at the same time; a model on this machine takes one.",
+    "endpoint.timeout_seconds": "How long an answer may take.",
+    "endpoint.retries": "How often a request is sent again after a fault, with growing pauses or as the server's Retry-After says.",
+    "endpoint.max_requests": "The most requests of one run; answers that are known already do not count.",
+    "endpoint.max_tokens_total": "The most tokens of one run, prompts and answers together.",
+    "endpoint.max_cost": "The most that one run may cost, in the currency of the prices.",
+    "endpoint.prompt_price": "The price of a million tokens of prompts.",
+    "endpoint.answer_price": "The price of a million tokens of answers.",
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."
@@ -207,6 +248,10 @@ KEYS: Mapping[str, str] = {
     ),
     "stages.name": "The name of a stage, and of its folder in the output.",
     "stages.recipe": "A recipe file or a shipped recipe as the basis of the stage; the stage's own keys override it.",
+    "stages.synthesize": (
+        "Let the newest run before this stage write rows: the section synthesize, whose endpoint is that run unless it names another. "
+        "The next stage trains on the rows, so it names no data.train."
+    ),
     "stages.export": "Export the newest run before this stage; the options are those of `finetune export`.",
     "export.dtype": "The type of the exported weights; auto keeps the stored one.",
     "export.max_shard_size": "The largest weight file, such as 2GB.",

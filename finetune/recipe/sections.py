@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.recipe.preparation.clean_section import CleanSection
+from finetune.recipe.preparation.synthesize_section import EndpointSection, SynthesizeSection
 
 TrainedArchitecture = Literal["llama", "native"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
@@ -158,7 +159,7 @@ class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
     `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
-    `clean` belongs to `finetune clean`; training does not read it.
+    `clean` and `synthesize` belong to the verbs of these names, with their `endpoints`; training reads none of them.
     """
 
     method: str = "sft"
@@ -170,6 +171,8 @@ class Recipe:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     clean: CleanSection = field(default_factory=CleanSection)
+    synthesize: SynthesizeSection = field(default_factory=SynthesizeSection)
+    endpoints: Mapping[str, EndpointSection] = field(default_factory=dict)
     answers: int = 64
     output: str = ""
     seed: int = 42
@@ -186,8 +189,9 @@ def dump_plain(content: Mapping[str, Any]) -> str:
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as dicts, lists and scalars; `clean` is left out where it names no step."""
-    given = {name: value for name, value in vars(recipe).items() if name != "clean" or value != CleanSection()}
+    """Return the recipe as dicts, lists and scalars, without the sections for preparing rows that set nothing."""
+    empty = {"clean": CleanSection(), "synthesize": SynthesizeSection(), "endpoints": {}}
+    given = {name: value for name, value in vars(recipe).items() if name not in empty or value != empty[name]}
     return {name: _to_plain(value) for name, value in given.items()}
 
 

@@ -21,6 +21,8 @@ PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safe
 TRAINER_STATE_FILE, COUNTS_FILE = "trainer_state.json", "counts.json"
 # The record of a chain, and the report of an export.
 CHAIN_RECORD_FILE, EXPORT_REPORT_FILE = "chain.json", "export.json"
+# The rows that `finetune synthesize` or a stage of a chain has written.
+WRITTEN_ROWS_FILE = "rows.jsonl"
 
 # What a run makes in its directory besides its checkpoints.
 MADE_FILES = (

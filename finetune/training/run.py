@@ -19,6 +19,8 @@ from finetune.models.engine import (
     describe_idle_gpus,
     find_engine,
     gather_weights,
+    load_whole,
+    translate_lost_processes,
 )
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
@@ -56,7 +58,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     """
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
-    device, precision, config = _configure(resolved)
+    device, precision, config = configure(resolved)
     check_same_recipes(resolved.recipe, resume=resume)
     is_writer = config.process_index == 0
     with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
@@ -71,7 +73,8 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         if checkpoint is not None:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
-            trained = build_model(setup, config, device)
+            with load_whole(config):
+                trained = build_model(setup, config, device)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
@@ -103,7 +106,7 @@ def _complete(resolved: ResolvedRecipe, config: TrainingArguments) -> RunSummary
         return complete_record(resolved.output, resolved.title, is_writer=config.process_index == 0)
 
 
-def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
+def configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
     """Choose the device and the precision, and make the trainer's configuration.
 
     Raises:
@@ -175,12 +178,13 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
     if checkpoint is None:
-        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers():
+        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
+        translate_lost_processes(),
         translate_damaged_states(checkpoint),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):

@@ -45,6 +45,7 @@ from finetune.yulan.states.optimizer_states import OptimizerStates
 
 # What TRL and transformers raise about their options. Other errors are faults of a program.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AssertionError)
+_BETAS = frozenset({"adam_beta1", "adam_beta2"})
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -158,6 +159,8 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
             options[new] = options.pop(old)
+    for name in _BETAS.intersection(options):  # torch refuses a whole number, which YAML makes of `0`
+        options[name] = float(options[name])
     _add_defaults(options, int(read_split_option(recipe.trainer, BATCH)) if evaluates else None)
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
@@ -193,9 +196,11 @@ def _add_defaults(options: dict[str, Any], eval_batch: int | None) -> None:
     if engine == "fsdp2":
         # Otherwise every process keeps whole gradients until the last batch of a step.
         options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
-    # With `use_cpu` accelerate would take DDP in DeepSpeed's place, which finds the CPU by itself.
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    # With `use_cpu` accelerate would take DDP in DeepSpeed's place, which finds the CPU by itself.
     options.setdefault("use_cpu", not (has_gpu or ENGINES[engine].is_deepspeed))
+    if ENGINES[engine].is_deepspeed and not has_gpu:
+        options.setdefault("ddp_backend", "gloo")
     if eval_batch is not None:
         options.setdefault("eval_strategy", "epoch")
         # No larger than the micro-batch size of training, which fits.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from finetune.cleaning import clean_run
-from finetune.cleaning.answer_steps import share_out
 from finetune.cleaning.step_form import Drop, StepResult
 from finetune.cleaning.step_table import Step
+from finetune.cleaning.steps.answer_steps import share_out
 from finetune.cli.main import main
 from finetune.data.lint.near_duplicates import choose_bands
 from finetune.models.opening import open_model
@@ -166,7 +166,9 @@ def test_complexity_is_a_direct_computation_whatever_the_batch_size(clean, nano_
     found = []
     for size in (1, 3):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache{size}"))  # no loss from the other batch size
-        monkeypatch.setattr("finetune.cleaning.complexity.find_cache", lambda size=size: tmp_path / f"losses{size}")
+        monkeypatch.setattr(
+            "finetune.cleaning.steps.complexity.find_cache", lambda size=size: tmp_path / f"losses{size}"
+        )
         setting = f"clean.complexity={{drop_above: 100, length_weight: 0.01, loss_weight: 2, batch_size: {size}}}"
         written = clean(lines, setting, name=f"out{size}")[2]
         found.append([line["provenance"]["scores"] for line in written])

@@ -55,6 +55,10 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["preview", str(recipe)],
         ["lint", str(recipe)],
         ["clean", str(recipe), "-s", "clean.unreadable=true", "-o", str(tmp_path / "cleaned")],
+        [
+            *("synthesize", str(recipe), "-s", "endpoints={own: {model: nano}}", "-o", str(tmp_path / "written")),
+            *("-s", "synthesize={job: answers, endpoint: own, max_tokens: 2}"),
+        ],
         ["plan", str(recipe)],
         ["doctor"],
         ["train", str(recipe)],

@@ -23,7 +23,7 @@ def read_logits(model):
 
 
 def list_matrices(model):
-    """Return the matrices that take memory of their own."""
+    """Return the model's matrices that are no placeholders."""
     return {
         name
         for name, parameter in model.named_parameters()

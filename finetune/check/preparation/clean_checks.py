@@ -68,4 +68,6 @@ def _check_mix(section: CleanSection) -> Iterator[str]:
 def settle_clean(section: CleanSection, folder: Path) -> CleanSection:
     """Return the section with absolute paths."""
     against = tuple(str(find_file(file, folder)) for file in section.decontaminate.against)
-    return replace(section, decontaminate=replace(section.decontaminate, against=against))
+    prompt = find_file(section.judge.prompt, folder) if section.judge.prompt.endswith(".jinja") else None
+    judge = section.judge if prompt is None else replace(section.judge, prompt=str(prompt))
+    return replace(section, decontaminate=replace(section.decontaminate, against=against), judge=judge)

@@ -24,6 +24,17 @@ class DecontaminateSection:
 
 
 @dataclass(frozen=True)
+class CleanJudgeSection:
+    """A model that scores each answer; the name of an endpoint turns the step on."""
+
+    endpoint: str = ""
+    drop_lowest: float = 0.0
+    prompt: str = "quality"
+    attempts: int = 3
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True)
 class ComplexitySection:
     """`length_weight` x tokens + `loss_weight` x loss under the base checkpoint; `drop_above` turns the step on.
 
@@ -62,6 +73,7 @@ class CleanSection:
     exact_duplicates: bool = False
     near_duplicates: NearDuplicatesSection = field(default_factory=NearDuplicatesSection)
     decontaminate: DecontaminateSection = field(default_factory=DecontaminateSection)
+    judge: CleanJudgeSection = field(default_factory=CleanJudgeSection)
     complexity: ComplexitySection = field(default_factory=ComplexitySection)
     verify: VerifySection = field(default_factory=VerifySection)
     mix: MixSection = field(default_factory=MixSection)

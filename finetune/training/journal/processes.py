@@ -6,11 +6,10 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from finetune.errors import TrainingError
-from finetune.files.json_files import read_json
 from finetune.files.launcher import count_processes
 from finetune.models.engine import ENGINES, find_engine
 from finetune.recipe.sections import Recipe, dump_recipe
-from finetune.runs.run_files import RECORD_FILE
+from finetune.runs.resuming import read_run_record
 from finetune.training.setup import Setup
 
 _ENGINE, _PROCESSES = "engine", "processes"
@@ -28,9 +27,9 @@ def check_same_processes(run: Path) -> None:
     state in the engine's own form. A record from before this was recorded says nothing.
 
     Raises:
-        TrainingError: it is not.
+        TrainingError: it is not, or the record is damaged.
     """
-    before, now = read_json(run / RECORD_FILE) or {}, describe_processes()
+    before, now = read_run_record(run), describe_processes()
     if _ENGINE not in before or {name: before[name] for name in now} == now:
         return
     raise TrainingError(
