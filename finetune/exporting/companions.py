@@ -12,6 +12,7 @@ from finetune.errors import ExportError
 from finetune.files.json_files import read_json, write_json
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
+from finetune.yulan.llama_files import read_rope
 from finetune.yulan.tensors import name_dtype
 from finetune.yulan.tokenizer_files import TEMPLATE_FILE, copy_tokenizer
 
@@ -34,8 +35,6 @@ _STALE_KEYS = (
     "dtype",
     "use_cache",
 )
-# What LlamaConfig takes where a configuration says nothing.
-_DEFAULT_ROPE_THETA = 10_000.0
 
 
 def write_companions(folder: Path, subject: Subject, merged: Merged) -> None:
@@ -123,10 +122,8 @@ def _describe_rope(config: dict[str, Any], lineage: Lineage | None) -> dict[str,
     transformers 5 writes and prefers `rope_parameters`. transformers 4 and mlx-lm read `rope_theta` and `rope_scaling` only, and
     take 10,000 where there is none.
     """
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA))
+    rope = read_rope(config)
     if lineage is not None and lineage.rope_theta is not None:
-        theta = lineage.rope_theta
-    rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default")), "rope_theta": theta}
-    keys: dict[str, Any] = {"rope_theta": theta, "rope_parameters": rope}
+        rope["rope_theta"] = lineage.rope_theta
+    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"], "rope_parameters": rope}
     return keys if rope["rope_type"] == "default" else {**keys, "rope_scaling": rope}

@@ -17,7 +17,7 @@ from finetune.runs.lineage import find_base
 from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
 from finetune.yulan.layout import Architecture, find_architecture, read_config
-from finetune.yulan.llama_files import EMBEDDING, HEAD, is_tied, open_llama_tensors
+from finetune.yulan.llama_files import EMBEDDING, HEAD, is_tied, open_llama_tensors, ties_head
 from finetune.yulan.shards import Piece, TensorSpec
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype
 from finetune.yulan.tokenizer_files import describe_lost_legacy
@@ -175,7 +175,8 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
     trained = {name: tensors.shape(name) for name in tensors.names}
     trained.setdefault(HEAD, tensors.shape(EMBEDDING))
     adapter = read_adapter(subject.adapter, tensors, trained) if subject.adapter else None
-    ties_head = _is_tied(subject, tensors) and not (adapter is not None and adapter.unties)
+    tied = is_tied(read_config(subject.base)) if fold is None else HEAD not in tensors.entries
+    is_head_tied = ties_head(tensors, tied=tied) and not (adapter is not None and adapter.unties)
     shapes = list_llama_tensors(fold.config) if fold else trained
     if adapter is not None:
         shapes = {name: adapter.find_shape(name, shape) for name, shape in shapes.items()}
@@ -186,24 +187,17 @@ def open_merged(subject: Subject, dtype: str, *, dequantized: bool) -> Merged:
         tensors=tensors,
         # A fold writes the head in any case, since its factors differ from those of the embedding.
         specs=tuple(
-            TensorSpec(name, shape, chosen) for name, shape in shapes.items() if fold or not ties_head or name != HEAD
+            TensorSpec(name, shape, chosen)
+            for name, shape in shapes.items()
+            if fold or not is_head_tied or name != HEAD
         ),
         dtype=chosen,
         adapter=adapter,
         fold=fold,
         quantize=subject.quantize if dequantized else "none",
         quantized_dtype=WEIGHT_DTYPES[lineage.dtype] if lineage else chosen,
-        ties_head=ties_head,
+        ties_head=is_head_tied,
     )
-
-
-def _is_tied(subject: Subject, tensors: TensorFolder) -> bool:
-    """Tell whether the head of the base is its embedding. transformers keeps two tables that differ, whatever a configuration says."""
-    config = read_config(subject.base)
-    tied = is_tied(config) if subject.architecture == "llama" else HEAD not in tensors.entries
-    if not tied or HEAD not in tensors.entries:
-        return tied
-    return torch.equal(tensors.read(HEAD), tensors.read(EMBEDDING))
 
 
 # A quantized run trains on weights that were quantized and dequantized. These functions make them again, one tensor at a time.

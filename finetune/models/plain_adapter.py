@@ -276,8 +276,10 @@ def _compare(found: Mapping[str, Pair], scale: float, pairs: Mapping[str, Pair],
 
 def _make_card(result: Result, config: Mapping[str, Any], rank: int) -> str:
     lineage = result.lineage
-    base = config.get("base_model_name_or_path") or "?"
-    name = base if lineage is None else (lineage.earlier[0].checkpoint if lineage.earlier else lineage.checkpoint)
+    name = config.get("base_model_name_or_path") or "?" if lineage is None else lineage.checkpoint
+    base = f"Its base is the Llama form of that checkpoint: `finetune fold {name} -o base` writes it where the checkpoint is published in another one."
+    if lineage is not None and name in (run.run for run in lineage.earlier):  # a run of all weights
+        base = f"Its base is what that run trained, not `{lineage.earlier[0].checkpoint}`: `finetune export {name} -o base` writes it."
     quantized = (
         ""
         if lineage is None or lineage.quantize == "none"
@@ -287,7 +289,6 @@ def _make_card(result: Result, config: Mapping[str, Any], rank: int) -> str:
     )
     return (
         f"---\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n# A LoRA adapter of YuLan-Mini\n\n"
-        f"Plain LoRA of rank {rank} for `{name}`{_describe_limit(rank)}. Its base is the Llama form of that checkpoint: "
-        f"`finetune fold {name} -o base` writes it where the checkpoint is published in another one.\n\n{quantized}"
+        f"Plain LoRA of rank {rank} for `{name}`{_describe_limit(rank)}. {base}\n\n{quantized}"
         "Opened here by PEFT alone. docs/runtimes.md of the kit says what other programs were tried with.\n"
     )

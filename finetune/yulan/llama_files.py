@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from finetune.errors import CheckpointError
 from finetune.yulan.layout import Shape, read_config
 from finetune.yulan.tensors import TensorFolder, open_tensors
@@ -20,6 +22,8 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SCORE = "score.weight"
 _SCORE_CLASS = "LlamaForSequenceClassification"
 _MOST_LAYERS, _LARGEST_SIZE = 1_000, 1 << 24
+# What LlamaConfig takes where a configuration says nothing.
+_DEFAULT_ROPE_THETA, DEFAULT_POSITIONS = 10_000.0, 2048
 # Buffers that older versions stored with the weights; they are computed anew.
 _BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
@@ -63,6 +67,24 @@ def open_llama_tensors(folder: Path) -> TensorFolder:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Tell whether the head of a Llama configuration is its embedding."""
     return bool(config.get("tie_word_embeddings", False))
+
+
+def ties_head(tensors: TensorFolder, *, tied: bool) -> bool:
+    """Tell whether the head of a model is its embedding, where its configuration says whether it is `tied`.
+
+    transformers keeps two tables that differ, whatever a configuration says.
+    """
+    return tied and (HEAD not in tensors.entries or torch.equal(tensors.read(HEAD), tensors.read(EMBEDDING)))
+
+
+def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE's settings from either form of a configuration, with `rope_type` and `rope_theta`.
+
+    Source: transformers 5, `convert_rope_params_to_dict`: `rope_scaling` of transformers 4 goes before `rope_parameters`.
+    """
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    theta = rope.get("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA))
+    return {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default")), "rope_theta": theta}
 
 
 def _is_bare(tensors: TensorFolder) -> bool:
@@ -122,7 +144,7 @@ def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
     vocabulary, heads = read("vocab_size"), read("num_attention_heads")
     groups = read("num_key_value_heads", default=heads)
     size = read("head_dim", default=max(1, width // heads))
-    read("max_position_embeddings", limit=1 << 40, default=2048)
+    read("max_position_embeddings", limit=1 << 40, default=DEFAULT_POSITIONS)
     if heads % groups:
         faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if config.get("head_dim") is None and width % heads:
@@ -162,11 +184,13 @@ def _find_value_faults(config: Mapping[str, Any], vocabulary: int) -> list[str]:
             faults.append(f"{key} must be true or false; found {config[key]!r}")
     for key in ("rms_norm_eps", "rope_theta", "initializer_range", "attention_dropout"):
         value = config.get(key, 0.0)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not _is_number(value):
             faults.append(f"{key} must be a number; found {value!r}")
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), dict | None):
             faults.append(f"{key} must be an object or null; found {config[key]!r}")
+    if not faults and not _is_number(theta := read_rope(config)["rope_theta"]):
+        faults.append(f"rope_theta must be a number; found {theta!r}")
     if not isinstance(config.get("hidden_act", "silu"), str):
         faults.append(f"hidden_act must be a name; found {config['hidden_act']!r}")
     padding = config.get("pad_token_id")
@@ -178,6 +202,10 @@ def _find_value_faults(config: Mapping[str, Any], vocabulary: int) -> list[str]:
     if architectures is not None and not isinstance(architectures, list):
         faults.append(f"architectures must be a list; found {architectures!r}")
     return faults
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_generation_config(path: Path) -> None:

@@ -168,6 +168,30 @@ def test_metadata_of_a_byte_level_tokenizer(byte_level_base, tmp_path):
     assert fields["general.file_type"] == 1
 
 
+def test_a_head_that_differs_is_written_whatever_the_configuration_says(llama, tmp_path):
+    # transformers keeps both tables of such a folder; the file had the embedding for a head.
+    set_config(tie_word_embeddings=True)(llama)
+    names = open_llama_folder(llama).names
+    assert names["lm_head.weight"] == "output.weight"
+    tensors = load_file(llama / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, llama / "model.safetensors")
+    assert "lm_head.weight" not in open_llama_folder(llama).names
+
+
+def test_a_template_that_cannot_be_trained_with_is_written_to_the_letter(llama, tmp_path):
+    # The file had the kit's template, in which the model was never asked, and its Modelfile, too.
+    own = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %}"
+    (llama / "chat_template.jinja").write_text(own)
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 105, 10**6]}))
+    convert_folder(llama, tmp_path / "m.gguf", "q4_0")
+    fields, modelfile = read_fields(tmp_path / "m.gguf"), (tmp_path / "m.Modelfile").read_text()
+    assert fields["tokenizer.chat_template"] == own
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 105)
+    assert "\nTEMPLATE" not in modelfile
+    assert re.findall('stop "(.*)"', modelfile) == ["</s>", load_tokenizer(llama).convert_ids_to_tokens(105)]
+
+
 def test_rope_base_and_linear_scaling(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 490_000.0}
@@ -329,6 +353,12 @@ def drop_tensor(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
+def drop_bias(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
 def write_nan(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][7, 7] = float("nan")
@@ -348,11 +378,26 @@ BROKEN = {
     "no weights": (remove("model.safetensors"), CheckpointError, "holds no weights"),
     "no tokenizer": (remove("tokenizer.json"), CheckpointError, "holds no tokenizer.json"),
     "truncated": (truncate, CheckpointError, "truncated or damaged"),
-    "half": (drop_tensor, CheckpointError, "model.layers.2.mlp.up_proj.weight is missing"),
+    "half": (drop_tensor, CheckpointError, r"1 missing \(model.layers.2.mlp.up_proj.weight\)"),
     "NaN": (write_nan, ExportError, "model.layers.3.mlp.up_proj.weight holds NaN"),
     "foreign": (set_config(model_type="qwen3"), CheckpointError, "model_type is 'qwen3'"),
     "other sizes": (set_config(hidden_size=512), CheckpointError, "the tensors do not fit config.json"),
-    "no sizes": (set_config(hidden_size="many"), ExportError, "hidden_size is 'many'"),
+    "no sizes": (set_config(hidden_size="many"), CheckpointError, "hidden_size must be a whole number"),
+    # These were written as if nothing were missing, or with biases that transformers leaves out.
+    "no bias": (drop_bias, CheckpointError, r"1 missing \(model.layers.1.self_attn.k_proj.bias\)"),
+    "unused biases": (set_config(attention_bias=False), CheckpointError, "16 unknown"),
+    "no MLP biases": (set_config(mlp_bias=True), CheckpointError, "12 missing"),
+    # transformers takes `rope_scaling` where both forms are there; the other one was written.
+    "two ropes": (set_config(rope_scaling={"type": "dynamic", "factor": 2.0}), ExportError, "rope_type is 'dynamic'"),
+    "no factor": (set_config(rope_scaling={"type": "linear"}), ExportError, "factor of linear RoPE is None"),
+    "half heads turned": (set_config(partial_rotary_factor=0.5), ExportError, "partial_rotary_factor is set"),
+    # These were tracebacks.
+    "rope of text": (set_config(rope_parameters="x"), CheckpointError, "rope_parameters must be an object"),
+    "no base of rope": (
+        set_config(rope_parameters=None, rope_theta=None),
+        CheckpointError,
+        "rope_theta must be a number; found None",
+    ),
     "rope": (set_config(rope_parameters={"rope_type": "yarn"}), ExportError, "rope_type is 'yarn'"),
 }
 
@@ -421,6 +466,12 @@ def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatc
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(work.iterdir()) == []
+
+
+def test_a_run_is_to_be_exported_first(tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(ExportError, match=r"is a run or an adapter.*run -o DIR --gguf q8_0"):
+        convert_folder(tmp_path / "run", tmp_path / "m.gguf", "q8_0")
 
 
 @pytest.fixture

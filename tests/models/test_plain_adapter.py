@@ -1,6 +1,7 @@
 """The adapter of a run alone: what is stored of its settings, plain LoRA that computes the same, and reasons where there is none."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from finetune.models import plain_adapter
 from finetune.models.lora import list_adapter_defaults
 from finetune.models.opening import open_model
 from finetune.models.plain_adapter import describe_use, list_obstacles, write_plain_adapter
-from finetune.runs.results import open_result
+from finetune.runs.results import EarlierRun, Lineage, open_result
 
 IDS = torch.arange(107, 139).unsqueeze(0)
 
@@ -149,6 +150,27 @@ def test_a_run_with_trained_tokens_says_so(train, caplog, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["export", str(run), "-o", str(tmp_path / "export")])
     assert "Only PEFT can apply this adapter" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_names_the_run_whose_weights_the_adapter_belongs_to(make_adapter, tmp_path):
+    # It named the first checkpoint of the chain, on which the adapter of a later run gives other answers.
+    for earlier, checkpoint, said in (
+        (
+            (EarlierRun("nano", "pretrain", "runs/full"),),
+            "runs/full",
+            "what that run trained, not `nano`: `finetune export runs/full",
+        ),
+        (
+            (EarlierRun("nano", "sft", "runs/lora"),),
+            "nano",
+            "for `nano`. Its base is the Llama form of that checkpoint",
+        ),
+    ):
+        lineage = Lineage(checkpoint, "folder", "0", "none", "float32", "chatml", "0", "sft", earlier=earlier)
+        source = make_adapter(tmp_path / checkpoint / "source")
+        output = tmp_path / checkpoint / "plain"
+        write_plain_adapter(replace(open_result(source), lineage=lineage), output)
+        assert said in (output / "README.md").read_text(encoding="utf-8")
 
 
 def test_all_weights_hold_no_adapter(train, tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from finetune.errors import OutputError
+from finetune.errors import ExportError, OutputError
 from finetune.exporting.gguf.gguf_file import plan_tensors, write_gguf
 from finetune.exporting.gguf.llama_folder import LlamaFolder, open_llama_folder
 from finetune.exporting.gguf.read_back import compare_file
@@ -19,6 +19,7 @@ from finetune.exporting.proof import BINDING, GgufReport, LlamaCppScores
 from finetune.files.folders import write_files_together
 from finetune.files.sizes import describe_size
 from finetune.runs.export_settings import check_gguf_type
+from finetune.runs.results import is_result
 
 if TYPE_CHECKING:  # it loads the model libraries, and only a comparison in llama.cpp needs them
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
@@ -64,6 +65,11 @@ def convert_folder(
     if output.suffix != ".gguf":
         name = output.with_suffix(".gguf").name if output.name not in ("", "..") else "mine.gguf"
         raise OutputError(f"{output}: programs know the format by its ending; name the file {name}")
+    if is_result(folder) and not (folder / "config.json").is_file():
+        raise ExportError(
+            f"{folder}: is a run or an adapter, no folder of weights; `finetune export {folder} -o DIR --gguf {type_name}` merges it "
+            "and writes the file"
+        )
     with write_files_together([output, name_modelfile(output)]) as partial:
         source = open_llama_folder(folder)
         report = write_file(source, partial / output.name, type_name, prover, verify=verify)
@@ -100,18 +106,17 @@ def name_modelfile(file: Path) -> Path:
     return file.with_suffix(".Modelfile")
 
 
-def make_modelfile(source: LlamaFolder, name: str) -> str:
+def make_modelfile(source: LlamaFolder, file_name: str) -> str:
     """Return a Modelfile for Ollama: where the weights are, what ends an answer, the context, and a template where one is known."""
-    template = OLLAMA_TEMPLATES.get(source.template.name)
+    name = source.form.template.name if source.form.template is not None else "the tokenizer's own"
+    template = OLLAMA_TEMPLATES.get(name)
     stops = source.tokenizer.convert_ids_to_tokens(source.stop_tokens) + list(template.stops if template else ())
-    lines = [f"FROM ./{name}", *(f'PARAMETER stop "{text}"' for text in stops)]
-    lines.append(f"PARAMETER num_ctx {source.config['max_position_embeddings']}")
+    lines = [f"FROM ./{file_name}", *(f'PARAMETER stop "{text}"' for text in stops)]
+    lines.append(f"PARAMETER num_ctx {source.context}")
     if template is not None:
         lines += ["# Without tools: Ollama writes their JSON in another way.", f'TEMPLATE """{template.text}"""']
     else:
-        lines.append(
-            f"# No template: {source.template.name} has no counterpart in Ollama's language here. Write one as TEMPLATE."
-        )
+        lines.append(f"# No template: {name} has no counterpart in Ollama's language here. Write one as TEMPLATE.")
     return "\n".join(lines) + "\n"
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.encoding.rendering import ChatTemplate
-from finetune.data.encoding.template import find_template, list_stop_tokens
+from finetune.data.encoding.template import find_template, keep_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.rows import TextSample
 from finetune.errors import CheckpointError, ExportError
+from finetune.exporting.chat_form import ChatForm
 from finetune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from finetune.yulan.layout import find_architecture, read_config
-from finetune.yulan.tensors import TensorFolder, open_tensors
+from finetune.yulan.llama_files import DEFAULT_POSITIONS, HEAD, is_tied, open_llama_tensors, read_rope, ties_head
+from finetune.yulan.tensors import TensorFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,14 +40,6 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
 _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
@@ -69,15 +63,27 @@ class LlamaFolder:
         """The values of a head."""
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
 
+    @property
+    def context(self) -> int:
+        """The number of tokens that a text may have."""
+        return int(self.config.get("max_position_embeddings") or DEFAULT_POSITIONS)
+
+    @cached_property
+    def form(self) -> ChatForm:
+        """The chat template of the folder to the letter, or the kit's where it has none, and the tokens that end an answer."""
+        kept = keep_template(self.tokenizer)
+        return ChatForm(self.folder, kept.template, kept.source, kept.added)
+
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template of the folder, or the kit's where it has none."""
-        return find_template("auto", self.tokenizer)
+        """The template that samples are encoded with: the folder's, or the kit's where its own cannot be encoded with."""
+        return self.form.template or find_template("auto", self.tokenizer)
 
     @cached_property
     def stop_tokens(self) -> list[int]:
         """The ids of the tokens that end an answer."""
-        return list_stop_tokens(self.tokenizer, self.template)
+        # A generation_config.json may name tokens that there are not.
+        return [token for token in self.form.list_stops(self.folder) if 0 <= token < len(self.vocabulary.pieces)]
 
 
 def open_llama_folder(folder: Path, rows: tuple[TextSample, ...] = ()) -> LlamaFolder:
@@ -92,9 +98,9 @@ def open_llama_folder(folder: Path, rows: tuple[TextSample, ...] = ()) -> LlamaF
             f"{folder}: is stored in the native architecture; write the Llama form first: finetune fold {folder} -o DIR"
         )
     config = read_config(folder)
+    tensors = open_llama_tensors(folder)
     _check_config(folder, config)
-    tensors = open_tensors(folder)
-    names = _name_tensors(folder, config, tensors)
+    names = _name_tensors(tensors, tied=is_tied(config))
     # transformers makes an empty tokenizer of LlamaTokenizer's settings alone.
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -116,56 +122,31 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         ExportError: the message lists every fault.
     """
-    faults = [f"{key} is {config.get(key)!r}" for key in _SIZES if not _is_count(config.get(key))]
+    faults, rope = [], read_rope(config)
     if config.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act is {config['hidden_act']!r}; llama.cpp computes silu")
-    kind = find_rope(config).get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        faults.append(f"rope_type is {kind!r}; default and linear are known")
-    if config.get("quantization_config"):
-        faults.append("the weights are quantized already; give the folder that they were made of")
+    if rope["rope_type"] not in ("default", "linear"):
+        faults.append(f"rope_type is {rope['rope_type']!r}; default and linear are known")
+    if rope["rope_type"] == "linear" and not isinstance(rope.get("factor"), int | float):
+        faults.append(f"the factor of linear RoPE is {rope.get('factor')!r}, and must be a number")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        faults.append("partial_rotary_factor is set; whole heads are turned here")
     if faults:
         raise ExportError(f"{folder / 'config.json'}: {'; '.join(faults)}")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _name_tensors(tensors: TensorFolder, *, tied: bool) -> dict[str, str]:
+    """Return llama.cpp's names by the folder's: the embedding, the layers in their order, the last norm, and a head of its own."""
+    names = [name for name in tensors.names if name in _TOP_NAMES or _LAYER.fullmatch(name)]
+    if ties_head(tensors, tied=tied):
+        names = [name for name in names if name != HEAD]
+    tops = list(_TOP_NAMES)
 
+    def find_place(name: str) -> tuple[int, int, str]:
+        layer = _LAYER.fullmatch(name)
+        return (0, int(layer[1]), name) if layer else (tops.index(name) or -1, 0, name)
 
-def find_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE's settings from either form of a configuration, with `rope_type` and `rope_theta`."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    return {
-        **found,
-        "rope_type": found.get("rope_type", found.get("type", "default")),
-        "rope_theta": float(found.get("rope_theta", config.get("rope_theta", 10_000.0))),
-    }
-
-
-def _name_tensors(folder: Path, config: Mapping[str, Any], tensors: TensorFolder) -> dict[str, str]:
-    """Return llama.cpp's names; compare names and shapes with the configuration.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown, or of another shape.
-    """
-    expected = _list_shapes(config)
-    faults = []
-    for name, shape in expected.items():
-        is_optional = name.endswith(".bias") or (name == "lm_head.weight" and bool(config.get("tie_word_embeddings")))
-        if name not in tensors.entries:
-            faults += [] if is_optional else [f"{name} is missing"]
-        elif tensors.shape(name) != shape:
-            faults.append(f"{name} is {list(tensors.shape(name))}, expected {list(shape)}")
-    faults += [f"{name} has no place in a Llama model" for name in tensors.names if name not in expected]
-    if faults:
-        more = f" … and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise CheckpointError(f"{folder}: the tensors do not fit config.json: {'; '.join(faults[:4])}{more}")
-    is_tied = bool(config.get("tie_word_embeddings"))
-    return {
-        name: _rename(name)
-        for name in expected
-        if name in tensors.entries and not (is_tied and name == "lm_head.weight")
-    }
+    return {name: _rename(name) for name in sorted(names, key=find_place)}
 
 
 def _rename(name: str) -> str:
@@ -174,30 +155,6 @@ def _rename(name: str) -> str:
     found = _LAYER.fullmatch(name)
     assert found is not None
     return f"blk.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
-
-
-def _list_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or width // heads
-    q, kv = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    matrices = {
-        "self_attn.q_proj": (q, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, q),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}.{norm}.weight"] = (width,)
-        for module, shape in matrices.items():
-            shapes[f"{prefix}.{module}.weight"] = shape
-            shapes[f"{prefix}.{module}.bias"] = (shape[0],)
-    return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (config["vocab_size"], width)}
 
 
 def remove_training_marks(template: str) -> str:

@@ -5,8 +5,9 @@ Source: github.com/ggml-org/ggml, docs/gguf.md; llama.cpp, convert_hf_to_gguf.py
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, RopeScalingType, TokenType
 
-from finetune.exporting.gguf.llama_folder import LlamaFolder, find_rope, remove_training_marks
+from finetune.exporting.gguf.llama_folder import LlamaFolder, remove_training_marks
 from finetune.exporting.gguf.tensor_types import TensorType
+from finetune.yulan.llama_files import read_rope
 
 
 def add_metadata(writer: GGUFWriter, source: LlamaFolder, chosen: TensorType) -> None:
@@ -17,13 +18,14 @@ def add_metadata(writer: GGUFWriter, source: LlamaFolder, chosen: TensorType) ->
     writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_sizes(writer, source)
     _add_vocabulary(writer, source)
-    writer.add_chat_template(remove_training_marks(source.template.source))
+    if source.form.source is not None:
+        writer.add_chat_template(remove_training_marks(source.form.source))
 
 
 def _add_sizes(writer: GGUFWriter, source: LlamaFolder) -> None:
     config, heads = source.config, source.config["num_attention_heads"]
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(source.context)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -33,8 +35,8 @@ def _add_sizes(writer: GGUFWriter, source: LlamaFolder) -> None:
     writer.add_value_length(source.head_dim)
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_rope_dimension_count(source.head_dim)
-    rope = find_rope(config)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    rope = read_rope(config)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
@@ -61,7 +63,7 @@ def _add_vocabulary(writer: GGUFWriter, source: LlamaFolder) -> None:
     ):
         if number is not None:
             add(number)
-    # The end of a turn stops generation beside eos.
-    for number in source.stop_tokens:
-        if number != tokenizer.eos_token_id:
-            writer.add_eot_token_id(number)
+    # The ends of a turn and of a message stop generation beside eos. A Modelfile names any others, too.
+    others = [number for number in source.stop_tokens if number != tokenizer.eos_token_id]
+    for number, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(number)
