@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo runtimes-env test check bench gpu keys faults clean
+.PHONY: demo engines runtimes-env runtimes test check bench gpu keys faults clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -13,6 +13,16 @@ demo: $(READY)
 # Environments in which other programs open what the kit exports; they lie in the user's cache.
 runtimes-env: $(READY)
 	$(BIN)/python tests/runtimes/environments.py
+
+# The same with vLLM, whose environment takes 3.4 GB, and all tests in them.
+runtimes: $(READY)
+	$(BIN)/python tests/runtimes/environments.py all
+	FINETUNE_RUNTIMES_REQUIRED=all $(BIN)/python -m pytest --numprocesses 0 tests/runtimes
+
+# Two processes on the CPU under each engine, DeepSpeed included. It takes about five minutes.
+engines: $(READY)
+	$(BIN)/python tests/runtimes/environments.py deepspeed
+	FINETUNE_ENGINES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 0 -s tests/engines
 
 # One process for each core (at most 4), each with one thread, because the tests compute little and spend most of their time in Python.
 test: $(READY)
@@ -30,10 +40,11 @@ bench: $(READY)
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
-# Inject faults into everything that writes files, and write docs/reliability.md anew. It takes hours: TRIES=20 takes twenty places of each kind.
+# Inject faults into everything that writes files, and write docs/reliability.md anew. It takes hours: TRIES=20 takes twenty places of
+# each kind. faults.py --help: one kind, or one fault, at a time, added to the results of earlier calls.
 TRIES ?= 0
 faults: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --tries $(TRIES) --report docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(TRIES) --tries $(TRIES) --report docs/reliability.md
 
 # Write the generated pages anew after a change of a key, its text or its values, of a verb, or of the list of guides. Tests compare them.
 keys: $(READY)

@@ -42,7 +42,7 @@ started = time.monotonic()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(process.pid, 0)
 os.sync()
-print(json.dumps([time.monotonic() - started, usage.ru_maxrss]))
+print(json.dumps([time.monotonic() - started, usage.ru_maxrss, usage.ru_utime + usage.ru_stime]))
 sys.exit(1 if status else 0)
 """
 COPY, FOLD, EXPORT, PEFT = "cp", "finetune fold", "finetune export", "PEFT merge and save"
@@ -60,10 +60,12 @@ class RandomTensors:
         return False
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
-        """Return the rows of a piece; scalars are alphas, and get 1.25."""
+        """Return the rows of a piece; scalars are alphas, and get 1.25, and norms get 1, so that the model does not fade."""
         shape = self.specs[piece.name].shape
         if not shape:
             return torch.tensor(1.25, dtype=torch.bfloat16)
+        if "norm" in piece.name:
+            return torch.ones(shape, dtype=torch.bfloat16)
         rows = (piece.stop - piece.start, *shape[1:])
         count = rows[0] * (rows[1] if len(rows) > 1 else 1)
         return self.block[:count].reshape(rows)
@@ -121,13 +123,18 @@ def merge_by_peft(base: Path, adapter: Path, output: Path) -> None:
 
 def measure(command: Sequence[str], output: Path) -> tuple[float, int]:
     """Run a command; return its wall time in seconds, including a `sync` of its output, and its peak resident bytes."""
+    return measure_all_of(command, output)[:2]
+
+
+def measure_all_of(command: Sequence[str], output: Path) -> tuple[float, int, float]:
+    """Run a command; return its wall time and peak as `measure` does, and the CPU time of its process in seconds."""
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
     launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
     if launched.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{launched.stderr}")
-    seconds, peak = json.loads(launched.stdout.splitlines()[-1])
-    return seconds, peak * (1 if sys.platform == "darwin" else 1024)
+    seconds, peak, cpu = json.loads(launched.stdout.splitlines()[-1])
+    return seconds, peak * (1 if sys.platform == "darwin" else 1024), cpu
 
 
 def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # Set before any library reads them: libraries send no usage data unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# The package `kernels`, where it is installed, asks the hub for native code: bitsandbytes lets it on processors with AVX512-BF16 when
+# it is imported, transformers when a model is built. Whoever wants that sets USE_HUB_KERNELS=YES; else importing `kernels` fails.
+if os.environ.setdefault("USE_HUB_KERNELS", "NO").upper() not in ("1", "ON", "YES", "TRUE"):
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # torch keeps freed GPU memory in blocks of fixed size, of which a quarter lay idle at 28,672 tokens (benchmarks/gpu.md). Blocks that
 # can grow leave next to nothing idle. Windows has none.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

@@ -1,8 +1,10 @@
 """The public functions of `import finetune`. Each does what a verb of the command line does, and returns what `--json` prints."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.api_arguments import require_count, require_flag, require_list, require_path, require_text
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
@@ -13,7 +15,7 @@ from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.proof import ExportReport
 from finetune.exporting.verify import LogitVerifier
-from finetune.files.sizes import parse_memory
+from finetune.files.sizes import parse_memory, parse_size
 from finetune.models.opening import LoadedModel
 from finetune.models.opening import open_model as open_named_model
 from finetune.pipeline.memory_ladder import train_on_device
@@ -36,7 +38,8 @@ def preview(recipe: AnyRecipe, rows: int = 3) -> Preview:
     Raises:
         FinetuneError: the recipe or its rows cannot be used.
     """
-    tokenizer, splits = prepare_rows(_resolve(recipe))
+    require_count("preview: rows", rows)
+    tokenizer, splits = prepare_rows(_resolve("preview", recipe))
     return preview_rows(splits, tokenizer, rows)
 
 
@@ -46,8 +49,10 @@ def plan(recipe: AnyRecipe, *, memory: str | None = None, gpu: str | None = None
     Raises:
         FinetuneError: the recipe cannot be trained, or the memory or the card is unknown.
     """
-    resolved = _resolve(recipe)
-    target = choose_target(resolved, parse_memory(memory) if memory else None, gpu)
+    size = None if memory is None else parse_memory(require_text("plan: memory", memory, "8GB"), "plan: memory")
+    card = None if gpu is None else require_text("plan: gpu", gpu, "RTX 4090")
+    resolved = _resolve("plan", recipe)
+    target = choose_target(resolved, size, card)
     resolved, _ = choose_settings(resolved, target)
     return make_plan(resolved, target)
 
@@ -60,7 +65,9 @@ def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> Ru
     Raises:
         FinetuneError: the user can mend what stopped the run; before the first step nothing is left behind.
     """
-    return train_on_device(_resolve(recipe), resume, force)
+    require_flag("train: resume", resume)
+    require_flag("train: force", force)
+    return train_on_device(_resolve("train", recipe), resume, force)
 
 
 def evaluate(
@@ -73,11 +80,10 @@ def evaluate(
     Raises:
         FinetuneError: the model or the rows cannot be used.
     """
-    files = [Path(data)] if isinstance(data, str | Path) else list(map(Path, data))
-    if not files:
-        raise DataError("evaluate: no data file is named; give at least one")
+    name, files = _name("evaluate: model", model), _list_files(data)
+    require_count("evaluate: max_tokens", max_tokens)
     score = evaluate_pairs if hold_pairs(files) else evaluate_path
-    return score(str(model), files, max_tokens)
+    return score(name, files, max_tokens)
 
 
 def export(
@@ -99,9 +105,14 @@ def export(
     Raises:
         FinetuneError: the adapter does not fit its base, or the export is not what was trained; no output is left.
     """
-    settings = ExportSettings(dtype, max_shard_size, base, verify, tuple(gguf))
+    folder, target = require_path("export: run", run), require_path("export: output", output)
+    parse_size(require_text("export: max_shard_size", max_shard_size, "2GB"), "export: max_shard_size")
+    require_flag("export: verify", verify)
+    named_base = None if base_model is None else _name("export: base_model", base_model)
+    types = require_list("export: gguf", gguf, "a list of GGUF types")
+    settings = ExportSettings(dtype, max_shard_size, base, verify, types)
     verifier, prover = LogitVerifier() if verify else None, make_prover(settings)
-    return export_result(open_result(Path(run)), Path(output), settings, verifier, prover, base_model=base_model)
+    return export_result(open_result(folder), target, settings, verifier, prover, base_model=named_base)
 
 
 def fold(
@@ -112,8 +123,11 @@ def fold(
     Raises:
         FinetuneError: it cannot be found, read or folded, or the output folder is not empty.
     """
+    name = _name("fold: checkpoint", checkpoint)
+    target = require_path("fold: output", output)
+    parse_size(require_text("fold: max_shard_size", max_shard_size, "2GB"), "fold: max_shard_size")
     settings = ExportSettings(dtype, max_shard_size)
-    return fold_checkpoint(find_checkpoint(str(checkpoint)), Path(output), settings.dtype, settings.max_shard_bytes)
+    return fold_checkpoint(find_checkpoint(name), target, settings.dtype, settings.max_shard_bytes)
 
 
 def open_model(name: str | Path) -> LoadedModel:
@@ -122,8 +136,25 @@ def open_model(name: str | Path) -> LoadedModel:
     Raises:
         FinetuneError: there is no such model, or its template is not the one that it was trained with.
     """
-    return open_named_model(str(name))
+    return open_named_model(_name("open_model: name", name))
 
 
-def _resolve(recipe: AnyRecipe) -> ResolvedRecipe:
-    return recipe if isinstance(recipe, ResolvedRecipe) else load_recipe(recipe)
+def _resolve(function: str, recipe: AnyRecipe) -> ResolvedRecipe:
+    if isinstance(recipe, ResolvedRecipe):
+        return recipe
+    expected = "the path or the name of a recipe (str or pathlib.Path), or what load_recipe returned"
+    return load_recipe(require_path(f"{function}: recipe", recipe, expected))
+
+
+def _name(argument: str, value: object) -> str:
+    """Return what names a model as a text; a path stays as it was written."""
+    require_path(argument, value, "a run directory, an alias, a hub id or a folder (str or pathlib.Path)")
+    return str(value)
+
+
+def _list_files(data: object) -> list[Path]:
+    if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence):
+        return [require_path("evaluate: data", data, "a data file (str or pathlib.Path), or a list of files")]
+    if not data:
+        raise DataError("evaluate: no data file is named; give at least one")
+    return [require_path("evaluate: data", file, "a list of data files (str or pathlib.Path)") for file in data]

@@ -125,6 +125,11 @@ def name_attention(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def use_one_gpu(config: Any) -> None:
+    """Keep a trainer that sees several GPUs from wrapping its model in DataParallel, which would train on larger batches."""
+    config._n_gpu = min(config.n_gpu, 1)
+
+
 def watch_numbers(trainer: Any, see_loss: Callable[[Any], Any], see_norm: Callable[[Any], Any]) -> None:
     """Let functions see, and return, the loss of every batch and the gradient norm of every step; callbacks get neither in time."""
     step, clip = trainer.training_step, trainer.accelerator.clip_grad_norm_
@@ -179,10 +184,9 @@ def answer_autocast_as_gpu() -> Iterator[None]:
 
 
 def keep_weights_differentiable(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for its CPU inference kernel.
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation, for a kernel of AVX512-BF16 without a gradient.
 
-    On processors with AVX512-BF16 it repacks them at the first evaluation, for good. The kernel has no gradient, so training would
-    fail, or continue without gradients for earlier layers (`Linear4bit.forward`).
+    Training would fail, or continue without gradients for earlier layers (`Linear4bit.forward`).
     """
     layer = _load("bitsandbytes.nn").Linear4bit
     for module in model.modules():
@@ -263,10 +267,7 @@ def load_operations() -> Operations:
 
 
 def load_dispatch_mode() -> type[Any]:
-    """Return a base class for modes that see every operation, whose methods torch does not guard from being compiled.
-
-    The guard costs a third of every call, and a plan compiles nothing. `TorchDispatchMode` reads the flag when a class is made.
-    """
+    """Return a base class for modes that see every operation, without torch's guard against compiling, a third of each call."""
     mode = _load("torch.utils._python_dispatch").TorchDispatchMode
     return type("DispatchMode", (mode,), {"_should_skip_dynamo": classmethod(lambda cls: False)})
 

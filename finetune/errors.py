@@ -9,7 +9,8 @@
     ├── ExportError         an adapter that does not fit its base, or an export that failed its comparison
     ├── EndpointError       a model on a server that cannot be asked, or a limit that is reached
     ├── OutputError         a folder that cannot be written: not empty, no permission, no space
-    └── MachineError        something this machine cannot do
+    ├── MachineError        something this machine cannot do
+    └── ArgumentError       an argument of a public function that has a wrong type or lies outside its range
 
 Every message says what is wrong, where, what was found, what would be right, and what to do.
 Any other exception is a bug of the kit and keeps its traceback.
@@ -99,6 +100,10 @@ class OutputError(FinetuneError):
 
 class MachineError(FinetuneError):
     """This machine cannot do what was asked."""
+
+
+class ArgumentError(FinetuneError):
+    """An argument of a public function has a wrong type, or lies outside its range."""
 
 
 def find_close_match(name: str, known: Iterable[str]) -> str | None:

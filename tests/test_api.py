@@ -19,7 +19,8 @@ FUNCTIONS = ["evaluate", "export", "fold", "load_recipe", "open_model", "plan", 
 def test_importing_loads_nothing_of_size():
     code = (
         "import sys; before = set(sys.modules); import finetune\n"
-        "print([name for name in set(sys.modules) - before if name.split('.')[0] not in sys.stdlib_module_names])"
+        "new = [name for name in set(sys.modules) - before if sys.modules[name] is not None]\n"  # None bars a package from being loaded
+        "print([name for name in new if name.split('.')[0] not in sys.stdlib_module_names])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['finetune']"
@@ -90,3 +91,65 @@ def test_choices_that_do_not_exist_are_refused(tmp_path):
         finetune.evaluate("nano", [])
     assert finetune.load_recipe("demo", "seed=7").recipe.seed == 7  # one override need not be a list
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: finetune.load_recipe(None), "recipe: must be the path or the name of a recipe .*; found None"),
+        (lambda: finetune.load_recipe(""), "recipe: must be the path or the name of a recipe .*; found ''"),
+        (lambda: finetune.load_recipe(b"demo"), "recipe: must be .*; found b'demo'"),
+        (lambda: finetune.load_recipe("demo", {"output": "x"}), "load_recipe: overrides: must be a text .*; found {"),
+        (lambda: finetune.load_recipe("demo", [3]), r"load_recipe: overrides: must be a text .*; found \[3\]"),
+        (lambda: finetune.train(3), "train: recipe: must be .* or what load_recipe returned; found 3"),
+        (lambda: finetune.train("demo", resume="yes"), "train: resume: must be True or False; found 'yes'"),
+        (lambda: finetune.train("demo", force=1), "train: force: must be True or False; found 1"),
+        (lambda: finetune.preview({"method": "sft"}), "preview: recipe: must be .*; found {'method': 'sft'}"),
+        (lambda: finetune.preview("demo", -1), "preview: rows: must be a whole number of 1 or more; found -1"),
+        (lambda: finetune.preview("demo", True), "preview: rows: must be a whole number of 1 or more; found True"),
+        (lambda: finetune.plan("demo", memory=8), "plan: memory: must be a text such as '8GB'; found 8"),
+        (lambda: finetune.plan("demo", memory="much"), "plan: memory: 'much' is not a memory size; write one such as"),
+        (lambda: finetune.plan("demo", gpu=4090), "plan: gpu: must be a text such as 'RTX 4090'; found 4090"),
+        (lambda: finetune.evaluate(None, "rows.jsonl"), "evaluate: model: must be a run directory, .*; found None"),
+        (lambda: finetune.evaluate("nano", 7), "evaluate: data: must be a data file .*, or a list of files; found 7"),
+        (lambda: finetune.evaluate("nano", [7]), "evaluate: data: must be a list of data files .*; found 7"),
+        (lambda: finetune.evaluate("nano", []), "evaluate: no data file is named"),
+        (
+            lambda: finetune.evaluate("nano", "rows.jsonl", max_tokens="x"),
+            "evaluate: max_tokens: must be a whole number of 1 or more; found 'x'",
+        ),
+        (lambda: finetune.export(5, None), "export: run: must be a path .*; found 5"),
+        (lambda: finetune.export("run", None), "export: output: must be a path .*; found None"),
+        (lambda: finetune.export("run", "out", dtype="float8"), "export: dtype: 'float8' is unknown"),
+        (lambda: finetune.export("run", "out", dtype=["float32"]), "export: dtype: .* is unknown"),
+        (lambda: finetune.export("run", "out", base=None), "export: base: None is unknown"),
+        (lambda: finetune.export("run", "out", verify="no"), "export: verify: must be True or False; found 'no'"),
+        (
+            lambda: finetune.export("run", "out", base_model=1),
+            "export: base_model: must be a run directory, .*; found 1",
+        ),
+        (lambda: finetune.export("run", "out", max_shard_size=2), "export: max_shard_size: must be a text .*; found 2"),
+        (lambda: finetune.export("run", "out", max_shard_size="2 of"), "export: max_shard_size: '2 of' is not a size"),
+        (
+            lambda: finetune.export("run", "out", gguf="q8_0"),
+            r"export: gguf: must be a list of GGUF types; found 'q8_0'; write \['q8_0'\]",
+        ),
+        (lambda: finetune.export("run", "out", gguf=[8]), r"export: gguf: must be a list of GGUF types; found \[8\]"),
+        (lambda: finetune.export("run", "out", gguf=["q9"]), "the type 'q9' is unknown"),
+        (lambda: finetune.fold(3, "out"), "fold: checkpoint: must be a run directory, .*; found 3"),
+        (lambda: finetune.fold("nano", 3), "fold: output: must be a path .*; found 3"),
+        (lambda: finetune.fold("nano", "out", dtype=16), "dtype: 16 is unknown"),
+        (
+            lambda: finetune.fold("nano", "out", max_shard_size=None),
+            "fold: max_shard_size: must be a text .*; found None",
+        ),
+        (lambda: finetune.open_model(None), "open_model: name: must be a run directory, .*; found None"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(tmp_path, monkeypatch, call, message):
+    """They were tracebacks of pathlib, and `gguf="q8_0"` was read letter by letter."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FinetuneError, match=message) as caught:
+        call()
+    assert "--" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import finetune
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.files.resources import find_demo_data, list_templates
 from finetune.models.opening import open_model
-from finetune.training.journal.progress import read_metrics
+from finetune.runs.run_files import read_metrics
 from finetune.yulan.layout import parse_native_config, read_config
 from finetune.yulan.states.optimizer_states import open_states
 

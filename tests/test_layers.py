@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room may import the rooms above it in this list, and its own modules.
 ROOMS = (
     "errors",
+    "api_arguments",
     "files",
     "compat",
     "yulan",
@@ -25,6 +26,7 @@ ROOMS = (
     "rewards",
     "check",
     "guide",
+    "watching",
     "training",
     "planning",
     "exporting",
@@ -147,6 +149,8 @@ TELLS_REWARDS = {
     "finetune.runs.summary",
     "finetune.training.journal.loss_plot",
     "finetune.training.journal.summarising",
+    "finetune.watching.panels",
+    "finetune.watching.run_view",
 }
 
 

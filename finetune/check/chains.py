@@ -23,7 +23,7 @@ from finetune.check.chaining.chain_synthesis import (
 )
 from finetune.check.data_section import find_file
 from finetune.check.recipes import list_problems, resolve_draft, resolve_names, settle_recipe
-from finetune.errors import FinetuneError, RecipeError, describe_unknown_name
+from finetune.errors import ExportError, FinetuneError, RecipeError, describe_unknown_name
 from finetune.files.folders import expand_home
 from finetune.files.resources import find_recipe, list_templates
 from finetune.files.sizes import parse_size
@@ -175,7 +175,11 @@ class _ChainReader:
         if not isinstance(options, dict):
             self._problems.append("export: must be a section of keys and values, such as {dtype: bfloat16}")
             options = {}
-        settings = read_section(ExportSettings, options, "export.", self._problems)
+        try:
+            settings = read_section(ExportSettings, options, "export.", self._problems)
+        except ExportError as error:  # of the types only: they have reasons of their own
+            self._problems.append(f"export.gguf: {error}")
+            settings = ExportSettings()
         if before:
             self._problems += list_export_problems(settings, before[-1].resolved)
         else:

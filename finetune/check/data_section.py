@@ -1,6 +1,7 @@
 """Check the section `data` of a recipe, and find the files that it names."""
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
                 yield from _check_source(source, f"data.{key}[{number}]", folder)
             elif find_file(source, folder) is None:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
+    yield from _list_unreadable(data, folder)
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
     yield from _check_template(data.template, folder)
@@ -43,6 +45,16 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.encoding: {data.encoding!r} is no encoding that Python knows; name one such as gb18030 or utf-16"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
+
+
+def _list_unreadable(data: DataSection, folder: Path) -> Iterator[str]:
+    """Yield a problem for each file that the recipe names and this user may not read."""
+    named = [(f"data.{key}", source) for key in ("train", "eval") for source in getattr(data, key)]
+    for key, source in (*named, *((f"data.sources.{name}", source) for name, source in data.sources.items())):
+        path = source.path if isinstance(source, SourceSection) else source
+        file = find_file(path, folder) if path else None
+        if file is not None and file.exists() and not os.access(file, os.R_OK):
+            yield f"{key}: {path} cannot be read: Permission denied"
 
 
 def _check_mixture(data: DataSection, folder: Path) -> Iterator[str]:

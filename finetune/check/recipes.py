@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.api_arguments import require_list, require_path
 from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
 from finetune.check.data_section import check_data_section, find_file, resolve_source
@@ -31,6 +32,8 @@ from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
 
+_LONGEST_NAME = 255
+
 
 def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> ResolvedRecipe:
     """Read a recipe, check all of it, and return it with absolute paths, its method and its base checkpoint.
@@ -38,14 +41,18 @@ def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> Reso
     `source` is a file or the name of a shipped recipe (`sft_qlora`). Each override reads `section.key=value`.
 
     Raises:
+        ArgumentError: an argument has a wrong type.
         RecipeError: with every problem that was found, not only the first; or the recipe is a chain of several runs.
     """
-    file = find_recipe(Path(source))
+    file = find_recipe(require_path("recipe", source, "the path or the name of a recipe (str or pathlib.Path)"))
     content = load_recipe_file(file)
     if "stages" in content:
         problem = "stages: this recipe is a chain, but a recipe of one run is needed here; run the chain with `finetune train`"
         raise RecipeError(str(source), [problem])
     overrides = [overrides] if isinstance(overrides, str) else overrides
+    overrides = require_list(
+        "load_recipe: overrides", overrides, "a text such as 'trainer.max_steps=2', or a list of such texts"
+    )
     return resolve_draft(draft_recipe(file, content, overrides), str(source))
 
 
@@ -110,6 +117,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if str(expand_home(recipe.output)).startswith("~"):
         yield f"output: there is no user of this name; found {recipe.output}"
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(recipe.output).parts):
+        yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
     if not -(2**31) <= recipe.seed < 2**31:

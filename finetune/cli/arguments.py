@@ -141,6 +141,22 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--force", action="store_true", help="train even if the plan says that the run cannot fit this GPU"
     )
+    verb.add_argument(
+        "--watch", action="store_true", help="serve a page that shows the run while it trains, to this machine alone"
+    )
+
+
+def add_watch(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
+    verb.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
+    )
+    verb.add_argument(
+        "--until-input-ends",
+        action="store_true",
+        help="wait for runs that have not begun, and stop serving when standard input ends",
+    )
 
 
 def add_export(verb: argparse.ArgumentParser) -> None:
@@ -172,6 +188,11 @@ def add_export(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_average(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)
+    _add_writing(verb)
+
+
 def add_gguf(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", metavar="FOLDER", type=Path, help="a folder of Llama weights, such as an export")
     verb.add_argument(
@@ -183,9 +204,39 @@ def add_gguf(verb: argparse.ArgumentParser) -> None:
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
-    verb.add_argument("--data", type=Path, required=True, nargs="+", metavar="FILE", help="rows to evaluate on")
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows to evaluate on")
+    what.add_argument(
+        "--tasks", type=_read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
+    )
     verb.add_argument(
-        "--max-tokens", type=_read_count, default=2048, metavar="N", help="leave longer rows out (default: 2048)"
+        "--max-tokens",
+        type=_read_count,
+        default=2048,
+        metavar="N",
+        help="leave longer rows out (with --data; default: 2048)",
+    )
+    tasks = verb.add_argument_group("with --tasks")
+    tasks.add_argument(
+        "--protocol",
+        choices=("harness", "authors"),
+        default="harness",
+        help="as lm-evaluation-harness does it (default), or as the authors' published table was made",
+    )
+    tasks.add_argument("--limit", type=_read_count, metavar="N", help="evaluate the first N rows of each task only")
+    tasks.add_argument(
+        "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
+    )
+    tasks.add_argument("--exemplars", type=Path, metavar="FILE", help="rows that stand in the prompts as examples")
+    tasks.add_argument(
+        "--batch-size", type=_read_count, metavar="N", help="prompts at once (default: what memory allows)"
+    )
+    tasks.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    tasks.add_argument(
+        "--unsafe-code", action="store_true", help="run generated code without a sandbox, with your rights"
+    )
+    tasks.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
     )
 
 
@@ -214,6 +265,11 @@ def add_demo(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a new or empty folder (default: runs/demo)",
     )
+
+
+def _read_names(text: str) -> tuple[str, ...]:
+    """Read names with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _read_count(text: str) -> int:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
 from finetune.errors import ExportError, OutputError
+from finetune.files.launcher import is_main_process
 
 if TYPE_CHECKING:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
@@ -58,9 +64,43 @@ def run_train(arguments: argparse.Namespace) -> int:
     from finetune.models.engine import leave_processes
     from finetune.pipeline.chain import describe_chain, run_chain
 
-    done = run_chain(chain, arguments.resume, arguments.force)
+    watched = is_main_process() and arguments.watch
+    with _watch([stage.resolved.output for stage in chain.trainings]) if watched else contextlib.nullcontext():
+        done = run_chain(chain, arguments.resume, arguments.force)
     leave_processes()
     return print_result(arguments, done.to_json(), describe_chain(done))
+
+
+@contextlib.contextmanager
+def _watch(runs: Sequence[Path]) -> Iterator[None]:
+    """Serve the page of runs in a process of its own, so that the training does not wait for it."""
+    command = [sys.executable, "-m", "finetune", "watch", *map(str, runs), "--until-input-ends"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
+    try:
+        yield
+    finally:
+        server.communicate()
+
+
+def run_watch(arguments: argparse.Namespace) -> int:
+    from finetune.watching.board_page import write_board_page
+    from finetune.watching.server import BoardServer
+
+    if arguments.output is not None:
+        write_board_page(arguments.runs, arguments.output)
+        return print_result(arguments, {"output": str(arguments.output)}, f"wrote {arguments.output}")
+    with BoardServer(arguments.runs, arguments.port, waits=arguments.until_input_ends) as server:
+        print_result(arguments, {"address": server.address}, f"watch: {server.address} (only from this machine)")
+        sys.stdout.flush()
+        if arguments.until_input_ends:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            sys.stdin.read()
+            server.shutdown()
+        else:
+            print("Press Ctrl-C to end it.", file=sys.stderr)
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+    return SUCCESS
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -89,18 +129,24 @@ def _run_adapter_export(arguments: argparse.Namespace) -> int:
         ("--dtype", arguments.dtype, "auto"),
         ("--max-shard-size", arguments.max_shard_size, "2GB"),
         ("--base", arguments.base, "full"),
+        ("--base-model", arguments.base_model, None),
         ("--no-verify", arguments.no_verify, False),
         ("--gguf", arguments.gguf, []),
     ):
         if value != default:
-            raise ExportError(
-                f"export: {option} is for merged weights, and --adapter merges nothing; remove one of the two"
-            )
+            raise ExportError(f"{option} is for merged weights, and --adapter merges nothing; remove one of the two")
     from finetune.models.plain_adapter import describe_adapter, write_plain_adapter
     from finetune.runs.results import open_result
 
     report = write_plain_adapter(open_result(arguments.result), arguments.output)
     return print_result(arguments, to_json(report), describe_adapter(report))
+
+
+def run_average(arguments: argparse.Namespace) -> int:
+    from finetune.exporting.averaging import average_models, describe_average
+
+    report = average_models(arguments.models, arguments.output, arguments.dtype, arguments.max_shard_size)
+    return print_result(arguments, to_json(report), describe_average(report))
 
 
 def run_gguf(arguments: argparse.Namespace) -> int:
@@ -125,6 +171,8 @@ def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
 
@@ -138,6 +186,23 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"over {scores.tokens:,} trained tokens"
     )
     return print_result(arguments, asdict(scores), text)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
+
+    settings = TaskSettings(
+        tasks=arguments.tasks,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        data=arguments.task_data,
+        exemplars=arguments.exemplars,
+        batch_size=arguments.batch_size,
+        chat=arguments.chat,
+        unsafe_code=arguments.unsafe_code,
+    )
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

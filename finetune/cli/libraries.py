@@ -1,21 +1,10 @@
 """Keep the libraries quiet, and print in one process only."""
 
 import logging
-import os
 import sys
-import warnings
 
-from finetune.files.terminal import escape_controls
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process that prints and writes; a launch of several processes has one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_launched() -> bool:
-    """Return whether this is one of several processes of a launch."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+from finetune.files.launcher import is_main_process
+from finetune.files.terminal import escape_controls, silence_libraries
 
 
 class _SafeFormatter(logging.Formatter):
@@ -25,17 +14,6 @@ class _SafeFormatter(logging.Formatter):
         return escape_controls(super().format(record))
 
 
-def keep_kernels_local() -> None:
-    """Keep the package `kernels`, where it is installed, from asking the hub for native code.
-
-    bitsandbytes does so when it is imported on processors with AVX512-BF16, and transformers when a model is built. Whoever wants
-    it sets `USE_HUB_KERNELS=YES`.
-    """
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    if os.environ["USE_HUB_KERNELS"].upper() not in ("1", "ON", "YES", "TRUE"):
-        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # so that importing it fails
-
-
 def quiet_libraries() -> None:
     """Print the kit's notes to standard error as plain lines, and suppress the libraries' notes and warnings."""
     handler = logging.StreamHandler(sys.stderr)
@@ -43,12 +21,4 @@ def quiet_libraries() -> None:
     ours = logging.getLogger("finetune")
     ours.handlers = [handler]  # replaced, so that repeated calls from another program add no second handler
     ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
-    keep_kernels_local()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in ("bitsandbytes", "accelerate", "trl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    # Users cannot act on deprecations inside the libraries. The kit's tests turn them into errors.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)
+    silence_libraries()

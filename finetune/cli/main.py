@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
-from finetune.cli.libraries import is_launched, is_main_process, quiet_libraries
+from finetune.cli.libraries import quiet_libraries
 from finetune.cli.parser import make_parser
 from finetune.cli.printing import BUG, INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
+from finetune.files.launcher import is_launched
 from finetune.files.terminal import escape_controls
 
 # What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
@@ -27,26 +29,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
     leaving = _Leaving()
-    if is_launched():
-        atexit.register(leaving.leave)  # the first to be registered runs last
     try:
-        leaving.status = _run(argv)
+        leaving.status = _run(argv, leaving)
     except SystemExit as stopped:
         leaving.status = stopped.code if isinstance(stopped.code, int) else BUG
         raise
     sys.exit(leaving.status)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
     arguments = make_parser().parse_args(argv)
-    quiet_libraries()
     signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_current_folder()
+        if is_launched():
+            atexit.register(leaving.leave)  # the first to be registered runs last
+        quiet_libraries()
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except FinetuneError as error:
-        if is_main_process():
-            print(escape_controls(f"finetune {arguments.verb}: {error}"), file=sys.stderr)
+        _print_fault(arguments.verb, str(error))
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
@@ -58,9 +60,29 @@ def _run(argv: Sequence[str] | None) -> int:
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE or error.filename is None:
             raise
-        print(escape_controls(f"finetune {arguments.verb}: {error.filename}: {error.strerror}"), file=sys.stderr)
+        _print_fault(arguments.verb, f"{error.filename}: {error.strerror}")
         return USER_ERROR
     return status
+
+
+def _check_current_folder() -> None:
+    """Refuse to work in a folder that has been removed, where no relative path has a meaning.
+
+    Raises:
+        FinetuneError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise FinetuneError("the current folder has been removed; change to another folder") from error
+
+
+def _print_fault(verb: str, message: str) -> None:
+    """Print what is wrong; what only one process of a launch meets, such as a file that its machine lacks, only that one can say."""
+    # Read as text, since the message may be that these variables are no numbers.
+    size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    process = f" (process {rank})" if size not in ("", "1") and rank not in ("", "0") else ""
+    print(escape_controls(f"finetune {verb}{process}: {message}"), file=sys.stderr)
 
 
 class _Leaving:

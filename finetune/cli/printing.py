@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.libraries import is_main_process
+from finetune.files.launcher import is_main_process
 from finetune.files.terminal import escape_controls, escape_json
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune.cli import arguments
 from finetune.cli.asking import run_init
 from finetune.cli.doing import (
+    run_average,
     run_chat,
     run_clean,
     run_demo,
@@ -16,6 +17,7 @@ from finetune.cli.doing import (
     run_gguf,
     run_synthesize,
     run_train,
+    run_watch,
 )
 from finetune.cli.looking import (
     run_check,
@@ -150,6 +152,13 @@ VERBS: tuple[Verb, ...] = (
         ),
     ),
     Verb(
+        "watch",
+        "show runs on one page, live while they train: curves, warnings, answers, what differs",
+        arguments.add_watch,
+        run_watch,
+        ("finetune watch runs/mine", "finetune watch runs/one runs/two -o compared.html"),
+    ),
+    Verb(
         "export",
         "merge a run into Llama-format weights, and verify them",
         arguments.add_export,
@@ -158,6 +167,16 @@ VERBS: tuple[Verb, ...] = (
             "finetune export runs/mine -o exports/mine",
             "finetune export runs/mine -o exports/mine --dtype bfloat16 --base auto --gguf q8_0 --gguf q5_0",
             "finetune export runs/mine -o adapters/mine --adapter",
+        ),
+    ),
+    Verb(
+        "average",
+        "average the weights of runs or models into one folder of Llama weights",
+        arguments.add_average,
+        run_average,
+        (
+            "finetune average runs/mine/checkpoint-100 runs/mine/checkpoint-200 -o exports/averaged",
+            "finetune average phase24 phase25 -o exports/averaged --dtype bfloat16",
         ),
     ),
     Verb(
@@ -172,12 +191,13 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb(
         "evaluate",
-        "measure loss, perplexity and token accuracy on held-out rows",
+        "measure loss and accuracy on held-out rows, or the scores of LAMBADA, GSM8K and HumanEval",
         arguments.add_evaluate,
         run_evaluate,
         (
             "finetune evaluate runs/mine --data held_out.jsonl",
-            "finetune evaluate base --data held_out.jsonl --json",
+            "finetune evaluate base --tasks lambada,gsm8k,humaneval",
+            "finetune evaluate runs/mine --tasks gsm8k --limit 100 --task-data gsm8k_test.jsonl --exemplars gsm8k_train.jsonl",
         ),
     ),
     Verb(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import CHECKPOINTS, find_alias, split_hub_id
 from finetune.exporting.merged import Subject
-from finetune.exporting.proof import BaseScores, Comparison, ExportReport, GgufReport
+from finetune.exporting.proof import BaseScores, Comparison, ExportReport, GgufReport, describe_tolerance
 from finetune.files.sizes import describe_size
 from finetune.models.plain_adapter import describe_use
 from finetune.runs.lineage import find_base_name
@@ -27,8 +27,9 @@ def write_card(folder: Path, subject: Subject, report: ExportReport, *, changes_
             _describe_origin(subject, report),
             *(["The adapter is empty: this export equals its base model."] if changes_nothing else []),
             *([_describe_bases(report.bases, report.base)] if report.bases else []),
-            _describe_comparison(report.verify),
+            _describe_comparison(report.verify, report.dtype),
             *([_describe_gguf(report.gguf)] if report.gguf else []),
+            *([f"## Tokenizer\n\n{subject.lost_legacy}."] if subject.lost_legacy else []),
             _describe_use(),
             *([f"## The adapter alone\n\n{_capitalise(describe_use(subject.adapter))}."] if subject.adapter else []),
         ]
@@ -124,7 +125,7 @@ def _describe_bases(bases: BaseScores, chosen: str) -> str:
     return "\n".join(lines)
 
 
-def _describe_comparison(comparison: Comparison | None) -> str:
+def _describe_comparison(comparison: Comparison | None, dtype: str) -> str:
     heading = "## Compared with what was trained"
     if comparison is None:
         return f"{heading}\n\nNot compared."
@@ -138,6 +139,8 @@ def _describe_comparison(comparison: Comparison | None) -> str:
         "|---|---|---|---|---|",
         f"| {comparison.max_abs:.2e} | {comparison.kl:.2e} | {comparison.top1_agreement:.2%} "
         f"| {comparison.rows} | {comparison.positions} |",
+        "",
+        f"{_capitalise(describe_tolerance(comparison, dtype))}.",
     ]
     if comparison.texts:
         lines += ["", f"The reopened tokenizer gives the tokens that were trained, on {comparison.texts} stored rows."]
@@ -165,9 +168,10 @@ def _describe_gguf(files: Sequence[GgufReport]) -> str:
         lines.append(f"| `{file.output.name}` | {describe_size(file.bytes)} | {proof} | {run}")
     ran = [file.llama_cpp for file in files if file.llama_cpp is not None]
     if ran:
+        rows = f", and {ran[0].rows} stored rows become the tokens that were trained" if ran[0].rows else ""
         lines += [
             "",
-            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included.",
+            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included{rows}.",
         ]
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ def write_companions(folder: Path, subject: Subject, merged: Merged) -> None:
     tokens = _list_special_tokens(subject, merged.vocabulary)
     sampling = read_json(subject.base / "generation_config.json") or {}
     sampling = {key: value for key, value in sampling.items() if key not in _OF_THE_FILE}
-    write_json(folder / "config.json", _describe_config(subject, merged) | tokens)
+    write_json(folder / "config.json", describe_config(subject, merged) | tokens)
     write_json(folder / "generation_config.json", sampling | tokens)
     for file in sorted(subject.base.glob("LICEN[CS]E*")):
         if file.is_file():
@@ -97,7 +97,8 @@ def _list_special_tokens(subject: Subject, rows: int) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": stops or None, "pad_token_id": pad}
 
 
-def _describe_config(subject: Subject, merged: Merged) -> dict[str, Any]:
+def describe_config(subject: Subject, merged: Merged) -> dict[str, Any]:
+    """Return the configuration of an export, without its special tokens."""
     stored = read_config(subject.base)
     if subject.architecture == "yulanmini":
         config = describe_llama_config(parse_native_config(stored, subject.base), merged.dtype)

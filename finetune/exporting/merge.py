@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from finetune.exporting.companions import check_vocabulary, write_companions
 from finetune.exporting.gguf.conversion import describe_gguf, write_file
 from finetune.exporting.gguf.llama_folder import open_llama_folder
 from finetune.exporting.merged import Subject, open_merged, open_subject
-from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, GgufReport
+from finetune.exporting.proof import BaseKind, BaseScores, ExportReport, GgufReport, describe_tolerance
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.runs.export_settings import ExportSettings, list_refusals
@@ -26,6 +27,8 @@ from finetune.yulan.tensors import name_dtype
 if TYPE_CHECKING:  # an export without a comparison need not load the model libraries
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
     from finetune.exporting.verify import LogitVerifier
+
+logger = logging.getLogger(__name__)
 
 
 def export_result(
@@ -56,7 +59,7 @@ def export_result(
     _check_tokenizer(subject)
     merged = open_merged(subject, settings.dtype, dequantized=settings.base == "dequantized")
     check_vocabulary(subject, merged.vocabulary)
-    bases = verifier.measure_bases(subject) if verifier and subject.quantize != "none" else None
+    bases = verifier.measure_bases(subject, merged) if verifier and subject.quantize != "none" else None
     kind: BaseKind = "full" if settings.base == "auto" else settings.base
     if settings.base == "auto" and bases is not None and bases.better != kind:
         kind = bases.better
@@ -65,7 +68,7 @@ def export_result(
         size = write_shards(folder, merged.specs, merged, settings.max_shard_bytes)
         write_companions(folder, subject, merged)
         comparison = verifier.compare(folder, subject, merged) if verifier else None
-        files = _write_gguf_files(folder, output, settings, prover)
+        files = _write_gguf_files(folder, output, result, settings, prover)
         seconds = round(time.monotonic() - started, 1)
         report = ExportReport(output, name_dtype(merged.dtype), kind, size, seconds, bases, comparison, files)
         write_json(folder / EXPORT_REPORT_FILE, _make_json_report(report, subject))
@@ -74,12 +77,12 @@ def export_result(
 
 
 def _write_gguf_files(
-    folder: Path, output: Path, settings: ExportSettings, prover: LlamaCppProver | None
+    folder: Path, output: Path, result: Result, settings: ExportSettings, prover: LlamaCppProver | None
 ) -> tuple[GgufReport, ...]:
     """Write the export as GGUF files beside its weights, from the weights as they were written."""
     if not settings.gguf:
         return ()
-    source = open_llama_folder(folder)
+    source = open_llama_folder(folder, result.texts)
     reports = []
     for name in dict.fromkeys(settings.gguf):
         file = folder / f"model-{name}.gguf"
@@ -101,6 +104,8 @@ def _check_tokenizer(subject: Subject) -> None:
     """
     if subject.form.tokenizer_folder is not None and not has_files_of_base(subject.result, subject.base):
         open_tokenizer(subject.result, subject.base, needs_padding=subject.result.lineage is not None)
+    if subject.lost_legacy is not None:
+        logger.warning("%s: %s", subject.form.tokenizer_folder, subject.lost_legacy)
 
 
 def _make_json_report(report: ExportReport, subject: Subject) -> dict[str, Any]:
@@ -129,7 +134,8 @@ def describe_export(report: ExportReport) -> str:
     verify = report.verify
     lines.append(
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
-        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows"
+        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows; "
+        f"{describe_tolerance(verify, report.dtype)}"
     )
     if verify.texts:
         lines.append(f"the reopened tokenizer gives the tokens that were trained, on {verify.texts} rows")

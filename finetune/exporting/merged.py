@@ -20,6 +20,7 @@ from finetune.yulan.layout import Architecture, find_architecture, read_config
 from finetune.yulan.llama_files import EMBEDDING, HEAD, is_tied, open_llama_tensors
 from finetune.yulan.shards import Piece, TensorSpec
 from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, name_dtype
+from finetune.yulan.tokenizer_files import describe_lost_legacy
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Subject:
             TemplateError: the result was trained with another template.
         """
         return find_chat_form(self.result, self.base)
+
+    @property
+    def lost_legacy(self) -> str | None:
+        """What a person must know of a tokenizer that has lost `legacy: true`, or None."""
+        folder = self.form.tokenizer_folder
+        return None if folder is None else describe_lost_legacy(folder)
 
     @property
     def adapter(self) -> Path | None:
@@ -91,6 +98,12 @@ class Merged:
         """Tell whether a tensor can only be made whole, not row by row."""
         requantized = self.quantize != "none" and is_quantized(name)
         return requantized or (self.adapter is not None and self.adapter.needs_whole(self.find_change(name)))
+
+    def is_rounded(self, name: str) -> bool:
+        """Tell whether an exported tensor has been rounded to its type, and is not just a copy of the base's."""
+        is_copy = self.fold is None and self.tensors.dtype(self.find_stored_name(name)) == self.dtype
+        is_changed = self.adapter is not None and self.find_change(name) in self.adapter.changes
+        return not is_copy or is_changed or (self.quantize != "none" and is_quantized(name))
 
     def make_rows(self, piece: Piece) -> torch.Tensor:
         """Read rows of the base and return the exported rows.

@@ -21,6 +21,9 @@ class Comparison:
     `max_abs` is the largest difference of a logit, `kl` the mean KL(trained || export) in nats, `top1_agreement` the share of
     positions with the same likeliest token. `texts` counts the trained rows that the reopened tokenizer was compared on. `effect_kl` is
     the mean KL(trained || base without the adapter), None without an adapter.
+
+    `rounding_kl` is the mean KL that random errors as large as those of rounding give, None where the export is float32. `tolerance`
+    is the largest KL that is taken for rounding; of float32, the largest difference of a logit.
     """
 
     max_abs: float
@@ -29,7 +32,16 @@ class Comparison:
     rows: int
     positions: int
     effect_kl: float | None
+    rounding_kl: float | None
+    tolerance: float
     texts: int = 0
+
+
+def describe_tolerance(comparison: Comparison, dtype: str) -> str:
+    """Say what explains the difference between an export and what was trained, and how large it may be."""
+    if comparison.rounding_kl is None:
+        return f"the order of {dtype} sums explains differences up to {comparison.tolerance:.1e}"
+    return f"rounding to {dtype} explains a KL of about {comparison.rounding_kl:.1e}, and {comparison.tolerance:.1e} is allowed"
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class BaseScores:
 class LlamaCppScores:
     """A GGUF file in llama.cpp beside its folder in transformers.
 
-    `texts` counts the texts whose tokens are equal, `max_abs` is the largest difference of a log-probability and `spread` their
+    `texts` counts the texts whose tokens are equal, `rows` the sides of stored rows that become the tokens that were trained, `max_abs` is the largest difference of a log-probability and `spread` their
     standard deviation, `kl` the mean KL(folder || file) in nats over `contexts`. `same_answers` of `answers` greedy answers are
     equal, and `stopped` of those that end by themselves in transformers do so here. `version` is the binding's.
     """
@@ -76,6 +88,7 @@ class LlamaCppScores:
     same_answers: int
     stopped: int
     stopped_there: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,80 +1,66 @@
 """Reopen an export in transformers and compare it with what was trained.
 
 Tensors are compared to the bit. Logits are compared on real rows, in float32, between two independent paths: the base model with
-the adapter applied live by PEFT, and the exported folder in unchanged transformers.
+the adapter applied live by PEFT, and the exported folder in unchanged transformers. Both are read from the disk a layer at a time.
 """
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import ExportError
 from finetune.exporting.companion_checks import check_generation, compare_tokens
+from finetune.exporting.comparing.outputs import (
+    cut_rows,
+    measure_agreement,
+    measure_difference,
+    measure_kl,
+    run_rows,
+)
+from finetune.exporting.comparing.rounding import (
+    check_comparison,
+    find_float32_limit,
+    find_rounded_limit,
+    read_with_errors,
+)
 from finetune.exporting.merged import Merged, Subject, is_quantized, requantize
 from finetune.exporting.proof import BaseKind, BaseScore, BaseScores, Comparison
 from finetune.models.loading import load_base
-from finetune.models.lora import apply_adapter, disable_adapter
+from finetune.models.lora import disable_adapter
 from finetune.models.opening import open_trained
 from finetune.models.precision import Precision, choose_device
+from finetune.models.streamed import ReadTensor, read_stored, stream_model
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
 from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples
 from finetune.yulan.layout import read_config
-from finetune.yulan.shards import Piece, list_pieces, run_pieces
-from finetune.yulan.tensors import WEIGHT_DTYPES, open_tensors
+from finetune.yulan.shards import Piece, RowSource, TensorSpec, list_pieces, run_pieces
+from finetune.yulan.tensors import WEIGHT_DTYPES, TensorFolder, open_tensors
 
-# Merging in float32 and applying the adapter live differ in the order of sums only.
-_FLOAT32_TOLERANCE = 1e-4
-# Rounding the weights to 16 bits moves logits by 2 to 7 % of their spread (measured on published checkpoints), which is
-# a KL of order 1e-3; without its adapter, an export would differ by the adapter's whole effect.
-_ROUNDED_KL = 0.02
-_ROUNDED_SHARE_OF_EFFECT = 0.25
-_MOST_POSITIONS = 512  # 200 MB of logits where the vocabulary has 99,000 tokens
 _RANDOM_ROWS, _RANDOM_TOKENS = 8, 64
-_ROOM = 1.3  # memory for the weights and the logits of the longest row, in sizes of the weights
 
 
-@dataclass(frozen=True)
-class _Output:
-    """The output of one model: its loss over all trained tokens, and logits of some, (positions, vocabulary)."""
-
-    loss: float
-    tokens: int
-    logits: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """The output that an export must equal, and the logits of the base model without the adapter, if there is one."""
-
-    output: _Output
-    base_logits: torch.Tensor | None
-
-
-@dataclass
 class LogitVerifier:
-    """Runs one model at a time over the sample rows of a result, and keeps some of their logits."""
+    """Runs one model at a time over the sample rows of a result, and compares some of their logits."""
 
-    _expected: dict[BaseKind, _Expected] = field(default_factory=dict)
-
-    def measure_bases(self, subject: Subject) -> BaseScores:
+    def measure_bases(self, subject: Subject, merged: Merged) -> BaseScores:
         """Compare the adapter on its quantized base with its merges into the full and the dequantized base."""
-        rows = _list_rows(subject)
-        trained = _run_rows(open_trained(subject.result).model, rows)
+        rows = list_rows(subject)
+        # It is run as it was trained: in memory, and each row alone, because int8 chooses outliers for a batch as a whole.
+        trained = run_rows(open_trained(subject.result).model, rows, batches=False)
         scores = {}
         for kind in ("full", "dequantized"):
-            merged = self._run_expected(subject, kind).output
+            found = run_rows(_open_trained(subject, merged.tensors, kind), rows)
             scores[kind] = BaseScore(
-                loss=merged.loss,
-                kl=_measure_kl(trained.logits, merged.logits),
-                top1_agreement=_measure_agreement(trained.logits, merged.logits),
+                loss=found.loss,
+                kl=measure_kl(trained.logits, found.logits),
+                top1_agreement=measure_agreement(trained.logits, found.logits),
             )
         return BaseScores(trained.loss, scores["full"], scores["dequantized"], len(rows), trained.tokens)
 
@@ -87,39 +73,77 @@ class LogitVerifier:
         compare_tensors(folder, merged)
         check_generation(folder, subject)
         texts = compare_tokens(folder, subject)
-        kind: BaseKind = "full" if merged.quantize == "none" else "dequantized"
-        expected = self._run_expected(subject, kind)
-        trained, base_logits = expected.output.logits, expected.base_logits
-        rows = _list_rows(subject)
-        exported = _run_rows(_load(folder), rows).logits
-        comparison = Comparison(
-            max_abs=(trained - exported).abs().max().item(),
-            kl=_measure_kl(trained, exported),
-            top1_agreement=_measure_agreement(trained, exported),
-            rows=len(rows),
-            positions=trained.shape[0],
-            effect_kl=None if base_logits is None else _measure_kl(trained, base_logits),
-            texts=texts,
-        )
-        _check(comparison, trained, merged.dtype)
+        comparison = replace(compare_logits(folder, subject, merged), texts=texts)
+        check_comparison(comparison, merged.dtype)
         return comparison
 
-    def _run_expected(self, subject: Subject, kind: BaseKind) -> _Expected:
-        """Run the model that an export must equal: the base in float32, with the adapter applied live by PEFT."""
-        if kind not in self._expected:
-            rows, model = _list_rows(subject), _load_base(subject, kind)
-            if subject.adapter is None:
-                self._expected[kind] = _Expected(_run_rows(model, rows), None)
-            else:
-                tuned = apply_adapter(model, subject.adapter).eval()
-                output = _run_rows(tuned, rows)
-                with disable_adapter(tuned):
-                    self._expected[kind] = _Expected(output, _run_rows(tuned, rows).logits)
-        return self._expected[kind]
+
+def list_rows(subject: Subject) -> Sequence[SampleRow]:
+    """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
+    if subject.result.rows:
+        return subject.result.rows
+    form = subject.form
+    if form.tokenizer_folder is None:
+        generator = torch.Generator().manual_seed(0)
+        size = (_RANDOM_ROWS, _RANDOM_TOKENS)
+        rows = torch.randint(read_config(subject.base)["vocab_size"], size, generator=generator).tolist()
+    else:
+        tokenizer = load_tokenizer(form.tokenizer_folder, needs_padding=False)
+        if form.template is None:
+            rows = [ids for ids in encode_bundled_texts(tokenizer) if len(ids) > 1]
+        else:
+            samples = make_bundled_samples(tokenizer, form.template)
+            rows = [side for sample in samples for side in sample.token_ids]
+    return [SampleRow(ids, ids) for ids in rows]
 
 
-def compare_tensors(folder: Path, merged: Merged) -> None:
-    """Reopen the written weights and compare each tensor with the merge, computed once more.
+def compare_logits(folder: Path, subject: Subject, merged: Merged) -> Comparison:
+    """Compare the logits of an export with those of the model that was trained, and measure how far they may differ.
+
+    Raises:
+        ExportError: transformers does not find its tensors in the folder.
+    """
+    rows = cut_rows(list_rows(subject))
+    trained, effect = _run_trained(subject, merged, rows)
+    written = open_tensors(folder)
+    exported = _run_export(folder, read_stored(written), rows)
+    comparison = Comparison(
+        max_abs=measure_difference(trained, exported),
+        kl=measure_kl(trained, exported),
+        top1_agreement=measure_agreement(trained, exported),
+        rows=len(rows),
+        positions=trained.shape[0],
+        effect_kl=effect,
+        rounding_kl=None,
+        tolerance=find_float32_limit(trained),
+    )
+    del trained  # room for the next logits
+    if merged.dtype == torch.float32:
+        return comparison
+    rounded = measure_kl(exported, _run_export(folder, read_with_errors(written, merged), rows))
+    return replace(comparison, rounding_kl=rounded, tolerance=find_rounded_limit(rounded))
+
+
+def _run_trained(subject: Subject, merged: Merged, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, float | None]:
+    """Return the logits of the model that an export must equal, and the KL of its base without the adapter, if there is one."""
+    model = _open_trained(subject, merged.tensors, "full" if merged.quantize == "none" else "dequantized")
+    logits = run_rows(model, rows).logits
+    if subject.adapter is None:
+        return logits, None
+    with disable_adapter(model):
+        return logits, measure_kl(logits, run_rows(model, rows).logits)
+
+
+class WrittenTensors(RowSource, Protocol):
+    """What was written: its tensors, and how to compute them once more."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The names, shapes and types."""
+
+
+def compare_tensors(folder: Path, merged: WrittenTensors) -> None:
+    """Reopen the written weights and compare each tensor with what it was made of, computed once more.
 
     Raises:
         ExportError: a tensor differs in at least one bit, or is not finite.
@@ -152,102 +176,37 @@ def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _list_rows(subject: Subject) -> Sequence[SampleRow]:
-    """Return the sample rows of the run, or bundled rows for an adapter without any; random ones where there is no tokenizer."""
-    if subject.result.rows:
-        return subject.result.rows
-    form = subject.form
-    if form.tokenizer_folder is None:
-        generator = torch.Generator().manual_seed(0)
-        size = (_RANDOM_ROWS, _RANDOM_TOKENS)
-        rows = torch.randint(read_config(subject.base)["vocab_size"], size, generator=generator).tolist()
-    else:
-        tokenizer = load_tokenizer(form.tokenizer_folder, needs_padding=False)
-        if form.template is None:
-            rows = [ids for ids in encode_bundled_texts(tokenizer) if len(ids) > 1]
-        else:
-            samples = make_bundled_samples(tokenizer, form.template)
-            rows = [side for sample in samples for side in sample.token_ids]
-    return [SampleRow(ids, ids) for ids in rows]
-
-
-def _load_base(subject: Subject, kind: BaseKind) -> PreTrainedModel:
-    """Load the base in float32; for `dequantized`, its matrices get the values that they had in training."""
-    lineage = subject.result.lineage
+def _open_trained(subject: Subject, tensors: TensorFolder, kind: BaseKind) -> Any:
+    """Open the base in float32, with the adapter applied live by PEFT; for `dequantized`, matrices get the values of the training."""
     section = replace(recall_model(subject.result, subject.base), quantize="none")
-    model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("cpu"))
+    model = load_base(subject.base, section, Precision(torch.float32, "no"), torch.device("meta"))
+    read, lineage = read_stored(tensors), subject.result.lineage
     if kind == "dequantized" and lineage is not None:
-        dtype = WEIGHT_DTYPES[lineage.dtype]
-        for name, parameter in model.named_parameters():
-            if is_quantized(name):
-                parameter.data = requantize(parameter.data, subject.quantize, dtype)
-    return model.eval()
+        read = _requantize(read, subject.quantize, WEIGHT_DTYPES[lineage.dtype])
+    return stream_model(model, read, choose_device(), subject.adapter)
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()
+def _requantize(read: ReadTensor, quantize: str, dtype: torch.dtype) -> ReadTensor:
+    def read_quantized(name: str, target: torch.Tensor) -> None:
+        read(name, target)
+        if is_quantized(name):
+            target.copy_(requantize(target, quantize, dtype))
+
+    return read_quantized
 
 
-def _run_rows(model: PreTrainedModel | PeftModel, rows: Sequence[SampleRow]) -> _Output:
-    """Run a model over rows, one at a time, on the GPU where it fits."""
-    device = _find_room(model)
-    model = model.to(device) if model.device != device else model
-    share = max(1, _MOST_POSITIONS // len(rows))
-    total, tokens, kept = 0.0, 0, []
-    with torch.inference_mode():
-        for row in rows:
-            labels = torch.tensor(row.labels[1:])
-            positions = (labels != IGNORED_LABEL).nonzero().flatten()
-            if len(positions) == 0:
-                continue
-            ids = torch.tensor([row.input_ids], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, positions.to(device)].float().cpu()
-            total += torch.nn.functional.cross_entropy(logits, labels[positions], reduction="sum").item()
-            tokens += len(positions)
-            kept.append(logits[:share].clone())
-    del model
-    gc.collect()
-    return _Output(total / tokens, tokens, torch.cat(kept))
+def _run_export(folder: Path, read: ReadTensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Reopen an export and return its logits: its classes and settings are read by transformers, its tensors by `read`.
 
-
-def _find_room(model: PreTrainedModel | PeftModel) -> torch.device:
-    """Return the GPU where the model fits into its free memory, else the device that the model is on."""
-    device, here = choose_device(), torch.device(model.device)
-    if device.type != "cuda" or here == device:
-        return here
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if free > _ROOM * model.get_memory_footprint() else here
-
-
-def _measure_agreement(expected: torch.Tensor, found: torch.Tensor) -> float:
-    return (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
-
-
-def _measure_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the mean KL(expected || found) in nats, computed in float64 a few rows at a time."""
-    total = 0.0
-    for first, second in zip(expected.split(32), found.split(32), strict=True):
-        log_p, log_q = first.double().log_softmax(-1), second.double().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum().item()
-    return max(0.0, total / expected.shape[0])
-
-
-def _check(comparison: Comparison, trained: torch.Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.float32:
-        limit = _FLOAT32_TOLERANCE * max(1.0, trained.std().item())
-        # The likeliest token may differ where two are equally likely, so only the size of the difference counts.
-        if comparison.max_abs <= limit:
-            return
-        reason = f"logits differ by up to {comparison.max_abs:.2g} > {limit:.2g}"
-    else:
-        limit = _ROUNDED_KL
-        if comparison.effect_kl is not None:
-            limit = max(min(limit, _ROUNDED_SHARE_OF_EFFECT * comparison.effect_kl), 1e-3)
-        if comparison.kl <= limit:
-            return
-        reason = f"KL {comparison.kl:.2g} > {limit:.2g} (the adapter itself moved its base by {comparison.effect_kl})"
-    raise ExportError(
-        f"export: the reopened model is not what was trained: {reason}, same likeliest token in "
-        f"{comparison.top1_agreement:.1%} of {comparison.positions} positions; nothing was left in the output"
+    Raises:
+        ExportError: transformers misses tensors, or finds others.
+    """
+    gc.collect()  # of an earlier model, which holds memory and refers to itself
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="meta", dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    if faults := [f"{key}: {sorted(names, key=str)[0]}" for key, names in found.items() if names]:
+        raise ExportError(
+            f"export: transformers does not find its tensors in the written folder ({'; '.join(faults)}); nothing was left in the output"
+        )
+    return run_rows(stream_model(model, read, choose_device()), rows).logits

@@ -51,12 +51,33 @@ def check_writable(folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another output") from error
 
 
+def _check_name(path: Path) -> None:
+    """Refuse a path for new output that begins with a home folder, which is not replaced, or that ends in no name of its own.
+
+    Raises:
+        OutputError: with the path to write instead.
+    """
+    if str(path).startswith("~"):
+        home = expand_home(path)
+        cure = "there is no user of this name" if home == path else f"~ is not replaced here; write {home}"
+        raise OutputError(f"{path}: {cure}")
+    if path.name in ("", ".."):
+        raise OutputError(
+            f"{path}: is a folder in use, not a name for a new one; give the output a name, such as {path / 'mine'}"
+        )
+
+
 def check_output_free(folder: Path, ignored: str = "") -> None:
     """Refuse an output path that is a file or a folder with content; a file named `ignored` may be there.
 
     Raises:
-        OutputError: the path is taken; nothing was changed.
+        OutputError: the path is taken, is a link, or is no name for a new folder; nothing was changed.
     """
+    _check_name(folder)
+    if folder.is_symlink() and folder.is_dir():
+        raise OutputError(
+            f"{folder}: is a link to the folder {folder.resolve()}, which is not replaced; give that folder"
+        )
     if folder.is_dir():
         if any(path.name != ignored for path in folder.iterdir()):
             raise OutputError(f"{folder}: the output folder exists and is not empty; choose another or remove it")
@@ -113,6 +134,7 @@ def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
     """
     first = files[0]
     for file in files:
+        _check_name(file)
         if file.exists() or file.is_symlink():
             raise OutputError(f"{file}: exists already; choose another name, or remove it")
     try:

@@ -1,5 +1,6 @@
 """Write JSON files completely or not at all, and read them with a clear error."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,18 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_regular_text(path: Path) -> str:
+    """Return the text of a file; a pipe or a device is refused, since it may never end.
+
+    Raises:
+        OSError: there is no such file, it is none, or it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is a pipe or a device, no file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -26,15 +26,15 @@ def parse_size(text: str, name: str = "--max-shard-size") -> int:
     return size
 
 
-def parse_memory(text: str) -> int:
-    """Return the bytes of a GPU's memory size such as `8GB`, which means 8 GiB.
+def parse_memory(text: str, name: str = "--memory") -> int:
+    """Return the bytes of a GPU's memory size such as `8GB`, which means 8 GiB; `name` names the option in messages.
 
     Raises:
         MachineError: the text is not a memory size.
     """
     size = _count_bytes(text, _MEMORY_UNITS)
     if size < MIB:
-        raise MachineError(f"--memory: {text!r} is not a memory size; write one such as 8GB")
+        raise MachineError(f"{name}: {text!r} is not a memory size; write one such as 8GB")
     return size
 
 

@@ -8,10 +8,19 @@ from typing import Any
 
 from finetune.errors import ExportError
 from finetune.files.json_files import read_json
+from finetune.files.terminal import limit_seconds
+from finetune.recipe.sections import LINEAR_LAYERS
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 
 # PEFT writes the second or nothing where no task was named.
 _TASKS = ("CAUSAL_LM", None, "")
+# A pattern such as (([a-z]+)+)+! takes longer than anybody waits, here and in PEFT. A usual one takes milliseconds for all names.
+_MOST_SECONDS = 2
+_NAMES = tuple(
+    f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+    for layer in (0, 1, 9, 10, 55)
+    for name in LINEAR_LAYERS
+)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -62,6 +71,13 @@ def _list_faults(config: Mapping[str, Any]) -> Iterator[str]:
         for pattern, value in (patterns or {}).items():
             yield from _list_pattern_faults(key, pattern, value)
     targets = config.get("target_modules")
+    for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
+        value = config.get(key) or ()
+        if not isinstance(value, str | list | tuple):
+            yield f"{key} is {value!r}; expected a list of names, or one pattern"
+            continue
+        for pattern in [value] if isinstance(value, str) else value:
+            yield from _list_regex_faults(key, pattern)
     if isinstance(targets, str):
         yield from _list_regex_faults("target_modules", targets)
     elif targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
@@ -74,11 +90,22 @@ def _list_pattern_faults(key: str, pattern: str, value: Any) -> Iterator[str]:
         yield f"{key} gives {pattern!r} the value {value!r}; expected a {'whole ' if key == 'rank_pattern' else ''}number above 0"
 
 
-def _list_regex_faults(key: str, pattern: str) -> Iterator[str]:
+def _list_regex_faults(key: str, pattern: Any) -> Iterator[str]:
+    if not isinstance(pattern, str):
+        yield f"{key} holds {pattern!r}; expected a name or a pattern"
+        return
     try:
-        re.compile(pattern)
-    except re.error as error:
+        with limit_seconds(_MOST_SECONDS):
+            compiled = re.compile(pattern)
+            # PEFT matches whole names, and for some keys the end of a name.
+            ending = re.compile(rf"(.*\.)?({pattern})$")
+            for name in _NAMES:
+                compiled.fullmatch(name)
+                ending.match(name)
+    except (re.error, RecursionError, OverflowError) as error:
         yield f"{key} holds {pattern!r}, which is no regular expression ({error})"
+    except TimeoutError:
+        yield f"{key} holds {pattern!r}, which takes more than {_MOST_SECONDS} seconds to match the names of layers"
 
 
 def _is_number(value: Any) -> bool:

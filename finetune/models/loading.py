@@ -15,7 +15,7 @@ from transformers import (
 
 from finetune.compat import keep_weights_differentiable
 from finetune.errors import MachineError
-from finetune.models.engine import find_engine
+from finetune.models.engine import ENGINES, find_engine
 from finetune.models.precision import Precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
@@ -31,6 +31,8 @@ def load_base(
     folder: Path, section: ModelSection, precision: Precision, device: torch.device, head: Head = "language"
 ) -> PreTrainedModel:
     """Load a whole base model on one device, in the recipe's architecture and quantization; `head="score"` adds a new head.
+
+    On the meta device it has no values: only names and shapes are read.
 
     Raises:
         CheckpointError: files are damaged, or tensors are missing.
@@ -52,11 +54,11 @@ def load_base(
             config=config,
             dtype=precision.weights,
             quantization_config=make_quantization(
-                section.quantize, precision.weights, is_sharded=find_engine() in ("fsdp2", "zero3")
+                section.quantize, precision.weights, is_sharded=ENGINES[find_engine()].shards_weights
             ),
             attn_implementation=None if section.attention == "auto" else section.attention,
             # One whole copy on this process's device; "auto" would spread it over all and break data parallelism.
-            device_map={"": device} if device.type == "cuda" else None,
+            device_map={"": device} if device.type in ("cuda", "meta") else None,
             local_files_only=True,
         )
     except ImportError as error:

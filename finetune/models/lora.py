@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
@@ -19,6 +18,7 @@ from finetune.files.json_files import read_json, write_json
 from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from finetune.yulan.tensors import read_header
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
@@ -108,24 +108,31 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
 
 
-def apply_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def apply_adapter(model: PreTrainedModel, folder: Path, *, assigns: bool = False) -> PeftModel:
     """Return a base model with a trained adapter applied live by PEFT, its tables enlarged where the adapter's are.
 
+    `assigns` takes the stored tensors as they are, and copies no values into those of the model, which may be placeholders.
+
     Raises:
-        FinetuneError: the adapter's configuration cannot be used, or PEFT refuses the adapter.
+        FinetuneError: the adapter is damaged, its configuration cannot be used, or PEFT refuses the adapter.
     """
     settings = read_adapter_config(folder)
-    rows = _count_rows(folder)
-    if rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    enlarge_tables(model, folder)
     try:
         with warnings.catch_warnings():
             for message in _PEFT_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             config = LoraConfig.from_peft_type(**settings)
-            return PeftModel.from_pretrained(model, folder, config=config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            return PeftModel.from_pretrained(model, folder, config=config, low_cpu_mem_usage=assigns)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
+
+
+def enlarge_tables(model: PreTrainedModel, folder: Path) -> None:
+    """Enlarge a model's token tables to the size of those in an adapter's file, if there are any."""
+    rows = _count_rows(folder)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @contextlib.contextmanager
@@ -139,9 +146,8 @@ def disable_adapter(tuned: PeftModel) -> Iterator[None]:
 
 def _count_rows(folder: Path) -> int:
     """Return the most tokens that a table in an adapter's file has, or 0."""
-    with safe_open(folder / PEFT_WEIGHTS_FILE, "pt") as file:
-        tables = [name for name in file.keys() if name.endswith(_TABLES)]  # noqa: SIM118 - not a dict
-        return max((int(file.get_slice(name).get_shape()[0]) for name in tables), default=0)
+    entries = read_header(folder / PEFT_WEIGHTS_FILE)
+    return max((entry.shape[0] for name, entry in entries.items() if name.endswith(_TABLES) and entry.shape), default=0)
 
 
 def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: Path) -> PeftModel:

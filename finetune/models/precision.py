@@ -1,11 +1,11 @@
 """Choose the device of this process, and the dtypes of weights and of matrix products."""
 
-import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from finetune.files.launcher import read_local_rank
 from finetune.models.engine import Engine, find_engine
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.yulan.tensors import WEIGHT_DTYPES
@@ -27,7 +27,7 @@ def choose_device(use_cpu: bool = False) -> torch.device:
     if use_cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", read_local_rank())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -13,6 +13,7 @@ from finetune.errors import TrainingError
 from finetune.files.json_files import write_text
 from finetune.models.engine import find_engine
 from finetune.models.precision import choose_device
+from finetune.planning.apart import plan_apart
 from finetune.planning.automatic import DECIDED, choose_settings, describe_choices
 from finetune.planning.changes import Change, apply_change
 from finetune.planning.forecast import Plan, check_fits, find_target, make_plan
@@ -51,11 +52,12 @@ def train_as_planned(
     """
     if resume:
         resolved = restore_choices(resolved)
-    resolved, choices = choose_settings(resolved, find_target(device))
+    target = find_target(device)
+    resolved, choices = plan_apart(choose_settings, resolved, target)
     if choices:
         logger.info("%s", describe_choices(choices))
     elif device.type == "cuda" and not force:
-        check_fits(resolved, device)
+        plan_apart(check_fits, resolved, target)
     return train_within_memory(resolved, resume)
 
 
@@ -139,9 +141,9 @@ def describe_shortage(resolved: ResolvedRecipe, reason: str) -> str:
     """Say which parts take the memory by the plan, which of them grow with the length of rows, and what would need less."""
     recipe = resolved.recipe
     target = replace(find_target(choose_device(resolved.uses_cpu)), memory_bytes=None)
-    plan = make_plan(resolved, target)
+    plan = plan_apart(make_plan, resolved, target)
     half = replace(recipe.data, max_tokens=max(recipe.data.max_tokens // 2, 8))
-    shorter = make_plan(resolved.change(data=half), target)
+    shorter = plan_apart(make_plan, resolved.change(data=half), target)
     grown = _list_growth(plan, shorter)
     largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
     suggestions = (

@@ -1,6 +1,5 @@
 """Forecast a run: whether it fits the memory, which parts take it, and how long a step lasts."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,8 +8,9 @@ import psutil
 import torch
 
 from finetune.errors import MachineError, TrainingError
+from finetune.files.launcher import count_processes
 from finetune.files.sizes import GIB
-from finetune.models.engine import ENGINE_NAMES, Engine, check_engine, find_engine
+from finetune.models.engine import ENGINES, Engine, check_engine, find_engine
 from finetune.planning.changes import Change, apply_change, list_changes
 from finetune.planning.duration import CardTime, StepWork, count_work, estimate_time
 from finetune.planning.hardware import (
@@ -187,7 +187,7 @@ def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, t
 
 def find_target(device: torch.device) -> Target:
     """Return the device of this process as the target of a plan; all processes of a launch get the same answer."""
-    engine, processes = find_engine(), int(os.environ.get("WORLD_SIZE", "1"))
+    engine, processes = find_engine(), count_processes()
     if device.type != "cuda":
         return Target(False, int(psutil.virtual_memory().available) // processes, None, engine, processes)
     if processes > 1:
@@ -199,13 +199,13 @@ def find_target(device: torch.device) -> Target:
     return Target(True, memory, None, engine, processes)
 
 
-def check_fits(resolved: ResolvedRecipe, device: torch.device) -> None:
-    """Refuse a run that cannot fit the free memory of its GPU, before anything is loaded.
+def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
+    """Refuse a run that cannot fit the memory of its target, before anything is loaded.
 
     Raises:
         TrainingError: it does not fit; the message names the largest parts and what would take less.
     """
-    plan = make_plan(resolved, find_target(device))
+    plan = make_plan(resolved, target)
     if not plan.fits:
         largest = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in list(plan.parts.items())[:3])
         raise TrainingError(
@@ -238,7 +238,7 @@ def describe_plan(plan: Plan) -> str:
         "",
     ]
     if plan.processes > 1:
-        lines.append(f"each of {plan.processes} processes ({ENGINE_NAMES[plan.engine]})")
+        lines.append(f"each of {plan.processes} processes ({ENGINES[plan.engine].title})")
     lines.append(describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]

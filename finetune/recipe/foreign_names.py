@@ -38,6 +38,7 @@ _NAMES: Mapping[str, str] = {
     "max_seq_len": "data.max_tokens",
     "max_length": "data.max_tokens",
     "sequence_len": "data.max_tokens",
+    "seq_len": "data.max_tokens",
     "model_max_length": "data.max_tokens",
     "template": "data.template",
     "chat_template": "data.template",
@@ -63,13 +64,18 @@ _NAMES: Mapping[str, str] = {
     "pissa_init": "adapter.init: pissa",
     "init_lora_weights": "adapter.init",
     "finetuning_type": "adapter.kind",
+    "train_type": "adapter.kind",
+    "tuner_type": "adapter.kind",
+    "peft_type": "adapter.kind",
+    "layers_pattern": "adapter.layers",
+    "lorap_lr_ratio": "adapter.loraplus_ratio",
     "trainable_token_indices": "adapter.train_tokens",
     "layers_to_transform": "adapter.layers",
     "loraplus_lr_ratio": "adapter.loraplus_ratio",
     # method, rewards and run
     "stage": "method",
     "rl": "method",
-    "train_type": "method",
+    "rlhf_type": "method",
     "pref_beta": "trainer.beta",
     "pref_loss": "trainer.loss_type",
     "reward_funcs": "rewards.rules",
@@ -94,7 +100,44 @@ _NAMES: Mapping[str, str] = {
     "early_stopping": "trainer.early_stopping_patience",
     "wandb_project": "trainer.report_to: wandb",
     "gradient_clipping": "trainer.max_grad_norm",
+    "neftune_alpha": "trainer.neftune_noise_alpha",
 }
+_KEEPS_NO_MODULES = (
+    "an adapter of this kit holds no whole modules; take adapter.train_tokens for rows of the tables of tokens, adapter.targets for the "
+    "linear layers, or adapter.kind: none to train all weights"
+)
+_HAS_NO_BIASES = "the linear layers of this model have no biases, and an adapter gives them none; remove this key"
+# Keys of other tools that have no counterpart here, and what to do instead.
+_ABSENT: Mapping[str, str] = {
+    "modules_to_save": _KEEPS_NO_MODULES,
+    "lora_modules_to_save": _KEEPS_NO_MODULES,
+    "additional_target": _KEEPS_NO_MODULES,
+    "bias": _HAS_NO_BIASES,
+    "lora_bias": _HAS_NO_BIASES,
+    "exclude_modules": "name the layers that are to be trained in adapter.targets instead",
+    "target_parameters": "it is for the experts of other models, and this one has none; take adapter.targets",
+    "layer_replication": "an adapter of this kit adds no layers; remove this key",
+    "task_type": "it follows from the method; remove this key",
+}
+
+
+_READS_ROWS = "it runs rows through the model before step 1, which this kit does not; take default, pissa or olora"
+# Values of other tools, and why there are none of them here.
+_REFUSED_VALUES: Mapping[tuple[str, str], str] = {
+    ("adapter.init", "eva"): _READS_ROWS,
+    ("adapter.init", "corda"): _READS_ROWS,
+    (
+        "adapter.init",
+        "loftq",
+    ): "it replaces the base weights by rounded ones, a difference of full rank, so no adapter of the "
+    "unchanged base equals what was trained; take model.quantize: nf4",
+}
+
+
+def explain_refused_value(name: str, value: object) -> str:
+    """Return why a key does not take a value that other tools have, as the end of a sentence, or nothing."""
+    reason = _REFUSED_VALUES.get((name, value)) if isinstance(value, str) else None
+    return f" ({reason})" if reason else ""
 
 
 def find_own_name(key: str) -> str | None:
@@ -110,6 +153,8 @@ def describe_unknown_option(key: str, known: Iterable[str]) -> str:
     """Say that a key is unknown, with its own name here, its nearest known keys, or, of a few keys, all of them."""
     names = sorted(known)
     own = find_own_name(key)
+    if key in _ABSENT:
+        return f"unknown key; {_ABSENT[key]}"
     # An option that the method's trainer does not have is no help.
     if own is not None and not (
         own.startswith("trainer.") and "learning_rate" in names and _name_option(own) not in names

@@ -191,6 +191,7 @@ METHODS: Mapping[str, Method] = {
             trainer_class="SFTTrainer",
             config_module="trl.trainer.sft_config",
             config_class="SFTConfig",
+            words={"loss_type": ("nll", "dft")},  # TRL gives up "chunked_nll", which is the same as "nll"
             defaults=SHARED_DEFAULTS,
             owned=own(
                 "max_length",

@@ -8,6 +8,14 @@ _LOSSES = "evaluation computes losses and keeps no logits; remove this key"
 _COMPLETIONS = "the run directory holds completions.jsonl; remove this key"
 _OURS = "the kit sets this option itself"
 _PAD = "the kit always pads with YuLan-Mini's own <pad>; remove this key"
+_LIGER = (
+    "the loss is computed in tiles of logits without Liger's kernels; remove this key, and for less memory set "
+    "gradient_checkpointing or activation_offloading"
+)
+_LAUNCHER = (
+    "the launcher decides how processes share a run; launch with recipes/accelerate/fsdp2.yaml, zero2.yaml or zero3.yaml, where "
+    "deepspeed_config_file names a file of DeepSpeed's"
+)
 # What a method with a reference model compares with.
 _REFERENCE = "the reference model stays as it is before step 1, without a second copy of the weights; remove this key"
 ONLINE_OWNED: Mapping[str, str] = {
@@ -84,8 +92,12 @@ SHARED_OWNED: Mapping[str, str] = {
     "do_eval": "set data.eval or data.held_out instead; remove this key",
     "do_predict": "use `finetune evaluate`; remove this key",
     "local_rank": "the launcher (accelerate or torchrun) sets this; remove this key",
-    "use_liger_kernel": "TRL computes the loss in chunks by itself; remove this key",
-    "liger_kernel_config": "TRL computes the loss in chunks by itself; remove this key",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
+    "deepspeed": _LAUNCHER,
+    "fsdp": _LAUNCHER,
+    "fsdp_config": _LAUNCHER,
+    "ddp_backend": "accelerate takes NCCL for GPUs and gloo for CPUs; remove this key",
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from finetune.recipe.foreign_names import describe_unknown_option
+from finetune.recipe.foreign_names import describe_unknown_option, explain_refused_value
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import describe_value, load_recipe_file, read_override
@@ -89,9 +89,12 @@ def apply_overrides(
 ) -> None:
     """Apply every `section.key=value` to the content of the recipe file `source`.
 
-    `trainer.auto` comes first: it removes batch sizes that the recipe sets, and must keep those of other overrides.
+    Whole sections come first, since they would replace what other overrides set in them. Then comes `trainer.auto`: it removes
+    batch sizes that the recipe sets, and must keep those of other overrides.
     """
-    for override in sorted(overrides, key=lambda text: not text.startswith("trainer.auto=")):
+    for override in sorted(
+        overrides, key=lambda text: ("." in text.partition("=")[0], not text.startswith("trainer.auto="))
+    ):
         apply_override(content, override, problems, source)
 
 
@@ -145,7 +148,8 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
         try:
             values[key] = _convert(value, hints[key], name, problems)
         except _MismatchError as mismatch:
-            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}")
+            reason = explain_refused_value(name, value)
+            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}{reason}")
     return section(**values)
 
 

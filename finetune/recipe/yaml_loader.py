@@ -9,6 +9,7 @@ import yaml
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import RecipeError
 from finetune.files.folders import expand_home
+from finetune.files.json_files import read_regular_text
 from finetune.files.resources import find_close_recipe, find_resource_folder, name_recipe
 
 _MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 100_000
@@ -80,7 +81,7 @@ def load_recipe_file(source: Path) -> dict[str, Any]:
         RecipeError: the file is missing or is not YAML.
     """
     try:
-        text = source.read_text(encoding="utf-8")
+        text = read_regular_text(source)
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
     except UnicodeDecodeError as error:

@@ -14,11 +14,13 @@ from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.errors import FinetuneError, TrainingError
 from finetune.files.cache import hash_file
+from finetune.models.adapter_config import read_adapter_config
 from finetune.models.opening import load_trained
 from finetune.recipe.methods import JUDGE_METHOD
 from finetune.recipe.sections import JudgeSection
-from finetune.runs.results import Result, open_result
+from finetune.runs.results import Result, check_result_files, open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
+from finetune.yulan.tensors import read_header
 
 _HEAD = "base_model.model.score.weight"
 
@@ -87,9 +89,9 @@ def check_judge(run: str, base: Path, template: ChatTemplate) -> None:
     """Check by content that a reward model has the base and the template of the run whose answers it will score.
 
     Raises:
-        TrainingError: one of them differs.
+        FinetuneError: one of them differs, or the reward model is damaged.
     """
-    lineage = open_result(Path(run)).lineage
+    lineage = _open_whole(run).lineage
     if lineage is None:
         raise TrainingError(
             f"rewards.judge.run: {run} does not say on which base checkpoint it was trained; give a run that this kit trained"
@@ -106,9 +108,19 @@ def check_judge(run: str, base: Path, template: ChatTemplate) -> None:
         )
 
 
+def _open_whole(run: str) -> Result:
+    """Open a reward model's result after looking at its files, which PEFT would read unchecked."""
+    result = open_result(Path(run))
+    check_result_files(result)
+    read_adapter_config(result.folder)
+    if _HEAD not in read_header(result.folder / PEFT_WEIGHTS_FILE):
+        raise TrainingError(f"rewards.judge.run: {result.folder} holds no head of a reward model; train it again")
+    return result
+
+
 def fingerprint_judge(section: JudgeSection) -> str | None:
     """Return a hash of the weights of the recipe's judge, or None where the recipe has none."""
-    return hash_file(open_result(Path(section.run)).folder / PEFT_WEIGHTS_FILE) if section.run else None
+    return hash_file(_open_whole(section.run).folder / PEFT_WEIGHTS_FILE) if section.run else None
 
 
 def borrow_base(base: PreTrainedModel, run: str, pad_token: int, batch_size: int) -> BorrowingJudge:

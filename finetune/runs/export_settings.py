@@ -12,8 +12,8 @@ from finetune.recipe.sections import DtypeChoice
 BaseChoice = Literal["full", "dequantized", "auto"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"]
 # llama.cpp's K-quants and i-quants have blocks of 256 values; the type whose size comes nearest stands beside the bits.
-_NEAREST_TYPES = {"2": "q4_0", "3": "q4_0", "4": "q4_1", "5": "q5_1", "6": "q8_0", "8": "q8_0"}
-_BLOCKS_OF_256 = re.compile(r"(?:ud[-_])?i?q([234568])_(?:k|xxs|xs|s|m|nl)(?:_.*)?|tq[12]_0")
+_NEAREST_TYPES = {"1": "q4_0", "2": "q4_0", "3": "q4_0", "4": "q4_1", "5": "q5_1", "6": "q8_0", "8": "q8_0"}
+_BLOCKS_OF_256 = re.compile(r"(?:ud[-_])?i?q([1234568])_(?:k|xxs|xs|s|m|nl)(?:_.*)?|tq[12]_0")
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def check_gguf_type(name: str) -> None:
     if found := _BLOCKS_OF_256.fullmatch(name.lower()):
         nearest = _NEAREST_TYPES.get(found[1] or "", "q4_0")
         raise ExportError(
-            f"export: gguf: {name} stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800, which are no multiples "
+            f"{name} stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800, which are no multiples "
             f"of 256 (llama.cpp itself writes q5_0 and q8_0 there instead); take {nearest}"
         )
-    raise ExportError(f"export: gguf: {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
+    raise ExportError(f"the type {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
 
 
 def list_refusals(settings: ExportSettings, quantize: str, *, verifies: bool, is_stage: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ rows as token ids on which an export is compared, and `texts.json`, a few rows w
 compared. Reading them needs no torch.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def check_result_files(result: Result) -> None:
     Raises:
         FinetuneError: a file is missing or has changed.
     """
-    if not (result.folder / MANIFEST_FILE).is_file():
+    if not os.path.lexists(result.folder / MANIFEST_FILE):
         return
     if (damage := find_damage(result.folder)) is not None:
         raise FinetuneError(

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
@@ -89,9 +90,22 @@ def remove_made_files(run: Path) -> None:
         run.rmdir()
 
 
+def read_run_record(run: Path) -> dict[str, Any]:
+    """Return the record of a run, or an empty one where there is no such file.
+
+    Raises:
+        FinetuneError: the record is damaged.
+    """
+    file = run / RECORD_FILE
+    record = read_json(file) if file.is_file() else {}
+    if not isinstance(record, dict):
+        raise TrainingError(f"{file}: must hold an object; the folder is damaged; restore this file")
+    return record
+
+
 def has_saved_result(run: Path) -> bool:
     """Tell whether a run was stopped after its result was written and before its record said so."""
-    return find_result_folder(run) is not None and (read_json(run / RECORD_FILE) or {}).get("status") == "saving"
+    return find_result_folder(run) is not None and read_run_record(run).get("status") == "saving"
 
 
 def find_resume_point(recipe: Recipe, run: Path) -> Path:
@@ -101,7 +115,7 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
         TrainingError: there is nothing to resume, or the recipe has changed since.
     """
     result = find_result_folder(run)
-    if result is not None and (read_json(run / RECORD_FILE) or {}).get("status") == "finished":
+    if result is not None and read_run_record(run).get("status") == "finished":
         raise TrainingError(f"{run}: this run has finished; export it, or set another output to train again")
     check_same_recipe(run / RECIPE_FILE, dump_recipe(recipe), "run")
     if recipe.trainer.get("save_only_model"):

@@ -2,11 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+from finetune.files.json_files import read_lines
 
 # Files of a run directory. The folder of a chain has a recipe as well.
 RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
 METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
+REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"
 PISSA_START_FOLDER = "pissa-start"
 # The folder of a result, one of these two in the run directory, and its files.
@@ -28,6 +32,7 @@ MADE_FILES = (
     LOSS_PLOT_FILE,
     ANSWERS_FILE,
     ANSWERS_PAGE,
+    REPORT_FILE,
     COMPLETIONS_FILE,
     "README.md",
 )
@@ -58,3 +63,8 @@ def read_step(checkpoint: Path) -> int:
     """Return the step in the name of a checkpoint's folder, or -1 for another name."""
     found = re.fullmatch("checkpoint-([0-9]+)", checkpoint.name)
     return int(found[1]) if found is not None and len(found[1]) < _MOST_DIGITS else -1
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the logged lines of a run, oldest first."""
+    return [line for _, line in read_lines(run / METRICS_FILE)]

@@ -33,7 +33,7 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
     try:
         state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         return int(state["global_step"]), int(state["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(
             f"{checkpoint / TRAINER_STATE_FILE}: cannot be read ({error}); remove the folder"
         ) from error

@@ -188,6 +188,8 @@ class EvaluationCheck(TrainerCallback):
         rows = choose_longest_rows(held, args)
         # `evaluate(rows)` would prepare the rows anew, and lose columns such as the reference model's log-probabilities.
         self._trainer.eval_dataset = rows
+        # The trainer keeps the loader of workers that persist, and would evaluate these rows for the whole run.
+        persists, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
         try:
             with torch.random.fork_rng(devices=[]):
                 found = self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
@@ -198,4 +200,4 @@ class EvaluationCheck(TrainerCallback):
                 "lower trainer.per_device_eval_batch_size"
             ) from error
         finally:
-            self._trainer.eval_dataset = held
+            self._trainer.eval_dataset, args.dataloader_persistent_workers = held, persists

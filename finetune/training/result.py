@@ -17,6 +17,7 @@ from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import TrainingError
 from finetune.files.folders import write_folder
 from finetune.files.safety.manifests import write_manifest
+from finetune.models.engine import ENGINES, find_engine
 from finetune.models.lora import save_adapter, subtract_initial
 from finetune.models.plain_adapter import describe_use
 from finetune.runs.results import EarlierRun, Lineage, SampleRow, list_checked_files, write_lineage
@@ -27,7 +28,7 @@ from finetune.runs.run_files import (
     PEFT_WEIGHTS_FILE,
     PISSA_START_FOLDER,
 )
-from finetune.training.journal.answers import answer_rows, is_sharded
+from finetune.training.journal.answers import answer_rows
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.setup import Setup
 from finetune.yulan.tensors import find_non_finite, name_dtype, open_tensor_files
@@ -60,7 +61,7 @@ def write_result(
             save_states(folder, trainer.optimizer)
         rows = _choose_sample_rows(setup.sample_rows)
         if setup.resolved.method.is_online:
-            rows = _answer_sample_rows(setup, model, trainer)
+            rows = _answer_sample_rows(setup, model)
         _write_origin(folder, setup, rows)
         _check_numbers(folder)
         write_manifest(folder, list_checked_files(folder))
@@ -110,12 +111,18 @@ def _write_origin(folder: Path, setup: Setup, rows: Sequence[SampleRow]) -> None
 
 
 def _check_numbers(folder: Path) -> None:
-    """Check that the weights of a result, as they were written, are numbers.
+    """Check that the weights of a result, as they were written, are whole and are numbers.
 
     Raises:
-        TrainingError: some are NaN or infinite.
+        TrainingError: some are empty, NaN or infinite.
     """
-    if (name := find_non_finite(open_tensor_files(folder))) is not None:
+    tensors = open_tensor_files(folder)
+    if (empty := next((name for name, entry in tensors.entries.items() if 0 in entry.shape), None)) is not None:
+        raise TrainingError(
+            f"{empty} was saved empty, because its values lie in other processes, so no result was written; launch with "
+            "recipes/accelerate/fsdp2.yaml, and please report the engine's settings"
+        )
+    if (name := find_non_finite(tensors)) is not None:
         raise TrainingError(
             f"{name} has become NaN or infinite, so no result was written; lower trainer.learning_rate, and start again with "
             "another output, or go back to an earlier checkpoint in the run directory"
@@ -149,10 +156,10 @@ def _describe_lineage(setup: Setup) -> Lineage:
     )
 
 
-def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel, trainer: Trainer) -> list[SampleRow]:
+def _answer_sample_rows(setup: Setup, model: PreTrainedModel | PeftModel) -> list[SampleRow]:
     """Return held-out prompts with the model's own answers, or the prompts alone where its weights are sharded."""
     rows = _choose_prompts(setup)
-    if is_sharded(trainer):
+    if ENGINES[find_engine()].shards_weights:
         return [SampleRow(ids, ids) for ids in rows["input_ids"]]
     return answer_rows(model, setup.tokenizer, list_stop_tokens(setup.tokenizer, setup.template), rows)
 

@@ -1,6 +1,7 @@
 """Train a resolved recipe and write its run directory. `run_training` is the story of a run; the helpers follow in its order."""
 
 import contextlib
+import logging
 import time
 from pathlib import Path
 
@@ -10,8 +11,17 @@ from transformers import Trainer, TrainingArguments, set_seed
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
-from finetune.files.safety.disk_errors import translate_lost_workers, translate_os_errors
-from finetune.models.engine import check_engine, find_engine, gather_weights
+from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
+from finetune.models.engine import (
+    ENGINES,
+    check_engine,
+    check_launch_precision,
+    describe_idle_gpus,
+    find_engine,
+    gather_weights,
+    load_whole,
+    translate_lost_processes,
+)
 from finetune.models.precision import Precision, choose_device, choose_precision
 from finetune.recipe.sections import dump_recipe
 from finetune.rewards.judge import fingerprint_judge
@@ -21,8 +31,9 @@ from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_re
 from finetune.runs.run_files import RECIPE_FILE
 from finetune.runs.summary import RunSummary
 from finetune.runs.trainer_checkpoints import read_last_step
-from finetune.training.journal.answers import AnswerSheet, is_sharded
+from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.loss_plot import draw_losses
+from finetune.training.journal.processes import check_same_processes, check_same_recipes, check_same_rows
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.option_trials import check_optimizer
@@ -32,6 +43,9 @@ from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
+from finetune.watching.board_page import write_report
+
+logger = logging.getLogger(__name__)
 
 _LEFT = "what was saved before is whole: make room, and continue with --resume"
 
@@ -44,19 +58,23 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     """
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
-    device, precision, config = _configure(resolved)
+    device, precision, config = configure(resolved)
+    check_same_recipes(resolved.recipe, resume=resume)
     is_writer = config.process_index == 0
     with hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext():
         checkpoint = None
         if resume:
+            check_same_processes(resolved.output)
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
         setup = prepare(resolved, config, precision)
+        check_same_rows(setup)
         if checkpoint is not None:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
-            trained = build_model(setup, config, device)
+            with load_whole(config):
+                trained = build_model(setup, config, device)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
@@ -77,6 +95,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _write_results(setup, trainer, trained, sheet)
             if is_writer:
                 record.write_end(summary)
+                write_report(resolved.output)
         trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -87,7 +106,7 @@ def _complete(resolved: ResolvedRecipe, config: TrainingArguments) -> RunSummary
         return complete_record(resolved.output, resolved.title, is_writer=config.process_index == 0)
 
 
-def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
+def configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, TrainingArguments]:
     """Choose the device and the precision, and make the trainer's configuration.
 
     Raises:
@@ -102,7 +121,10 @@ def _configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Train
         raise RecipeError("trainer", [problem])
     dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
     precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
+    check_launch_precision(precision.autocast)
     config = make_config(resolved, resolved.evaluates, precision)
+    if (idle := describe_idle_gpus(device)) is not None:
+        logger.info("%s", idle)
     if not pretrains:  # whose optimizer and schedule are the kit's own
         check_optimizer(config, resolved.recipe.trainer)
     return device, precision, config
@@ -141,6 +163,12 @@ def _open_answers(setup: Setup) -> AnswerSheet | None:
     resolved = setup.resolved
     if not resolved.recipe.answers or resolved.method.trains_reward_model:
         return None
+    if (engine := ENGINES[find_engine()]).shards_weights:
+        logger.info(
+            "no answers before and after are written: %s shards the weights, and one process cannot generate alone",
+            engine.title,
+        )
+        return None
     return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
 
 
@@ -150,12 +178,14 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
     offset = trainer.args.process_index if resolved.method.is_online else 0
     set_seed(resolved.recipe.seed + offset)
     if checkpoint is None:
-        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers():
+        with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),
+        translate_lost_processes(),
+        translate_damaged_states(checkpoint),
         skip_steps(trainer) if step >= last else contextlib.nullcontext(),
     ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
@@ -169,7 +199,7 @@ def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet:
     run, recipe = setup.resolved.output, setup.resolved.recipe
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        if sheet is not None and not is_sharded(trainer):
+        if sheet is not None:
             sheet.write_after(trained.model)
         write_result(run, setup, trained.model, trainer, weights)
         draw_losses(run, setup.resolved.title)

@@ -28,7 +28,7 @@ from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
 from finetune.training.training_rows import load_rows
 from finetune.yulan.states.optimizer_states import OptimizerStates
-from finetune.yulan.tokenizer_files import copy_tokenizer
+from finetune.yulan.tokenizer_files import copy_tokenizer, describe_lost_legacy
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,10 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
     for note in (*template.notes, *splits.report.notes, *([reference] if reference else [])):
         logger.info("%s", note)
     fingerprint = fingerprint_checkpoint(base)
-    files = _read_tokenizer(find_tokenizer_folder(resolved.earlier, base), template)
+    folder = find_tokenizer_folder(resolved.earlier, base)
+    if (lost := describe_lost_legacy(folder)) is not None:
+        logger.warning("%s: %s", folder, lost)
+    files = _read_tokenizer(folder, template)
     return Setup(resolved, precision, base, tokenizer, template, splits, states, fingerprint, files)
 
 

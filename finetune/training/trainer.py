@@ -15,10 +15,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_preparation
+from finetune.compat import load_trainer_class, narrow_logit_tiles, skip_row_preparation, use_one_gpu
 from finetune.data.dataset import Splits
 from finetune.errors import RecipeError
-from finetune.models.engine import find_engine, let_cpu_shard, set_shared_type
+from finetune.models.engine import ENGINES, find_engine, let_cpu_shard, set_shared_type
 from finetune.models.lora import raise_rate_of_b
 from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
@@ -28,6 +28,7 @@ from finetune.recipe.recipe_file import BATCH, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.training.held_out_loss import average_over_tokens
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.online import PromptOrder
@@ -44,6 +45,7 @@ from finetune.yulan.states.optimizer_states import OptimizerStates
 
 # What TRL and transformers raise about their options. Other errors are faults of a program.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AssertionError)
+_BETAS = frozenset({"adam_beta1", "adam_beta2"})
 _RENAMED_OPTIONS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -109,6 +111,8 @@ def build_trainer(
 
 def _find_trainer_class(method: Method) -> Any:
     trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
+    if method.shape == "sequence":
+        return average_over_tokens(trainer_class)
     return skip_row_preparation(trainer_class) if method.shape in ("pair", "labelled") else trainer_class
 
 
@@ -155,6 +159,8 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     for old, new in _RENAMED_OPTIONS.items():
         if old in options:
             options[new] = options.pop(old)
+    for name in _BETAS.intersection(options):  # torch refuses a whole number, which YAML makes of `0`
+        options[name] = float(options[name])
     _add_defaults(options, int(read_split_option(recipe.trainer, BATCH)) if evaluates else None)
     owned: dict[str, Any] = {
         **(PRETRAINING_OPTIONS if method.is_pretraining else _list_row_options(resolved)),
@@ -172,6 +178,7 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
         config: TrainingArguments = config_class(**options, **owned)
     except (*_REFUSALS, AttributeError, OSError, RuntimeError, ZeroDivisionError) as error:  # it only reads options
         raise explain_refusal(error, recipe.trainer) from error
+    use_one_gpu(config)
     let_cpu_shard(config)
     return config
 
@@ -185,10 +192,15 @@ def _add_defaults(options: dict[str, Any], eval_batch: int | None) -> None:
     # By default torch warns on a machine without a GPU, and the progress bar is hidden.
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     options.setdefault("disable_tqdm", False)
-    if find_engine() == "fsdp2":
+    engine = find_engine()
+    if engine == "fsdp2":
         # Otherwise every process keeps whole gradients until the last batch of a step.
         options.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
-    options.setdefault("use_cpu", not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    # With `use_cpu` accelerate would take DDP in DeepSpeed's place, which finds the CPU by itself.
+    options.setdefault("use_cpu", not (has_gpu or ENGINES[engine].is_deepspeed))
+    if ENGINES[engine].is_deepspeed and not has_gpu:
+        options.setdefault("ddp_backend", "gloo")
     if eval_batch is not None:
         options.setdefault("eval_strategy", "epoch")
         # No larger than the micro-batch size of training, which fits.

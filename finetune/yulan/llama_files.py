@@ -127,7 +127,7 @@ def _list_tensors(config: Mapping[str, Any], folder: Path) -> dict[str, Shape]:
         faults.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if config.get("head_dim") is None and width % heads:
         faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    if size % 2:
+    elif size % 2:
         faults.append(f"head_dim {size} must be even, for RoPE")
     faults += _find_value_faults(config, vocabulary)
     if faults:

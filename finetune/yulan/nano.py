@@ -21,7 +21,7 @@ from finetune.yulan.nano_tokenizer import write_nano_tokenizer
 from finetune.yulan.shards import StoredTensors, TensorSpec, write_shards
 
 NANO_VERSION = 3  # a part of the cache key, like CONFIG; raise it when the code below changes what is written
-_SEED = 20241220
+_SEED = 20241220  # of four, it was chosen for its low untrained loss: 8.5 nats, where others have up to 13
 _MATRIX_SPREAD, _NORM_SPREAD, _BIAS_SPREAD = 0.05, 0.1, 0.2  # standard deviations
 _ALPHA_SPREAD = 0.2  # an alpha differs from its usual value by at most this share
 _MAX_SHARD_BYTES = 2 * 10**9
@@ -126,8 +126,8 @@ def _make_weights(config: NativeConfig) -> dict[str, torch.Tensor]:
 
 def _find_usual_alpha(name: str, config: NativeConfig) -> float:
     if name == "lm_head_alpha":
-        # The last hidden states are normalised, so the logits have a standard deviation of about 1 and the first loss is near
-        # ln(vocabulary).
+        # The last hidden states are normalised, so the logits have a standard deviation of about 1, but for that of the token just
+        # read, which the head shares its table with. The first loss lies above ln(vocabulary).
         return math.sqrt(config.hidden_size) / (config.dim_model_base_logits * _MATRIX_SPREAD)
     if "norm" in name:
         return 1.0

@@ -216,8 +216,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file, after comparing its header with its size.
 
     Raises:
-        CheckpointError: the file is truncated, or is not safetensors.
+        CheckpointError: there is no such file, or it is truncated, or is not safetensors.
     """
+    if not path.is_file():  # a pipe would never end
+        raise CheckpointError(f"{path}: {'is no file' if path.exists() else 'is missing'}; download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

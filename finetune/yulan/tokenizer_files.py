@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckpointError
+from finetune.files.json_files import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
 _NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+_LEGACY_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _TEMPLATE_KEY = "chat_template"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,6 +68,26 @@ def read_tokenizer_files(folder: Path, *, keeps_template: bool = False) -> dict[
             raise CheckpointError(f"{folder / _CONFIG_FILE}: is not valid JSON ({error}); download it again") from error
         files[_CONFIG_FILE] = _use_names_of_all_versions(text).encode()
     return files
+
+
+def describe_lost_legacy(folder: Path) -> str | None:
+    """Return what a person must know of a tokenizer that has lost `legacy: true`, or None where it has not.
+
+    transformers 5 leaves the key out when it saves a `LlamaTokenizer` anew. Its `tokenizer.json` still puts a space before every
+    text, as Metaspace with the scheme `always` or as a normalizer that prepends, but the class does not ask it.
+    """
+    config = read_json(folder / _CONFIG_FILE) or {}
+    if config.get("tokenizer_class") not in _LEGACY_CLASSES or "legacy" in config:
+        return None
+    content = json.dumps(read_json(folder / "tokenizer.json") or {}, ensure_ascii=False)
+    if '"prepend_scheme": "always"' not in content and '"type": "Prepend"' not in content:
+        return None
+    return (
+        f"{_CONFIG_FILE} has no key `legacy`: transformers 5 loses it when it saves a tokenizer. transformers 5 now puts no space "
+        "before the text behind a control token, so that the headers of turns become other tokens than in transformers 4 and in "
+        "programs that read tokenizer.json. Copy the published tokenizer_config.json into the base before you train; a model that "
+        "is trained without it opens in transformers 5 only"
+    )
 
 
 def holds_tokenizer(folder: Path) -> bool:

@@ -196,6 +196,7 @@ stages:
         ("[{name: a, recipe: nothing.yaml}]", "a: recipe: nothing.yaml: there is no such file"),
         ("[{name: a}, {name: out, export: [1]}]", "out: export: must be a section of keys and values"),
         ("[{name: a}, {name: b, export: {max_shard_size: large}}]", "b: export.max_shard_size: "),
+        ("[{name: a}, {name: b, export: {gguf: [q4_k_m]}}]", "b: export.gguf: q4_k_m stores blocks of 256 values"),
         # These showed only after the stage before had been trained.
         ("[{name: a, method: reward}, {name: b, method: dpo}]", "b: method: the stage before trains a reward model"),
         ("[{name: a, method: reward}, {name: b, export: {}}]", "b: export: the stage before trains a reward model"),

@@ -86,9 +86,7 @@ def test_a_zero_kl_weight_is_fine_for_online_methods(make_recipe, tmp_path):
     [
         ("trainer.report_to=wandb", "wandb"),
         ("trainer.report_to=[tensorboard]", "tensorboard"),
-        ("trainer.optim=galore_adamw", "galore_torch"),
-        ("trainer.optim=schedule_free_adamw", "schedulefree"),
-        ("trainer.deepspeed=recipe.yaml", "deepspeed"),
+        ("trainer.optim=lion_8bit", "bitsandbytes"),
     ],
 )
 def test_words_whose_packages_are_missing(find_problem, monkeypatch, tmp_path, setting, package):
@@ -111,10 +109,32 @@ def test_words_whose_packages_are_missing(find_problem, monkeypatch, tmp_path, s
         ("trainer.group_by_length", "trainer.train_sampling_strategy: group_by_length"),
         ("trainer.no_cuda", "trainer.use_cpu"),
         ("model.load_in_4bit", "model.quantize: nf4"),
+        ("lora_dropout", "adapter.dropout"),
+        ("adapter.target_modules", "adapter.targets"),
+        ("adapter.use_rslora", "adapter.rslora"),
+        ("adapter.use_dora", "adapter.dora"),
+        ("train_type", "adapter.kind"),  # ms-swift: lora or full
     ],
 )
 def test_names_of_other_tools(find_problem, key, own):
     assert find_problem(f"{key}=1") == f"{key}: unknown key; this is {own} here"
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("adapter.modules_to_save", "take adapter.train_tokens for rows of the tables of tokens, adapter.targets for"),
+        ("additional_target", "or adapter.kind: none to train all weights"),
+        ("adapter.bias", "have no biases, and an adapter gives them none; remove this key"),
+        ("adapter.exclude_modules", "name the layers that are to be trained in adapter.targets instead"),
+        ("adapter.target_parameters", "take adapter.targets"),
+        ("adapter.task_type", "it follows from the method; remove this key"),
+    ],
+)
+def test_keys_of_other_tools_that_have_no_counterpart(find_problem, key, advice):
+    problem = find_problem(f"{key}=1")
+    assert problem.startswith(f"{key}: unknown key; ")
+    assert advice in problem
 
 
 def test_every_proposed_name_exists():

@@ -132,3 +132,13 @@ def test_a_link_to_nowhere_is_taken(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputError, match="is not a folder"):
         check_output_free(tmp_path / "out")
+
+
+def test_an_output_folder_needs_a_name_of_its_own(tmp_path, monkeypatch):
+    # An empty folder that one stands in was a traceback. Over a link, a whole export was made and then could not be renamed.
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    for output, message in ((".", "such as mine"), ("..", "such as ../mine"), ("../link", "is a link to the folder")):
+        with pytest.raises(OutputError, match=message), write_folder(Path(output)):
+            raise AssertionError("nothing is written")

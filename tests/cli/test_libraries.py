@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from finetune.cli.main import main
 from finetune.files.speed import load_for_plan
 
 
@@ -32,3 +33,23 @@ def test_a_plan_loads_no_compiler_and_no_plots():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "1"}, "finetune check: "),  # it printed nothing
+        ({"RANK": "1", "WORLD_SIZE": ""}, "finetune check: "),  # it was a traceback
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "finetune check: "),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "finetune check (process 1): "),  # its message was lost
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "finetune check: WORLD_SIZE: must be a number"),
+    ],
+)
+def test_every_process_says_what_it_lacks(monkeypatch, capsys, tmp_path, variables, said):
+    monkeypatch.setattr("atexit.register", lambda leave: None)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(tmp_path / "gone.yaml")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(said)

@@ -81,3 +81,29 @@ def test_stages_share_a_line_and_need_a_key(fail, tmp_path):
     message = fail("check", "chain.yaml", "-s", "stages.one")
     assert "one, two: adapter.r: unknown key; this is adapter.rank here" in message
     assert "--set stages.one: must read stages.NAME.section.key=value" in message
+
+
+@pytest.mark.parametrize("words", [["fold", "nano", "-o", "~nobody-here/x"], ["check", "sft_lora"], ["recipes"]])
+def test_what_cannot_be_written_or_is_gone(fail, tmp_path, monkeypatch, words):
+    """`fold -o ~nobody/x` made a folder of that name; in a removed folder every verb ended in a traceback."""
+    if words[0] == "fold":
+        assert "~nobody-here/x: there is no user of this name" in fail(*words)
+        assert not list(tmp_path.iterdir())
+        return
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert fail(*words) == f"finetune {words[0]}: the current folder has been removed; change to another folder\n"
+
+
+def test_the_check_names_what_training_would_refuse(fail, tmp_path, monkeypatch):
+    """`check` called a recipe fine whose rows may not be read, or whose output no file system takes."""
+    (tmp_path / "rows.jsonl").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: not str(path).endswith("rows.jsonl")
+    )  # root may read everything
+    words = ["check", "sft_lora", "-s", "data.train=rows.jsonl", "-s", f"output={LONG}"]
+    message = fail(*words)
+    assert "data.train: rows.jsonl cannot be read: Permission denied" in message.replace(f"{tmp_path}/", "")
+    assert "output: a name in it is longer than 255 bytes" in message

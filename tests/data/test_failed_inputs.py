@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from token_texts import read_text
 
+from finetune.cli.main import main
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.template import find_template
 from finetune.data.encoding.tokenizer import load_tokenizer
@@ -191,12 +192,23 @@ def test_all_of_a_pairs_prompt_is_asked(load, name, columns, parts):
 @pytest.mark.parametrize(
     ("name", "shape", "remarks"),
     [
-        ("chosen_json_string.jsonl", "pair", 2),
-        ("hh.jsonl", "pair", 1),
-        ("hh_prompt.jsonl", "pair", 1),
-        ("lf_output_list.json", "pair", 0),
-        ("kto_int.jsonl", "labelled", 0),
-        ("kto_str.jsonl", "labelled", 0),
+        (
+            "chosen_json_string.jsonl",
+            "pair",
+            [
+                f"{side} holds messages as JSON text, and is read as messages (12 rows)"
+                for side in ("chosen", "rejected")
+            ],
+        ),
+        ("hh.jsonl", "pair", ["chosen, rejected: texts with Human: and Assistant: are read as turns (12 rows)"]),
+        (
+            "hh_prompt.jsonl",
+            "pair",
+            ["chosen, rejected, prompt: texts with Human: and Assistant: are read as turns (12 rows)"],
+        ),
+        ("lf_output_list.json", "pair", []),
+        ("kto_int.jsonl", "labelled", []),
+        ("kto_str.jsonl", "labelled", []),
     ],
 )
 def test_pairs_and_labels_of_other_tools(load, name, shape, remarks):
@@ -208,12 +220,48 @@ def test_pairs_and_labels_of_other_tools(load, name, shape, remarks):
     good = [f"{n} spiders have {8 * n} legs in all.<|eot_id|>" for n in range(1, 13)]
     bad = [f"About {7 * n}, I suppose.<|eot_id|>" for n in range(1, 13)]
     assert trained == (good if shape == "pair" else [(bad, good)[n % 2][n] for n in range(12)])
-    assert len(notes) == remarks
+    assert list(notes) == remarks
 
 
 def test_a_pair_without_its_question_names_the_key(load):
     with pytest.raises(DataError, match=r"no question before its answers; .* data\.columns: \{prompt: question\}"):
         load("pairs/orca.jsonl", shape="pair")
+
+
+# What is said of an input that trains only after something was set; the place is the first that is named.
+REFUSED = {
+    "bigint.jsonl": ("line 1", "write it as text, or leave it out"),
+    "reasoning.jsonl": ("line 1", "remove the key, or set data.template to one that renders it"),
+    "weight_half.jsonl": ("line 1", "expected true or false, or 1 or 0"),
+    "tool_nan.jsonl": ("line 1", "write null, another number or a text"),
+    "same_speaker.jsonl": ("line 1", "set data.merge_turns: true"),
+    "mixed.jsonl": ("line 2", "put them into another file"),
+    "gbk.csv": ("line 2", "set data.encoding"),
+    "long.csv": ("line 3", "raise data.max_tokens, or say what to do with them: data.overflow"),
+    "orca.jsonl": ("line 1", "data.columns: {prompt: question}"),
+    "grpo_vlong.jsonl": ("line 4", "raise data.max_tokens"),
+}
+METHODS = {"kto": "method: kto", "grpo": "method: grpo\nrewards: {rules: {format: 1.0}}"}
+
+
+def test_preview_of_every_input_on_the_command_line(cases, nano_llama, tmp_path, capsys):
+    """Each is shown, or one message names its line and says what to set: never a traceback, and nothing is refused for another reason."""
+    recipe, found = tmp_path / "recipe.yaml", {}
+    inputs = [path for folder in ("rows", "pairs") for path in (cases / folder).iterdir() if path.suffix != ".jinja"]
+    for path in inputs:
+        method = "method: sft" if path.parent.name == "rows" else METHODS.get(path.name[:4].rstrip("5_"), "method: dpo")
+        recipe.write_text(
+            f"{method}\nmodel: {{checkpoint: nano}}\ndata: {{train: {path}, max_tokens: 2048}}\n", encoding="utf-8"
+        )
+        with pytest.raises(SystemExit) as stopped:
+            main(["preview", str(recipe), "--rows", "1"])
+        output = capsys.readouterr()
+        assert stopped.value.code == (2 if path.name in REFUSED else 0), (path.name, output.err)
+        if path.name in REFUSED:
+            place, advice = REFUSED[path.name]
+            assert f"{path.name}, {place}" in output.err and advice in output.err, output.err
+            found[path.name] = True
+    assert set(found) == set(REFUSED)
 
 
 def test_every_input_is_tried_here(cases):

@@ -260,7 +260,7 @@ PAIRS = {
         {},
         chat("Hi", "Hello.", Q),
         None,
-        ["chosen and rejected: texts with Human: and Assistant: are read as turns (1 row)"],
+        ["chosen, rejected: texts with Human: and Assistant: are read as turns (1 row)"],
     ),
     "UltraFeedback, binarized": (
         {

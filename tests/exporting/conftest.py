@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_adapter(nano_llama):
     """Return a function that writes an adapter of nano with every number random; `options` are those of `LoraConfig`."""
 

@@ -1,6 +1,7 @@
 """GGUF files: what stands in them, to the bit, and what is refused. tests/runtimes/test_llama_cpp.py runs them in llama.cpp."""
 
 import json
+import re
 import resource
 from typing import get_args
 
@@ -371,6 +372,7 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(llama, tmp_path, name):
         ("q4_k_m", "q4_k_m stores blocks of 256 values, and the rows of YuLan-Mini have 1,920 and 4,800"),
         ("Q6_K", "take q8_0"),
         ("iq2_xxs", "take q4_0"),
+        ("IQ1_S", "take q4_0"),
         ("q8", "'q8' is unknown; did you mean 'q8_0'?"),
     ],
 )
@@ -382,7 +384,9 @@ def test_a_wrong_type(llama, tmp_path, capsys, name, message):
         with pytest.raises(SystemExit) as ended:
             main([str(part) for part in command])
         assert ended.value.code == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said
+        assert "export: gguf" not in said  # the verb stands before the message already
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -395,6 +399,28 @@ def test_what_is_there_stays(llama, tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(OutputError, match=r"name the file m\.gguf"):
         convert_folder(llama, tmp_path / "m.bin", "q8_0")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        # An empty name was a traceback, and `..` was told to become "...gguf".
+        (".", "name the file mine.gguf"),
+        ("/", "name the file mine.gguf"),
+        ("..", "name the file mine.gguf"),
+        # A folder of the name `~` was made.
+        ("~/m.gguf", "~ is not replaced here; write /"),
+    ],
+)
+def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatch, capsys, output, message):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with pytest.raises(SystemExit) as ended:
+        main(["gguf", str(llama), "-o", output, "--type", "q8_0"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(work.iterdir()) == []
 
 
 @pytest.fixture
@@ -418,9 +444,53 @@ def test_the_modelfile(llama, tmp_path):
     convert_folder(llama, tmp_path / "m.gguf", "q4_0")
     assert (tmp_path / "m.Modelfile").read_text() == (
         'FROM ./m.gguf\nPARAMETER stop "</s>"\nPARAMETER stop "<|eot_id|>"\nPARAMETER num_ctx 2048\n'
+        "# Without tools: Ollama writes their JSON in another way.\n"
         'TEMPLATE """{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}'
         '<|start_header_id|>assistant<|end_header_id|>\n\n"""\n'
     )
+
+
+def as_jinja(template):
+    """Write those words of Go's language that the kit uses in Jinja: range, if eq, end, and fields of a message."""
+    open_blocks = []
+
+    def turn(word):
+        text = word[1].strip(" -")
+        if text == "end":
+            return f"{{% end{open_blocks.pop()} %}}"
+        if text == "range .Messages":
+            open_blocks.append("for")
+            return "{% for message in messages %}"
+        if found := re.fullmatch(r'if eq \.Role "(\w+)"', text):
+            open_blocks.append("if")
+            return f"{{% if message.role == '{found[1]}' %}}"
+        return f"{{{{ message.{ {'.Role': 'role', '.Content': 'content'}[text] } }}}}"
+
+    return re.sub(r"\{\{(.*?)\}\}", turn, template)
+
+
+@pytest.mark.parametrize("name", list_templates())
+def test_every_shipped_template_renders_the_same_in_ollamas_language(llama, tmp_path, name):
+    """Ollama puts bos before it. A new template needs a row, or this test must say why it has none."""
+    source = list_templates()[name].read_text(encoding="utf-8")
+    (llama / "chat_template.jinja").write_text(source, encoding="utf-8")
+    convert_folder(llama, tmp_path / "m.gguf", "q4_0")
+    modelfile = (tmp_path / "m.Modelfile").read_text(encoding="utf-8")
+    written = modelfile.partition('TEMPLATE """')[2].removesuffix('"""\n')
+    messages = [
+        {"role": "system", "content": " be brief "},
+        {"role": "user", "content": " Hi\n"},
+        {"role": "assistant", "content": "  yes  "},
+        {"role": "user", "content": "你好 {{ .Role }}"},
+    ]
+    values = {"messages": messages, "bos_token": "", "eos_token": "</s>", "add_generation_prompt": True}
+    trained = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        remove_training_marks(source)
+    )
+    found = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(as_jinja(written))
+    assert found.render(messages=messages) == trained.render(**values)
+    assert ('PARAMETER stop "<|im_end|>"' in modelfile) == (name == "chatml")
+    assert 'PARAMETER stop "</s>"' in modelfile
 
 
 def test_export_writes_gguf_files_beside_the_weights(make_adapter, tmp_path, capsys):

@@ -130,6 +130,19 @@ def test_a_run_whose_tokenizer_was_saved_anew_is_refused_until_it_is_mended(trai
         use()
 
 
+def test_a_base_that_lost_legacy_is_named_when_it_is_trained_and_exported(train_on, legacy_base, tmp_path, caplog):
+    """It is trained as transformers 5 reads it; other programs read it differently, and nobody was told."""
+    save_as_transformers_does(legacy_base, legacy_base)
+    run = train_on("run", legacy_base)
+    said = [f"{folder}: tokenizer_config.json has no key `legacy`" for folder in (legacy_base, run / "adapter")]
+    assert said[0] in caplog.text
+    export_result(open_result(run), tmp_path / "export", SETTINGS)
+    assert said[1] in caplog.text
+    assert (
+        "## Tokenizer\n\ntokenizer_config.json has no key `legacy`" in (tmp_path / "export" / "README.md").read_text()
+    )
+
+
 def test_a_run_without_stored_texts_still_opens(train_on, legacy_base, tmp_path):
     run = train_on("run", legacy_base)
     forget_texts(run)

@@ -1,167 +1,132 @@
 """Inject faults into all kinds of work, and write what came of it as a table: `make faults`.
 
-    python tests/faults/faults.py --report docs/reliability.md
+    python tests/faults/faults.py --results faults.json --report docs/reliability.md
 
-`--tries 20` takes twenty places of each kind, `--kinds lora,fold` some kinds. A whole pass takes hours.
+`--kills 20` and `--tries 20` take twenty places of each kind, `--kinds lora,fold` some kinds. Each call adds its rows to the results,
+so that a long pass can be made in parts.
 """
 
 import argparse
+import json
+import os
 import platform
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flips import flip_places
-from injector import ERRORS, KILL, Outcome, Server
-from kinds import Kind, make_export, make_kinds
+from corpus import Sources, meet_everything
+from flips import flip_everywhere
+from injector import Server
+from kinds import Kind, find_cold_cache, make_export, make_kinds
+from tries import Tally, fail_everywhere, kill_everywhere, race
 
-_MOST_STARTS = 4
-# After these messages the folder must be removed before a new start, as they say themselves.
-_ADVICE = "remove the folder and start again"
-
-
-@dataclass
-class Tally:
-    """The counts of one kind and one fault: how often it was injected, and what went wrong, with an example each."""
-
-    kind: str
-    fault: str
-    operations: int = 0
-    tries: int = 0
-    stopped: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def note(self, name: str, at: int, text: str) -> None:
-        """Count something that must not happen."""
-        self.faults[name] += 1
-        self.examples.append(f"{self.kind}, {self.fault} at {at}: {name}\n{text[-1500:]}")
+KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "chain", "export", "fold", "cold")
 
 
-def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = None, tries: int = 0) -> Tally:
-    """Kill the work at operations, go on as a person would, and compare what comes out with the uninterrupted work."""
-    tally, expected = _measure(server, kind, "kill")
-    for at in places if places is not None else _spread(tally.operations, tries):
+def main() -> None:
+    """Inject the faults that were asked for, and write the report after each kind."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=0, help="places to kill each kind at; 0 for every operation")
+    parser.add_argument("--tries", type=int, default=0, help="places for each error; 0 for every operation")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
+    parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
+    parser.add_argument("--races", type=int, default=50, help="starts of two processes into one output")
+    parser.add_argument("--hostile", type=int, default=1, help="0 leaves the corpus of hostile files out")
+    parser.add_argument("--work", type=Path, help="where to work; a file system in memory is fastest")
+    parser.add_argument("--results", type=Path, help="a JSON file to which the counts are added")
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else {}
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        started = time.monotonic()
+        for tally in inject(arguments, Path(folder).resolve()):
+            tally.minutes = round((time.monotonic() - started) / 60, 1)
+            started = time.monotonic()
+            _print(tally)
+            rows[f"{tally.kind}, {tally.fault}"] = {**vars(tally), "faults": dict(tally.faults)}
+            if arguments.results:
+                arguments.results.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            if arguments.report:
+                arguments.report.write_text(render(list(rows.values())), encoding="utf-8")
+
+
+def inject(arguments: argparse.Namespace, work: Path) -> Iterator[Tally]:
+    """Yield the counts of each kind and fault as they come; `work` is an empty folder."""
+    makers = make_kinds(work)
+    os.environ["FINETUNE_CACHE"] = str(work / "cache")
+    with Server(work) as warm, Server(work, {"FINETUNE_CACHE": str(find_cold_cache(work))}) as cold:
+        for name in filter(None, arguments.kinds.split(",")):
+            server = cold if name == "cold" else warm
+            kind = _make(server, makers, work, name)
+            for fault in filter(None, arguments.faults.split(",")):
+                if fault == "kill":
+                    yield kill_everywhere(server, kind, tries=arguments.kills)
+                else:
+                    yield fail_everywhere(server, kind, fault, tries=arguments.tries)
+        if arguments.flips:
+            yield from flip_everywhere(warm, makers["short"](), makers["pretrain"](), work / "cache", arguments.flips)
+        if arguments.hostile:
+            yield from meet_everything(warm, make_sources(warm, makers, work), work)
+        if arguments.races:
+            with Server(work) as other:
+                yield race(warm, other, makers["lora"](), arguments.races)
+
+
+def make_sources(server: Server, makers, work: Path) -> Sources:
+    """Make what the hostile cases are made of."""
+    kinds = {name: makers[name]() for name in ("short", "pretrain", "judge")}
+    for kind in kinds.values():
         kind.clear()
-        tally.tries += 1
-        outcome = server.run(kind.start, kind.output.parent, at, KILL)
-        tally.stopped += outcome.status != 0
-        _check(kind, tally, at, _go_on(server, kind, outcome), expected)
-    return tally
+        outcome = server.run(kind.start, kind.output.parent)
+        assert outcome.status == 0, outcome.text
+    cache = Path(os.environ["FINETUNE_CACHE"])
+    (native,), (llama, *_) = cache.glob("nano/*"), cache.glob("folds/*")
+    return Sources(native, llama, kinds["short"], kinds["judge"].output, kinds["pretrain"])
 
 
-def fail_everywhere(
-    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, tries: int = 0
-) -> Tally:
-    """Let an operation fail; the work must end well or in one message, and go on once the cause is gone."""
-    tally, expected = _measure(server, kind, error)
-    for at in places if places is not None else _spread(tally.operations, tries):
-        kind.clear()
-        tally.tries += 1
-        outcome = server.run(kind.start, kind.output.parent, at, ERRORS[error])
-        tally.stopped += outcome.status != 0
-        if outcome.has_traceback:
-            tally.note("traceback", at, outcome.text)
-        elif outcome.status not in (0, 2):
-            tally.note(f"status {outcome.status}", at, outcome.text)
-        _check(kind, tally, at, _go_on(server, kind, outcome), expected)
-    return tally
+def _make(server: Server, makers, work: Path, name: str) -> Kind:
+    if name != "export":
+        return makers[name]()
+    run = makers["lora"]()
+    run.clear()
+    assert server.run(run.start, run.output.parent).status == 0
+    return make_export(work, run.output)
 
 
-def _spread(operations: int, tries: int) -> list[int]:
-    """Return places that are spread evenly over all operations; 0 tries are one at every operation."""
-    if not tries or tries >= operations:
-        return list(range(1, operations + 1))
-    return [1 + number * operations // tries + operations // (2 * tries) for number in range(tries)]
+def _print(tally: Tally) -> None:
+    found = dict(tally.faults) or "all as it should be"
+    print(
+        f"{tally.kind} {tally.fault}: {tally.tries} of {tally.operations}, {tally.stopped} stopped, {found}", flush=True
+    )
+    print("\n".join(tally.examples), flush=True)
 
 
-def _measure(server: Server, kind: Kind, fault: str) -> tuple[Tally, dict[str, str]]:
-    kind.clear()
-    whole = server.run(kind.start, kind.output.parent)
-    assert whole.status == 0, whole.text
-    return Tally(kind.name, fault, whole.operations, seconds=whole.seconds), kind.hash_results()
-
-
-def _go_on(server: Server, kind: Kind, outcome: Outcome) -> Outcome:
-    """Go on as the messages say until the work is finished."""
-    for _ in range(_MOST_STARTS):
-        if outcome.status == 0 or "this run has finished" in outcome.text:
-            return outcome
-        if _ADVICE in outcome.text or not kind.output.exists() or not kind.resumes:
-            kind.clear()
-            outcome = server.run(kind.start, kind.output.parent)
-        else:
-            outcome = server.run(kind.resume, kind.output.parent)
-            if "to resume (no recipe.yaml)" in outcome.text:
-                kind.clear()
-    return outcome
-
-
-def _check(kind: Kind, tally: Tally, at: int, outcome: Outcome, expected: dict[str, str]) -> None:
-    if outcome.has_traceback:
-        tally.note("traceback when going on", at, outcome.text)
-    found = kind.hash_results()
-    if found != expected:
-        missing = expected.keys() - found.keys()
-        tally.note("lost" if missing else "another result", at, f"{sorted(missing)} {outcome.status}\n{outcome.text}")
-
-
-def flip_everywhere(server: Server, kind: Kind, cache: Path, tries: int) -> list[Tally]:
-    """Flip single bits in cached rows, folds and `nano`, in checkpoints and in adapters."""
-    tallies: dict[str, Tally] = {}
-
-    def note(name: str, place: str, text: str) -> None:
-        wrong.setdefault(name, []).append((place, text))
-
-    wrong: dict[str, list[tuple[str, str]]] = {}
-    folders = {f"cached {name}": cache / name for name in ("rows", "folds", "nano")}
-    for name, count in flip_places(server, kind, folders, tries, note).items():
-        tallies[name] = Tally(name, "one bit", tries=count)
-        for place, text in wrong.get(name, ()):
-            tallies[name].note("another result", 0, f"{place}\n{text}")
-    return list(tallies.values())
-
-
-def race(server: Server, other: Server, kind: Kind, tries: int) -> Tally:
-    """Start two processes into one output; exactly one must train, and a file of the user's must stay."""
-    tally, expected = _measure(server, kind, "two at once")
-    tally.operations = 0
-    for number in range(tries):
-        kind.clear()
-        tally.tries += 1
-        with ThreadPoolExecutor(2) as threads:
-            outcomes = list(threads.map(lambda one: one.run(kind.start, kind.output.parent), (server, other)))
-        tally.stopped += sum(outcome.status == 2 for outcome in outcomes)
-        if sorted(outcome.status for outcome in outcomes) != [0, 2] or kind.hash_results() != expected:
-            tally.note("another result", number, "\n".join(outcome.text for outcome in outcomes))
-    return tally
-
-
-def render(tallies: list[Tally], tries: int, seconds: float) -> str:
-    """Return the table as the page of the documentation."""
+def render(rows: list[dict[str, Any]]) -> str:
+    """Return the counts as the page of the documentation."""
     lines = [
         "# What happens when something fails",
         "",
-        "This page is written by `make faults`. A layer between the program and the C library kills the process, or lets one call",
-        "fail, at the n-th operation on files (open, write, rename, sync, remove), also within the libraries in Rust and C++. A write",
-        "that is killed has written half. Then the work is resumed as its messages say, until it has ended.",
+        "This page is written by `make faults`. A layer between the program and the C library stops the process before an operation on",
+        "files (open, write, rename, sync, remove), or lets one call fail, also within the libraries in Rust and C++. For a kill, what is",
+        "on the disk at that moment, with half of what was being written, is what the next process finds; where that is the same as at the",
+        "operation before, it is tried once. Then the work is resumed as its messages say, until it has ended.",
         "",
-        f"{f'{tries} places of each kind, spread evenly' if tries else 'Every operation'}, on `nano`, {platform.system()}, Python {platform.python_version()};",
-        f"{sum(tally.tries for tally in tallies):,} faults in {seconds / 60:.0f} minutes. One bit is flipped at places chosen by a seed.",
+        f"On `nano`, {platform.system()}, Python {platform.python_version()}: {sum(row['tries'] for row in rows):,} faults in "
+        f"{sum(row['minutes'] for row in rows):.0f} minutes on one core. Places are spread evenly where not all were tried; bits are",
+        "flipped at places chosen by a seed.",
         "",
         "| work | fault | operations | tried | stopped | another result | lost | tracebacks |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for tally in tallies:
-        tracebacks = sum(count for name, count in tally.faults.items() if "traceback" in name or "status" in name)
+    for row in rows:
+        faults = row["faults"]
+        tracebacks = sum(count for name, count in faults.items() if "traceback" in name or "status" in name)
         lines.append(
-            f"| {tally.kind} | {tally.fault} | {tally.operations or ''} | {tally.tries} | {tally.stopped} | {tally.faults['another result']} "
-            f"| {tally.faults['lost']} | {tracebacks} |"
+            f"| {row['kind']} | {row['fault']} | {row['operations'] or ''} | {row['tries']} | {row['stopped']} "
+            f"| {faults.get('another result', 0)} | {faults.get('lost', 0)} | {tracebacks} |"
         )
     return "\n".join([*lines, "", _NOTES])
 
@@ -188,77 +153,6 @@ success or one message.
   weights. What is printed is escaped.
 - **A full disk** ends the work with one message; what was saved before stays whole.
 """
-
-
-def main() -> None:
-    """Run all kinds and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tries", type=int, default=0, help="faults of each kind, spread evenly; 0 for every operation"
-    )
-    parser.add_argument("--kinds", default="lora,nf4,full,dpo,pretrain,chain,fold,export")
-    parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
-    parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
-    parser.add_argument("--races", type=int, default=50, help="starts of two processes into one output")
-    parser.add_argument("--report", type=Path)
-    arguments = parser.parse_args()
-    started, tallies = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder).resolve()
-        makers = make_kinds(work)
-        with Server(work) as server:
-            for name in filter(None, arguments.kinds.split(",")):
-                kind = _make(server, makers, work, name)
-                for fault in arguments.faults.split(","):
-                    run = (
-                        kill_everywhere
-                        if fault == "kill"
-                        else lambda *a, fault=fault, **o: fail_everywhere(*a, fault, **o)
-                    )
-                    tally = run(server, kind, tries=arguments.tries)
-                    tallies.append(tally)
-                    print(
-                        f"{name} {fault}: {tally.tries} tries, {tally.stopped} stopped, {dict(tally.faults) or 'all as it should be'}",
-                        flush=True,
-                    )
-                    print("\n".join(tally.examples), flush=True)
-                _report(arguments, tallies, started)
-            tallies += _try_the_rest(server, makers, work, arguments)
-    _report(arguments, tallies, started)
-
-
-def _report(arguments: argparse.Namespace, tallies: list[Tally], started: float) -> None:
-    """Write the page with what was tried so far."""
-    if arguments.report:
-        text = render(tallies, arguments.tries, time.monotonic() - started)
-        arguments.report.write_text(text, encoding="utf-8")
-
-
-def _try_the_rest(server: Server, makers, work: Path, arguments: argparse.Namespace) -> list[Tally]:
-    tallies: list[Tally] = []
-    cache = work / "cache"
-    if arguments.flips:
-        with Server(work, {"FINETUNE_CACHE": str(cache)}) as own:
-            tallies += flip_everywhere(own, makers["lora"](), cache, arguments.flips)
-    if arguments.races:
-        with Server(work) as other:
-            tallies.append(race(server, other, makers["lora"](), arguments.races))
-    for tally in tallies:
-        print(
-            f"{tally.kind} {tally.fault}: {tally.tries} tries, {dict(tally.faults) or 'all as it should be'}",
-            flush=True,
-        )
-        print("\n".join(tally.examples), flush=True)
-    return tallies
-
-
-def _make(server: Server, makers, work: Path, name: str) -> Kind:
-    if name != "export":
-        return makers[name]()
-    run = makers["lora"]()
-    run.clear()
-    assert server.run(run.start, run.output.parent).status == 0
-    return make_export(work, run.output)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from injector import Server
+from injector import Outcome, Server
 from kinds import Kind, make_export
+from tries import Tally
 
 
 def flip_bit(file: Path, generator: random.Random) -> int:
@@ -18,58 +19,110 @@ def flip_bit(file: Path, generator: random.Random) -> int:
     return place
 
 
-def flip_places(
-    server: Server, kind: Kind, folders: dict[str, Path], tries: int, note: Callable[[str, str, str], None]
-) -> dict[str, int]:
-    """Flip bits in the cache, in a checkpoint and in the adapter of a finished run; `note` gets what must not happen.
+def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tries: int) -> list[Tally]:
+    """Flip single bits in cached rows, folds and `nano`, in checkpoints, in adapters and in optimizer states.
 
     A damaged cache must be made again and a damaged checkpoint passed over, both with the same result as before; a damaged adapter
-    must be refused.
+    or state must be refused.
     """
-    kind.clear()
-    assert server.run(kind.start, kind.output.parent).status == 0
-    expected, generator = kind.hash_results(), random.Random(3)
-    kept = kind.output.parent / "kept"
-    shutil.copytree(kind.output, kept)
-    done = {}
-    for name, cache in folders.items():
-        done[name] = tries
-        for _ in range(tries):
-            kind.clear()
-            file = generator.choice(sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_size))
-            place = flip_bit(file, generator)
-            outcome = server.run(kind.start, kind.output.parent)
-            if outcome.status != 0 or kind.hash_results() != expected:
-                note(name, f"{file.name}, bit {place}", outcome.text)
-    done["checkpoint"] = tries
-    for _ in range(tries):
-        _restore(kind, kept)
-        shutil.rmtree(kind.output / "adapter")
-        checkpoint = kind.output / "checkpoint-4"
-        file = generator.choice(
-            sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
-        )
-        place = flip_bit(file, generator)
-        outcome = server.run(kind.resume, kind.output.parent)
-        if outcome.status != 0 or kind.hash_results() != expected:
-            note("checkpoint", f"{file.name}, bit {place}", outcome.text)
-    done["adapter"] = tries
-    for _ in range(tries):
-        _restore(kind, kept)
-        adapter = kind.output / "adapter"
-        file = generator.choice(
-            [adapter / "adapter_model.safetensors", adapter / "adapter_config.json", adapter / "manifest.json"]
-        )
-        place = flip_bit(file, generator)
-        export = make_export(kind.output.parents[1], kind.output)
-        export.clear()
-        outcome = server.run(export.start, export.output.parent)
-        if outcome.status != 2:
-            note("adapter", f"{file.name}, bit {place}", outcome.text)
+    short.clear()
+    assert server.run(short.start, short.output.parent).status == 0
+    expected, kept = short.hash_results(), _keep(short.output)
+    work = short.output.parents[1]
+
+    def give_same(kind: Kind, outcome: Outcome) -> bool:
+        return outcome.status == 0 and kind.hash_results() == expected
+
+    def train_anew() -> bool:
+        short.clear()
+        return give_same(short, server.run(short.start, short.output.parent))
+
+    def resume() -> bool:
+        return give_same(short, server.run(short.resume, short.output.parent))
+
+    def export() -> bool:
+        kind = make_export(work, short.output)
+        kind.clear()
+        return server.run(kind.start, kind.output.parent).status == 2
+
+    tallies = [
+        _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries) for name in ("rows", "folds", "nano")
+    ]
+
+    def restore_checkpoint() -> Path:
+        _restore(short.output, kept)
+        shutil.rmtree(short.output / "adapter")
+        return short.output / "checkpoint-2"
+
+    def restore_adapter() -> Path:
+        _restore(short.output, kept)
+        return short.output / "adapter"
+
+    tallies.append(_flip("checkpoint", restore_checkpoint, resume, tries))
+    tallies.append(
+        _flip("adapter", restore_adapter, export, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
+    )
     shutil.rmtree(kept)
-    return done
+    return [*tallies, _flip_states(server, pretrain, tries)]
 
 
-def _restore(kind: Kind, kept: Path) -> None:
-    kind.clear()
-    shutil.copytree(kept, kind.output)
+def _flip_states(server: Server, pretrain: Kind, tries: int) -> Tally:
+    """Flip bits in the optimizer states that a run has saved; the next run must refuse them."""
+    pretrain.clear()
+    assert server.run(pretrain.start, pretrain.output.parent).status == 0
+    kept, model = _keep(pretrain.output), pretrain.output / "model"
+    output = pretrain.output.with_name("second")
+    second = [
+        *pretrain.start,
+        "-s",
+        f"model.checkpoint={model}",
+        "-s",
+        f"optimizer.states={model}",
+        "-s",
+        f"output={output}",
+    ]
+    whole = server.run(second, output.parent)
+    assert whole.status == 0, whole.text
+
+    def restore() -> Path:
+        shutil.rmtree(output, ignore_errors=True)
+        _restore(pretrain.output, kept)
+        return model
+
+    def start() -> bool:
+        return server.run(second, output.parent).status == 2 and not output.exists()
+
+    tally = _flip("optimizer states", restore, start, tries, ("global_step*/**/*.pt", "manifest.json"))
+    shutil.rmtree(kept)
+    return tally
+
+
+def _flip(
+    name: str, restore: Callable[[], Path], works: Callable[[], bool], tries: int, patterns: tuple[str, ...] = ("**/*",)
+) -> Tally:
+    """Flip a bit of a file below the folder that `restore` returns, `tries` times; count where it does not come out right."""
+    tally, generator = Tally(name, "one bit"), random.Random(3)
+    for _ in range(tries):
+        folder = restore()
+        files = {
+            path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.stat().st_size
+        }
+        file = generator.choice(sorted(files))
+        place = flip_bit(file, generator)
+        tally.tries += 1
+        if not works():
+            tally.note("another result", place, f"{file.relative_to(folder)}, bit {place}")
+    return tally
+
+
+def _keep(folder: Path) -> Path:
+    """Copy a folder out of the way, to take it back later."""
+    kept = folder.parents[1] / f"{folder.parent.name}.kept"
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(folder, kept)
+    return kept
+
+
+def _restore(folder: Path, kept: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(kept, folder)

@@ -1,37 +1,44 @@
-"""Run command lines of the kit in child processes that are killed, or meet an error, at the n-th operation on files.
+"""Run command lines of the kit in child processes that are killed, meet an error, or are stopped at the n-th operation on files.
 
 The layer in `layer.c` is compiled with the system's C compiler and loaded by LD_PRELOAD into this program, which imports everything
-once and then forks. It is started by `start_server`; `serve` is what runs in it.
+once and then forks. It is started by `Server`; `serve` is what runs in it.
 """
 
 import contextlib
 import ctypes
 import errno
+import gc
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 KILL = 0
+_STOP = -1
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
-_MOST_SECONDS = 300
+_MOST_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line did: its exit status (negative: killed by that signal), its operations, its standard error, its seconds."""
+    """What a command line did: its exit status (negative: killed by that signal), its operations, its output, its seconds, its memory."""
 
     status: int
     operations: int
     text: str
     seconds: float
+    peak_bytes: int = 0
 
     @property
     def has_traceback(self) -> bool:
@@ -68,8 +75,21 @@ class Server:
 
     def run(self, arguments: list[str], root: Path, at: int = -1, number: int = KILL) -> Outcome:
         """Run one command line; operations below `root` count, and the one with the number `at` is the last or fails."""
-        print(json.dumps([arguments, str(root), at, number]), file=self._input, flush=True)
-        return Outcome(**json.loads(self._output.readline()))
+        return Outcome(**self._ask([arguments, str(root), at, number]))
+
+    def walk(self, arguments: list[str], root: Path) -> Iterator[int]:
+        """Run one command line and yield the number of every operation below `root`, while the process stands still before it."""
+        answer = self._ask([arguments, str(root), 1, _STOP])
+        number = 0
+        while answer is None:
+            number += 1
+            yield number
+            answer = self._ask(None)
+        assert answer["status"] == 0, answer["text"]
+
+    def _ask(self, request: Any) -> Any:
+        print(json.dumps(request), file=self._input, flush=True)
+        return json.loads(self._output.readline())
 
     def __enter__(self) -> "Server":
         return self
@@ -91,18 +111,27 @@ def serve() -> None:
     layer.fault_count.restype = ctypes.c_long
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    walk: Iterator[Outcome | None] = iter(())
     for line in sys.stdin:
-        arguments, root, at, number = json.loads(line)
-        print(json.dumps(asdict(_run_child(main, layer, arguments, root, at, number))), file=answers, flush=True)
+        request = json.loads(line)
+        if request is None:
+            outcome = next(walk)
+        else:
+            work = _run_child(main, layer, *request)
+            outcome = next(work)
+            walk = work if outcome is None else walk
+        print(json.dumps(outcome and asdict(outcome)), file=answers, flush=True)
 
 
-def _run_child(main, layer, arguments, root, at, number) -> Outcome:
+def _run_child(main, layer, arguments, root, at, number) -> Iterator[Outcome | None]:
+    """Run a command line in a child; yield None whenever it is stopped, and its outcome at the end."""
     started = time.monotonic()
     with (
         tempfile.TemporaryFile("w+") as log,
         tempfile.TemporaryFile("w+") as counts,
         Path(os.devnull).open() as nothing,
     ):
+        known = set(sys.modules)
         child = os.fork()
         if child == 0:
             os.dup2(log.fileno(), 1)
@@ -114,15 +143,30 @@ def _run_child(main, layer, arguments, root, at, number) -> Outcome:
                 status = _run_line(main, arguments)
             finally:
                 with contextlib.suppress(Exception):
+                    layer.fault_arm(b"", -1, KILL) if number == _STOP else None
                     sys.stderr.flush()
-                    counts.write(str(layer.fault_count()))
+                    json.dump([layer.fault_count(), [name for name in sys.modules if name not in known]], counts)
                     counts.flush()
                 os._exit(status)
-        status = _wait(child)
+        while (ended := _wait(child)) is None:
+            yield None
+            os.kill(child, signal.SIGCONT)
+        status, peak_bytes = ended
         for file in (log, counts):
             file.seek(0)
-        found = counts.read()
-        return Outcome(status, int(found or 0), log.read()[-4000:], round(time.monotonic() - started, 2))
+        operations, modules = json.loads(counts.read() or "[0, []]")
+        _import_all(modules)
+        yield Outcome(status, operations, log.read()[-4000:], round(time.monotonic() - started, 2), peak_bytes)
+
+
+def _import_all(modules: list[str]) -> None:
+    """Import what a child had to import, so that the next one finds it, and take all of it out of the garbage collector's sight."""
+    for name in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    if modules:
+        gc.collect()
+        gc.freeze()
 
 
 def _run_line(main, arguments) -> int:
@@ -136,18 +180,18 @@ def _run_line(main, arguments) -> int:
     return 0
 
 
-def _wait(child: int) -> int:
-    """Return the exit status of a child; one that hangs is killed."""
+def _wait(child: int) -> tuple[int, int] | None:
+    """Return the exit status and the peak memory of a child, or None where it was stopped; one that hangs is killed."""
     deadline = time.monotonic() + _MOST_SECONDS
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, usage = os.wait4(child, os.WNOHANG | os.WUNTRACED)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return None if os.WIFSTOPPED(status) else (os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
         if time.monotonic() > deadline:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            return -1000
-        time.sleep(0.02)
+            return -1000, 0
+        time.sleep(0.002)
 
 
 if __name__ == "__main__":

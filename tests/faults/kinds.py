@@ -1,9 +1,10 @@
 """The kinds of work that faults are injected into, on nano: how each is started, resumed, and what must come out of it."""
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.files.resources import find_demo_data
@@ -23,7 +24,7 @@ class Kind:
     output: Path
     results: Sequence[str] = ("**/*.safetensors",)
     resumes: bool = True
-    cleans: tuple[Path, ...] = field(default=())
+    cache: Path | None = None
 
     @property
     def resume(self) -> list[str]:
@@ -31,11 +32,16 @@ class Kind:
         return [*self.start, "--resume"] if self.resumes else self.start
 
     def clear(self) -> None:
-        """Remove what an earlier try has left."""
-        for folder in (self.output, *self.cleans):
-            shutil.rmtree(folder, ignore_errors=True)
-            for left in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+        """Remove what an earlier try has left, with the cache where it is part of the kind."""
+        self.clear_output()
+        if self.cache is not None:
+            shutil.rmtree(self.cache, ignore_errors=True)
+
+    def clear_output(self) -> None:
+        """Remove the output and what was begun beside it, as a person does who starts anew."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        for left in self.output.parent.glob(f".{self.output.name}.*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def hash_results(self) -> dict[str, str]:
         """Return the hashes of the results by name; checkpoints on the way do not count."""
@@ -58,12 +64,12 @@ def make_rows(folder: Path) -> None:
     (folder / "texts.jsonl").write_text("".join(texts), encoding="utf-8")
 
 
-def make_training(name: str, work: Path, text: str) -> Kind:
+def make_training(name: str, work: Path, text: str, results: Sequence[str] = ("**/*.safetensors",)) -> Kind:
     """Return a kind that trains a recipe; its folder is the only thing in its parent."""
     recipe, output = work / f"{name}.yaml", work / name / "run"
     output.parent.mkdir(exist_ok=True)
     recipe.write_text(f"{text}\noutput: {output}\n", encoding="utf-8")
-    return Kind(name, ["train", str(recipe)], output)
+    return Kind(name, ["train", str(recipe)], output, results)
 
 
 def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
@@ -87,12 +93,32 @@ def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
         f"{lora.replace('answers: 4', 'answers: 0')}\nstages:\n  - name: first\n  - {{name: second, seed: 43}}\n"
         "  - {name: merged, export: {verify: false}}"
     )
-    texts = {"lora": lora, "nf4": nf4, "full": full, "dpo": dpo, "pretrain": pretrain, "chain": chain}
+    texts = {"lora": lora, "nf4": nf4, "full": full, "dpo": dpo, "chain": chain}
     makers: dict[str, Callable[[], Kind]] = {}
     for name, text in texts.items():
         makers[name] = lambda name=name, text=text: make_training(name, work, text)
+    makers["pretrain"] = lambda: make_training("pretrain", work, pretrain, ("**/*.safetensors", "**/*.pt"))
+    short = (
+        lora.replace("max_steps: 4", "max_steps: 2")
+        .replace("save_steps: 2", "save_steps: 1")
+        .replace("answers: 4", "answers: 0")
+    )
+    reward = dpo.replace("method: dpo", "method: reward")
+    makers["judge"] = lambda: make_training("judge", work, reward)
+    makers["short"] = lambda: make_training("short", work, short)
+    makers["cold"] = lambda: _make_cold(work, lora.replace("max_steps: 4", "max_steps: 1"))
     makers["fold"] = lambda: _make_fold(work)
     return makers
+
+
+def find_cold_cache(work: Path) -> Path:
+    """Return the cache that the kind "cold" begins without, and fills."""
+    return work / "cold" / "cache"
+
+
+def _make_cold(work: Path, text: str) -> Kind:
+    kind = make_training("cold", work, text)
+    return dataclasses.replace(kind, cache=find_cold_cache(work))
 
 
 def _make_fold(work: Path) -> Kind:

@@ -1,4 +1,4 @@
-/* A layer between a program and the C library that kills the program, or lets a call fail, at the n-th operation on files.
+/* A layer between a program and the C library that kills the program, lets a call fail, or stops it, at operations on files.
  *
  * Loaded by LD_PRELOAD, it also sees what libraries in Rust and C++ write. Only paths below one folder count. Python calls
  * fault_arm through ctypes: until then, and below other folders, every call does what it always does.
@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -19,7 +20,8 @@
 
 static char root[PATH_MAX];
 static long armed_at = -1, count = 0;
-static int error_number = 0; /* 0: kill the process */
+static int error_number = 0; /* 0: kill the process; -1: stop it before every operation from armed_at on, until somebody continues it */
+static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 static char is_ours[65536];
 
 void fault_arm(const char *folder, long at, int number) {
@@ -47,6 +49,12 @@ static int is_below(int folder, const char *path) {
 /* Count an operation; return 1 where it must fail. A full disk stays full, other errors come once. Nothing fails that makes room. */
 static int hit(int writes) {
     if (!root[0]) return 0;
+    if (error_number < 0) {
+        pthread_mutex_lock(&one_at_a_time);
+        if (++count >= armed_at) raise(SIGSTOP);
+        pthread_mutex_unlock(&one_at_a_time);
+        return 0;
+    }
     long number = __sync_add_and_fetch(&count, 1);
     if (armed_at < 0) return 0;
     if (!error_number) {
@@ -103,10 +111,16 @@ int close(int descriptor) {
 
 static int ours(int descriptor) { return descriptor >= 0 && descriptor < 65536 && is_ours[descriptor]; }
 
-/* A write that is killed has written half. */
+/* A write that is killed or stopped has written half. */
 ssize_t write(int descriptor, const void *content, size_t size) {
     REAL("write", ssize_t, int, const void *, size_t);
     if (ours(descriptor)) {
+        if (error_number < 0) {
+            ssize_t half = size > 1 ? real(descriptor, content, size / 2) : 0;
+            hit(1);
+            ssize_t rest = half < 0 ? half : real(descriptor, (const char *)content + half, size - half);
+            return rest < 0 ? rest : half + rest;
+        }
         if (armed_at >= 0 && !error_number && count + 1 == armed_at) real(descriptor, content, size / 2);
         if (hit(1)) return -1;
     }

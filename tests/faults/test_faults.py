@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from faults import fail_everywhere, kill_everywhere
 from injector import Server, can_inject
 from kinds import make_kinds
+from tries import fail_everywhere, kill_everywhere, kill_really
 
 pytestmark = pytest.mark.skipif(not can_inject(), reason="needs Linux and a C compiler")
 
@@ -25,7 +25,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(server, kinds):
     kind = kinds["lora"]()
     # The operations of a run number about 470; more than half of them are in its second half, where it saves.
     places = sorted(random.Random(1).sample(range(20, 460), 4))
-    tally = kill_everywhere(server, kind, iter(places))
+    tally = kill_really(server, kind, iter(places))
     assert tally.stopped == tally.tries == 4
     assert not tally.faults, tally.examples
 

@@ -1,8 +1,11 @@
 """Nothing is sent anywhere: every verb runs while a guard watches all connections and look-ups of names."""
 
 import json
+import os
 import subprocess
 import sys
+
+import pytest
 
 from finetune.cli.verbs import VERBS
 from finetune.files.resources import find_demo_data
@@ -70,3 +73,18 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
     statuses, found = json.loads(done.stdout.rpartition("FOUND")[2])
     assert statuses == {line[0]: 0 for line in commands}, done.stderr
     assert found == []
+
+
+@pytest.mark.parametrize(("choice", "is_found"), [({}, False), ({"USE_HUB_KERNELS": "YES"}, True)])
+def test_the_package_that_fetches_native_code_is_not_found_by_programs_that_use_the_kit(tmp_path, choice, is_found):
+    """Only the command line kept `kernels` from asking the hub; a program with `import finetune` did not."""
+    (tmp_path / "kernels.py").write_text("")
+    code = "import finetune\ntry:\n    import kernels\n    print(True)\nexcept ImportError:\n    print(False)"
+    environment = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**environment, **choice, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.strip() == str(is_found), done.stderr

@@ -1,6 +1,7 @@
 """Manifests, locks and the cache: what is damaged is found, and two processes do not disturb each other."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from finetune.errors import OutputError
 from finetune.files import cache as cache_module
@@ -45,6 +47,47 @@ def test_a_folder_is_whole_as_it_was_written(sealed):
     assert find_damage(sealed) is None
     (sealed / "later.txt").write_text("what is added later is not the manifest's business")
     assert find_damage(sealed) is None
+
+
+def test_a_manifest_with_sha256_is_read(sealed):
+    """The first manifests hold SHA-256; runs and caches of that time stay whole."""
+    content = json.loads((sealed / MANIFEST_FILE).read_text())
+    for name, entry in content["files"].items():
+        digest = hashlib.sha256((sealed / name).read_bytes()).hexdigest()
+        content["files"][name] = {"bytes": entry["bytes"], "sha256": digest}
+    (sealed / MANIFEST_FILE).write_text(json.dumps(content))
+    forget()
+    assert find_damage(sealed) is None
+    flip(sealed / "a.bin", 11)
+    forget()
+    assert find_damage(sealed) == "a.bin has other content than was written"
+
+
+@pytest.mark.parametrize("change", [lambda entry: entry.popitem(), lambda entry: entry.update(bytes="many")])
+def test_a_manifest_without_a_known_hash_is_damaged(sealed, change):
+    content = json.loads((sealed / MANIFEST_FILE).read_text())
+    change(content["files"]["a.bin"])
+    (sealed / MANIFEST_FILE).write_text(json.dumps(content))
+    forget()
+    assert find_damage(sealed) == "its manifest.json is damaged"
+
+
+def test_the_hash_of_a_large_file_is_that_of_its_blocks_hashes(tmp_path, monkeypatch):
+    monkeypatch.setitem(manifests._HASHES, manifests._WRITTEN, (xxhash.xxh3_128, 1000))
+    monkeypatch.setattr(manifests, "_READ_BYTES", 300)
+    content = bytes(number % 251 for number in range(2500))
+    (tmp_path / "large.bin").write_bytes(content)
+    write_manifest(tmp_path)
+    blocks = [xxhash.xxh3_128(content[start : start + 1000]).digest() for start in (0, 1000, 2000)]
+    expected = {"bytes": 2500, manifests._WRITTEN: xxhash.xxh3_128(b"".join(blocks)).hexdigest()}
+    assert json.loads((tmp_path / MANIFEST_FILE).read_text())["files"] == {"large.bin": expected}
+    for place in (0, 8 * 999 + 7, 8 * 1000, 8 * 2499 + 7):
+        forget()
+        assert find_damage(tmp_path) is None
+        flip(tmp_path / "large.bin", place)
+        forget()
+        assert find_damage(tmp_path) == "large.bin has other content than was written"
+        flip(tmp_path / "large.bin", place)
 
 
 def forget():

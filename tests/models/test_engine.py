@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.resources import find_demo_data, find_resource_folder
 from finetune.models.engine import check_engine, find_engine
+from finetune.planning.apart import _plan, plan_apart
+from finetune.planning.forecast import Target, check_fits, make_plan
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 
@@ -125,6 +128,7 @@ def set_environment(monkeypatch, **variables):
         ({"WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "one"),
         ({"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero2"),
         ({"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+        ({"WORLD_SIZE": ""}, "one"),
     ],
 )
 def test_engine_is_what_the_launcher_set(monkeypatch, variables, engine):
@@ -159,3 +163,72 @@ def test_what_cannot_be_shared_is_refused_by_key(make_recipe, engine, override, 
     check_engine(recipe, "ddp")
     with pytest.raises(RecipeError, match=key):
         check_engine(recipe, engine)
+
+
+DEEPSPEED_FILE = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "gradient_accumulation_steps": "auto",
+}
+
+
+@pytest.fixture
+def use_file(monkeypatch, tmp_path):
+    """Return a function that writes a file of DeepSpeed's and names it as accelerate's launcher does."""
+
+    def use(content):
+        (tmp_path / "zero.json").write_text(json.dumps(content))
+        file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+        set_environment(monkeypatch, WORLD_SIZE="2", ACCELERATE_USE_DEEPSPEED="true", **file)
+
+    return use
+
+
+def test_the_file_of_deepspeed_decides_the_stage(use_file, make_recipe):
+    """ZeRO-3 from a file was taken for ZeRO-2, and the run ended with status 0 and empty tensors."""
+    use_file(DEEPSPEED_FILE)
+    assert find_engine() == "zero3"
+    check_engine(make_recipe("run"), "zero3")
+    use_file({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto"})
+    assert find_engine() == "zero2"
+    use_file({"zero_optimization": {"stage": 1}})
+    with pytest.raises(MachineError, match=r"zero_optimization.stage in .*zero.json is 1; set 2 or 3"):
+        find_engine()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "train_micro_batch_size_per_gpu",
+            4,
+            'trainer.per_device_train_batch_size in the recipe decides; set "auto"; found 4',
+        ),
+        ("bf16", {"enabled": True}, "bf16.enabled in DeepSpeed's file: model.dtype in the recipe decides"),
+        (
+            "optimizer",
+            {"type": "AdamW"},
+            "optimizer in DeepSpeed's file: trainer.optim in the recipe decides; remove it",
+        ),
+        ("gradient_accumulation_steps", None, "gradient_accumulation_steps in DeepSpeed's file: is missing"),
+        (
+            "zero_optimization",
+            {"stage": 3},
+            "stage3_gather_16bit_weights_on_model_save in DeepSpeed's file: must be true",
+        ),
+    ],
+)
+def test_a_file_of_deepspeed_that_contradicts_the_recipe_is_refused(use_file, make_recipe, key, value, message):
+    use_file({**DEEPSPEED_FILE, key: value})
+    with pytest.raises(RecipeError) as caught:
+        check_engine(make_recipe("run"), "zero3")
+    assert message in str(caught.value)
+
+
+def test_a_plan_inside_a_launch_is_the_plan_outside(make_recipe, monkeypatch):
+    """`accelerate launch` on GPUs crashed in it: accelerate wrapped the model without content for DDP."""
+    recipe, target = make_recipe("run"), Target(True, 80 << 30, None, "ddp", 2)
+    expected = make_plan(recipe, target)
+    set_environment(monkeypatch, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert plan_apart(make_plan, recipe, target) == expected
+    assert os.environ["RANK"] == "1"
+    assert _plan(check_fits, recipe, replace(target, memory_bytes=1000))[1].startswith("does not fit: ")

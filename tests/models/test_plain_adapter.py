@@ -140,6 +140,7 @@ def test_a_run_with_trained_tokens_says_so(train, caplog, capsys, tmp_path):
     for extra, message in (
         ([], "cannot be written as plain LoRA"),
         (["--no-verify"], "--no-verify is for merged weights"),
+        (["--base-model", "base"], "--base-model is for merged weights"),  # it was ignored
     ):
         with pytest.raises(SystemExit) as ended:
             main(["export", str(run), "--adapter", "-o", str(tmp_path / "plain"), *extra])

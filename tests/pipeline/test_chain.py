@@ -31,7 +31,7 @@ trainer:
 stages:
   - name: first
   - {name: second, seed: 43, trainer: {learning_rate: 5e-3}}
-  - {name: merged, export: {dtype: float32}}
+  - {name: merged, export: {dtype: float32, gguf: [q8_0]}}
 """
 # Stops the process as a power cut would, when the given stage has reached the given moment.
 KILLED = """
@@ -94,7 +94,7 @@ def straight(chain_file):
 
 
 def hash_export(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("model*"))}
 
 
 def test_a_chain_leaves_every_run_and_the_export(straight, chain_file):
@@ -103,6 +103,9 @@ def test_a_chain_leaves_every_run_and_the_export(straight, chain_file):
     assert [stage.name for stage in straight.stages] == ["first", "second", "merged"]
     assert not any(stage.was_done for stage in straight.stages)
     assert straight.export == str(output / "merged")
+    names = {"model.safetensors", "model-q8_0.gguf", "model-q8_0.Modelfile"}
+    assert hash_export(output / "merged").keys() == names
+    assert [file["type"] for file in straight.stages[-1].result["gguf"]] == ["q8_0"]
     assert (output / "first" / "adapter").is_dir()
     assert json.loads((output / "merged" / "export.json").read_text())["verify"]["top1_agreement"] == 1.0
     # The second stage goes on from the first, and does something.

@@ -1,8 +1,9 @@
 """The demo, shortened: what it returns, and that its summary says it."""
 
-import pytest
+import math
 
 from finetune.pipeline.demo import describe_demo, run_demo
+from finetune.yulan.nano import CONFIG
 
 
 def test_the_demo_goes_all_the_way(tmp_path):
@@ -18,4 +19,8 @@ def test_the_demo_goes_all_the_way(tmp_path):
     assert not any(name in text for name in ("vLLM", "SGLang", "llama.cpp", "Ollama"))  # no test has shown it
     for folder in ("run", "export"):
         assert str(tmp_path / "demo" / folder) in text
-    assert result.loss_before == pytest.approx(8.5, abs=0.5)  # a random network on rows it never saw
+    # A random network on rows it never saw. An equal guess among all rows of the table costs ln(rows), and being sure of wrong tokens
+    # costs more, at most the largest logit: the last state has the length sqrt(width), and a row of the head about 1. Most of it
+    # goes to the token just read, since the head is the embedding: six seeds gave 8.4 to 13.1, and nano's was chosen for a low one.
+    excess = result.loss_before - math.log(CONFIG["vocab_size"])
+    assert 0 < excess < math.sqrt(CONFIG["hidden_size"])

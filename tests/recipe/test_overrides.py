@@ -87,3 +87,12 @@ def test_beside_a_persons_own_recipe_a_path_is_found_too(tmp_path, monkeypatch):
     assert load_recipe(recipe, ["data.train=mine.jsonl"]).recipe.data.train == (str(tmp_path / "own" / "mine.jsonl"),)
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(recipe, ["data.train=./mine.jsonl"])
+
+
+def test_a_section_does_not_undo_what_is_set_in_it(tmp_path):
+    """`trainer.auto=true` was applied before `trainer={...}`, which then replaced it without a word."""
+    (tmp_path / "rows.jsonl").write_text(ROW, encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("data: {train: rows.jsonl}\nmodel: {checkpoint: nano}\n", encoding="utf-8")
+    for overrides in (["trainer={max_steps: 2}", "trainer.auto=true"], ["trainer.auto=true", "trainer={max_steps: 2}"]):
+        trainer = load_recipe(tmp_path / "r.yaml", overrides).recipe.trainer
+        assert (trainer["auto"], trainer["max_steps"]) == (True, 2)

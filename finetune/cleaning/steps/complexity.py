@@ -18,7 +18,7 @@ from finetune.data.encoding.spellings import encode_plain_texts
 from finetune.data.lint.text_checks import shorten
 from finetune.evaluation.row_loss import MarkedTokens, measure_losses
 from finetune.files.cache import find_cache, hash_file
-from finetune.files.keyed_store import KeyedStore
+from finetune.files.safety.keyed_store import KeyedStore
 from finetune.models.opening import LoadedModel, open_model
 from finetune.runs.lineage import find_training_base
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE

@@ -122,7 +122,7 @@ class RowEncoder:
         kept = []
         for source in batch:
             try:
-                conversations = self._list_sides(source) if _is_chat(source) else []
+                conversations = list_sides(source.row, source.kind, self._shape) if _is_chat(source) else []
                 render_conversations(
                     self._tokenizer, self._template, conversations, [source.row.tools] * len(conversations)
                 )
@@ -132,7 +132,12 @@ class RowEncoder:
         return kept
 
     def _render(self, batch: Sequence[SourceRow]) -> Rendered:
-        sides = [(side, source.row.tools) for source in batch if _is_chat(source) for side in self._list_sides(source)]
+        sides = [
+            (side, source.row.tools)
+            for source in batch
+            if _is_chat(source)
+            for side in list_sides(source.row, source.kind, self._shape)
+        ]
         if not sides:
             return Rendered([], [], [])
         messages = [side for side, _ in sides]
@@ -142,14 +147,6 @@ class RowEncoder:
         return Rendered(
             rendered.texts, [self._choose_spans(spans, text, own) for spans, text, own in triples], rendered.hidden
         )
-
-    def _list_sides(self, source: SourceRow) -> list[list[Message]]:
-        """Return the conversations of a row: one, or two for a pair that is trained on both sides."""
-        row = source.row
-        sides = [[*row.messages, *row.chosen]]
-        if source.kind == "preference" and self._shape != "sequence":
-            sides.append([*row.messages, *row.rejected])
-        return sides
 
     def _choose_spans(self, spans: list[Span], text: str, messages: Sequence[Message]) -> list[Span]:
         """Return those of the marked spans, in characters, that `train_on` and the messages' own `train` select."""
@@ -188,7 +185,7 @@ class RowEncoder:
                 rows.append(TokenRow(source, side.token_ids, side.spans, len(side.token_ids)))
                 continue
             # White space after the stop token belongs to the next turn.
-            sides = [_cut_after_answer(next(chats)) for _ in self._list_sides(source)]
+            sides = [_cut_after_answer(next(chats)) for _ in list_sides(source.row, source.kind, self._shape)]
             rows += [self._join_pair(source, *sides)] if self._shape == "pair" else _label_sides(source, sides)
         return rows
 
@@ -237,6 +234,14 @@ class RowEncoder:
             if fault := describe_row_fault(ids, labels, self._tokenizer, self._stop_tokens, is_cut=may_lack_stop):
                 return fault if row.rejected is None else f"{'chosen' if ids is row.token_ids else 'rejected'}: {fault}"
         return None
+
+
+def list_sides(row: Row, kind: RowKind, shape: RowShape) -> list[list[Message]]:
+    """Return the conversations of a row: one, or two for a pair that is trained on both sides."""
+    sides = [[*row.messages, *row.chosen]]
+    if kind == "preference" and shape != "sequence":
+        sides.append([*row.messages, *row.rejected])
+    return sides
 
 
 def _is_chat(source: SourceRow) -> bool:

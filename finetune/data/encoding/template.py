@@ -19,6 +19,7 @@ from finetune.data.encoding.rendering import (
 )
 from finetune.data.formats.messages import THOUGHTS
 from finetune.errors import TemplateError
+from finetune.files.json_files import read_regular_text
 from finetune.files.resources import list_templates
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def find_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 
 def _read_template(name: str, path: Path) -> ChatTemplate:
     try:
-        return ChatTemplate(name, path.read_text(encoding="utf-8"))
+        return ChatTemplate(name, read_regular_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"{path}: the chat template cannot be read ({error})") from error
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.encoding.rendering import ChatTemplate
-from finetune.data.encoding.row_encoder import RowEncoder, SourceRow, TokenRow
+from finetune.data.encoding.rendering import ChatTemplate, render_conversations, render_prompt
+from finetune.data.encoding.row_encoder import RowEncoder, SourceRow, TokenRow, list_sides
+from finetune.data.encoding.spellings import compile_spellings, list_control_spellings
 from finetune.data.formats.rows import Row, TextSample
 from finetune.data.settings import DataSettings
 from finetune.errors import Place
@@ -81,6 +82,27 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, sa
     encoder = RowEncoder(tokenizer, template, "all", sample.shape)
     source = SourceRow(0, Place(""), sample.kind, Row(**sample.row))
     return [side for rows in encoder.encode([source]) for row in rows for side in row.sides]
+
+
+def render_sample(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, sample: TextSample) -> list[str] | None:
+    """Return the text of every side of a sample, whose tokens are `token_ids` and perhaps others behind them.
+
+    It is None where another program cannot be asked: for rows of tokens, and for texts that spell control tokens, which training
+    reads as plain text.
+
+    Raises:
+        TemplateError: the template refuses the row.
+    """
+    row = Row(**sample.row)
+    pattern = compile_spellings(list_control_spellings(tokenizer))
+    if sample.kind == "tokens" or pattern.search(json.dumps(sample.row, ensure_ascii=False)):
+        return None
+    if sample.kind == "text":
+        return [f"{tokenizer.bos_token}{row.text}{tokenizer.eos_token}"]
+    if sample.shape == "prompt":
+        return [render_prompt(tokenizer, template, row.messages)]
+    sides = list_sides(row, sample.kind, sample.shape)
+    return render_conversations(tokenizer, template, sides, [row.tools] * len(sides)).texts
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def adapt_row(row: Raw) -> tuple[Raw, tuple[str, ...]]:
     transcripts = _read_transcripts(adapted)
     if transcripts:
         adapted = {**adapted, **transcripts}
-        remarks.append(f"{' and '.join(transcripts)}: texts with Human: and Assistant: are read as turns")
+        remarks.append(f"{', '.join(transcripts)}: texts with Human: and Assistant: are read as turns")
     return adapted, tuple(remarks)
 
 

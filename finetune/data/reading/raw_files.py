@@ -45,6 +45,8 @@ def describe_missing(path: Path) -> str:
     """Say that a file does not exist, and which similar one does."""
     if path.is_dir():
         return "is a folder of no data files"
+    if path.exists():
+        return "is a pipe or a device; write its rows into a file"
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     matches = difflib.get_close_matches(path.name, names, n=1)
     return "does not exist" + (f"; {path.parent / matches[0]} does" if matches else "")

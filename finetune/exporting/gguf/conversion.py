@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,28 @@ from finetune.runs.export_settings import check_gguf_type
 if TYPE_CHECKING:  # it loads the model libraries, and only a comparison in llama.cpp needs them
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
 
-# Ollama fills in templates of its own kind, not the Jinja of the file. These are for the kit's two templates; tools are left out.
-_OLLAMA_TEMPLATES = {
-    "yulan-mini": "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+
+@dataclass(frozen=True)
+class _OllamaTemplate:
+    """A shipped chat template in Ollama's language, and the texts besides stop tokens that end its answers."""
+
+    text: str
+    stops: tuple[str, ...] = ()
+
+
+# Ollama fills in templates of Go, not the Jinja of the file, and puts bos before them. Tools are left out: Go writes JSON with other
+# spaces than Jinja's `tojson`, so a model would read other tokens than it was trained with.
+OLLAMA_TEMPLATES = {
+    "yulan-mini": _OllamaTemplate(
+        "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    # The mark is plain text, which the model writes before the token that ends its answer.
+    "chatml": _OllamaTemplate(
+        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>"
+        '{{ if eq .Role "assistant" }}</s>{{ end }}\n{{ end }}<|im_start|>assistant\n',
+        ("<|im_end|>",),
+    ),
 }
 
 
@@ -44,9 +62,8 @@ def convert_folder(
     """
     check_gguf_type(type_name)
     if output.suffix != ".gguf":
-        raise OutputError(
-            f"{output}: programs know the format by its ending; name the file {output.with_suffix('.gguf').name}"
-        )
+        name = output.with_suffix(".gguf").name if output.name not in ("", "..") else "mine.gguf"
+        raise OutputError(f"{output}: programs know the format by its ending; name the file {name}")
     with write_files_together([output, name_modelfile(output)]) as partial:
         source = open_llama_folder(folder)
         report = write_file(source, partial / output.name, type_name, prover, verify=verify)
@@ -84,13 +101,13 @@ def name_modelfile(file: Path) -> Path:
 
 
 def make_modelfile(source: LlamaFolder, name: str) -> str:
-    """Return a Modelfile for Ollama: where the weights are, the stop tokens, the context, and a template where one is known."""
-    lines = [f"FROM ./{name}"]
-    lines += [f'PARAMETER stop "{text}"' for text in source.tokenizer.convert_ids_to_tokens(source.stop_tokens)]
+    """Return a Modelfile for Ollama: where the weights are, what ends an answer, the context, and a template where one is known."""
+    template = OLLAMA_TEMPLATES.get(source.template.name)
+    stops = source.tokenizer.convert_ids_to_tokens(source.stop_tokens) + list(template.stops if template else ())
+    lines = [f"FROM ./{name}", *(f'PARAMETER stop "{text}"' for text in stops)]
     lines.append(f"PARAMETER num_ctx {source.config['max_position_embeddings']}")
-    template = _OLLAMA_TEMPLATES.get(source.template.name)
     if template is not None:
-        lines.append(f'TEMPLATE """{template}"""')
+        lines += ["# Without tools: Ollama writes their JSON in another way.", f'TEMPLATE """{template.text}"""']
     else:
         lines.append(
             f"# No template: {source.template.name} has no counterpart in Ollama's language here. Write one as TEMPLATE."
@@ -111,8 +128,9 @@ def describe_gguf(report: GgufReport) -> str:
 
 def describe_scores(scores: LlamaCppScores) -> str:
     """Return how a file does in llama.cpp, in one sentence."""
+    rows = f" and {scores.rows} trained rows" if scores.rows else ""
     return (
-        f"in llama.cpp (xllamacpp {scores.version}): the tokens of {scores.texts} texts are equal; log-probabilities differ by at most "
+        f"in llama.cpp (xllamacpp {scores.version}): the tokens of {scores.texts} texts{rows} are equal; log-probabilities differ by at most "
         f"{scores.max_abs:.2g} (spread {scores.spread:.2g}), KL {scores.kl:.2g} nats over {scores.contexts} contexts; "
         f"{scores.same_answers} of {scores.answers} greedy answers are equal, {scores.stopped} of {scores.stopped_there} stop by themselves"
     )

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from finetune.data.encoding.rendering import encode_prompt
+from finetune.data.encoding.text_samples import render_sample
 from finetune.errors import ExportError
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.tensor_types import TensorType
@@ -61,6 +62,7 @@ class _Expected:
 
     job: dict[str, Any]
     ids: list[list[int]]
+    rows: list[list[int]]
     prompts: list[list[int]]
     answers: list[list[int]]
     stops: list[int]
@@ -80,10 +82,11 @@ def _expect(source: LlamaFolder) -> _Expected:
         logits = [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in contexts]
         answers = [_generate(model, ids, source) for ids in prompts]
     texts = make_texts([str(token) for token in source.tokenizer.all_special_tokens])
-    expected = [_expect_ids(source, text) for text in texts]
-    kept = [number for number, ids in enumerate(expected) if ids is not None]
+    texts = [texts[number] for number in _keep_agreed(source, texts)]
+    trained = _expect_rows(source)
     job = {
-        "texts": [texts[number] for number in kept],
+        "texts": texts,
+        "rows": [text for text, _ in trained],
         "chats": chats,
         "questions": prompts,
         "contexts": contexts,
@@ -94,7 +97,15 @@ def _expect(source: LlamaFolder) -> _Expected:
         "context": max(len(ids) for ids in [*prompts, *contexts]) + _LONGEST + 8,
     }
     scores = torch.stack(logits).double().log_softmax(-1)
-    return _Expected(job, [expected[number] or [] for number in kept], prompts, answers, source.stop_tokens, scores)
+    return _Expected(
+        job=job,
+        ids=source.tokenizer(texts).input_ids,
+        rows=[ids for _, ids in trained],
+        prompts=prompts,
+        answers=answers,
+        stops=source.stop_tokens,
+        scores=scores,
+    )
 
 
 def _generate(model: Any, ids: list[int], source: LlamaFolder) -> list[int]:
@@ -109,16 +120,25 @@ def _generate(model: Any, ids: list[int], source: LlamaFolder) -> list[int]:
     return list(answer[0, len(ids) :].tolist())
 
 
-def _expect_ids(source: LlamaFolder, text: str) -> list[int] | None:
-    """Return the tokens of a text, or None where the libraries do not agree on them.
+def _keep_agreed(source: LlamaFolder, texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the texts on whose tokens the libraries agree.
 
     transformers 5 puts no second space before a text that begins with one; llama.cpp, transformers 4 and tokenizer.json put it.
     """
-    ids: list[int] = source.tokenizer(text).input_ids
     if not source.vocabulary.adds_space:
-        return ids
+        return list(range(len(texts)))
     written = Tokenizer.from_file(str(source.folder / "tokenizer.json"))
-    return ids if ids == written.encode(text).ids else None
+    pairs = zip(source.tokenizer(list(texts)).input_ids, written.encode_batch(list(texts)), strict=True)
+    return [number for number, (ids, encoding) in enumerate(pairs) if ids == encoding.ids]
+
+
+def _expect_rows(source: LlamaFolder) -> list[tuple[str, list[int]]]:
+    """Return the texts of the rows that the run stored, each with the tokens that were trained, where the libraries agree on them."""
+    pairs: list[tuple[str, list[int]]] = []
+    for sample in source.rows:
+        texts = render_sample(source.tokenizer, source.template, sample)
+        pairs += zip(texts, sample.token_ids, strict=True) if texts is not None else []
+    return [pairs[number] for number in _keep_agreed(source, [text for text, _ in pairs])] if pairs else []
 
 
 def make_texts(control: Sequence[str]) -> list[str]:
@@ -169,6 +189,7 @@ def _compare(file: Path, chosen: TensorType, expected: _Expected) -> LlamaCppSco
         same_answers=sum(_cut(ids, expected) == _cut(answer["ids"], expected) for ids, answer in pairs),
         stopped=sum(answer["stopped"] for answer in ended),
         stopped_there=len(ended),
+        rows=len(expected.rows),
     )
     limit = _MOST_KL.get(chosen.name, _MOST_KL_BELOW_8_BITS)
     if not result.kl <= limit:
@@ -207,7 +228,7 @@ def _run_worker(job: dict[str, Any], file: Path) -> None:
 
 
 def _check_ids(file: Path, expected: _Expected, found: dict[str, Any]) -> None:
-    """Compare tokens of texts, and of conversations rendered with the template in the file.
+    """Compare tokens of texts, of rows that were trained, and of conversations rendered with the template in the file.
 
     Raises:
         ExportError: they differ.
@@ -220,6 +241,13 @@ def _check_ids(file: Path, expected: _Expected, found: dict[str, Any]) -> None:
             f"{file.name}: llama.cpp gives other tokens for {len(wrong)} of {len(expected.ids)} texts (first: {text[:40]!r}: {got[:12]}, "
             f"trained with {ids[:12]}); nothing was left"
         )
+    for text, ids, got in zip(expected.job["rows"], expected.rows, found["rows"], strict=True):
+        if got[: len(ids)] != ids:
+            place = next(place for place, (one, two) in enumerate(zip(ids, [*got, -1], strict=False)) if one != two)
+            raise ExportError(
+                f"{file.name}: llama.cpp gives other tokens for a row than were trained ({text[:40]!r}: from token {place} on "
+                f"{got[place : place + 8]}, trained with {ids[place : place + 8]}); nothing was left"
+            )
     bos = expected.prompts[0][:1]
     for ids, got in zip(expected.prompts, found["prompts"], strict=True):
         # The server takes the template's bos away, and puts its own there when it tokenizes.

@@ -38,6 +38,11 @@ def run(job: dict[str, Any]) -> None:
     prompts = [_post(address, "/apply-template", {"messages": messages})["prompt"] for messages in job["chats"]]
     found = {
         "ids": [_post(address, "/tokenize", {"content": text, **whole})["tokens"] for text in job["texts"]],
+        # A rendered row begins with its own bos.
+        "rows": [
+            _post(address, "/tokenize", {**whole, "content": text, "add_special": False})["tokens"]
+            for text in job["rows"]
+        ],
         "prompts": [_post(address, "/tokenize", {"content": text, **whole})["tokens"] for text in prompts],
         "answers": [_answer(address, ids, job["longest"]) for ids in job["questions"]],
     }

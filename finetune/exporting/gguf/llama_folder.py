@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
+from finetune.data.formats.rows import TextSample
 from finetune.errors import CheckpointError, ExportError
 from finetune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from finetune.yulan.layout import find_architecture, read_config
@@ -50,7 +51,10 @@ _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 @dataclass(frozen=True)
 class LlamaFolder:
-    """A Llama folder whose parts fit one another; `names` maps its tensors to llama.cpp's names, in the order of layers."""
+    """A Llama folder whose parts fit one another; `names` maps its tensors to llama.cpp's names, in the order of layers.
+
+    `rows` are rows that were trained, where the run that it was made of stored any.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -58,6 +62,7 @@ class LlamaFolder:
     names: Mapping[str, str]
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
+    rows: tuple[TextSample, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -75,8 +80,8 @@ class LlamaFolder:
         return list_stop_tokens(self.tokenizer, self.template)
 
 
-def open_llama_folder(folder: Path) -> LlamaFolder:
-    """Open a folder and compare its configuration, its tensors and its tokenizer with one another.
+def open_llama_folder(folder: Path, rows: tuple[TextSample, ...] = ()) -> LlamaFolder:
+    """Open a folder and compare its configuration, its tensors and its tokenizer with one another; `rows` were trained.
 
     Raises:
         CheckpointError: the folder is not a checkpoint, or it is damaged.
@@ -102,7 +107,7 @@ def open_llama_folder(folder: Path) -> LlamaFolder:
             f"{folder}: the tokenizer has {len(vocabulary.pieces):,} tokens and the table only {config['vocab_size']:,} rows; the two "
             "do not belong together"
         )
-    return LlamaFolder(folder, config, tensors, names, tokenizer, vocabulary)
+    return LlamaFolder(folder, config, tensors, names, tokenizer, vocabulary, rows)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:

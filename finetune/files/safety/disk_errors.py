@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import MachineError, OutputError
+from finetune.errors import MachineError, OutputError, TrainingError
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -27,6 +28,7 @@ REASONS = {
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
 # torch.save names no reason. Source: caffe2/serialize/inline_container.cc.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
+_TORCH_READER = re.compile(r"PytorchStreamReader")
 # Source: torch/utils/data/dataloader.py and torch/csrc/DataLoader.cpp.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid")
 _PROBE_BYTES = 1 << 20
@@ -61,6 +63,23 @@ def translate_lost_workers() -> Iterator[None]:
         raise MachineError(
             "trainer.dataloader_num_workers: a process that loads batches was ended from outside, most likely for want of memory; "
             "set it lower, and continue with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def translate_damaged_states(checkpoint: Path) -> Iterator[None]:
+    """Turn what torch raises for an optimizer's or scheduler's file that it cannot read safely into a `TrainingError`.
+
+    The manifest finds what a disk has damaged; this is a file that somebody made.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, IsADirectoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _TORCH_READER.search(repr(error)) is None:
+            raise
+        raise TrainingError(
+            f"{checkpoint}: the states of its optimizer, scheduler or random numbers cannot be read ({type(error).__name__}); "
+            "remove this folder, and resume from the checkpoint before it"
         ) from error
 
 

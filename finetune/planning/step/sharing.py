@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from finetune.errors import MachineError
-from finetune.models.engine import Engine
+from finetune.models.engine import ENGINES, ZERO_STAGES, Engine
+from finetune.models.engines.zero_stage import check_stage
 from finetune.planning.step import tracker as phase
 from finetune.planning.step.step_parts import ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER, SCALES, WEIGHTS
 
@@ -40,13 +41,13 @@ class Sharing:
     @property
     def shares_weights(self) -> bool:
         """Tell whether a process keeps only a share of the weights."""
-        return self.engine in ("fsdp2", "zero3")
+        return ENGINES[self.engine].shards_weights
 
     def count_share(self, tensor: torch.Tensor, part: str) -> int:
         """Count the bytes of a tensor that the first process keeps; no other keeps more."""
         size = tensor.untyped_storage().nbytes()
         is_weight = part in _SHARED_WEIGHTS
-        if self.engine.startswith("zero") and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
+        if ENGINES[self.engine].is_deepspeed and (is_weight or part == GRADIENTS) and tensor.is_floating_point():
             size = tensor.numel() * self.compute_bytes  # DeepSpeed holds both in its compute dtype
         is_shared = part in (GRADIENTS, OPTIMIZER) or (is_weight and self.shares_weights)
         if self.engine in ("one", "ddp") or not is_shared or tensor.ndim == 0:
@@ -145,10 +146,9 @@ def _read_engine(path: Path, content: Mapping[str, Any]) -> Engine:
             raise MachineError(f"{path}: FSDP 1 is not supported; set fsdp_version: 2 in fsdp_config")
         return "fsdp2"
     if kind == "DEEPSPEED":
-        level = (content.get("deepspeed_config") or {}).get("zero_stage")
-        if level not in (2, 3):
-            raise MachineError(f"{path}: zero_stage is {level!r}; plans are made for 2 and 3")
-        return "zero3" if level == 3 else "zero2"
+        settings = content.get("deepspeed_config") or {}
+        file, stage = settings.get("deepspeed_config_file") or "none", settings.get("zero_stage")
+        return ZERO_STAGES[check_stage(str(file), stage)]
     if kind.startswith("MULTI"):
         return "ddp"
     if kind == "NO":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
@@ -108,11 +108,6 @@ def answer_rows(
 def _cut_behind_stop(answer: list[int], stop_tokens: Sequence[int]) -> list[int]:
     end = next((place for place, token in enumerate(answer) if token in stop_tokens), len(answer) - 1)
     return answer[: end + 1]
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Tell whether the weights may be sharded, so that one process alone cannot generate."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 class AnswerSheet:

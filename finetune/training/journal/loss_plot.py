@@ -1,67 +1,36 @@
 """Draw `loss.png`: the curves of a run from its `metrics.jsonl`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from finetune.runs.run_files import LOSS_PLOT_FILE
-from finetune.training.journal.progress import read_metrics
+from finetune.runs.run_files import LOSS_PLOT_FILE, read_metrics
+from finetune.watching.panels import LOSS, PANELS
 
 logger = logging.getLogger(__name__)
 
-# Panels below the loss, for methods that log one of their metrics: title, and metric -> label of its curve.
-_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    (
-        "implicit reward of the answers in the rows",
-        {"rewards/chosen": "chosen, training rows", "rewards/rejected": "rejected, training rows"},
-    ),
-    (
-        "reward of the chosen answer minus that of the rejected one",
-        {
-            "rewards/margins": "training rows",
-            "eval_rewards/margins": "held-out rows",
-            "margin": "training rows",
-            "eval_margin": "held-out rows",
-        },
-    ),
-    (
-        "share of pairs whose chosen answer has the higher reward",
-        {
-            "rewards/accuracies": "training rows",
-            "eval_rewards/accuracies": "held-out rows",
-            "accuracy": "training rows",
-            "eval_accuracy": "held-out rows",
-        },
-    ),
-    (
-        "reward of the model's own answers",
-        {"reward": "training prompts", "eval_reward": "held-out prompts"},
-    ),
-    (
-        "tokens of an answer",
-        {"completions/mean_length": "training prompts", "eval_completions/mean_length": "held-out prompts"},
-    ),
-    ("KL divergence from the reference model, nats", {"kl": "training rows", "eval_kl": "held-out rows"}),
-)
 _PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
 
 
 def draw_losses(run: Path, title: str) -> None:
     """Draw `loss.png` from `metrics.jsonl`: the loss on training and held-out rows by step, and the method's other metrics."""
     lines = read_metrics(run)
-    panels = [panel for panel in _PANELS if any(name in line for line in lines for name in panel[1])]
+    panels = [
+        panel for panel in PANELS if panel.in_plot and any(name in line for line in lines for name in panel.curves)
+    ]
     figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")
     axes = figure.subplots(1 + len(panels), squeeze=False, height_ratios=[1.6] + [1] * len(panels))[:, 0]
     compares = any(name in line for line in lines for name in _PREFERENCE_MARKS)
     _draw_curves(axes[0], lines, {"loss": "training rows", "eval_loss": "held-out rows"})
-    axes[0].set(ylabel="loss" if compares else "loss (nats per trained token)", title=title)
+    axes[0].set(ylabel="loss" if compares else LOSS, title=title)
     if not any(line.get("loss", 0.0) < 0 for line in lines):
         axes[0].set_ylim(bottom=0)
-    for panel, (text, curves) in zip(axes[1:], panels, strict=True):
-        _draw_curves(panel, lines, curves)
-        panel.set_title(text, fontsize="medium")
+    for axis, panel in zip(axes[1:], panels, strict=True):
+        _draw_curves(axis, lines, panel.curves)
+        axis.set_title(panel.title, fontsize="medium")
     axes[-1].set_xlabel("step")
     try:
         figure.savefig(run / LOSS_PLOT_FILE)
@@ -70,7 +39,7 @@ def draw_losses(run: Path, title: str) -> None:
         logger.warning("%s: was not drawn: %s", run / LOSS_PLOT_FILE, error.strerror)
 
 
-def _draw_curves(axes: Any, lines: list[dict[str, Any]], curves: dict[str, str]) -> None:
+def _draw_curves(axes: Any, lines: list[dict[str, Any]], curves: Mapping[str, str]) -> None:
     for name, label in curves.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune.files.json_files import read_lines, remove_later_lines
+from finetune.files.json_files import remove_later_lines
 from finetune.runs.run_files import METRICS_FILE
 
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
@@ -108,8 +108,3 @@ class EarlyStopping(EarlyStoppingCallback):
         """Count an evaluation."""
         if not any(name.startswith(PREFLIGHT) for name in metrics):
             super().on_evaluate(args, state, control, metrics, **kwargs)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the logged lines of a run, oldest first."""
-    return [line for _, line in read_lines(run / METRICS_FILE)]

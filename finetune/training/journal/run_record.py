@@ -10,24 +10,30 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune.files.json_files import read_json, write_json, write_text
+from finetune.errors import TrainingError
+from finetune.files.json_files import write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
 from finetune.recipe.sections import dump_recipe, to_plain
 from finetune.rewards.judge import fingerprint_judge
-from finetune.runs.resuming import remove_made_files
+from finetune.runs.resuming import read_run_record, remove_made_files
 from finetune.runs.run_files import (
     PISSA_START_FOLDER,
     RECIPE_FILE,
     RECORD_FILE,
     find_result_folder,
     list_trainer_checkpoints,
+    read_metrics,
 )
 from finetune.runs.summary import RunSummary
 from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
-from finetune.training.journal.progress import read_metrics
+from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
+from finetune.watching.board_page import write_report
+
+# The states of a run, in their order: it trains; it has trained its last step and writes its result; all is written.
+_STATES = ("running", "saving", "finished")
 
 
 class RunRecord:
@@ -68,6 +74,7 @@ class RunRecord:
             "status": status,
             "resumed": self._resumed,
             "recipe": to_plain(recipe),
+            **describe_processes(),
             "base": str(setup.base),
             "base_fingerprint": setup.base_fingerprint,
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
@@ -80,22 +87,41 @@ class RunRecord:
 def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | None:
     """Finish the record of a run that was stopped after its result was written; return None where there is more to do, or nothing.
 
-    A result without the record of its summary is removed: the run's last checkpoint gives it again. The writer must be the first
-    of several processes to call it.
+    A result whose record says that the run was still training is removed: the run's last checkpoint gives it again. The writer must
+    be the first of several processes to call it.
+
+    Raises:
+        TrainingError: the record is damaged, or says nothing of the result; the result is kept.
     """
-    result, record = find_result_folder(run), read_json(run / RECORD_FILE) or {}
+    result, record = find_result_folder(run), read_run_record(run)
     status = record.get("status")
     if result is None or (status == "finished" and is_writer):
         return None
+    if status not in _STATES:
+        raise TrainingError(
+            f"{run}: holds a result ({result.name}), and {RECORD_FILE} does not say whether it is whole (its status is {status!r}, and "
+            f"should be {', '.join(_STATES)}); restore {RECORD_FILE}, or remove {result.name} to train from the newest checkpoint"
+        )
     if not is_writer:
-        return RunSummary(**record["result"]) if status == "finished" else None
-    if status != "saving":
+        return _read_summary(run, record) if status == "finished" else None
+    if status == "running":
         shutil.rmtree(result)
         return None
+    summary = _read_summary(run, record)
     draw_losses(run, title)
     with translate_os_errors(run, "the result is whole; make room, and end the run with --resume"):
         write_json(run / RECORD_FILE, {**record, "status": "finished"})
-    return RunSummary(**record["result"])
+    write_report(run)
+    return summary
+
+
+def _read_summary(run: Path, record: dict[str, Any]) -> RunSummary:
+    try:
+        return RunSummary(**record["result"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{run / RECORD_FILE}: holds no summary of the result; the folder is damaged; restore this file"
+        ) from error
 
 
 @contextlib.contextmanager

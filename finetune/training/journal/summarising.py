@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from finetune.data.account import DataReport
-from finetune.models.engine import ENGINE_NAMES, find_engine
+from finetune.models.engine import ENGINES, find_engine
 from finetune.runs.summary import RunSummary
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         config.world_size,
-        "process" if config.world_size == 1 else f"processes, {ENGINE_NAMES[find_engine()]}",
+        "process" if config.world_size == 1 else f"processes, {ENGINES[find_engine()].title}",
     )
     logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
 

@@ -1,0 +1,65 @@
+"""Check the arguments of the public functions of `import finetune`, before anything is opened."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import ArgumentError
+
+
+def require_path(name: str, value: object, expected: str = "a path (str or pathlib.Path)") -> Path:
+    """Return an argument as a path; `name` is `function: argument`.
+
+    Raises:
+        ArgumentError: it is none, or an empty text.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
+        raise ArgumentError(f"{name}: must be {expected}; found {value!r}")
+    return Path(value)
+
+
+def require_list(name: str, value: object, expected: str = "a list of texts") -> tuple[str, ...]:
+    """Return an argument that lists texts; a single text is refused, since it would be read letter by letter.
+
+    Raises:
+        ArgumentError: it is no list of texts.
+    """
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [None]
+    texts = tuple(item for item in items if isinstance(item, str))
+    if len(texts) < len(items):
+        hint = f"; write [{value!r}]" if isinstance(value, str) else ""
+        raise ArgumentError(f"{name}: must be {expected}; found {value!r}{hint}")
+    return texts
+
+
+def require_count(name: str, value: object) -> int:
+    """Return an argument that counts something.
+
+    Raises:
+        ArgumentError: it is no whole number of 1 or more.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name}: must be a whole number of 1 or more; found {value!r}")
+    return value
+
+
+def require_flag(name: str, value: object) -> bool:
+    """Return an argument that is true or false.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name}: must be True or False; found {value!r}")
+    return value
+
+
+def require_text(name: str, value: object, example: str) -> str:
+    """Return an argument that is a text; the message shows `example`.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name}: must be a text such as {example!r}; found {value!r}")
+    return value

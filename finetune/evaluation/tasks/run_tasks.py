@@ -1,0 +1,225 @@
+"""Evaluate one model on tasks: read the rows, ask what is not yet answered, and summarise."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.checkpoints.finding import find_checkpoint, fingerprint_checkpoint
+from finetune.evaluation.asking.asked_model import AskedModel, to_bits
+from finetune.evaluation.asking.generation import Generated, Prompt
+from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
+from finetune.evaluation.tasks.task_data import Rows, hash_rows, read_exemplars, read_task_rows
+from finetune.evaluation.tasks.task_forms import Protocol, Question, Sample, TaskForm, Tools
+from finetune.evaluation.tasks.task_results import (
+    RESULTS_FILE,
+    Evaluation,
+    SampleFile,
+    TaskResult,
+    check_folder,
+    make_folder,
+    summarise,
+    weigh_gold,
+)
+from finetune.evaluation.tasks.task_table import TASKS, find_forms
+from finetune.files.cache import hash_file
+from finetune.files.folders import expand_home
+from finetune.files.json_files import write_json
+from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.models.opening import LoadedModel, open_model
+from finetune.runs.results import is_result, list_checked_files, open_result
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What is evaluated and how; `limit` takes the first rows only, `batch_size` None what memory allows."""
+
+    tasks: tuple[str, ...]
+    protocol: Protocol = "harness"
+    limit: int | None = None
+    data: Path | None = None
+    exemplars: Path | None = None
+    batch_size: int | None = None
+    chat: bool = False
+    unsafe_code: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with all its rows and exemplars read, and the rows that are asked."""
+
+    form: TaskForm
+    rows: Rows
+    exemplars: Rows
+    asked: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def evaluate_tasks(model: str, settings: TaskSettings, folder: Path | None = None) -> Evaluation:
+    """Evaluate a run or a model on tasks; what a folder holds of the same evaluation is not asked again.
+
+    All that the user can mend is found before the model is loaded.
+
+    Raises:
+        FinetuneError: the model, the rows, or the folder cannot be used, or code cannot be run safely.
+    """
+    prepared = prepare_tasks(settings)
+    runner = choose_runner(settings.unsafe_code) if any(one.form.runs_code for one in prepared) else None
+    folder = folder or choose_folder(model, settings.protocol)
+    described = describe_evaluation(model, prepared, settings)
+    check_folder(folder, described)
+    loaded = open_model(model)
+    make_folder(folder, described)
+    return ask_tasks(loaded, model, prepared, settings, folder, runner)
+
+
+def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
+    """Read the rows and the exemplars of all tasks.
+
+    Raises:
+        FinetuneError: a task is unknown, or its rows cannot be used.
+    """
+    prepared = []
+    for form in find_forms(settings.tasks, settings.protocol):
+        task = TASKS[form.task]
+        rows = read_task_rows(task, settings.data, len(settings.tasks) == 1)
+        exemplars = read_exemplars(task, form.shots, settings.exemplars)
+        notes = (form.shots.missing,) if form.shots and not exemplars else ()
+        prepared.append(PreparedTask(form, rows, exemplars, min(len(rows), settings.limit or len(rows)), notes))
+    return prepared
+
+
+def ask_tasks(
+    loaded: LoadedModel,
+    model: str,
+    prepared: Sequence[PreparedTask],
+    settings: TaskSettings,
+    folder: Path,
+    runner: Callable[[Program], Verdict] | None,
+) -> Evaluation:
+    """Ask a loaded model every row that the folder has no sample of, and write the results into the folder."""
+    asked = AskedModel(loaded, settings.batch_size, settings.chat)
+    tools = Tools(loaded.tokenizer, runner or _refuse)
+    evaluation = Evaluation(model, settings.protocol, str(folder))
+    for one in prepared:
+        samples = SampleFile(folder / f"{one.form.task}.jsonl")
+        _ask_task(asked, one, samples, tools)
+        evaluation.tasks[one.form.task] = _summarise(one, samples)
+        with translate_os_errors(folder, "the samples are kept; the same command continues"):
+            write_json(folder / RESULTS_FILE, evaluation.to_json())
+    return evaluation
+
+
+def choose_folder(model: str, protocol: Protocol) -> Path:
+    """Return where results go by default: `evaluations/`, under the last part of the model's name."""
+    path = expand_home(model)
+    name = path.resolve().name if path.exists() else model.replace("/", "--")
+    return Path("evaluations") / f"{name}-{protocol}"
+
+
+def describe_evaluation(model: str, prepared: Sequence[PreparedTask], settings: TaskSettings) -> dict[str, Any]:
+    """Return what samples depend on, so that those of another evaluation are not taken for this one's.
+
+    Neither the limit nor the batch size changes a sample.
+    """
+    described: dict[str, Any] = {
+        "protocol": settings.protocol,
+        "chat": settings.chat,
+        "model": fingerprint_model(model),
+    }
+    for one in prepared:
+        described[f"rows of {one.form.task}"] = hash_rows(one.rows)
+        described[f"exemplars of {one.form.task}"] = hash_rows(one.exemplars)
+    return described
+
+
+def fingerprint_model(name: str) -> str:
+    """Return a hash of the weights of a run or a model.
+
+    Raises:
+        FinetuneError: there is no such model.
+    """
+    path = expand_home(name)
+    if not (path.is_dir() and is_result(path)):
+        return fingerprint_checkpoint(find_checkpoint(name))
+    result = open_result(path)
+    digest = hashlib.sha256((result.lineage.base_fingerprint if result.lineage else "").encode())
+    for file in list_checked_files(result.folder):
+        digest.update(f"{file.name}:{hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _refuse(program: Program) -> Verdict:
+    raise RuntimeError("a task that runs no code asked for a program to be run")
+
+
+def _ask_task(asked: AskedModel, one: PreparedTask, samples: SampleFile, tools: Tools) -> None:
+    questions = one.form.ask(one.rows, one.exemplars, tools)[: one.asked]
+    missing = [row for row in range(one.asked) if row not in samples.samples]
+    if len(missing) < one.asked:
+        logger.info("%s: %s of %s samples are there already", one.form.task, one.asked - len(missing), one.asked)
+    ask = _ask_likelihoods if one.form.generation is None else _ask_texts
+    shown = tqdm(ask(asked, one.form, questions, missing), total=len(missing), desc=one.form.task, disable=None)
+    for row, found, beside in shown:
+        samples.add(row, one.form.score(one.rows[row], found, tools) | beside)
+
+
+def _ask_likelihoods(
+    asked: AskedModel, form: TaskForm, questions: Sequence[Question], rows: Sequence[int]
+) -> Iterator[tuple[int, Any, Sample]]:
+    pairs = [asked.encode_pair(asked.render(questions[row].prompt), questions[row].answer) for row in rows]
+    for index, found in asked.measure(pairs):
+        counts = {"context_tokens": found.context_tokens, "continuation_tokens": found.continuation_tokens}
+        question = questions[rows[index]]
+        yield rows[index], found, counts | {"prompt": question.prompt, "answer": question.answer}
+
+
+def _ask_texts(
+    asked: AskedModel, form: TaskForm, questions: Sequence[Question], rows: Sequence[int]
+) -> Iterator[tuple[int, Any, Sample]]:
+    settings = form.generation
+    assert settings is not None
+    rendered = [asked.render(questions[row].prompt) for row in rows]
+    pairs = [asked.encode_pair(text, questions[row].answer) for text, row in zip(rendered, rows, strict=True)]
+    gold = {rows[index]: to_bits(found) for index, found in asked.measure(pairs)}
+    prompts = [
+        Prompt(asked.encode(text), seed=row * settings.samples + number)
+        for text, row in zip(rendered, rows, strict=True)
+        for number in range(settings.samples)
+    ]
+    found: dict[int, dict[int, Generated]] = {}
+    for index, generated in asked.generate(prompts, settings):
+        row, number = rows[index // settings.samples], index % settings.samples
+        texts = found.setdefault(row, {})
+        texts[number] = generated
+        if len(texts) == settings.samples:
+            del found[row]
+            question = questions[row]
+            beside = {
+                "prompt": question.prompt,
+                "prompt_tokens": generated.prompt_tokens,
+                "gold_bits": gold[row],
+                "gold_bytes": len(question.answer.encode()),
+            }
+            yield row, [texts[number] for number in range(settings.samples)], beside
+
+
+def _summarise(one: PreparedTask, samples: SampleFile) -> TaskResult:
+    kept = [samples.samples[row] for row in range(one.asked)]
+    metric, stderr = summarise(one.form.measures, kept)
+    return TaskResult(
+        one.form.task,
+        one.form.protocol,
+        len(kept),
+        metric,
+        stderr,
+        weigh_gold(kept),
+        str(samples.file),
+        one.notes,
+    )

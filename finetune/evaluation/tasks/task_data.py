@@ -1,0 +1,101 @@
+"""Read the rows of a task and its exemplars: from a file, from a folder, or from the hub."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.reading.arrow_rows import require_row
+from finetune.data.reading.raw_files import has_known_ending
+from finetune.data.reading.sources import read_source
+from finetune.data.settings import HubDataset, Source
+from finetune.errors import DataError, Place
+from finetune.evaluation.tasks.task_forms import Shots
+from finetune.evaluation.tasks.task_table import Task
+from finetune.files.folders import expand_home
+
+# In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.
+_ENDINGS = ("", "_test", "-test", "_eval", "_openai", "_openai_test")
+
+Rows = list[dict[str, Any]]
+
+
+def read_task_rows(task: Task, data: Path | None, is_only_task: bool) -> Rows:
+    """Read the rows of a task from `data`, a file or a folder, or from the hub where it is None.
+
+    Raises:
+        DataError: they cannot be found or read, or a row lacks a column.
+    """
+    what = f"a row of {task.name}"
+    if data is None:
+        return _read_hub(task.hub, task.columns, what, "--task-data")
+    return _read_rows(_find_file(task, expand_home(data), is_only_task), task.columns, what)
+
+
+def read_exemplars(task: Task, shots: Shots | None, file: Path | None) -> Rows:
+    """Read the exemplars of a task from a file, or from the hub where the protocol takes them from there.
+
+    Raises:
+        DataError: they cannot be read, a row lacks a column, or there are too few.
+    """
+    if shots is None:
+        return []
+    if file is not None:
+        rows = _read_rows(expand_home(file), shots.columns, "an exemplar")
+    elif shots.hub_split is not None:
+        rows = _read_hub(replace(task.hub, split=shots.hub_split), shots.columns, "an exemplar", "--exemplars")
+    else:
+        return []
+    if len(rows) < shots.count:
+        raise DataError(
+            f"holds {len(rows)} exemplars where {shots.count} are needed", Place(str(file or task.hub.name))
+        )
+    return rows
+
+
+def hash_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a hash of the content of rows."""
+    text = json.dumps(list(rows), sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _find_file(task: Task, data: Path, is_only_task: bool) -> Path:
+    if not data.is_dir():
+        if data.is_file() and not is_only_task:
+            raise DataError(
+                f"is one file for several tasks; give a folder that holds {task.name}.jsonl and the others",
+                Place(str(data)),
+            )
+        return data
+    wanted = [f"{task.name}{ending}" for ending in _ENDINGS]
+    files = {file.name.split(".")[0].lower(): file for file in sorted(data.iterdir()) if has_known_ending(file)}
+    for stem in wanted:
+        if stem in files:
+            return files[stem]
+    raise DataError(
+        f"holds no file of {task.name}, such as {task.name}.jsonl or {task.name}_test.jsonl", Place(str(data))
+    )
+
+
+def _read_hub(dataset: HubDataset, columns: Sequence[str], what: str, option: str) -> Rows:
+    try:
+        return _read_rows(dataset, columns, what)
+    except DataError as error:
+        raise DataError(f"{error.fault}; {option} names a file instead", error.place) from error
+
+
+def _read_rows(location: Path | HubDataset, columns: Sequence[str], what: str) -> Rows:
+    rows: Rows = []
+    for _, part in read_source(Source(location, split="evaluation")):
+        for place, raw in part:
+            row = require_row(raw)
+            lacks = [name for name in columns if not isinstance(row.get(name), str)]
+            if lacks:
+                found = ", ".join(map(str, row)) or "nothing"
+                raise DataError(
+                    f"has no text in {', '.join(lacks)}; {what} has {', '.join(columns)}; found {found}", place
+                )
+            rows.append({name: row[name] for name in columns})
+    return rows

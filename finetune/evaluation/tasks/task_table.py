@@ -1,0 +1,120 @@
+"""The table of tasks: where their rows come from, and their form under each protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.data.settings import HubDataset
+from finetune.errors import FinetuneError, describe_unknown_name
+from finetune.evaluation.asking.generation import Generation
+from finetune.evaluation.tasks import gsm8k, humaneval, lambada
+from finetune.evaluation.tasks.task_forms import (
+    Measure,
+    Protocol,
+    Shots,
+    TaskForm,
+    average,
+    average_in_percent,
+    perplexity,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its columns, and the data set of the hub that is read where no file is named."""
+
+    name: str
+    columns: tuple[str, ...]
+    hub: HubDataset
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("lambada", ("text",), HubDataset("EleutherAI/lambada_openai", "default", "test")),
+        Task(
+            "gsm8k",
+            ("question", "answer"),
+            HubDataset("openai/gsm8k", "main", "test", "740312add88f781978c0658806c59bc2815b9866"),
+        ),
+        Task(
+            "humaneval",
+            ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+            HubDataset(
+                "openai/openai_humaneval", "openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
+            ),
+        ),
+    )
+}
+
+_QUESTION_COLUMNS = ("question", "answer")
+_NO_EXEMPLARS = (
+    "no exemplars are named (--exemplars FILE), so the prompts hold none; the published scores were made with 7"
+)
+
+FORMS: tuple[TaskForm, ...] = (
+    TaskForm(
+        "lambada",
+        "harness",
+        lambada.ask_likelihood,
+        lambada.score_likelihood,
+        (Measure("acc", "greedy", average), Measure("perplexity", "loglikelihood", perplexity)),
+    ),
+    TaskForm(
+        "lambada",
+        "authors",
+        lambada.ask_word,
+        lambada.score_word,
+        (Measure("accuracy", "correct", average_in_percent),),
+        Generation(max_new_tokens=5),
+    ),
+    TaskForm(
+        "gsm8k",
+        "harness",
+        gsm8k.ask_harness,
+        gsm8k.score_harness,
+        (Measure("strict", "strict_correct", average), Measure("flexible", "flexible_correct", average)),
+        Generation(max_new_tokens=256, stops=("Question:", "</s>", "<|im_end|>")),
+        Shots(gsm8k.HARNESS_SHOTS, _QUESTION_COLUMNS, hub_split="train"),
+    ),
+    TaskForm(
+        "gsm8k",
+        "authors",
+        gsm8k.ask_authors,
+        gsm8k.score_authors,
+        (Measure("accuracy", "correct", average_in_percent),),
+        Generation(max_new_tokens=596, stops=("\n\nQuestion", "\n\nAnswer")),
+        Shots(gsm8k.AUTHORS_SHOTS, _QUESTION_COLUMNS, hub_split=None, missing=_NO_EXEMPLARS),
+    ),
+    TaskForm(
+        "humaneval",
+        "harness",
+        humaneval.ask_harness,
+        humaneval.score_harness,
+        (Measure("pass@1", "passed", average),),
+        Generation(max_new_tokens=1024, stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
+        runs_code=True,
+    ),
+    TaskForm(
+        "humaneval",
+        "authors",
+        humaneval.ask_authors,
+        humaneval.score_authors,
+        (Measure("pass@1", "share", average_in_percent),),
+        Generation(max_new_tokens=512, temperature=0.1, samples=20),
+        runs_code=True,
+    ),
+)
+
+
+def find_forms(names: Sequence[str], protocol: Protocol) -> list[TaskForm]:
+    """Return the forms of tasks under a protocol, in the order of their names.
+
+    Raises:
+        FinetuneError: a task is unknown, or none is named.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise FinetuneError(f"--tasks: {name!r} is {describe_unknown_name(name, TASKS, 'an unknown task')}")
+    if not names:
+        raise FinetuneError(f"--tasks: names no task; known are {', '.join(TASKS)}")
+    return [form for name in dict.fromkeys(names) for form in FORMS if (form.task, form.protocol) == (name, protocol)]

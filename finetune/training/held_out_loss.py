@@ -1,0 +1,91 @@
+"""Make a trainer's held-out loss the mean over all trained tokens, whatever the size of its batches.
+
+transformers averages the means of batches, so that a token of a batch with few trained tokens counts more, and counts rows twice
+that fill up the last batch of several processes (transformers 5.23, `Trainer.evaluation_loop`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from finetune.data.encoding.gates import IGNORED_LABEL
+
+
+def average_over_tokens(trainer_class: type[Any]) -> type[Any]:
+    """Return a trainer class whose evaluations report the mean loss over trained tokens; its batches have `labels`."""
+    return type(trainer_class.__name__, (_TokenMean, trainer_class), {})
+
+
+class _HeldOutMean:
+    """Overrides three methods of `transformers.Trainer`, and must stand before it among the bases of a class."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._loss_sum, self._weight = 0.0, 0
+        super().__init__(*arguments, **options)
+
+    def get_eval_dataloader(self: Any, *arguments: Any, **options: Any) -> DataLoader[Any]:
+        """Return batches of all held-out rows: `dataloader_drop_last` is about training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            loader: DataLoader[Any] = super().get_eval_dataloader(*arguments, **options)  # type: ignore[misc]
+        finally:
+            self.args.dataloader_drop_last = drops
+        return loader
+
+    def prediction_step(self: Any, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Compute the loss of a batch, and add it to the sum over the batches of this process."""
+        size = self.args.per_device_eval_batch_size
+        batch, weight = self._weigh(inputs, size, _count_own_rows(self.accelerator, size))
+        found = super().prediction_step(model, batch, *arguments, **options)  # type: ignore[misc]
+        if weight:  # without any token, a loss may be 0 / 0
+            self._loss_sum += float(found[0]) * weight
+            self._weight += weight
+        return found
+
+    def evaluation_loop(
+        self: Any, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> Any:
+        """Evaluate, and report the mean over the tokens of all processes."""
+        self._loss_sum, self._weight = 0.0, 0
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
+        )
+        sums = gather_object([(self._loss_sum, self._weight)])
+        weight = sum(count for _, count in sums)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(loss for loss, _ in sums) / max(weight, 1)
+        return output
+
+
+class _TokenMean(_HeldOutMean):
+    """Weighs a batch by its trained tokens."""
+
+    @staticmethod
+    def _weigh(inputs: Mapping[str, Any], size: int, own: int | None) -> tuple[dict[str, Any], int]:
+        batch = dict(inputs) if own is None else {**inputs, "labels": _mask_repeated(inputs, size, own)}
+        return batch, int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def _count_own_rows(accelerator: Any, size: int) -> int | None:
+    """Return how many rows of this batch are not those by which accelerate fills up the last one of several processes; None for all.
+
+    Source: accelerate 1.15, `BatchSamplerShard`; the rows of the last step are numbered process by process.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    return min(max(0, int(state.remainder) - int(accelerator.process_index) * size), size)
+
+
+def _mask_repeated(inputs: Mapping[str, Any], size: int, own: int) -> torch.Tensor:
+    """Return the labels of a batch without those of repeated rows."""
+    labels: torch.Tensor = inputs["labels"].clone()
+    if len(labels) == size or not own:
+        labels[own:] = IGNORED_LABEL
+    else:  # the rows stand one behind the other; where they were packed before, their ends are not known
+        starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+        if len(starts) == size and own < size:
+            labels[:, int(starts[own]) :] = IGNORED_LABEL
+    return labels

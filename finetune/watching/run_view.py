@@ -1,0 +1,223 @@
+"""Read run directories into what their page shows; a run that is still training is read as far as it is."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from finetune.errors import FinetuneError
+from finetune.files.folders import expand_home
+from finetune.files.json_files import read_json, read_lines
+from finetune.files.terminal import escape_controls
+from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
+from finetune.watching.cautions import Caution, is_number, list_cautions, read_series
+from finetune.watching.panels import PANELS
+
+# More points than a curve has pixels show nothing more.
+_MOST_POINTS = 600
+_FEWEST_FOR_TREND, _TREND_POINTS = 120, 40
+_MOST_COMPLETIONS = 8
+_MOST_LETTERS = 4000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve as points `(step, value)`; `trend` holds the mean of each stretch of steps, where there are many points."""
+
+    points: Sequence[tuple[int, float]]
+    trend: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel of a run: a title, and its curves by their labels."""
+
+    title: str
+    curves: Mapping[str, Curve]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with the answers before and after the training; `after` is None while the run trains."""
+
+    origin: str
+    prompt: str
+    before: str
+    after: str | None
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the page shows of a run.
+
+    `share` is the part of the run that is done, from 0 to 1, or None where this is not known. `figures` are names and values for
+    a person, `recipe` maps each key to its value as text, and `completions` are the newest answers of an online method.
+    """
+
+    name: str
+    status: str
+    step: int
+    share: float | None
+    figures: Mapping[str, str]
+    charts: tuple[Chart, ...]
+    cautions: tuple[Caution, ...]
+    notes: tuple[str, ...]
+    answers: tuple[Answer, ...]
+    completions: tuple[Answer, ...]
+    recipe: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Board:
+    """All runs of a page, and the keys in which their recipes differ, each with the value of every run."""
+
+    runs: tuple[RunView, ...]
+    differences: Mapping[str, tuple[str, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def read_board(folders: Iterable[Path]) -> Board:
+    """Return the page of some runs.
+
+    Raises:
+        FinetuneError: one of the folders is no run directory.
+    """
+    runs = tuple(read_run(folder) for folder in folders)
+    keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
+    differences = {key: tuple(run.recipe.get(key, "") for run in runs) for key in keys}
+    return Board(runs, {key: values for key, values in differences.items() if len(set(values)) > 1})
+
+
+def read_run(folder: Path) -> RunView:
+    """Return what the page shows of one run.
+
+    Raises:
+        FinetuneError: the folder is no run directory, or its record is damaged.
+    """
+    folder = expand_home(folder)
+    record = read_json(folder / RECORD_FILE)
+    if not isinstance(record, dict):
+        raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; name the output of a recipe")
+    lines = read_metrics(folder)
+    recipe = dict(_flatten(record.get("recipe", {})))
+    step = lines[-1]["step"] if lines else 0
+    result = record.get("result") or {}
+    data = record.get("data") or {}
+    return RunView(
+        name=_cut(folder.resolve().name),
+        status=str(record.get("status", "")),
+        step=max(step, int(result.get("steps", 0))),
+        share=1.0 if result else _find_share(recipe, lines),
+        figures=dict(_list_figures(data, result, recipe)),
+        charts=tuple(_draw_charts(lines)),
+        cautions=list_cautions(lines),
+        notes=tuple(_cut(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
+        answers=tuple(_read_answers(folder)),
+        completions=tuple(_read_completions(folder)),
+        recipe=recipe,
+    )
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif value not in (None, [], {}, ""):
+            yield f"{prefix}{key}", _cut(str(value))
+
+
+def _find_share(recipe: Mapping[str, str], lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the part of the run that is done, by its steps or its epochs."""
+    if not lines:
+        return 0.0
+    for unit, key in (("step", "trainer.max_steps"), ("epoch", "trainer.num_train_epochs")):
+        if is_number(lines[-1].get(unit)) and float(recipe.get(key, 0)) > 0:
+            return min(1.0, float(lines[-1][unit]) / float(recipe[key]))
+    return None
+
+
+def _list_figures(
+    data: Mapping[str, Any], result: Mapping[str, Any], recipe: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Yield names and values of what is trained, of the rows, and of the result."""
+    yield "method", recipe.get("method", "")
+    yield "base checkpoint", recipe.get("model.checkpoint", "")
+    for name, split in (("rows for training", data.get("train")), ("rows held out", data.get("evaluation"))):
+        if split:
+            yield name, f"{split['rows']:,}"
+    if train := data.get("train"):
+        yield "trained tokens", f"{train['trained_tokens']:,} of {train['tokens']:,}"
+        yield "median / longest row", f"{train['median']:,} / {train['longest']:,} tokens"
+        for name in ("dropped", "truncated"):
+            if train[name]:
+                yield f"rows {name}", f"{train[name]:,}"
+    for name, key, form in _RESULTS:
+        if is_number(result.get(key)):
+            yield name, form.format(result[key])
+    if result.get("seconds") and result.get("tokens"):
+        yield "tokens a second", f"{result['tokens'] / result['seconds']:,.0f}"
+
+
+_RESULTS = (
+    ("training loss", "train_loss", "{:.3f}"),
+    ("held-out loss", "eval_loss", "{:.3f}"),
+    ("reward", "train_reward", "{:.3f}"),
+    ("held-out reward", "eval_reward", "{:.3f}"),
+    ("weights of step", "best_step", "{:,}"),
+    ("seconds", "seconds", "{:,.0f}"),
+)
+
+
+def _draw_charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    for panel in PANELS:
+        series = {label: read_series(lines, name) for name, label in panel.curves.items()}
+        curves = {label: Curve(thin_out(points), find_trend(points)) for label, points in series.items() if points}
+        if curves:
+            yield Chart(panel.title, curves)
+
+
+def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most 600 points: of each stretch of steps the lowest and the highest, and always the first and the last."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    kept = {points[0], points[-1]}
+    for stretch in _split(points[1:-1], _MOST_POINTS // 2 - 1):
+        kept |= {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+    return sorted(kept)
+
+
+def find_trend(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the mean step and the mean value of each of 40 stretches, or nothing where there are few points."""
+    if len(points) < _FEWEST_FOR_TREND:
+        return []
+    stretches = _split(points, _TREND_POINTS)
+    return [(round(mean(step for step, _ in part)), mean(value for _, value in part)) for part in stretches]
+
+
+def _split(points: Sequence[tuple[int, float]], count: int) -> list[Sequence[tuple[int, float]]]:
+    """Split points into so many stretches of nearly the same length."""
+    return [points[place * len(points) // count : (place + 1) * len(points) // count] for place in range(count)]
+
+
+def _read_answers(folder: Path) -> Iterator[Answer]:
+    for sample in read_json(folder / ANSWERS_FILE) or ():
+        after = sample.get("after")
+        origin, prompt, before = (_cut(str(sample.get(key, ""))) for key in ("origin", "prompt", "before"))
+        yield Answer(origin, prompt, before, None if after is None else _cut(str(after)))
+
+
+def _read_completions(folder: Path) -> Iterator[Answer]:
+    """Yield the newest answers of an online method with their rewards."""
+    for _, line in list(read_lines(folder / COMPLETIONS_FILE))[-_MOST_COMPLETIONS:]:
+        rewards = ", ".join(f"{name} {value:.3g}" for name, value in (line.get("rewards") or {}).items())
+        origin = f"step {line['step']:,}, {line.get('origin', '')}: {rewards}"
+        yield Answer(_cut(origin), _cut(str(line.get("question", ""))), _cut(str(line.get("text", ""))), None)
+
+
+def _cut(text: str) -> str:
+    text = escape_controls(text)
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
