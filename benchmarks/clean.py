@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str, Callable[[Row, random.Random], Row | str]]] = {
             "completion": "我觉得今天的天气非常好，我们可以一起出去散步。",
         },
     ),
-    "repeated punctuation": ("rules", lambda row, draw: spoil_text(row, row["completion"] + "!!!!!!!!!!")),
+    "repeated punctuation": ("rules", lambda row, draw: spoil_text(row, "It is so!!!!!!!!!! " + row["completion"])),
     "one word": ("rules", lambda row, draw: spoil_text(row, "Certainly")),
     "exact duplicate": ("exact_duplicates", lambda row, draw: row),
     "near duplicate": ("near_duplicates", lambda row, draw: change_word(row, draw)),
@@ -103,7 +103,10 @@ def clean(folder: Path, lines: list[str], held: list[Row]) -> tuple[dict[int, st
         report = clean_rows(load_recipe(recipe, off), output)
         kept = {
             json.loads(line)["provenance"]["line"]
-            for line in (output / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+            for line in (output / "rows.jsonl")
+            .read_text(encoding="utf-8")
+            .rstrip("\n")
+            .split("\n")  # other ends of lines belong to texts
         }
         for number in range(1, len(lines) + 1):
             if number not in kept:
@@ -121,13 +124,15 @@ def measure_faults(folder: Path, each: int) -> list[tuple[str, str, int, int, in
         good = [row for number, row in enumerate(good, 1) if number not in own]
         held = [good.pop(draw.randrange(len(good))) for _ in range(3 * each)]
         held = [row for row in held if len(row["prompt"].split()) >= 15][:each]
+        # Not a copy of a row that stays: a step before would find it.
+        sums = [row for row in good if "####" in row["completion"]][:each]
+        good = [row for row in good if row not in sums]
+        fresh = {"of the evaluation set": held, "wrong answer": sums}
         # A word changes a share of a long answer only, and a short one is not compared.
         long = [row for row in good if len(row["completion"].split(" ")) >= 45]
         lines = [(json.dumps(row), "") for row in good]
         for kind, (_, spoil) in KINDS.items():
-            basis = (
-                held if kind == "of the evaluation set" else draw.sample(long if "duplicate" in kind else good, each)
-            )
+            basis = fresh.get(kind) or draw.sample(long if "duplicate" in kind else good, each)
             for row in basis:
                 made = spoil(row, draw)
                 lines.append((made if isinstance(made, str) else json.dumps(made), kind))
@@ -206,9 +211,11 @@ def main() -> None:
     text = f"{platform.machine()}, Python {platform.python_version()}.\n"
     if arguments.data.is_dir():
         text += "\n| planted | step | rows | left by this step | by another | recall |\n|---|---|---|---|---|---|\n"
-        table = measure_faults(arguments.data, arguments.each)
-        for kind, step, planted, found, elsewhere in table:
+        *kinds, (_, _, good, _, lost) = measure_faults(arguments.data, arguments.each)
+        for kind, step, planted, found, elsewhere in kinds:
             text += f"| {kind} | `{step}` | {planted:,} | {found:,} | {elsewhere:,} | {found / planted:.3f} |\n"
+        taken = sum(found + elsewhere for *_, found, elsewhere in kinds)
+        text += f"\n{lost:,} of {good:,} rows without a fault left; precision of all steps together {taken / (taken + lost):.3f}.\n"
     if arguments.rows:
         text += describe_memory(arguments.rows)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

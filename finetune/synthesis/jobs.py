@@ -10,7 +10,7 @@ from finetune.errors import DataError, Place
 from finetune.recipe.preparation.synthesize_section import SynthesizeSection
 from finetune.rewards.rules import Answer, judge_final_answer
 from finetune.synthesis.endpoints.endpoint import Endpoint
-from finetune.synthesis.endpoints.exchange import Request, Skip, Written
+from finetune.synthesis.endpoints.questioning import Request, Skip, Written
 from finetune.synthesis.prompts import Prompt, list_json
 from finetune.synthesis.reading_answers import ask_until_read
 from finetune.synthesis.scoring import AnswerToScore, Scored, Scorer, add_answer

@@ -6,7 +6,7 @@ Source: YuLan-Mini (arXiv 2412.17743), post-training.
 from collections.abc import Callable, Mapping, Sequence
 
 from finetune.synthesis.endpoints.endpoint import Endpoint
-from finetune.synthesis.endpoints.exchange import Request, Skip
+from finetune.synthesis.endpoints.questioning import Request, Skip
 from finetune.synthesis.prompts import Prompt, read_scores
 from finetune.synthesis.reading_answers import ask_until_read
 

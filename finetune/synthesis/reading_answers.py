@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from finetune.synthesis.endpoints.endpoint import Endpoint
-from finetune.synthesis.endpoints.exchange import Request, Skip, Written
+from finetune.synthesis.endpoints.questioning import Request, Skip, Written
 
 Value = TypeVar("Value")
 

@@ -12,7 +12,7 @@ from finetune.rewards.reward_functions import judge_answer
 from finetune.rewards.rules import Answer
 from finetune.runs.results import open_result
 from finetune.synthesis.endpoints.endpoint import Endpoint, open_endpoint
-from finetune.synthesis.endpoints.exchange import Written
+from finetune.synthesis.endpoints.questioning import Written
 from finetune.synthesis.judging import judge_conversations, mean_score
 from finetune.synthesis.prompts import Prompt
 

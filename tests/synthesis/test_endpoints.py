@@ -10,7 +10,7 @@ from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.synthesis.endpoints import endpoint as module
 from finetune.synthesis.endpoints.endpoint import Endpoint
-from finetune.synthesis.endpoints.exchange import Request, Skip, Written
+from finetune.synthesis.endpoints.questioning import Request, Skip, Written
 
 SOON = {"Retry-After": "0.01"}
 GOOD = (200, {}, reply("42"))

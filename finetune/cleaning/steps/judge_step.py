@@ -11,7 +11,7 @@ from finetune.cleaning.row_spool import Candidate
 from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.data.lint.text_checks import shorten
 from finetune.synthesis.endpoints.endpoint import open_endpoint
-from finetune.synthesis.endpoints.exchange import Skip
+from finetune.synthesis.endpoints.questioning import Skip
 from finetune.synthesis.judging import judge_conversations, mean_score
 from finetune.synthesis.prompts import Prompt
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.synthesis.endpoints.exchange import Request, Written
+from finetune.synthesis.endpoints.questioning import Request, Written
 
 _MILLION = 1_000_000
 

@@ -10,12 +10,12 @@ from typing import Protocol
 
 from finetune.errors import EndpointError
 from finetune.files.cache import find_cache
-from finetune.files.keyed_store import KeyedStore
+from finetune.files.safety.keyed_store import KeyedStore
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.synthesis.endpoints.budget import Budget
-from finetune.synthesis.endpoints.exchange import Outcome, Request, Skip, Written
 from finetune.synthesis.endpoints.local_model import LocalModel
-from finetune.synthesis.endpoints.server import ServerModel
+from finetune.synthesis.endpoints.questioning import Outcome, Request, Skip, Written
+from finetune.synthesis.endpoints.server_model import ServerModel
 
 # So many requests without an answer, one after the other, mean that the server is down and not that a row is odd.
 _MOST_FAULTS = 10

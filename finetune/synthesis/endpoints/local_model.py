@@ -9,7 +9,7 @@ from finetune.models.opening import LoadedModel, open_model
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.runs.results import is_result, open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
-from finetune.synthesis.endpoints.exchange import Outcome, Request, Written
+from finetune.synthesis.endpoints.questioning import Outcome, Request, Written
 from finetune.yulan.tensors import list_weight_files
 
 _SEED_DIGITS = 15

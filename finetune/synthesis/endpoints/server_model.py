@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.synthesis.endpoints.exchange import Outcome, Request, Skip, Written
+from finetune.synthesis.endpoints.questioning import Outcome, Request, Skip, Written
 
 _SHOWN = 200
 # The user, or whoever runs the server, must change something; asking again does not help.
