@@ -18,6 +18,7 @@ from reference import (
 from finetune.cli.main import main
 from finetune.evaluation.asking.asked_model import AskedModel
 from finetune.evaluation.asking.generation import Generation, Prompt
+from finetune.evaluation.sandbox.programs import find_sandbox
 from finetune.evaluation.tasks import run_tasks
 from finetune.models.opening import open_model
 
@@ -83,6 +84,8 @@ def test_gsm8k_is_that_of_the_harness(call):
 
 
 def test_humaneval_is_that_of_the_harness(call):
+    if isinstance(find_sandbox(), str):
+        pytest.skip("no sandbox here")
     status, out, _ = call(*HUMANEVAL, "--limit", 6, "-o", "out", "--json")
     assert status == 0
     samples = {sample["task_id"]: sample for sample in read_lines(Path("out/humaneval.jsonl"))}
