@@ -57,7 +57,7 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["clean", str(recipe), "-s", "clean.unreadable=true", "-o", str(tmp_path / "cleaned")],
         [
             *("synthesize", str(recipe), "-s", "endpoints={own: {model: nano}}", "-o", str(tmp_path / "written")),
-            *("-s", "synthesize={job: answers, endpoint: own, max_tokens: 2}"),
+            *("-s", "synthesize={job: answers, endpoint: own, max_tokens: 16, samples: 3, temperature: 2}"),
         ],
         ["plan", str(recipe)],
         ["doctor"],
