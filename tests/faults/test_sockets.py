@@ -11,7 +11,8 @@ from finetune.cli.verbs import VERBS
 from finetune.files.resources import find_demo_data
 
 # The demo strings train, export, evaluate and chat together, and takes a minute.
-NOT_RUN = {"demo"}
+# `push` sends what it is told to; tests/hub watches what.
+NOT_RUN = {"demo", "push"}
 # One process runs all command lines. The guard is an audit hook: it also sees what libraries do, and cannot be taken off.
 SCRIPT = """
 import json, sys
@@ -49,6 +50,10 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
     commands = [
         ["checkpoints"],
         ["recipes"],
+        [
+            *("init", "--data", str(tmp_path / "rows.jsonl"), "--base", "nano", "--device", "cpu", "--yes"),
+            *("-o", str(tmp_path / "first.yaml")),
+        ],
         ["mixtures"],
         ["fold", "nano", "-o", str(tmp_path / "folded")],
         ["check", str(recipe)],
@@ -62,7 +67,9 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["plan", str(recipe)],
         ["doctor"],
         ["train", str(recipe)],
+        ["watch", str(run), "-o", str(tmp_path / "page.html")],
         ["export", str(run), "-o", str(tmp_path / "export")],
+        ["average", str(run), "nano", "-o", str(tmp_path / "averaged")],
         ["gguf", str(tmp_path / "export"), "-o", str(tmp_path / "m.gguf"), "--type", "q8_0"],
         ["evaluate", str(run), "--data", str(tmp_path / "rows.jsonl")],
         ["chat", str(run), "--prompt", "Who are you?", "--max-new-tokens", "2"],
