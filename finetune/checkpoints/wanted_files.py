@@ -6,24 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from finetune.errors import HubError
+from finetune.hub.model_files import LICENCE_FILES, TEXT_FILES
 from finetune.yulan.states.optimizer_states import POINTER
 from finetune.yulan.tensors import INDEX_FILE, SINGLE_FILE
 
-# Configuration and tokenizer, with which rows are read, checked and shown.
-_TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-)
-# What an export says about its base, and passes on with it.
-_LICENCE_FILES = ("README.md", "LICEN[CS]E*")
 # Optimizer states are pickles. They are fetched only for a recipe that asks for them, and read as tensors and plain values.
 _STATE_FILES = (POINTER, "*_universal/*.pt")
 _ADAPTER_FILE = "adapter_config.json"
@@ -39,7 +25,7 @@ def choose_text_files(names: Iterable[str], folder: Path) -> list[str]:
     top = _list_top(names)
     if "config.json" not in top:
         raise HubError(_describe_no_model(top))
-    return _match(top, _TEXT_FILES)
+    return _match(top, TEXT_FILES)
 
 
 def choose_checkpoint_files(names: Iterable[str], folder: Path) -> list[str]:
@@ -51,7 +37,7 @@ def choose_checkpoint_files(names: Iterable[str], folder: Path) -> list[str]:
         HubError: it holds no weights as safetensors.
     """
     top = _list_top(names)
-    chosen = [*choose_text_files(top, folder), *_match(top, _LICENCE_FILES)]
+    chosen = [*choose_text_files(top, folder), *_match(top, LICENCE_FILES)]
     if INDEX_FILE in top:
         return [*chosen, INDEX_FILE, *(name for name in _read_shards(folder / INDEX_FILE) if name in top)]
     if SINGLE_FILE in top:

@@ -14,25 +14,16 @@ from finetune.errors import HubError
 from finetune.files.folders import check_links
 from finetune.files.sizes import describe_size
 from finetune.hub.faults import Asked, ask_hub
+from finetune.hub.model_files import LICENCE_FILES, TEXT_FILES
 
 # Neither rows nor records with paths of this machine.
 _SENT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.gguf",
-    "config.json",
-    "generation_config.json",
     "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "README.md",
-    "LICEN[CS]E*",
+    *TEXT_FILES,
+    *LICENCE_FILES,
 )
 _WEIGHTS = ("*.safetensors", "*.bin")
 

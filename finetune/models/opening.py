@@ -1,5 +1,6 @@
 """Open a run or a model for use, and generate answers with the template that it was trained with."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.api_arguments import require_count, require_turns
-from finetune.checkpoints.finding import as_llama, find_checkpoint
+from finetune.checkpoints.finding import as_llama, find_checkpoint, fingerprint_checkpoint
 from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import find_template, list_stop_tokens
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.errors import ArgumentError, FinetuneError
+from finetune.files.cache import hash_file
 from finetune.files.folders import expand_home
 from finetune.models.loading import load_base
 from finetune.models.lora import apply_adapter
@@ -21,7 +23,7 @@ from finetune.models.precision import choose_device, choose_precision
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
-from finetune.runs.results import Result, check_result_files, is_result, open_result
+from finetune.runs.results import Result, check_result_files, is_result, list_checked_files, open_result
 from finetune.runs.trained_tokens import check_trained_tokens
 
 logger = logging.getLogger(__name__)
@@ -133,3 +135,19 @@ def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     for note in template.notes:
         logger.warning("%s", note)
     return LoadedModel(model.eval(), tokenizer, template, tuple(list_stop_tokens(tokenizer, template)))
+
+
+def fingerprint_model(name: str) -> str:
+    """Return a hash of the weights of a run or a model.
+
+    Raises:
+        FinetuneError: there is no such model.
+    """
+    path = expand_home(name)
+    if not (path.is_dir() and is_result(path)):
+        return fingerprint_checkpoint(find_checkpoint(name))
+    result = open_result(path)
+    digest = hashlib.sha256((result.lineage.base_fingerprint if result.lineage else "").encode())
+    for file in list_checked_files(result.folder):
+        digest.update(f"{file.name}:{hash_file(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Evaluate one model on tasks: read the rows, ask what is not yet answered, and summarise."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.checkpoints.finding import find_checkpoint, fingerprint_checkpoint
 from finetune.evaluation.asking.asked_model import AskedModel, to_bits
 from finetune.evaluation.asking.generation import Generated, Prompt
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
@@ -26,12 +24,10 @@ from finetune.evaluation.tasks.task_results import (
     weigh_gold,
 )
 from finetune.evaluation.tasks.task_table import TASKS, find_forms
-from finetune.files.cache import hash_file
 from finetune.files.folders import expand_home
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors
-from finetune.models.opening import LoadedModel, open_model
-from finetune.runs.results import is_result, list_checked_files, open_result
+from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -137,22 +133,6 @@ def describe_evaluation(model: str, prepared: Sequence[PreparedTask], settings: 
         described[f"rows of {one.form.task}"] = hash_rows(one.rows)
         described[f"exemplars of {one.form.task}"] = hash_rows(one.exemplars)
     return described
-
-
-def fingerprint_model(name: str) -> str:
-    """Return a hash of the weights of a run or a model.
-
-    Raises:
-        FinetuneError: there is no such model.
-    """
-    path = expand_home(name)
-    if not (path.is_dir() and is_result(path)):
-        return fingerprint_checkpoint(find_checkpoint(name))
-    result = open_result(path)
-    digest = hashlib.sha256((result.lineage.base_fingerprint if result.lineage else "").encode())
-    for file in list_checked_files(result.folder):
-        digest.update(f"{file.name}:{hash_file(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _refuse(program: Program) -> Verdict:

@@ -2,15 +2,9 @@
 
 import torch
 
-from finetune.checkpoints.finding import find_checkpoint, fingerprint_checkpoint
-from finetune.files.cache import hash_file
-from finetune.files.folders import expand_home
-from finetune.models.opening import LoadedModel, open_model
+from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.runs.results import is_result, open_result
-from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 from finetune.synthesis.endpoints.questioning import Outcome, Request, Written
-from finetune.yulan.tensors import list_weight_files
 
 _SEED_DIGITS = 15
 
@@ -37,18 +31,3 @@ class LocalModel:
     def close(self) -> None:
         """Free the memory of the model."""
         self._loaded = None
-
-
-def fingerprint_model(name: str) -> str:
-    """Return a hash of the weights that a name stands for.
-
-    Raises:
-        FinetuneError: there is no such model.
-    """
-    path = expand_home(name)
-    if not (path.is_dir() and is_result(path)):
-        return fingerprint_checkpoint(find_checkpoint(name))
-    result = open_result(path)
-    files = [result.folder / PEFT_WEIGHTS_FILE] if result.is_adapter else list_weight_files(result.folder)
-    base = result.lineage.base_fingerprint if result.lineage is not None else ""
-    return " ".join([base, *map(hash_file, files)])
