@@ -12,6 +12,7 @@ from finetune.checkpoints.hub_names import read_hub_record
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError
+from finetune.files.launcher import is_launched
 from finetune.files.safety.disk_errors import translate_damaged_states, translate_lost_workers, translate_os_errors
 from finetune.hub.commits import pin_commits
 from finetune.models.engine import (
@@ -61,7 +62,8 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
     started = time.monotonic()
     # Options that cannot work are refused before any work is done.
     device, precision, config = configure(resolved)
-    check_same_recipes(resolved.recipe, resume=resume)
+    if is_launched():
+        check_same_recipes(resolved.recipe, resume=resume)
     is_writer = config.process_index == 0
     with (
         hold_output(resolved.output, "run", resume=resume) if is_writer else contextlib.nullcontext(),
@@ -74,7 +76,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
         setup = prepare(resolved, config, precision)
-        check_same_rows(setup)
+        check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():

@@ -128,7 +128,7 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
         ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be float; found True"),
         ("trainer: {lr_scheduler_type: cosin}", "trainer.lr_scheduler_type: must be one of linear, cosine,"),
         ("trainer: {optim: adam8}", "trainer.optim: must be one of "),
-        ("trainer: {loss_type: dpo}", "trainer.loss_type: must be one of nll, dft"),
+        ("trainer: {loss_type: dpo}", "trainer.loss_type: 'dpo' is unknown; known are dft, nll"),
     ],
 )
 def test_each_mistake_has_its_own_sentence(write, text, problem):

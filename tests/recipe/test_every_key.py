@@ -153,12 +153,16 @@ STAGES = {
 }
 
 
+# What `finetune clean` and `finetune synthesize` read: tests/cleaning and tests/synthesis see what each of these keys does.
+OF_OTHER_VERBS = ("clean.", "synthesize.", "endpoints", "stages.synthesize")
+
+
 def test_every_key_has_a_row():
     keys = [
         key.name
         for keys in (list_recipe_keys(), list_source_keys(), list_chain_keys(), list_export_keys())
         for key in walk_keys(keys)
-        if not key.inner
+        if not key.inner and not key.name.startswith(OF_OTHER_VERBS)
     ]
     assert sorted(keys) == sorted([*(flip.key for flip in FLIPS), *EXPORTS, *STAGES])
 

@@ -88,13 +88,16 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_taken_for_whole(ma
 
 def test_a_loss_on_held_out_rows_that_is_no_number_stops_the_run(make_recipe, monkeypatch):
     def change(trainer):
-        real = trainer.prediction_step
+        real = trainer.compute_loss
 
-        def predict(*arguments, **options):
-            loss, *rest = real(*arguments, **options)
-            return (loss * float("nan") if trainer.state.global_step else loss, *rest)
+        def compute(model, *arguments, **options):
+            found = real(model, *arguments, **options)
+            if model.training or not trainer.state.global_step:
+                return found
+            loss, *rest = found
+            return (loss * float("nan"), *rest)
 
-        trainer.prediction_step = predict
+        trainer.compute_loss = compute
 
     poison(monkeypatch, change)
     overrides = ["trainer.eval_strategy=steps", "trainer.eval_steps=2"]

@@ -52,4 +52,4 @@ def test_a_recipe_stays_in_few_modules(tmp_path, nano_llama):
     finally:
         sys.setprofile(before)
     assert walk.is_done
-    assert len(walk.stays) <= MOST_STAYS, walk.stays
+    assert len(walk.stays) <= MOST_STAYS, "\n".join(walk.stays)

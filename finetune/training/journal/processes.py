@@ -10,7 +10,6 @@ from finetune.files.launcher import count_processes
 from finetune.models.engine import ENGINES, find_engine
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.resuming import read_run_record
-from finetune.training.setup import Setup
 
 _ENGINE, _PROCESSES = "engine", "processes"
 
@@ -53,13 +52,13 @@ def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
     _compare("recipes", {**lines, "resume": f"--resume: {resume}"})
 
 
-def check_same_rows(setup: Setup) -> None:
+def check_same_rows(rows_fingerprint: str, base_fingerprint: str) -> None:
     """Check that all processes of a launch have read the same rows and base checkpoint. Every process must call it.
 
     Raises:
         TrainingError: they have not.
     """
-    _compare("inputs", {"rows": f"rows: {setup.rows_fingerprint}", "base": f"base: {setup.base_fingerprint}"})
+    _compare("inputs", {"rows": f"rows: {rows_fingerprint}", "base": f"base: {base_fingerprint}"})
 
 
 def _compare(what: str, own: dict[str, str]) -> None:

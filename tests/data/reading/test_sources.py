@@ -147,7 +147,7 @@ def test_a_dataset_of_the_hub_is_read_once(hub, load):
     [
         (DatasetNotFoundError("not there"), "the hub has no such data set or revision"),
         (ValueError("Unknown split \"x\". Should be one of ['train']."), "Should be one of ['train']; name one with"),
-        (ConnectionError("no network"), "cannot be loaded from the hub (no network); check the connection"),
+        (ConnectionError("no network"), "the transfer broke off (no network); run the same command again"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, sentence):

@@ -122,7 +122,10 @@ def test_engine_is_read_from_accelerates_file(name, engine):
     ("text", "message"),
     [
         ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "FSDP 1 is not supported"),
-        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "zero_stage is 1"),
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}",
+            "zero_stage in accelerate's configuration is 1; set 2 or 3",
+        ),
         ("distributed_type: TPU", "TPU is unknown"),
         ("- a list", "must be a mapping of keys to values"),
         ("a: [", "cannot be read"),
