@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -59,20 +58,8 @@ def limit_seconds(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, *timer)  # a program that uses this kit may have set one of its own
 
 
-def keep_kernels_local() -> None:
-    """Keep the package `kernels`, where it is installed, from asking the hub for native code.
-
-    bitsandbytes does so when it is imported on processors with AVX512-BF16, and transformers when a model is built. Whoever wants
-    it sets `USE_HUB_KERNELS=YES`.
-    """
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    if os.environ["USE_HUB_KERNELS"].upper() not in ("1", "ON", "YES", "TRUE"):
-        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # so that importing it fails
-
-
 def silence_libraries() -> None:
     """Suppress the notes and warnings of libraries, also of those that are loaded later."""
-    keep_kernels_local()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
