@@ -2,7 +2,7 @@
 
     python tests/faults/faults.py --results faults.json --report docs/reliability.md
 
-`--kills 20` and `--tries 20` take twenty places of each kind, `--kinds lora,fold` some kinds. Each call adds its rows to the results,
+`--kills 20` and `--tries 20` take twenty places of each kind, `--thin` takes all that differ, `--kinds lora,fold` some kinds. Each call adds its rows to the results,
 so that a long pass can be made in parts.
 """
 
@@ -30,6 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0, help="places to kill each kind at; 0 for every operation")
     parser.add_argument("--tries", type=int, default=0, help="places for each error; 0 for every operation")
+    parser.add_argument(
+        "--thin", action="store_true", help="of equal operations take the first, the middle and the last"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--faults", default="kill,ENOSPC,EIO,EACCES")
     parser.add_argument("--flips", type=int, default=200, help="bits to flip in each kind of file")
@@ -63,9 +66,9 @@ def inject(arguments: argparse.Namespace, work: Path) -> Iterator[Tally]:
             kind = _make(server, makers, work, name)
             for fault in filter(None, arguments.faults.split(",")):
                 if fault == "kill":
-                    yield kill_everywhere(server, kind, tries=arguments.kills)
+                    yield kill_everywhere(server, kind, None if arguments.thin else arguments.kills)
                 else:
-                    yield fail_everywhere(server, kind, fault, tries=arguments.tries)
+                    yield fail_everywhere(server, kind, fault, tries=None if arguments.thin else arguments.tries)
         if arguments.flips:
             yield from flip_everywhere(warm, makers["short"](), makers["pretrain"](), work / "cache", arguments.flips)
         if arguments.hostile:

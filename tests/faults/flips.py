@@ -2,7 +2,7 @@
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from injector import Outcome, Server
@@ -19,8 +19,8 @@ def flip_bit(file: Path, generator: random.Random) -> int:
     return place
 
 
-def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tries: int) -> list[Tally]:
-    """Flip single bits in cached rows, folds and `nano`, in checkpoints, in adapters and in optimizer states.
+def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tries: int) -> Iterator[Tally]:
+    """Flip single bits and yield the counts of each kind of file: cached rows, folds and `nano`, checkpoints, adapters, and states.
 
     A damaged cache must be made again and a damaged checkpoint passed over, both with the same result as before; a damaged adapter
     or state must be refused.
@@ -45,9 +45,8 @@ def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tr
         kind.clear()
         return server.run(kind.start, kind.output.parent).status == 2
 
-    tallies = [
-        _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries) for name in ("rows", "folds", "nano")
-    ]
+    for name in ("rows", "folds", "nano"):
+        yield _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries)
 
     def restore_checkpoint() -> Path:
         _restore(short.output, kept)
@@ -58,12 +57,10 @@ def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tr
         _restore(short.output, kept)
         return short.output / "adapter"
 
-    tallies.append(_flip("checkpoint", restore_checkpoint, resume, tries))
-    tallies.append(
-        _flip("adapter", restore_adapter, export, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
-    )
+    yield _flip("checkpoint", restore_checkpoint, resume, tries)
+    yield _flip("adapter", restore_adapter, export, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
     shutil.rmtree(kept)
-    return [*tallies, _flip_states(server, pretrain, tries)]
+    yield _flip_states(server, pretrain, tries)
 
 
 def _flip_states(server: Server, pretrain: Kind, tries: int) -> Tally:

@@ -15,6 +15,7 @@ from finetune.files.safety import manifests
 from finetune.files.safety.locks import lock_folder
 from finetune.recipe.sections import OptimizerSection, Recipe
 from finetune.runs.results import open_result
+from finetune.runs.resuming import check_same_recipe
 from finetune.training import run as run_module
 from finetune.training.journal.safeguards import SignalWatch
 from finetune.training.pretraining.packed_training import find_states
@@ -160,6 +161,39 @@ def test_a_moved_run_is_resumed(straight, train, tmp_path):
     train("moved", *CONSTANT, resume=True)
     assert_same_weights(read_weights(straight), read_weights(moved))
     assert f"output: {moved}" in (moved / "recipe.yaml").read_text(encoding="utf-8")
+
+
+BEST = [*CONSTANT, "trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps", "trainer.eval_steps=2"]
+# The loss falls, so the first checkpoint has the highest.
+BEST += ["trainer.metric_for_best_model=loss", "trainer.greater_is_better=true", "trainer.learning_rate=1e-2"]
+
+
+def test_a_moved_run_ends_with_its_best_weights(train, tmp_path, make_recipe):
+    """The trainer names its best checkpoint by a path. After a move it found none, and the last weights were the result."""
+    best = train("before", *BEST)
+    expected = read_weights(best)
+    assert_same_weights(expected, load_file(best / "checkpoint-2" / "adapter_model.safetensors"))
+    moved = best.rename(tmp_path / "moved")
+    shutil.rmtree(moved / "adapter")
+    train("moved", *BEST, resume=True)
+    assert_same_weights(expected, read_weights(moved))
+    shutil.rmtree(moved / "adapter")
+    (moved / "run.json").write_text((moved / "run.json").read_text().replace("finished", "running"))
+    (moved / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"")
+    manifests._checked.clear()
+    with pytest.raises(TrainingError, match=r"checkpoint-2: holds the best weights .* has 0 bytes where"):
+        run_training(make_recipe("moved", *BEST), resume=True)
+
+
+def test_one_process_of_a_moved_launch_writes_the_recipe(tmp_path, monkeypatch):
+    """Two processes wrote it at the same time, under one name; the slower one did not find its file."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("output: before\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (("1", "output: before\n"), ("0", "output: now\n")):
+        monkeypatch.setenv("RANK", rank)
+        check_same_recipe(file, "output: now\n", "run")
+        assert file.read_text() == expected
 
 
 def test_a_base_that_vanishes_during_the_run_does_not_cost_the_result(make_recipe, nano_llama, tmp_path, monkeypatch):
