@@ -70,7 +70,7 @@ def inject(arguments: argparse.Namespace, work: Path) -> Iterator[Tally]:
                 else:
                     yield fail_everywhere(server, kind, fault, tries=None if arguments.thin else arguments.tries)
         if arguments.flips:
-            yield from flip_everywhere(warm, makers["short"](), makers["pretrain"](), work / "cache", arguments.flips)
+            yield from flip_everywhere(warm, makers, arguments.flips)
         if arguments.hostile:
             yield from meet_everything(warm, make_sources(warm, makers, work), work)
         if arguments.races:

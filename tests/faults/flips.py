@@ -1,11 +1,12 @@
 """Flip single bits in every kind of file that the kit keeps, and see that none of them changes a result silently."""
 
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from injector import Outcome, Server
+from injector import Server
 from kinds import Kind, make_export
 from tries import Tally
 
@@ -19,48 +20,53 @@ def flip_bit(file: Path, generator: random.Random) -> int:
     return place
 
 
-def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tries: int) -> Iterator[Tally]:
-    """Flip single bits and yield the counts of each kind of file: cached rows, folds and `nano`, checkpoints, adapters, and states.
+def flip_everywhere(server: Server, kinds: Mapping[str, Callable[[], Kind]], tries: int) -> Iterator[Tally]:
+    """Flip single bits and yield the counts of each kind of file: adapters, states, checkpoints, cached rows, folds and `nano`.
 
-    A damaged cache must be made again and a damaged checkpoint passed over, both with the same result as before; a damaged adapter
-    or state must be refused.
+    A damaged adapter or state must be refused; a damaged cache must be made again and a damaged checkpoint passed over, both with the
+    same result as before.
     """
-    short.clear()
-    assert server.run(short.start, short.output.parent).status == 0
-    expected, kept = short.hash_results(), _keep(short.output)
-    work = short.output.parents[1]
-
-    def give_same(kind: Kind, outcome: Outcome) -> bool:
-        return outcome.status == 0 and kind.hash_results() == expected
+    yield from _flip_runs(server, kinds["short"](), tries)
+    yield _flip_states(server, kinds["pretrain"](), tries)
+    once, cache = kinds["once"](), Path(os.environ["FINETUNE_CACHE"])
+    once.clear()
+    assert server.run(once.start, once.output.parent).status == 0
+    expected = once.hash_results()
 
     def train_anew() -> bool:
-        short.clear()
-        return give_same(short, server.run(short.start, short.output.parent))
-
-    def resume() -> bool:
-        return give_same(short, server.run(short.resume, short.output.parent))
-
-    def export() -> bool:
-        kind = make_export(work, short.output)
-        kind.clear()
-        return server.run(kind.start, kind.output.parent).status == 2
+        once.clear()
+        return server.run(once.start, once.output.parent).status == 0 and once.hash_results() == expected
 
     for name in ("rows", "folds", "nano"):
         yield _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries)
+
+
+def _flip_runs(server: Server, short: Kind, tries: int) -> Iterator[Tally]:
+    """Flip bits in the adapter of a run, which must not be exported then, and in its last checkpoint."""
+    short.clear()
+    assert server.run(short.start, short.output.parent).status == 0
+    expected, kept = short.hash_results(), _keep(short.output)
+    export = make_export(short.output.parents[1], short.output)
+
+    def restore_adapter() -> Path:
+        _restore(short.output, kept)
+        return short.output / "adapter"
+
+    def refuse() -> bool:
+        export.clear()
+        return server.run(export.start, export.output.parent).status == 2 and not export.output.exists()
 
     def restore_checkpoint() -> Path:
         _restore(short.output, kept)
         shutil.rmtree(short.output / "adapter")
         return short.output / "checkpoint-2"
 
-    def restore_adapter() -> Path:
-        _restore(short.output, kept)
-        return short.output / "adapter"
+    def resume() -> bool:
+        return server.run(short.resume, short.output.parent).status == 0 and short.hash_results() == expected
 
+    yield _flip("adapter", restore_adapter, refuse, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
     yield _flip("checkpoint", restore_checkpoint, resume, tries)
-    yield _flip("adapter", restore_adapter, export, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
     shutil.rmtree(kept)
-    yield _flip_states(server, pretrain, tries)
 
 
 def _flip_states(server: Server, pretrain: Kind, tries: int) -> Tally:
