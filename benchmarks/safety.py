@@ -219,9 +219,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument(
-        "--place", type=Path, help="a folder with a gigabyte of room; a file system in memory is best"
-    )
+    parser.add_argument("--place", type=Path, help="a folder with a gigabyte of room; a file system in memory is best")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = [

@@ -2,11 +2,19 @@
 
 import json
 import logging
+import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.errors import TrainingError
 from finetune.files.safety.manifests import find_damage
 from finetune.runs.run_files import TRAINER_STATE_FILE, list_trainer_checkpoints
+
+# Reading more than this again would delay the start of a large run; the manifest has compared it already.
+_MOST_STATE_BYTES = 1 << 30
+# What Python's reader of archives raises for one that is damaged.
+_DAMAGES = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +45,33 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
         raise TrainingError(
             f"{checkpoint / TRAINER_STATE_FILE}: cannot be read ({error}); remove the folder"
         ) from error
+
+
+def check_states(checkpoint: Path, names: Iterable[str]) -> None:
+    """Check the files of states that a trainer continues from, by the checksums that torch wrote into them.
+
+    A manifest that was written anew covers damage, and transformers goes on without a file that it does not find.
+
+    Raises:
+        TrainingError: one is missing or damaged.
+    """
+    for name in names:
+        if (damage := _find_damage_of_state(checkpoint / name)) is not None:
+            raise TrainingError(
+                f"{checkpoint}: {name} {damage}, so the run could only go on as another one; remove this folder, and resume from the "
+                "checkpoint before it"
+            )
+
+
+def _find_damage_of_state(file: Path) -> str | None:
+    if not file.is_file():  # a pipe or a device may never end
+        return "is no file" if file.exists() else "is missing"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch compresses nothing, so that nothing can grow without an end here.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "is compressed"
+            damaged = archive.testzip() if file.stat().st_size <= _MOST_STATE_BYTES else None
+    except _DAMAGES as error:
+        return f"is damaged ({error})"
+    return None if damaged is None else f"is damaged (its part {damaged!r})"
