@@ -139,9 +139,9 @@ def render(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", _NOTES])
 
 
-_NOTES = """*stopped*: the fault ended the work; else it met something that the work can do without. *another result*: the weights differ
-from those of the uninterrupted work in any bit. *lost*: there is no result in the end. *tracebacks*: the work ended in anything but
-success or one message.
+_NOTES = """*stopped*: the fault ended the work (for caches: a line said that they are damaged); else it met something that the work can do
+without. *another result*: the weights differ from those of the uninterrupted work in any bit. *lost*: there is no result in the end.
+*tracebacks*: the work ended in anything but success or one message.
 
 ## What the kit does
 

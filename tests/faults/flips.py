@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,17 +29,26 @@ def flip_everywhere(server: Server, kinds: Mapping[str, Callable[[], Kind]], tri
     """
     yield from _flip_runs(server, kinds["short"](), tries)
     yield _flip_states(server, kinds["pretrain"](), tries)
-    once, cache = kinds["once"](), Path(os.environ["FINETUNE_CACHE"])
+    yield from _flip_caches(server, kinds["once"](), Path(os.environ["FINETUNE_CACHE"]), tries)
+
+
+def _flip_caches(server: Server, once: Kind, cache: Path, tries: int) -> list[Tally]:
+    """Flip a bit in each kind of cached folder at the same time; all must be made again, or the result is another."""
+    shutil.rmtree(cache)  # so that it holds only what this run reads
     once.clear()
     assert server.run(once.start, once.output.parent).status == 0
-    expected = once.hash_results()
-
-    def train_anew() -> bool:
+    expected, generator = once.hash_results(), random.Random(3)
+    tallies = {name: Tally(f"cached {name}", "one bit") for name in ("rows", "folds", "nano")}
+    for _ in range(tries):
+        places = {name: _flip_one(cache / name, generator, ("**/*",)) for name in tallies}
         once.clear()
-        return server.run(once.start, once.output.parent).status == 0 and once.hash_results() == expected
-
-    for name in ("rows", "folds", "nano"):
-        yield _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries)
+        outcome = server.run(once.start, once.output.parent)
+        for name, tally in tallies.items():
+            tally.tries += 1
+            tally.stopped += re.search(rf"/{name}/\w+: the cache is damaged", outcome.text) is not None
+            if outcome.status != 0 or once.hash_results() != expected:
+                tally.note("another result", tally.tries, f"{places[name]}\n{outcome.text}")
+    return list(tallies.values())
 
 
 def _flip_runs(server: Server, short: Kind, tries: int) -> Iterator[Tally]:
@@ -106,16 +116,18 @@ def _flip(
     """Flip a bit of a file below the folder that `restore` returns, `tries` times; count where it does not come out right."""
     tally, generator = Tally(name, "one bit"), random.Random(3)
     for _ in range(tries):
-        folder = restore()
-        files = {
-            path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.stat().st_size
-        }
-        file = generator.choice(sorted(files))
-        place = flip_bit(file, generator)
+        place = _flip_one(restore(), generator, patterns)
         tally.tries += 1
         if not works():
-            tally.note("another result", place, f"{file.relative_to(folder)}, bit {place}")
+            tally.note("another result", tally.tries, place)
     return tally
+
+
+def _flip_one(folder: Path, generator: random.Random, patterns: tuple[str, ...]) -> str:
+    """Flip a bit of some file below a folder, and say where."""
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.stat().st_size}
+    file = generator.choice(sorted(files))
+    return f"{file.relative_to(folder)}, bit {flip_bit(file, generator)}"
 
 
 def _keep(folder: Path) -> Path:
