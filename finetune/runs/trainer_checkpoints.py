@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import read_regular_text
 from finetune.files.safety.manifests import find_damage
-from finetune.runs.run_files import TRAINER_STATE_FILE, list_trainer_checkpoints
+from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints
 
 # Reading more than this again would delay the start of a large run; the manifest has compared it already.
 _MOST_STATE_BYTES = 1 << 30
@@ -38,13 +39,26 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
     Raises:
         TrainingError: the trainer's state is not what a trainer writes.
     """
+    step, last = _read_numbers(checkpoint / TRAINER_STATE_FILE, "global_step", "max_steps")
+    return step, last
+
+
+def read_token_count(checkpoint: Path) -> int:
+    """Return how many tokens a run had trained until a whole checkpoint.
+
+    Raises:
+        TrainingError: the file is not what the kit writes.
+    """
+    (count,) = _read_numbers(checkpoint / COUNTS_FILE, "num_tokens")
+    return count
+
+
+def _read_numbers(file: Path, *keys: str) -> list[int]:
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        return int(state["global_step"]), int(state["max_steps"])
+        content = json.loads(read_regular_text(file))
+        return [int(content[key]) for key in keys]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TrainingError(
-            f"{checkpoint / TRAINER_STATE_FILE}: cannot be read ({error}); remove the folder"
-        ) from error
+        raise TrainingError(f"{file}: cannot be read ({error}); remove the folder") from error
 
 
 def check_states(checkpoint: Path, names: Iterable[str]) -> None:

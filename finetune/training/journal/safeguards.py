@@ -1,6 +1,5 @@
 """Keep a run safe while it trains: stop at numbers that are none, seal checkpoints, and stop soon after a signal."""
 
-import json
 import logging
 import math
 import shutil
@@ -19,6 +18,7 @@ from finetune.errors import TrainingError
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.manifests import find_damage, write_manifest
 from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints, read_step
+from finetune.runs.trainer_checkpoints import read_token_count
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class CheckpointSeal(TrainerCallback):
             return
         if args.load_best_model_at_end:
             state.best_model_checkpoint = _find_best(run, step)
-        counts = json.loads((run / f"checkpoint-{step}" / COUNTS_FILE).read_text(encoding="utf-8"))
-        count_tokens(self._trainer, counts["num_tokens"])
+        count_tokens(self._trainer, read_token_count(run / f"checkpoint-{step}"))
         for checkpoint in list_trainer_checkpoints(run) if args.should_save else ():
             if read_step(checkpoint) > step:
                 logger.warning("%s: removed, because it is damaged", checkpoint)
