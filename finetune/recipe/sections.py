@@ -30,6 +30,7 @@ class ModelSection:
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     max_positions: int | None = None
     rope_theta: float | None = None
+    speed: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)
