@@ -77,6 +77,13 @@ def observe_model(resolved):
     return str(model), model.config.to_dict(), model.config._attn_implementation, kept, weights
 
 
+def observe_storages(resolved):
+    """Return how many storages hold the parameters of the model that would be trained."""
+    config, precision = make_config(resolved, resolved.evaluates, choose(resolved)), choose(resolved)
+    model = build_model(prepare(resolved, config, precision), config, CPU).model
+    return len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+
+
 def observe_trainer(resolved):
     """Return the optimizer's groups, the factors of its rate, the steps, and what the trainer calls at each step."""
     config, precision = make_config(resolved, resolved.evaluates, choose(resolved)), choose(resolved)
