@@ -1,6 +1,6 @@
 """Measure on an NVIDIA GPU what the kit says of one: tests, memory against the plan, speed beside a plain TRL script, export and chat.
 
-    python benchmarks/gpu.py [--wheels FOLDER] [--output DIR] [--parts checks,speed,auto,plain,export] [--rehearse]
+    python benchmarks/gpu.py [--wheels FOLDER] [--output DIR] [--parts checks,speed,auto,roomy,plain,export] [--rehearse]
 
 It makes a random checkpoint of YuLan-Mini's real sizes, so nothing is downloaded. Every part is a process of its own with a time
 limit, all together 8 minutes, and every result is saved as soon as it is known. Without a GPU it says so and ends; `--rehearse` runs
@@ -29,6 +29,8 @@ ROOT = HERE.parent
 
 # A card of this size holds three of the runs at once; each counts only the memory of its own process.
 SHARED_CARD, SHARES = 70 * 2**30, 3
+# The parts that measure the speed of one program each.
+PROGRAMS = ("speed", "auto", "roomy", "plain")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def list_parts(base: Path, results: Path, extra: Sequence[str], card_bytes: int)
         *first,
         Part("speed", (child("speed.py", "speed", "--program", "ours"),), 55),
         Part("auto", (child("speed.py", "auto", "--program", "ours, speed auto"),), 90),
+        Part("roomy", (child("speed.py", "roomy", "--program", "ours, no checkpointing", "--only", "4 rows"),), 70),
         Part("plain", (child("speed.py", "plain", "--program", "plain TRL"),), 55),
         Part("export", (child("export_chat.py", "export"),), 50),
     ]
@@ -170,7 +173,7 @@ def describe_speed(results: Mapping[str, Any]) -> list[str]:
         "| setting | program | tokens/s | of plain TRL | TFLOP/s | GPU busy | kernels a step | allocated, GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in ("speed", "auto", "plain"):
+    for name in PROGRAMS:
         for row in results.get(name, []):
             lines.append(_describe_program(row, plain))
     return lines
@@ -206,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--wheels", type=Path, help="a folder of gpu_wheels.py, installed first")
     parser.add_argument("--output", type=Path, default=HERE, help="where gpu.json and gpu.md go")
-    parser.add_argument("--parts", default="checks,tests,memory,speed,auto,plain,export", help="what to measure")
+    parser.add_argument("--parts", default="checks,tests,memory,speed,auto,roomy,plain,export", help="what to measure")
     parser.add_argument("--keep", type=Path, help="keep checkpoint and wheels in this folder, for another call")
     parser.add_argument("--patience", type=float, default=1.0, help="multiply the time limits, for a slow machine")
     parser.add_argument("--rehearse", action="store_true", help="every part with nano's sizes, on the processor")
@@ -259,7 +262,7 @@ def measure(
 
 def save(output: Path, results: dict[str, Any], lines: Path) -> None:
     """Write gpu.json and gpu.md."""
-    for name in ("plans", "memory", "speed", "auto", "plain", "export"):
+    for name in ("plans", "memory", *PROGRAMS, "export"):
         results[name] = read_lines(lines / f"{name}.jsonl")
     (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (output / "gpu.md").write_text(describe(results), encoding="utf-8")

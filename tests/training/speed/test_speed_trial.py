@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import RecipeError
 from finetune.training.speed import compiled_layers, speed_trial
-from finetune.training.speed.speed_trial import Pass, SpeedChoice, compare_passes, find_obstacle
+from finetune.training.speed.speed_trial import Pass, compare_passes, find_obstacle
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
