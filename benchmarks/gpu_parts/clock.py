@@ -10,6 +10,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 
+# How many kernels are named, those that take the most time of a step.
+_LONGEST = 12
+
+
 def synchronize() -> None:
     """Wait until the device has done what it was told."""
     if torch.cuda.is_available():
@@ -46,6 +50,7 @@ class Watch(TrainerCallback):
     profiled_step: int | None = None
     kernels: int = 0
     busy_seconds: float = 0.0
+    longest: list[tuple[float, int, str]] = field(default_factory=list)
     profiler: Any = None
 
     def on_step_begin(self, *arguments: Any, **values: Any) -> None:
@@ -65,8 +70,11 @@ class Watch(TrainerCallback):
             return
         self.profiler.stop()
         for event in self.profiler.key_averages():
-            self.kernels += event.count
-            self.busy_seconds += event.self_device_time_total / 1e6
+            if event.device_type == torch.autograd.DeviceType.CUDA:  # the others are calls that start kernels
+                self.kernels += event.count
+                self.busy_seconds += event.self_device_time_total / 1e6
+                self.longest.append((event.self_device_time_total / 1e6, event.count, event.key))
+        self.longest = sorted(self.longest, reverse=True)[:_LONGEST]
         self.profiler, self.profiled_step = None, None
 
     def on_log(self, *arguments: Any, logs: dict[str, Any] | None = None, **values: Any) -> None:

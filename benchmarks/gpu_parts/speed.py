@@ -171,6 +171,7 @@ def describe_speed(watch: Watch, setting: Setting, flops: float) -> dict[str, An
         "reserved": watch.training[1],
         "kernels": watch.kernels,
         "busy_seconds": watch.busy_seconds,
+        "longest_kernels": watch.longest,
         "all_seconds": watch.seconds,
         "losses": watch.losses,
     }
