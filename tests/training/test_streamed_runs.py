@@ -56,7 +56,12 @@ def test_streamed_preference_training_is_the_same_run(make_pairs_recipe):
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
-    [(["adapter={kind: none}"], "model.stream_layers: moves frozen weights only, and adapter.kind: none trains them all")],
+    [
+        (
+            ["adapter={kind: none}"],
+            "model.stream_layers: moves frozen weights only, and adapter.kind: none trains them all",
+        )
+    ],
 )
 def test_a_base_that_is_trained_is_not_streamed(overrides, reason):
     with pytest.raises(RecipeError, match=reason):
