@@ -41,9 +41,9 @@ FIRST_CASES = (
 STREAMED = ("model.stream_layers=true",)
 TIERS = (
     Case("tiers/4gb", "tiers/4gb", 4096, card_gib=4),
-    Case("sft_qlora, 2,048 tokens, streamed", "sft_qlora", 2048, STREAMED, card_gib=4),
+    Case("streamed sft_qlora, 2,048 tokens", "sft_qlora", 2048, STREAMED, card_gib=4),
     Case(
-        "sft_qlora, 28,672 tokens, streamed",
+        "streamed sft_qlora, 28,672 tokens",
         "sft_qlora",
         28672,
         (*STREAMED, "trainer.activation_offloading=true"),

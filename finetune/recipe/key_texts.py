@@ -33,6 +33,10 @@ KEYS: Mapping[str, str] = {
     ),
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
+    "model.speed": (
+        "auto tries before step 1 whether compiled layers (torch.compile) are faster and compute the same, and uses them for runs "
+        "of 10 minutes and more; none leaves the layers as they are. A resumed run does as it began."
+    ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (
         "The rows to train on: a file, a folder, a glob such as my/*.jsonl, or a list of these. An entry may also be a mapping, "

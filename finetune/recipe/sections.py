@@ -31,6 +31,7 @@ class ModelSection:
     stream_layers: bool = False
     max_positions: int | None = None
     rope_theta: float | None = None
+    speed: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a key of a recipe can change: the rows, the model, the trainer, the answers' rewards, the run, the export. Each is observed in process."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -140,6 +141,12 @@ def observe_run(resolved):
     """Return the files that a run leaves."""
     run = Path(run_training(resolved).run)
     return sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file())
+
+
+def observe_speed(resolved):
+    """Return what the record of a run says of its speed; the output is another one for each run."""
+    run = Path(run_training(resolved.change(output=f"{resolved.output}_{resolved.recipe.model.speed}")).run)
+    return json.loads((run / "run.json").read_text()).get("speed")
 
 
 def observe_output(resolved):
