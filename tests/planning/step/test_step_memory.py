@@ -164,6 +164,8 @@ def test_streamed_layers_match_formulas_and_their_goals(make_recipe):
     assert plan.fits
     assert plan.parts["weights: linear layers, nf4"] == 2 * layer
     assert plan.main_memory == {"streamed layers": 56 * layer}
+    assert plan.step.streamed_bytes == 16 * 2 * 54 * layer
+    assert "copying 32 GB of streamed layers a step is not included" in describe_plan(plan)
     assert "main memory beside it: 1.02 GB for streamed layers" in describe_plan(plan)
 
 
