@@ -10,18 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.evaluation.tasks.task_forms import Figure as ScoreFigure
+from finetune.growth.activity_plot import draw_activity
 from finetune.growth.growth_report import CheckpointEntry, Growth, describe_tokens, group_lines
 from finetune.growth.scores.score_lines import Origin, ScoreLine
 from finetune.growth.weights.weight_changes import TensorEntry
 from finetune.growth.weights.weight_statistics import KINDS
 
-SCORES_PICTURE, WEIGHTS_PICTURE = "scores.png", "weights.png"
+SCORES_PICTURE, WEIGHTS_PICTURE, ACTIVITY_PICTURE = "scores.png", "weights.png", "activity.png"
 _STYLES: dict[Origin, dict[str, Any]] = {
     "published": {"color": "#8a929c", "marker": "D", "linestyle": ":"},
     "measured": {"color": "#1f6f8b", "marker": "o", "linestyle": "-"},
     "tuned": {"color": "#c8553d", "marker": "s", "linestyle": "--"},
 }
-_COLUMNS, _MOST_NAMES, _LOG_RATIO = 3, 12, 100
+_COLUMNS, _MOST_NAMES, _LOG_RATIO = 3, 12, 20
 _BARS: dict[str, Any] = {"capsize": 3.0, "markersize": 5.0, "linewidth": 1.6}
 
 _MATRICES = tuple(kind.name for kind in KINDS if not kind.name.endswith(("norm", "bias")))
@@ -51,6 +52,9 @@ def draw_growth(growth: Growth, folder: Path) -> list[str]:
     if any(entry.weights for entry in growth.checkpoints):
         _save(_draw_weights(growth), folder / WEIGHTS_PICTURE)
         drawn.append(WEIGHTS_PICTURE)
+    if any(entry.activity is not None for entry in growth.checkpoints):
+        _save(draw_activity(growth), folder / ACTIVITY_PICTURE)
+        drawn.append(ACTIVITY_PICTURE)
     return drawn
 
 
@@ -88,8 +92,7 @@ def _make_panels(count: int, growth: Growth, title: str) -> tuple[Figure, list[A
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xticks(places[::every], labels[::every], fontsize=7, rotation=35, ha="right", rotation_mode="anchor")
-    figure.suptitle(title)
-    figure.supxlabel("tokens seen" if are_tokens else "checkpoints in the given order", fontsize=9)
+    figure.suptitle(f"{title}, {'over the tokens seen' if are_tokens else 'in the given order'}")
     return figure, axes[:count]
 
 

@@ -99,6 +99,8 @@ class Growth:
         blocks = ["\n".join(self._tabulate(group)) for group in group_lines(self.lines)]
         if any(entry.tuned is not None for entry in self.checkpoints):
             blocks.append("\n".join(self._tabulate_tuned()))
+        if any(entry.activity is not None for entry in self.checkpoints):
+            blocks.append("\n".join(self._tabulate_activity()))
         if self.sentences:
             note = f"Changes that chance makes in less than {SIGNIFICANCE:.0%} of cases are called real; p is for one comparison."
             blocks.append("\n".join([*self.sentences, note]))
@@ -133,6 +135,16 @@ class Growth:
                     "" if held is None else f"{held:.4f}",
                 ]
             )
+        yield from align(rows)
+
+    def _tabulate_activity(self) -> Iterator[str]:
+        yield "loss on the texts of --rows, nats per token"
+        found = [entry.activity or {} for entry in self.checkpoints]
+        names = list(dict.fromkeys(name for one in found for name in one.get("sources", ())))
+        rows = [["checkpoint", "all", *names]]
+        for entry, one in zip(self.checkpoints, found, strict=True):
+            losses = [one.get("loss"), *(one.get("sources", {}).get(name, {}).get("loss") for name in names)]
+            rows.append([entry.name, *("" if loss is None else f"{loss:.4f}" for loss in losses)])
         yield from align(rows)
 
 

@@ -4,9 +4,9 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,9 +21,12 @@ from finetune.evaluation.tasks.run_tasks import (
     prepare_tasks,
     recall_evaluation,
 )
+from finetune.evaluation.tasks.task_data import hash_rows
 from finetune.evaluation.tasks.task_results import Evaluation, make_folder
 from finetune.files.folders import check_writable
+from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.growth.activity import SourcedText, measure_activity, read_texts
 from finetune.growth.growth_plots import draw_growth
 from finetune.growth.growth_report import CheckpointEntry, Growth, write_report
 from finetune.growth.scores.score_lines import (
@@ -36,21 +39,37 @@ from finetune.growth.tokens_seen import find_tokens_seen
 from finetune.growth.weights.weight_changes import read_weights
 from finetune.growth.weights.weight_statistics import STATISTICS_FILE, measure_weights
 from finetune.models.opening import open_model
+from finetune.pipeline.tuning import (
+    Tuning,
+    TuningSettings,
+    choose_tuned_tasks,
+    describe_tuning,
+    plan_tuning,
+    remove_tuned_weights,
+    train_tuning,
+)
 from finetune.pipeline.visits import KEPT, Visit, bring, check_visit, plan_visits, remove_brought
+from finetune.runs.results import find_earlier
 from finetune.runs.resuming import hold_folder
 
 logger = logging.getLogger(__name__)
 
 Keep = Literal["all", "none"]
-_TASKS, _WEIGHTS = "tasks", "weights"
+_TASKS, _WEIGHTS, _ACTIVITY, _TUNED = "tasks", "weights", "activity", "tuned"
+_ACTIVITY_FILE = "activity.json"
 
 
 @dataclass(frozen=True)
 class DynamicsSettings:
-    """What is measured of each checkpoint; `keep="none"` removes what was downloaded and folded for it."""
+    """What is measured of each checkpoint; `keep="none"` removes what was downloaded, folded and trained for it.
+
+    `texts` are files of rows on which activations, attention and loss are looked at, `tuning` is a recipe to train from each.
+    """
 
     tasks: TaskSettings | None = None
     keep: Keep = "all"
+    texts: tuple[Path, ...] = ()
+    tuning: TuningSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +79,23 @@ class _Inputs:
     settings: DynamicsSettings
     prepared: Sequence[PreparedTask] = ()
     runner: Callable[[Program], Verdict] | None = None
+    texts: Sequence[SourcedText] = ()
 
     @property
     def tasks(self) -> TaskSettings:
         """The settings of the tasks; there are some."""
         assert self.settings.tasks is not None
         return self.settings.tasks
+
+    @property
+    def tuned_tasks(self) -> TaskSettings:
+        """The settings of the tasks for tuned models; there are some."""
+        assert self.settings.tuning is not None
+        return choose_tuned_tasks(self.tasks, self.settings.tuning)
+
+    def hash_texts(self) -> str:
+        """Return a hash of the texts."""
+        return hash_rows([asdict(text) for text in self.texts])
 
 
 def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path) -> Growth:
@@ -81,7 +111,7 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
     visits = plan_visits(names, output)
     for visit in visits:
         if _list_missing(visit, inputs):
-            check_visit(visit, needs_tokenizer=settings.tasks is not None)
+            check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
     with _leave_nothing_empty(output), hold_folder(output):
         for number, visit in enumerate(visits, 1):
             logger.info("checkpoint %d of %d: %s", number, len(visits), visit.label)
@@ -93,11 +123,12 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
 
 
 def _read_inputs(settings: DynamicsSettings) -> _Inputs:
+    texts = read_texts(settings.texts)
     if settings.tasks is None:
-        return _Inputs(settings)
+        return _Inputs(settings, texts=texts)
     prepared = prepare_tasks(settings.tasks)
     runner = choose_runner(settings.tasks.unsafe_code) if any(one.form.runs_code for one in prepared) else None
-    return _Inputs(settings, prepared, runner)
+    return _Inputs(settings, prepared, runner, texts)
 
 
 def _check_output(output: Path) -> None:
@@ -134,12 +165,39 @@ def _list_missing(visit: Visit, inputs: _Inputs) -> set[str]:
         missing.add(_WEIGHTS)
     if inputs.prepared and _recall(visit, inputs) is None:
         missing.add(_TASKS)
+    if inputs.texts and _recall_activity(visit, inputs) is None:
+        missing.add(_ACTIVITY)
+    if inputs.settings.tuning is not None:
+        tuning = plan_tuning(visit, inputs.settings.tuning)
+        if tuning.read_record() is None or (inputs.prepared and _recall_tuned(visit, tuning, inputs) is None):
+            missing.add(_TUNED)
     return missing
 
 
 def _recall(visit: Visit, inputs: _Inputs) -> Evaluation | None:
     fingerprint = visit.read_record().get("fingerprint")
     return recall_evaluation(visit.label, fingerprint, inputs.prepared, inputs.tasks, visit.folder / _TASKS)
+
+
+def _recall_tuned(visit: Visit, tuning: Tuning, inputs: _Inputs) -> Evaluation | None:
+    fingerprint = (tuning.read_record() or {}).get("fingerprint")
+    return recall_evaluation(visit.label, fingerprint, inputs.prepared, inputs.tuned_tasks, tuning.tasks_folder)
+
+
+def _recall_activity(visit: Visit, inputs: _Inputs) -> dict[str, Any] | None:
+    """Return what a model did with the texts, or None where it has not read them.
+
+    Raises:
+        OutputError: it has read others.
+    """
+    written = read_json(visit.folder / _ACTIVITY_FILE)
+    if not isinstance(written, dict):
+        return None
+    if written.get("texts") != inputs.hash_texts():
+        raise OutputError(
+            f"{visit.folder}: holds the activity on other rows than those of --rows; choose another folder with -o, or remove it"
+        )
+    return dict(written["activity"])
 
 
 def _measure(visit: Visit, inputs: _Inputs) -> None:
@@ -149,21 +207,44 @@ def _measure(visit: Visit, inputs: _Inputs) -> None:
             fingerprint = visit.identify()
             if _WEIGHTS in missing:
                 measure_weights(visit.name, visit.folder / _WEIGHTS)
-            if _TASKS in missing:
-                _ask(visit, inputs, fingerprint)
+            if missing & {_TASKS, _ACTIVITY}:
+                _run_model(visit, inputs, missing, fingerprint)
+            if _TUNED in missing:
+                _tune(visit, inputs, keeps=keeps)
     else:
         logger.info("%s: measured already", visit.label)
     if not keeps:
         remove_brought(visit)
 
 
-def _ask(visit: Visit, inputs: _Inputs, fingerprint: str) -> None:
+def _run_model(visit: Visit, inputs: _Inputs, missing: set[str], fingerprint: str) -> None:
     loaded = open_model(visit.name)
-    folder = visit.folder / _TASKS
-    make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tasks))
-    ask_tasks(loaded, visit.label, inputs.prepared, inputs.tasks, folder, inputs.runner)
+    if _TASKS in missing:
+        folder = visit.folder / _TASKS
+        make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tasks))
+        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tasks, folder, inputs.runner)
+    if _ACTIVITY in missing:
+        written = {"texts": inputs.hash_texts(), "activity": measure_activity(loaded, inputs.texts)}
+        with translate_os_errors(visit.folder, KEPT):
+            write_json(visit.folder / _ACTIVITY_FILE, written)
     del loaded
     _free_memory()
+
+
+def _tune(visit: Visit, inputs: _Inputs, *, keeps: bool) -> None:
+    assert inputs.settings.tuning is not None
+    tuning = plan_tuning(visit, inputs.settings.tuning)
+    fingerprint = train_tuning(tuning)
+    _free_memory()
+    if inputs.prepared:
+        folder = tuning.tasks_folder
+        loaded = open_model(str(tuning.resolved.output))
+        make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tuned_tasks))
+        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tuned_tasks, folder, inputs.runner)
+        del loaded
+        _free_memory()
+    if not keeps:
+        remove_tuned_weights(tuning)
 
 
 def _free_memory() -> None:
@@ -177,24 +258,30 @@ def _gather(visits: Sequence[Visit], inputs: _Inputs, output: Path) -> Growth:
     entries = []
     for number, visit in enumerate(visits):
         before = visits[number - 1].folder / _WEIGHTS if number else None
+        tuning = inputs.settings.tuning
         entries.append(
             CheckpointEntry(
                 visit.label,
                 find_tokens_seen(visit.name),
                 visit.read_record().get("commit"),
                 read_weights(visit.folder / _WEIGHTS, before),
+                _recall_activity(visit, inputs) if inputs.texts else None,
+                None if tuning is None else describe_tuning(plan_tuning(visit, tuning)),
             )
         )
-    return Growth(
-        str(output), inputs.tasks.protocol if inputs.prepared else "", tuple(entries), _compare(visits, inputs)
-    )
+    protocol = inputs.tasks.protocol if inputs.prepared else ""
+    notes = tuple(dict.fromkeys(note for one in inputs.prepared for note in one.notes))
+    return Growth(str(output), protocol, tuple(entries), tuple(_compare(visits, inputs)), notes)
 
 
-def _compare(visits: Sequence[Visit], inputs: _Inputs) -> tuple[ScoreLine, ...]:
+def _compare(visits: Sequence[Visit], inputs: _Inputs) -> Iterator[ScoreLine]:
     if not inputs.prepared:
-        return ()
-    evaluations = [evaluation for visit in visits if (evaluation := _recall(visit, inputs)) is not None]
-    published = make_published_lines(
-        [find_published(visit.name) for visit in visits], list_published_measures(inputs.prepared)
-    )
-    return (*published, *make_measured_lines(inputs.prepared, evaluations, "measured"))
+        return
+    published = [None if find_earlier(visit.name) else find_published(visit.name) for visit in visits]
+    yield from make_published_lines(published, list_published_measures(inputs.prepared))
+    measured = [evaluation for visit in visits if (evaluation := _recall(visit, inputs)) is not None]
+    yield from make_measured_lines(inputs.prepared, measured, "measured")
+    if inputs.settings.tuning is not None:
+        tunings = [plan_tuning(visit, inputs.settings.tuning) for visit in visits]
+        found = (_recall_tuned(visit, tuning, inputs) for visit, tuning in zip(visits, tunings, strict=True))
+        yield from make_measured_lines(inputs.prepared, [one for one in found if one is not None], "tuned")

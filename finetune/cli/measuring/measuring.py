@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from finetune.cli.printing import print_result
+from finetune.errors import RecipeError
 
 if TYPE_CHECKING:
     from finetune.evaluation.tasks.run_tasks import TaskSettings
@@ -53,8 +54,18 @@ def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSet
 
 
 def run_dynamics(arguments: argparse.Namespace) -> int:
+    if arguments.sft is None and (arguments.chat or arguments.set):
+        raise RecipeError("dynamics", ["--chat and --set are about the recipe of --sft; name one, or leave them out"])
+    if arguments.sft is not None:
+        from finetune.check.recipes import load_recipe
+
+        # The recipe is checked before torch is imported, which takes seconds.
+        load_recipe(arguments.sft, [*arguments.set, f"model.checkpoint={arguments.checkpoints[0]}"])
     from finetune.pipeline.dynamics import DynamicsSettings, run_dynamics
+    from finetune.pipeline.tuning import TuningSettings
 
     tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
-    found = run_dynamics(arguments.checkpoints, DynamicsSettings(tasks, arguments.keep), arguments.output)
+    tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)
+    settings = DynamicsSettings(tasks, arguments.keep, tuple(arguments.rows), tuning)
+    found = run_dynamics(arguments.checkpoints, settings, arguments.output)
     return print_result(arguments, found.to_json(), found.describe())

@@ -42,7 +42,21 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tasks", type=_read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
     )
+    verb.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts on which activations, attention and loss of each layer, position and source are looked at",
+    )
     _add_task_options(verb.add_argument_group("with --tasks"))
+    tuning = verb.add_argument_group("the same fine-tuning from each checkpoint")
+    tuning.add_argument("--sft", type=Path, metavar="RECIPE", help="a recipe to train from each, and evaluate")
+    tuning.add_argument(
+        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    )
+    tuning.add_argument("--chat", action="store_true", help="ask the tuned models in their chat template")
 
 
 def _add_task_options(tasks: argparse._ArgumentGroup) -> None:
