@@ -215,6 +215,7 @@ VERBS: tuple[Verb, ...] = (
         measuring_arguments.add_dynamics,
         run_dynamics,
         (
+            "finetune dynamics phase5 phase10 phase15 phase20 phase25 base-4k base --published",
             "finetune dynamics phase5 phase10 phase15 phase20 phase25 base --tasks lambada -o dynamics/lambada",
             "finetune dynamics phase20 phase25 base --tasks lambada,gsm8k -o dynamics/both --keep none",
             "finetune dynamics runs/mine/checkpoint-100 runs/mine/checkpoint-200 runs/mine -o dynamics/mine",

@@ -51,7 +51,8 @@ class Growth:
     @property
     def sentences(self) -> list[str]:
         """What changed really, and what did not."""
-        return [sentence for line in self.lines for sentence in line.describe_steps(self.names)]
+        steps = [sentence for line in self.lines for sentence in line.describe_steps(self.names)]
+        return steps + [line.describe_best(self.names) for line in self.lines if line.origin == "tuned"]
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -105,7 +106,8 @@ class Growth:
             note = f"Changes that chance makes in less than {SIGNIFICANCE:.0%} of cases are called real; p is for one comparison."
             blocks.append("\n".join([*self.sentences, note]))
         blocks += ["\n".join(f"note: {text}" for text in self.notes)] if self.notes else []
-        return "\n\n".join([*blocks, f"written: {self.output}"])
+        blocks += [f"written: {self.output}"] if self.output else []
+        return "\n\n".join(blocks)
 
     def _tabulate(self, group: Sequence[ScoreLine]) -> Iterator[str]:
         line = group[-1]

@@ -29,6 +29,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.growth.activity import SourcedText, measure_activity, read_texts
 from finetune.growth.growth_plots import draw_growth
 from finetune.growth.growth_report import CheckpointEntry, Growth, write_report
+from finetune.growth.published_scores import compare_published
 from finetune.growth.scores.score_lines import (
     ScoreLine,
     list_published_measures,
@@ -109,6 +110,7 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
     inputs = _read_inputs(settings)
     _check_output(output)
     visits = plan_visits(names, output)
+    _describe_published(names)
     for visit in visits:
         if _list_missing(visit, inputs):
             check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
@@ -120,6 +122,16 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
         with translate_os_errors(output, KEPT):
             write_report(growth, output, draw_growth(growth, output))
     return growth
+
+
+def _describe_published(names: Sequence[str]) -> None:
+    """Say what the authors' own figures show, before any is measured."""
+    known = [
+        name for name in names if (row := find_published(name)) is not None and row.scores and not find_earlier(name)
+    ]
+    if len(known) > 1:
+        for sentence in compare_published(known).sentences:
+            logger.info("%s", sentence)
 
 
 def _read_inputs(settings: DynamicsSettings) -> _Inputs:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from finetune.cli.printing import print_result
-from finetune.errors import RecipeError
+from finetune.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from finetune.evaluation.tasks.run_tasks import TaskSettings
@@ -54,6 +54,13 @@ def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSet
 
 
 def run_dynamics(arguments: argparse.Namespace) -> int:
+    if arguments.published:
+        from finetune.growth.published_scores import compare_published
+
+        known = compare_published(arguments.checkpoints)
+        return print_result(arguments, known.to_json(), known.describe())
+    if arguments.output is None:
+        raise OutputError("-o is missing; name a folder for the results, such as -o dynamics, or ask for --published")
     if arguments.sft is None and (arguments.chat or arguments.set):
         raise RecipeError("dynamics", ["--chat and --set are about the recipe of --sft; name one, or leave them out"])
     if arguments.sft is not None:

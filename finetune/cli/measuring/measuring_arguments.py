@@ -30,8 +30,9 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
 
 def add_dynamics(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=f"{RUN_OR_MODEL}, in the order of training")
+    verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="a new folder, or that of a stopped call")
     verb.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder, or that of a stopped call"
+        "--published", action="store_true", help="compare the published scores alone; fetch and write nothing"
     )
     verb.add_argument(
         "--keep",

@@ -45,6 +45,7 @@ class ScoreLine:
     rows: int
     figures: tuple[Figure | None, ...]
     tests: Mapping[Pair, StepTest]
+    is_better_high: bool = True
 
     @property
     def name(self) -> str:
@@ -68,6 +69,15 @@ class ScoreLine:
                 verb = "rises" if step.change > 0 else "falls"
                 amount = f"{abs(step.change):.3g} {self.test_unit}"
                 yield f"{names[number - 1]} to {names[number]}: {subject} {verb} by {amount} ({describe_p(step.p)})"
+
+    def describe_best(self, names: Sequence[str]) -> str:
+        """Return a sentence that names the checkpoint with the best score, and those that are not really worse."""
+        values = [(figure.value, number) for number, figure in enumerate(self.figures) if figure is not None]
+        _, best = max(values) if self.is_better_high else min(values)
+        pairs = ((number, self.tests.get((min(number, best), max(number, best)))) for _, number in values)
+        as_good = [names[number] for number, test in pairs if test is not None and not test.is_real]
+        beside = f"; not really worse: {', '.join(as_good)}" if as_good else "; every other is really worse"
+        return f"{self.name} ({self.origin}) is best from {names[best]}{beside if len(values) > 1 else ''}"
 
 
 def describe_p(p: float) -> str:
@@ -138,7 +148,18 @@ def _compare(
     unit, tested, test_unit = (
         ("", "log-likelihood", "nats") if measure.percent is None else (_PER_CENT, measure.name, "points")
     )
-    return ScoreLine(one.form.task, measure.name, origin, unit, tested, test_unit, one.asked, scaled, tests)
+    return ScoreLine(
+        one.form.task,
+        measure.name,
+        origin,
+        unit,
+        tested,
+        test_unit,
+        one.asked,
+        scaled,
+        tests,
+        measure.percent is not None,
+    )
 
 
 def _compare_bits(one: PreparedTask, origin: Origin, samples: Sequence[Sequence[Sample]]) -> ScoreLine:
@@ -151,7 +172,7 @@ def _compare_bits(one: PreparedTask, origin: Origin, samples: Sequence[Sequence[
     figures = tuple(
         Figure(float(mean), float(error) if one.asked > 1 else None) for mean, error in zip(means, errors, strict=True)
     )
-    return ScoreLine(one.form.task, _BITS, origin, "", _BITS, "bits", one.asked, figures, tests)
+    return ScoreLine(one.form.task, _BITS, origin, "", _BITS, "bits", one.asked, figures, tests, False)
 
 
 def _test_means(values: numpy.ndarray, weights: numpy.ndarray | None = None) -> dict[Pair, StepTest]:
