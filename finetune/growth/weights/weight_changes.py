@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from finetune.growth.weights.weight_statistics import SAMPLE_FILE, TensorStatistics, find_kind, read_statistics
+from finetune.growth.weights.weight_statistics import TensorStatistics, find_kind, read_statistics
+from finetune.yulan.tensors import open_tensors
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,14 @@ def read_weights(folder: Path, before: Path | None) -> tuple[TensorEntry, ...]:
         return tuple(TensorEntry(statistics, None) for statistics in found)
     earlier = {statistics.name: statistics for statistics in read_statistics(before)}
     entries = []
-    with safe_open(before / SAMPLE_FILE, "pt") as old, safe_open(folder / SAMPLE_FILE, "pt") as new:
-        for statistics in found:
-            same = earlier.get(statistics.name)
-            since = None
-            if same is not None:
-                first, last = old.get_tensor(statistics.name), new.get_tensor(statistics.name)
-                if first.shape == last.shape:
-                    kind = find_kind(statistics.name)
-                    is_table = kind is not None and kind.is_table
-                    since = _compare(first.double() * same.scale, last.double() * statistics.scale, is_table)
-            entries.append(TensorEntry(statistics, since))
+    old, new = open_tensors(before), open_tensors(folder)
+    for statistics in found:
+        same, since = earlier.get(statistics.name), None
+        if same is not None and old.shape(same.name) == new.shape(same.name):
+            kind = find_kind(same.name)
+            first, last = old.read(same.name).double() * same.scale, new.read(same.name).double() * statistics.scale
+            since = _compare(first, last, kind is not None and kind.is_table)
+        entries.append(TensorEntry(statistics, since))
     return tuple(entries)
 
 

@@ -35,6 +35,7 @@ class WeightSource:
 
     shapes: Mapping[str, tuple[int, ...]]
     factors: Mapping[str, Factor]
+    dtypes: Mapping[str, torch.dtype]
     read: Callable[[Piece], torch.Tensor]
     whole: frozenset[str] = frozenset()
 
@@ -61,6 +62,7 @@ def _open_folder(folder: Path) -> WeightSource:
         return WeightSource(
             shapes,
             {name: Factor() for name in shapes},
+            {name: tensors.dtype(name) for name in shapes},
             lambda piece: tensors.read_rows(piece.name, piece.start, piece.stop),
         )
     fold = Fold.open(folder)
@@ -71,7 +73,11 @@ def _open_folder(folder: Path) -> WeightSource:
         name: Factor(fold.find_factor(name) if fold.is_multiple(name) else 1.0, fold.find_alpha(name))
         for name in shapes
     }
-    return WeightSource(shapes, factors, partial(_read_native, fold))
+    dtypes = {
+        name: fold.tensors.dtype(fold.find_stored_name(name)) if fold.is_multiple(name) else torch.float32
+        for name in shapes
+    }
+    return WeightSource(shapes, factors, dtypes, partial(_read_native, fold))
 
 
 def _read_native(fold: Fold, piece: Piece) -> torch.Tensor:
@@ -83,4 +89,5 @@ def _open_adapter(result: Result) -> WeightSource:
     merged = open_merged(open_subject(result), "float32", dequantized=False)
     shapes = {spec.name: spec.shape for spec in merged.specs if not spec.name.endswith(_ADDED_BY_FOLD)}
     whole = frozenset(name for name in shapes if merged.needs_whole(name))
-    return WeightSource(shapes, {name: Factor() for name in shapes}, merged.make_rows, whole)
+    factors, dtypes = {name: Factor() for name in shapes}, dict.fromkeys(shapes, torch.float32)
+    return WeightSource(shapes, factors, dtypes, merged.make_rows, whole)

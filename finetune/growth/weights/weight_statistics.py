@@ -5,26 +5,23 @@ disk, or none.
 """
 
 import math
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from finetune.errors import CheckpointError
 from finetune.files.folders import write_folder
 from finetune.files.json_files import read_json, write_json
 from finetune.growth.weights.singular_values import find_largest
 from finetune.growth.weights.weight_reading import WeightSource, open_weights
-from finetune.yulan.shards import Piece
+from finetune.yulan.shards import Piece, TensorSpec, write_shards
 
-STATISTICS_FILE, SAMPLE_FILE = "weights.json", "sample.safetensors"
+STATISTICS_FILE = "weights.json"
+_SAMPLE_BYTES = 2 * 10**9  # more than any sample has, so that it is one file
 _PIECE_ELEMENTS = 1 << 20
-# Rows that are kept of a matrix, and of a table of tokens: 110 MB of a checkpoint of the published sizes.
+# Rows that are kept of a matrix, and of a table of tokens: 150 MB of a checkpoint of the published sizes.
 _SAMPLED_ROWS, _SAMPLED_TOKENS = 64, 4096
 
 
@@ -82,6 +79,23 @@ def find_kind(name: str) -> Kind | None:
     return next((kind for kind in KINDS if name.endswith(kind.ending)), None)
 
 
+@dataclass(frozen=True)
+class _Measuring:
+    """The sampled rows of every tensor, as a source for `write_shards`; making them measures the tensor."""
+
+    source: WeightSource
+    found: dict[str, TensorStatistics] = field(default_factory=dict)
+
+    def needs_whole(self, name: str) -> bool:
+        """Return True: a tensor is measured at once."""
+        return True
+
+    def make_rows(self, piece: Piece) -> torch.Tensor:
+        """Read a tensor, keep its figures, and return its sampled rows."""
+        self.found[piece.name], rows = _measure_tensor(self.source, piece.name)
+        return rows
+
+
 def measure_weights(name: str, output: Path) -> None:
     """Write the statistics and the sample of a checkpoint or a run into a new folder.
 
@@ -89,18 +103,19 @@ def measure_weights(name: str, output: Path) -> None:
         FinetuneError: there is no such model, its files are damaged, or the folder cannot be written.
     """
     source = open_weights(name)
-    names = [tensor for tensor in source.shapes if find_kind(tensor) is not None]
-    threads = torch.get_num_threads()
-    # One tensor for each core; torch's own threads would wait for each other.
-    with ThreadPoolExecutor(os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        found = list(executor.map(partial(_measure_tensor, source), names))
-    torch.set_num_threads(threads)
-    for tensor, (statistics, _) in zip(names, found, strict=True):
-        if not math.isfinite(statistics.norm):
-            raise CheckpointError(f"{name}: the tensor {tensor} holds NaN or infinite values; download it again")
+    specs = [
+        TensorSpec(tensor, (len(_sample(shape, kind)), *shape[1:]), source.dtypes[tensor])
+        for tensor, shape in source.shapes.items()
+        if (kind := find_kind(tensor)) is not None
+    ]
+    measuring = _Measuring(source)
     with write_folder(output) as folder:
-        save_file({tensor: rows for tensor, (_, rows) in zip(names, found, strict=True)}, folder / SAMPLE_FILE)
-        write_json(folder / STATISTICS_FILE, [asdict(statistics) for statistics, _ in found])
+        write_shards(folder, specs, measuring, _SAMPLE_BYTES)
+        statistics = [measuring.found[spec.name] for spec in specs]
+        for one in statistics:
+            if not math.isfinite(one.norm):
+                raise CheckpointError(f"{name}: the tensor {one.name} holds NaN or infinite values; download it again")
+        write_json(folder / STATISTICS_FILE, [asdict(one) for one in statistics])
 
 
 def read_statistics(folder: Path) -> tuple[TensorStatistics, ...]:
@@ -108,15 +123,16 @@ def read_statistics(folder: Path) -> tuple[TensorStatistics, ...]:
     return tuple(TensorStatistics(**entry) for entry in read_json(folder / STATISTICS_FILE) or ())
 
 
-def choose_sampled_rows(rows: int, kind: Kind) -> range:
+def _sample(shape: tuple[int, ...], kind: Kind) -> range:
     """Return the rows of a tensor that are kept: all of a small one, and equal distances apart of a large one."""
-    return range(0, rows, math.ceil(rows / (_SAMPLED_TOKENS if kind.is_table else _SAMPLED_ROWS)))
+    most = _SAMPLED_TOKENS if kind.is_table else _SAMPLED_ROWS if len(shape) > 1 else shape[0]
+    return range(0, shape[0], -(-shape[0] // most))
 
 
 def _measure_tensor(source: WeightSource, name: str) -> tuple[TensorStatistics, torch.Tensor]:
     kind, shape, factor = find_kind(name), source.shapes[name], source.factors[name]
     assert kind is not None
-    sampled = choose_sampled_rows(shape[0], kind) if len(shape) > 1 else range(shape[0])
+    sampled = _sample(shape, kind)
     squares, kept, largest = 0.0, [], None
     for piece in _divide(name, shape, kind.is_decomposed or name in source.whole):
         rows = source.read(piece)
