@@ -1,5 +1,6 @@
 """What a model does with a few texts: activations and attention of each layer, and the loss by position and by source."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from finetune.evaluation.token_loss import split_model
 from finetune.files.folders import expand_home
 from finetune.models.opening import LoadedModel
 
-# Rows that are read of each file, and tokens of each row: an attention matrix of 512 x 512 for 30 heads takes 31 MB.
-ROWS_OF_FILE, TOKENS_OF_ROW = 32, 512
+# Rows that are read of each source, and tokens of each row: an attention matrix of 512 x 512 for 30 heads takes 31 MB.
+ROWS_OF_SOURCE, TOKENS_OF_ROW = 16, 512
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class SourcedText:
 
 
 def read_texts(files: Sequence[Path]) -> list[SourcedText]:
-    """Read the first rows of each file; a row's own `source` goes before the name of its file.
+    """Read the first rows of each source: the name of a row's file, or its own `source`.
 
     Raises:
         DataError: a file cannot be read, or a row has no `text`.
     """
-    texts = []
+    texts: list[SourcedText] = []
+    counts = Counter[str]()
     for location in files:
         for name, rows in read_source(Source(expand_home(location), split="evaluation")):
-            for count, (place, raw) in enumerate(rows):
-                if count == ROWS_OF_FILE:
-                    break
-                texts.append(_read_text(require_row(raw), Path(name).stem, place))
+            for place, raw in rows:
+                text = _read_text(require_row(raw), Path(name).stem, place)
+                counts[text.source] += 1
+                if counts[text.source] <= ROWS_OF_SOURCE:
+                    texts.append(text)
     return texts
 
 

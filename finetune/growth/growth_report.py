@@ -111,7 +111,8 @@ class Growth:
 
     def _tabulate(self, group: Sequence[ScoreLine]) -> Iterator[str]:
         line = group[-1]
-        yield f"{line.name}{f', {line.unit}' if line.unit else ''} (n = {line.rows:,})"
+        changes = "" if line.tested == line.measure else f"; changes are those of the {line.tested}, {line.test_unit}"
+        yield f"{line.name}{f', {line.unit}' if line.unit else ''} (n = {line.rows:,}){changes}"
         head = ["checkpoint", "tokens"]
         for one in group:
             head += [one.origin, "±", "change", "p"]

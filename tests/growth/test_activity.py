@@ -69,8 +69,8 @@ def test_texts_come_from_files_with_their_sources(tmp_path):
     (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mixed.jsonl").write_text('{"text": "a b", "source": "books"}\n{"text": "c d"}\n')
     texts = read_texts([tmp_path / "web.jsonl", tmp_path / "mixed.jsonl"])
-    assert [text.source for text in texts] == ["web"] * 32 + ["books", "mixed"]
-    assert texts[31].text == "text 31"
+    assert [text.source for text in texts] == ["web"] * 16 + ["books", "mixed"]
+    assert texts[15].text == "text 15"
     (tmp_path / "chat.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(DataError, match=r"chat.jsonl, line 1: has no text in text; .* found messages"):
         read_texts([tmp_path / "chat.jsonl"])
