@@ -56,7 +56,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """A forecast; `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors, and `times` are estimates."""
+    """A forecast; `parts` sum to `peak_bytes`, of which `tensor_bytes` are live tensors, and `times` are estimates.
+
+    `main_memory` is what a run on a GPU keeps in main memory because the recipe moves it there: part -> bytes.
+    """
 
     peak_bytes: int
     tensor_bytes: int
@@ -73,6 +76,7 @@ class Plan:
     writes_answers: bool
     times: tuple[CardTime, ...]
     suggestions: tuple[str, ...]
+    main_memory: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -118,7 +122,7 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
     if judge := count_judge_bytes(resolved.recipe):
         parts["judge: its adapter"] = judge
     tensor_bytes = sum(parts.values())
-    parts |= _list_overheads(step, target.processes) if target.is_gpu else {}
+    parts |= _list_overheads(step, target.processes) if target.is_gpu else step.main_memory
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
@@ -140,6 +144,7 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
         writes_answers=resolved.method.is_online,
         times=tuple(estimate_time(work, card, target.processes) for card in cards),
         suggestions=() if fits else tuple(change.describe() for change in list_changes(resolved)),
+        main_memory=step.main_memory if target.is_gpu else {},
     )
 
 
@@ -240,6 +245,9 @@ def describe_plan(plan: Plan) -> str:
     if plan.processes > 1:
         lines.append(f"each of {plan.processes} processes ({ENGINES[plan.engine].title})")
     lines.append(describe_verdict(plan))
+    if plan.main_memory:
+        parts = ", ".join(f"{size / 1e9:.2f} GB for {part}" for part, size in plan.main_memory.items())
+        lines.append(f"main memory beside it: {parts}")
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(

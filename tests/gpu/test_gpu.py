@@ -1,6 +1,8 @@
 """What only a GPU shows, with nano: losses as on the processor, resuming, memory that runs out, exports and answers."""
 
 import gc
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from finetune.pipeline.memory_ladder import train_on_device
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.training.run import run_training
+from finetune.training.speed import speed_trial
 from finetune.yulan.folding import fold_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -63,6 +66,29 @@ def test_a_resumed_run_is_the_same_run(train, kind):
     for file in files:
         first, second = load_file(file), load_file(resumed / file.relative_to(straight))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, monkeypatch, kind):
+    """They round in another order, so losses agree within rounding; a resumed run has the same kernels, and so the same bits."""
+    monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
+    monkeypatch.setattr(speed_trial, "_FASTER", math.inf)
+    saving = [
+        *KINDS[kind],
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=2",
+        "trainer.gradient_checkpointing=true",
+    ]
+    plain = read_losses(train("plain", *saving))
+    straight, resumed = train("straight", *saving, "model.speed=auto"), train("resumed", *saving, "model.speed=auto")
+    assert json.loads((straight / "run.json").read_text())["speed"]["compiled"]
+    assert read_losses(straight) == pytest.approx(plain, rel=ROUNDING)
+    for name in ("adapter", "checkpoint-4"):
+        shutil.rmtree(resumed / name)
+    torch._dynamo.reset()
+    train("resumed", *saving, "model.speed=auto", resume=True)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4", "int8", "all weights"])
