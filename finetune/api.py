@@ -31,9 +31,10 @@ from finetune.files.sizes import parse_memory, parse_size
 from finetune.growth.growth_report import Growth
 from finetune.models.opening import LoadedModel
 from finetune.models.opening import open_model as open_named_model
-from finetune.pipeline.dynamics import DynamicsSettings, Keep, run_dynamics
+from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings, Keep
+from finetune.pipeline.dynamics.run_dynamics import run_dynamics
+from finetune.pipeline.dynamics.tuning import TuningSettings
 from finetune.pipeline.memory_ladder import train_on_device
-from finetune.pipeline.tuning import TuningSettings
 from finetune.planning.automatic import choose_settings
 from finetune.planning.forecast import Plan, choose_target, make_plan
 from finetune.recipe.sections import DtypeChoice

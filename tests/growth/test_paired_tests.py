@@ -66,13 +66,21 @@ def test_the_paired_bootstrap_uses_the_same_rows_of_both():
     better = rows + numpy.random.default_rng(4).normal(0.3, 0.5, 200)
     drawn = resample_means(numpy.column_stack([rows, better]))
     change = float((better - rows).mean())
-    found = compare_means(change, drawn[:, 0], drawn[:, 1])
+    found = compare_means(change, drawn[:, 0], drawn[:, 1], 200)
     assert found.p < 0.001
     error = float((better - rows).std(ddof=1)) / math.sqrt(200)
     assert (found.low, found.high) == pytest.approx((change - 1.96 * error, change + 1.96 * error), abs=0.1 * error)
     apart = resample_means(better[::-1, None])
-    assert compare_means(change, drawn[:, 0], apart[:, 0]).p > 0.3
-    assert compare_means(0.0, drawn[:, 0], drawn[:, 0]).p == 1.0
+    assert compare_means(change, drawn[:, 0], apart[:, 0], 200).p > 0.3
+    assert compare_means(0.0, drawn[:, 0], drawn[:, 0], 200).p == 1.0
+
+
+@pytest.mark.parametrize(("rows", "p"), [(1, 1.0), (2, 0.5), (5, 0.0625), (6, 0.03125)])
+def test_a_few_rows_that_all_rose_prove_little(rows, p):
+    """Every resample of them rises, which once gave p = 0.0002 for a single row."""
+    values = numpy.column_stack([numpy.zeros(rows), numpy.arange(1.0, rows + 1)])
+    drawn = resample_means(values)
+    assert compare_means(float(values[:, 1].mean()), drawn[:, 0], drawn[:, 1], rows).p == p
 
 
 def test_published_shares_are_compared_as_two_draws():

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.cli.main import main
-from finetune.pipeline import dynamics
+from finetune.pipeline.dynamics import run_dynamics as dynamics
 
 NAMES = ("yulan-team/YuLan-Mini-Phase5", "yulan-team/YuLan-Mini-Phase10", "me/later@old")
 ALIASES = ("phase5", "phase10", "me/later@old")

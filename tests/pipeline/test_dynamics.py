@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import finetune
 from finetune.cli.main import main
 from finetune.evaluation.tasks.task_results import SampleFile
-from finetune.pipeline import dynamics
+from finetune.pipeline.dynamics import run_dynamics as dynamics
 
 WORDS = ["market", "garden", "library", "harbour", "school", "museum"]
 TEXTS = [f"Anna walked from the {first} to the {second}." for first in WORDS for second in WORDS]

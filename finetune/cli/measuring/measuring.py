@@ -68,8 +68,9 @@ def run_dynamics(arguments: argparse.Namespace) -> int:
 
         # The recipe is checked before torch is imported, which takes seconds.
         load_recipe(arguments.sft, [*arguments.set, f"model.checkpoint={arguments.checkpoints[0]}"])
-    from finetune.pipeline.dynamics import DynamicsSettings, run_dynamics
-    from finetune.pipeline.tuning import TuningSettings
+    from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings
+    from finetune.pipeline.dynamics.run_dynamics import run_dynamics
+    from finetune.pipeline.dynamics.tuning import TuningSettings
 
     tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
     tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)

@@ -79,12 +79,15 @@ def resample_means(values: numpy.ndarray, weights: numpy.ndarray | None = None) 
     return numpy.concatenate(found)
 
 
-def compare_means(change: float, before: numpy.ndarray, after: numpy.ndarray) -> StepTest:
-    """Compare two means by the resampled means of both (draws), which were made of the same rows; `change` is the observed one."""
+def compare_means(change: float, before: numpy.ndarray, after: numpy.ndarray, rows: int) -> StepTest:
+    """Compare two means by the resampled means of both (draws), which were made of the same `rows` rows; `change` is the observed one.
+
+    Of a few rows that all rose, every resample rose too. So p is at least that of so many coin throws with the same side up.
+    """
     differences = after - before
     low, high = numpy.percentile(differences, (2.5, 97.5))
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
-    p = min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
+    p = min(1.0, max(2 * (min(below, above) + 1) / (len(differences) + 1), 2.0 ** (1 - rows)))
     return StepTest("paired bootstrap", change, p, float(low), float(high))
 
 

@@ -10,7 +10,7 @@ import numpy
 
 from finetune.checkpoints.checkpoint_table import SCORED_ROWS, Checkpoint
 from finetune.evaluation.tasks.run_tasks import PreparedTask
-from finetune.evaluation.tasks.task_forms import Figure, Measure, Sample
+from finetune.evaluation.tasks.task_forms import Figure, Measure, Protocol, Sample
 from finetune.evaluation.tasks.task_results import Evaluation, SampleFile
 from finetune.growth.scores.paired_tests import (
     StepTest,
@@ -26,6 +26,8 @@ from finetune.growth.scores.paired_tests import (
 Origin = Literal["published", "measured", "tuned"]
 Pair = tuple[int, int]
 _PER_CENT, _BITS = "%", "bits/byte"
+# The protocol that the published scores are taken to come from.
+PUBLISHED_PROTOCOL: Protocol = "authors"
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,6 @@ def _test_means(values: numpy.ndarray, weights: numpy.ndarray | None = None) -> 
     total = len(values) if weights is None else weights.sum()
     means, drawn = values.sum(axis=0) / total, resample_means(values, weights)
     return {
-        (first, last): compare_means(float(means[last] - means[first]), drawn[:, first], drawn[:, last])
+        (first, last): compare_means(float(means[last] - means[first]), drawn[:, first], drawn[:, last], len(values))
         for first, last in combinations(range(values.shape[1]), 2)
     }

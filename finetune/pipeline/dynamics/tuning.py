@@ -15,8 +15,8 @@ from finetune.evaluation.tasks.run_tasks import TaskSettings
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.opening import fingerprint_model
+from finetune.pipeline.dynamics.visits import KEPT, Visit, find_earlier_folder
 from finetune.pipeline.finishing import finish_training
-from finetune.pipeline.visits import KEPT, Visit, find_earlier_folder
 from finetune.recipe.sections import to_plain
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.run_files import MADE_FOLDERS, list_trainer_checkpoints
