@@ -216,8 +216,7 @@ VERBS: tuple[Verb, ...] = (
         run_dynamics,
         (
             "finetune dynamics phase5 phase10 phase15 phase20 phase25 base-4k base --published",
-            "finetune dynamics phase5 phase10 phase15 phase20 phase25 base --tasks lambada -o dynamics/lambada",
-            "finetune dynamics phase20 phase25 base --tasks lambada,gsm8k -o dynamics/both --keep none",
+            "finetune dynamics phase5 phase15 phase25 base --tasks lambada,gsm8k -o dynamics/scores --keep none",
             "finetune dynamics runs/mine/checkpoint-100 runs/mine/checkpoint-200 runs/mine -o dynamics/mine",
         ),
     ),
