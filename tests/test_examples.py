@@ -95,7 +95,7 @@ def test_nano_phases_leave_a_published_checkpoint_each(tmp_path):
     assert found["checkpoints"][3]["tests"]["measured"]["lambada"]["acc"]["test"] == "McNemar, exact"
     assert {entry["alpha"] is None for entry in found["weights"]["nano"]} == {True, False}
     drawn = [path.name for path in (tmp_path / "phases" / "dynamics").glob("*.png")]
-    assert sorted(drawn) == ["activity.png", "scores.png", "weights.png"]
+    assert sorted(drawn) == ["activity.png", "layers.png", "scores.png", "weights.png"]
 
 
 def test_open_export_answers_as_chat_does(nano_llama, tmp_path):

@@ -24,6 +24,7 @@ def draw_activity(growth: Growth) -> Figure:
         curves = [[layer[key] for layer in _read(entry)["layers"]] for entry in entries]
         _draw(panel, entries, [range(1, len(curve) + 1) for curve in curves], curves)
         panel.set(title=title, xlabel="layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     _draw_positions(panels[2], entries)
     _draw_sources(panels[3], entries)
     panels[0].legend(frameon=False, fontsize=8)
@@ -42,13 +43,18 @@ def _read(entry: CheckpointEntry) -> Any:
 
 def _draw(panel: Axes, entries: Sequence[CheckpointEntry], places: Sequence[Any], curves: Sequence[Any]) -> None:
     for number, (entry, place, curve) in enumerate(zip(entries, places, curves, strict=True)):
-        panel.plot(place, curve, "o-", markersize=3, label=entry.name, color=_shade(number, len(entries)))
+        panel.plot(place, curve, "o-", markersize=3, label=escape_math(entry.name), color=shade(number, len(entries)))
 
 
-def _shade(number: int, count: int) -> tuple[float, float, float]:
+def shade(number: int, count: int) -> tuple[float, float, float]:
     """Return a colour from light to dark blue."""
     share = (number + 1) / count
     return (0.75 - 0.63 * share, 0.85 - 0.5 * share, 0.9 - 0.4 * share)
+
+
+def escape_math(text: str) -> str:
+    """Return a name that matplotlib shows as it is: between two dollars it would read a formula, and may fail."""
+    return text.replace("$", r"\$")
 
 
 def _draw_positions(panel: Axes, entries: Sequence[CheckpointEntry]) -> None:
@@ -65,6 +71,6 @@ def _draw_sources(panel: Axes, entries: Sequence[CheckpointEntry]) -> None:
     for number, entry in enumerate(entries):
         sources = _read(entry)["sources"]
         places = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
-        panel.bar(places, [sources[name]["loss"] for name in names], width, color=_shade(number, len(entries)))
-    panel.set_xticks(range(len(names)), names)
+        panel.bar(places, [sources[name]["loss"] for name in names], width, color=shade(number, len(entries)))
+    panel.set_xticks(range(len(names)), [escape_math(name) for name in names])
     panel.set(title="loss by source, nats per token")

@@ -10,13 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.evaluation.tasks.task_forms import Figure as ScoreFigure
-from finetune.growth.activity_plot import draw_activity
+from finetune.growth.activity_plot import draw_activity, escape_math
 from finetune.growth.growth_report import CheckpointEntry, Growth, describe_tokens, group_lines
+from finetune.growth.layer_plot import draw_layers
 from finetune.growth.scores.score_lines import Origin, ScoreLine
 from finetune.growth.weights.weight_changes import TensorEntry
 from finetune.growth.weights.weight_statistics import KINDS
 
-SCORES_PICTURE, WEIGHTS_PICTURE, ACTIVITY_PICTURE = "scores.png", "weights.png", "activity.png"
+SCORES_PICTURE, WEIGHTS_PICTURE, LAYERS_PICTURE = "scores.png", "weights.png", "layers.png"
+ACTIVITY_PICTURE = "activity.png"
 _STYLES: dict[Origin, dict[str, Any]] = {
     "published": {"color": "#8a929c", "marker": "D", "linestyle": ":"},
     "measured": {"color": "#1f6f8b", "marker": "o", "linestyle": "-"},
@@ -51,7 +53,8 @@ def draw_growth(growth: Growth, folder: Path) -> list[str]:
         drawn.append(SCORES_PICTURE)
     if any(entry.weights for entry in growth.checkpoints):
         _save(_draw_weights(growth), folder / WEIGHTS_PICTURE)
-        drawn.append(WEIGHTS_PICTURE)
+        _save(draw_layers(growth), folder / LAYERS_PICTURE)
+        drawn += [WEIGHTS_PICTURE, LAYERS_PICTURE]
     if any(entry.activity is not None for entry in growth.checkpoints):
         _save(draw_activity(growth), folder / ACTIVITY_PICTURE)
         drawn.append(ACTIVITY_PICTURE)
@@ -85,7 +88,8 @@ def _make_panels(count: int, growth: Growth, title: str) -> tuple[Figure, list[A
         spare.set_visible(False)
     places, are_tokens = find_places(growth.checkpoints)
     labels = [
-        f"{entry.name}\n{describe_tokens(entry.tokens)}" if are_tokens else entry.name for entry in growth.checkpoints
+        escape_math(entry.name) + (f"\n{describe_tokens(entry.tokens)}" if are_tokens else "")
+        for entry in growth.checkpoints
     ]
     every = -(-len(labels) // _MOST_NAMES)
     for panel in axes[:count]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.evaluation.tasks.task_forms import Figure
 from finetune.files.json_files import write_json, write_text
+from finetune.files.terminal import escape_controls
 from finetune.growth.scores.paired_tests import SIGNIFICANCE, StepTest
 from finetune.growth.scores.score_lines import Origin, ScoreLine, describe_p
 from finetune.growth.weights.weight_changes import TensorEntry
@@ -200,7 +201,8 @@ def write_report(growth: Growth, folder: Path, pictures: Sequence[str]) -> None:
     if any(entry.weights for entry in growth.checkpoints):
         write_text(folder / WEIGHTS_TABLE, _write_csv(_list_weights(growth)))
     shown = "\n".join(f"![{picture}]({picture})" for picture in pictures)
-    write_text(folder / TEXT_FILE, f"# Checkpoints side by side\n\n```\n{growth.describe()}\n```\n\n{shown}\n")
+    text = escape_controls(growth.describe()).replace("`", "'")  # names of folders must not end the block
+    write_text(folder / TEXT_FILE, f"# Checkpoints side by side\n\n```\n{text}\n```\n\n{shown}\n")
     write_json(folder / REPORT_FILE, growth.to_json())
 
 

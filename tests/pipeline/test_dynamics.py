@@ -20,7 +20,16 @@ from finetune.pipeline.dynamics import run_dynamics as dynamics
 
 WORDS = ["market", "garden", "library", "harbour", "school", "museum"]
 TEXTS = [f"Anna walked from the {first} to the {second}." for first in WORDS for second in WORDS]
-FILES = {"dynamics.json", "report.md", "scores.csv", "scores.png", "weights.csv", "weights.png", "checkpoints"}
+FILES = {
+    "dynamics.json",
+    "report.md",
+    "scores.csv",
+    "scores.png",
+    "weights.csv",
+    "weights.png",
+    "layers.png",
+    "checkpoints",
+}
 
 
 def write_lines(path, rows):
@@ -54,6 +63,12 @@ def call(capsys):
         return ended.value.code, output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw nothing, which saves seconds."""
+    monkeypatch.setattr(dynamics, "draw_growth", lambda growth, folder: [])
 
 
 TASK = ("--tasks", "lambada", "--task-data", "lambada.jsonl")
@@ -104,8 +119,7 @@ def test_checkpoints_are_put_side_by_side(call, phases):
     assert [again[number]["scores"] for number in (0, 2, 3)] == [entry["scores"] for entry in found["checkpoints"]]
 
 
-def test_a_killed_call_continues_to_the_same_table(call, phases, monkeypatch):
-    monkeypatch.setattr(dynamics, "draw_growth", lambda growth, folder: [])  # saves time
+def test_a_killed_call_continues_to_the_same_table(call, phases, no_pictures, monkeypatch):
     status, out, _ = call("one", "two", *TASK, "-o", "whole", "--json")
     whole = strip(json.loads(out))
     # One real kill, in the middle of the second checkpoint's samples and of a line.
@@ -182,7 +196,7 @@ def test_without_tasks_the_weights_alone_are_compared(call, phases):
     assert "written: out" in out
 
 
-def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, monkeypatch):
+def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, no_pictures, monkeypatch):
     """Every checkpoint is trained, resumed and evaluated by itself; `--keep none` leaves no weights."""
     write_lines(phases / "web.jsonl", [{"text": text} for text in TEXTS[:3]])
     arguments = ["one", "two", *TASK, "--rows", "web.jsonl", "--sft", "recipe.yaml", "-s", "trainer.max_steps=2"]
@@ -203,9 +217,11 @@ def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, monkeypatch
     assert any(" (tuned) is best from " in sentence for sentence in found["sentences"])
     assert not list(Path("out").glob("checkpoints/*/tuned/run/adapter"))
     assert len(list(Path("out").glob("checkpoints/*/tuned/run/run.json"))) == 2
-    # Trained runs are not trained again, although their weights are gone.
-    status, out, _ = call(*arguments, "-o", "out", "--json")
-    assert (status, len(trained)) == (0, 2)
+    # Trained runs are not trained again, although their weights are gone; what a stopped call left is removed.
+    left = next(Path("out").glob("checkpoints/one-*/tuned/run")) / "adapter"
+    left.mkdir()
+    status, out, _ = call(*arguments, "--keep", "none", "-o", "out", "--json")
+    assert (status, len(trained), left.exists()) == (0, 2, False)
     assert json.loads(out) == found
     for changed, message in (
         (
@@ -258,7 +274,16 @@ def test_a_mistake_is_one_message_and_leaves_nothing(call, phases, make_recipe, 
     assert sorted(path.name for path in Path().iterdir()) == before
 
 
-def test_other_weights_of_the_same_name_are_refused(call, phases):
+def test_odd_names_break_no_page_and_no_picture(call, phases):
+    Path("one").rename("$x^$ ```")
+    status, out, _ = call("two", "$x^$ ```", *TASK, "-o", "out")
+    assert status == 0
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert text.count("```") == 2
+    assert "$x^$ '''" in text and "$x^$ ```" in out
+
+
+def test_other_weights_of_the_same_name_are_refused(call, phases, no_pictures):
     assert call("one", "two", *TASK, "-o", "out")[0] == 0
     shutil.rmtree("one")
     shutil.copytree("three", "one")
@@ -270,7 +295,7 @@ def test_other_weights_of_the_same_name_are_refused(call, phases):
     assert "holds the results of other weights than one has now; choose another folder with -o, or remove it" in err
 
 
-def test_a_full_disk_is_one_message(call, phases, monkeypatch):
+def test_a_full_disk_is_one_message(call, phases, no_pictures, monkeypatch):
     def fill(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -284,7 +309,7 @@ def test_a_full_disk_is_one_message(call, phases, monkeypatch):
     assert call("one", "--rows", "web.jsonl", "-o", "out")[0] == 0
 
 
-def test_from_python(phases):
+def test_from_python(phases, no_pictures):
     found = finetune.dynamics(["one", Path("two")], "out", tasks=["lambada"], data="lambada.jsonl", limit=4)
     assert found.names == ("one", "two")
     assert [line.rows for line in found.lines] == [4, 4]

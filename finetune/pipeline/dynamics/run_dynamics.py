@@ -121,10 +121,12 @@ def _measure(visit: Visit, inputs: Inputs) -> None:
             if missing & {TASKS, ACTIVITY}:
                 _run_model(visit, inputs, missing, fingerprint)
             if TUNED in missing:
-                _tune(visit, inputs, keeps=keeps)
+                _tune(visit, inputs)
     else:
         logger.info("%s: measured already", visit.label)
-    if not keeps:
+    if not keeps:  # also what a call left that was stopped just before
+        if inputs.settings.tuning is not None:
+            remove_tuned_weights(plan_tuning(visit, inputs.settings.tuning))
         remove_brought(visit)
 
 
@@ -142,7 +144,7 @@ def _run_model(visit: Visit, inputs: Inputs, missing: set[str], fingerprint: str
     _free_memory()
 
 
-def _tune(visit: Visit, inputs: Inputs, *, keeps: bool) -> None:
+def _tune(visit: Visit, inputs: Inputs) -> None:
     assert inputs.settings.tuning is not None
     tuning = plan_tuning(visit, inputs.settings.tuning)
     fingerprint = train_tuning(tuning)
@@ -154,8 +156,6 @@ def _tune(visit: Visit, inputs: Inputs, *, keeps: bool) -> None:
         ask_tasks(loaded, visit.label, inputs.prepared, inputs.tuned_tasks, folder, inputs.runner)
         del loaded
         _free_memory()
-    if not keeps:
-        remove_tuned_weights(tuning)
 
 
 def _free_memory() -> None:
