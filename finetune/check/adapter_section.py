@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 
 from finetune.errors import describe_unknown_name
-from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
+from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection, ModelSection
 
 
-def check_adapter_section(adapter: AdapterSection, quantize: str) -> Iterator[str]:
-    """Yield the problems of the section, for a base model that is quantized as `quantize`."""
+def check_adapter_section(adapter: AdapterSection, model: ModelSection) -> Iterator[str]:
+    """Yield the problems of the section, for a base model that is held as `model` says."""
+    quantize = model.quantize
     if adapter.trains_all_weights:
         for key, value in vars(adapter).items():
             if key != "kind" and value != vars(AdapterSection())[key]:
                 yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
         if quantize != "none":
             yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora, or quantize: none"
+        if model.stream_layers:
+            yield "model.stream_layers: moves frozen weights only, and adapter.kind: none trains them all; set adapter.kind: lora"
         return
     yield from _check_lora(adapter)
     if adapter.changes_base and quantize != "none":
