@@ -120,7 +120,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         "Where fewer places were tried than there are operations, operations that are equal were thinned out: of those with the same call,",
         "and paths that differ in numbers and random names only (the blocks of one file, the same file of two checkpoints, the states of two",
         "parameters), the first, the middle and the last were tried; a few rows have a number of places that are spread evenly. Errors are",
-        "only given to calls that can fail, which does not include removing a file.",
+        "only given to calls that can fail, which does not include removing a file. `short` is `lora` with two steps and a checkpoint at each,",
+        "`cold` is `lora` without a cache, `chain` is two stages and an export.",
         "",
         f"On `nano`, {platform.system()}, Python {platform.python_version()}: {sum(row['tries'] for row in rows):,} faults in "
         f"{sum(row['minutes'] for row in rows):.0f} minutes on a machine that other work shared. Bits are flipped at places chosen by a",
