@@ -78,6 +78,11 @@ def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
             f"adapter.train_tokens: PEFT replaces rows of whole embedding tables, and {kind.title} shards them; "
             "set train_tokens: [], or launch with recipes/accelerate/ddp.yaml"
         )
+    if kind.shards_weights and recipe.adapter.modules_to_save:
+        problems.append(
+            f"adapter.modules_to_save: PEFT copies whole modules, and {kind.title} shards them; "
+            "set modules_to_save: [], or launch with recipes/accelerate/ddp.yaml"
+        )
     if kind.shards_weights and recipe.model.quantize == "int8":
         problems.append("model.quantize: int8 weights cannot be sharded; set nf4 or none")
     if kind.shards_weights and recipe.rewards.judge.run:

@@ -86,8 +86,13 @@ def list_obstacles(folder: Path) -> list[str]:
     config = read_json(folder / PEFT_CONFIG_FILE) or {}
     names = [name for name in read_header(folder / PEFT_WEIGHTS_FILE) if not _PROJECTION.fullmatch(name)]
     found = [reason for mark, reason in _UNUSABLE if any(mark in name for name in names)]
-    if rest := [name for name in names if not any(mark in name for mark, _ in _UNUSABLE)]:
+    names = [name for name in names if not any(mark in name for mark, _ in _UNUSABLE)]
+    saved = config.get("modules_to_save") or ()
+    whole = tuple([saved] if isinstance(saved, str) else saved)
+    if rest := [name for name in names if not name.removesuffix(".weight").endswith(whole)]:
         found.append(f"it holds {rest[0]}, which is no LoRA matrix of a projection")
+    if len(rest) < len(names):
+        found.append(f"it trains {' and '.join(sorted(whole))} whole (adapter.modules_to_save)")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         found.append(f"its init_lora_weights {init!r} changed the base before training")

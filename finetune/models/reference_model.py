@@ -8,6 +8,7 @@ weights are trained, the log-probabilities of the reference model are computed o
 import torch
 from peft import PeftModel
 
+from finetune.models.adapters.whole_modules import widen_copies
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 REFERENCE, _TRAINED = "ref", "default"
@@ -38,6 +39,7 @@ def settle_reference(model: PeftModel, *, drop: bool) -> None:
         model.delete_adapter(REFERENCE)
         model.set_adapter(_TRAINED)
         return
+    widen_copies(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -59,6 +59,9 @@ _NAMES: Mapping[str, str] = {
     "lora_target": "adapter.targets",
     "lora_target_modules": "adapter.targets",
     "lora_target_linear": "adapter.targets: all-linear",
+    "modules_to_save": "adapter.modules_to_save",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
     "use_rslora": "adapter.rslora",
     "use_dora": "adapter.dora",
     "pissa_init": "adapter.init: pissa",
@@ -102,16 +105,9 @@ _NAMES: Mapping[str, str] = {
     "gradient_clipping": "trainer.max_grad_norm",
     "neftune_alpha": "trainer.neftune_noise_alpha",
 }
-_KEEPS_NO_MODULES = (
-    "an adapter of this kit holds no whole modules; take adapter.train_tokens for rows of the tables of tokens, adapter.targets for the "
-    "linear layers, or adapter.kind: none to train all weights"
-)
 _HAS_NO_BIASES = "the linear layers of this model have no biases, and an adapter gives them none; remove this key"
 # Keys of other tools that have no counterpart here, and what to do instead.
 _ABSENT: Mapping[str, str] = {
-    "modules_to_save": _KEEPS_NO_MODULES,
-    "lora_modules_to_save": _KEEPS_NO_MODULES,
-    "additional_target": _KEEPS_NO_MODULES,
     "bias": _HAS_NO_BIASES,
     "lora_bias": _HAS_NO_BIASES,
     "exclude_modules": "name the layers that are to be trained in adapter.targets instead",

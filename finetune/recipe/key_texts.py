@@ -101,6 +101,11 @@ KEYS: Mapping[str, str] = {
         "Token ids whose rows of the embedding and of the output head are trained too, such as [104, 105, 106] for a base model "
         "that never saw the tokens of its chat template."
     ),
+    "adapter.modules_to_save": (
+        "Modules that are trained whole beside the linear layers, as float32 copies: embed_tokens, lm_head, norm (the last one), "
+        "input_layernorm, post_attention_layernorm (those of all layers). The adapter's file holds them, and only PEFT can apply it; "
+        "an export merges them."
+    ),
     "rewards": "How the answers of the methods grpo and rloo are scored; other methods take no rewards.",
     "rewards.rules": (
         "Rules with their weights, such as {final_answer: 1.0, truncated: 0.5}. Weights are positive, also those of penalties, "

@@ -17,6 +17,16 @@ TrainedArchitecture = Literal["llama", "native"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 # What `adapter.targets: all-linear` stands for.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKEN_TABLES = ("embed_tokens", "lm_head")
+# What `adapter.modules_to_save` may name, with PEFT's name for it: PEFT compares the ends of names, and all norms end in `norm`.
+WHOLE_MODULES: Mapping[str, str] = {
+    **{table: table for table in TOKEN_TABLES},
+    "norm": "model.norm",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+}
+# The heads that PEFT adds to `modules_to_save` of a classifier or a reward model by itself.
+SCORE_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class AdapterSection:
     dora: bool = False
     init: Literal["default", "pissa", "olora"] = "default"
     train_tokens: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     loraplus_ratio: float | None = None
 
@@ -92,6 +103,11 @@ class AdapterSection:
     def trains_all_weights(self) -> bool:
         """Whether there is no adapter."""
         return self.kind == "none"
+
+    @property
+    def trains_tables(self) -> bool:
+        """Whether an adapter trains token tables, whole or some rows of them."""
+        return bool(self.train_tokens) or any(table in self.modules_to_save for table in TOKEN_TABLES)
 
     @property
     def changes_base(self) -> bool:

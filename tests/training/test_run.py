@@ -82,7 +82,7 @@ def test_accumulation_does_not_change_the_losses(train, read_losses):
         ["adapter.dropout=0.1"],
         ["adapter.init=pissa"],
         ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-3"],
-        ["model.quantize=nf4"],
+        ["model.quantize=nf4", "adapter.modules_to_save=[embed_tokens,lm_head,norm]"],
         ["model.architecture=native", "adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
     ],
     ids=["lora-with-dropout", "pissa", "full", "nf4", "native"],
