@@ -23,6 +23,11 @@ def check_adapter_section(adapter: AdapterSection, quantize: str, head: Head = "
             f"adapter.init: {adapter.init} changes the base weights before step 1, which quantized weights do not allow; "
             f"set model.quantize: none, or remove adapter.init; found model.quantize: {quantize}"
         )
+    if adapter.beginning.holds_rounding and quantize != "nf4":
+        yield (
+            f"adapter.init: {adapter.init} begins with a part of what 4 bits round off the base weights; set model.quantize: nf4, or "
+            f"remove adapter.init; found model.quantize: {quantize}"
+        )
 
 
 def _check_lora(adapter: AdapterSection) -> Iterator[str]:
@@ -41,7 +46,7 @@ def _check_lora(adapter: AdapterSection) -> Iterator[str]:
             yield f"adapter.targets: {target!r} is {describe_unknown_name(target, LINEAR_LAYERS)}; or all-linear alone"
     if any(token < 0 for token in adapter.train_tokens) or len(set(adapter.train_tokens)) < len(adapter.train_tokens):
         yield f"adapter.train_tokens: must be token ids, each once; found {list(adapter.train_tokens)}"
-    if adapter.changes_base and adapter.dora:
+    if not adapter.beginning.starts_empty and adapter.dora:
         yield f"adapter.dora: cannot be combined with adapter.init: {adapter.init}; remove one of the two"
     if any(layer < 0 for layer in adapter.layers) or len(set(adapter.layers)) < len(adapter.layers):
         yield f"adapter.layers: must be numbers of layers from 0 on, each once; found {list(adapter.layers)}"

@@ -67,12 +67,13 @@ def adopt_form(
         for key, value in kept.items()
         if key in own and _look_up(recipe, key) != value
     ]
-    if recipe.adapter.init != "default" and "adapter.init" in own:
+    if recipe.adapter.init != "default" and "adapter.init" in own and "adapter.init" not in form:
         problems.append(f"adapter.init: has no effect, as this run continues the adapter of {owner}; remove this key")
     for section in ("model", "adapter"):
         values = {key.partition(".")[2]: value for key, value in kept.items() if key.startswith(f"{section}.")}
         recipe = replace(recipe, **{section: replace(vars(recipe)[section], **values)})
-    return replace(recipe, adapter=replace(recipe.adapter, init="default")), problems
+    init = form.get("adapter.init", "default")
+    return replace(recipe, adapter=replace(recipe.adapter, init=init)), problems
 
 
 def list_method_misfits(trained: str, method: str, name: str, key: str) -> Iterator[str]:
@@ -102,10 +103,13 @@ def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
 def read_stage_form(recipe: Recipe) -> Form:
     """Return the settings of the adapter that a stage of a chain will leave behind.
 
-    PiSSA's and OLoRA's are saved as plain LoRA of twice the rank, with the same scale.
+    One that changes its base is saved as plain LoRA of twice the rank, with the same scale. One that holds what quantization rounded
+    off keeps its `init`, since it belongs to the quantized base.
     """
     form = {key: _look_up(recipe, key) for key in FORM_KEYS}
     adapter = recipe.adapter
+    if adapter.beginning.holds_rounding:
+        form["adapter.init"] = adapter.init
     if adapter.changes_base:
         scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
         form |= {"adapter.rank": 2 * adapter.rank, "adapter.alpha": scale * 2 * adapter.rank, "adapter.rslora": False}
@@ -130,6 +134,8 @@ def read_form(earlier: Result) -> Form:
     if earlier.lineage is not None:
         names = ("quantize", "architecture", "max_positions", "rope_theta")
         form |= {f"model.{name}": getattr(earlier.lineage, name) for name in names}
+        if earlier.lineage.holds_rounding:
+            form["adapter.init"] = earlier.lineage.init
     return form
 
 

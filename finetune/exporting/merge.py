@@ -92,7 +92,7 @@ def _write_gguf_files(
 
 
 def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> None:
-    for reason in list_refusals(settings, subject.quantize, verifies=verifies, is_stage=False):
+    for reason in list_refusals(settings, subject.quantize, subject.init, verifies=verifies, is_stage=False):
         raise ExportError(f"{subject.result.folder}: {reason}")
 
 

@@ -13,6 +13,7 @@ from finetune.exporting.adapters.adapter_reading import read_adapter
 from finetune.exporting.chat_form import ChatForm, find_chat_form
 from finetune.files.folders import check_links
 from finetune.models.adapter_config import check_language_adapter, read_adapter_config
+from finetune.recipe.sections import AdapterInit
 from finetune.runs.lineage import find_base
 from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
@@ -56,6 +57,11 @@ class Subject:
         """The quantization of the base while the adapter was trained on it."""
         lineage = self.result.lineage
         return "none" if lineage is None or self.adapter is None else lineage.quantize
+
+    @property
+    def init(self) -> AdapterInit:
+        """What the adapter began with, as far as it is known."""
+        return "default" if self.result.lineage is None else self.result.lineage.init
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from finetune.errors import FinetuneError, TrainingError
 from finetune.files.json_files import read_json, write_json
 from finetune.models.adapter_config import read_adapter_config
 from finetune.models.adapters.whole_modules import name_whole_modules, widen_copies
-from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
+from finetune.recipe.sections import AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import read_header
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
-_INITS: Mapping[str, str | bool] = {"default": True, "pissa": "pissa_niter_16", "olora": "olora"}
+_INITS: Mapping[str, str | bool] = {"pissa": "pissa_niter_16", "olora": "olora"}
 # Tied tables are untied in an export; keys that PEFT does not know are checked there, too.
 _PEFT_WARNINGS = (
     "Model has `tie_word_embeddings=True`",
@@ -66,7 +66,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
         layers_pattern="layers" if section.layers else None,
         use_rslora=section.rslora,
         use_dora=section.dora,
-        init_lora_weights=_INITS[section.init],
+        init_lora_weights=_INITS.get(section.init, True),
         trainable_token_indices=dict.fromkeys(_list_tables(model), tokens) if tokens else None,
         modules_to_save=name_whole_modules(section.modules_to_save),
     )
@@ -80,9 +80,8 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
 
 
 def _name_modules(section: AdapterSection) -> str | list[str]:
-    if section.targets != ("all-linear",):
-        return list(section.targets)
-    return list(LINEAR_LAYERS) if section.layers else "all-linear"  # PEFT chooses layers only among names
+    # PEFT chooses layers only among names.
+    return "all-linear" if section.targets == ("all-linear",) and not section.layers else list(section.linear_layers)
 
 
 def raise_rate_of_b(trainer: Trainer, ratio: float) -> None:

@@ -21,7 +21,7 @@ from finetune.errors import ExportError
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import read_json, write_json
 from finetune.files.sizes import describe_size
-from finetune.runs.results import Result
+from finetune.runs.results import Result, open_result
 from finetune.runs.run_files import LINEAGE_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import read_header
 from finetune.yulan.tokenizer_files import TEMPLATE_FILE, copy_tokenizer
@@ -112,7 +112,7 @@ def list_obstacles(folder: Path) -> list[str]:
 
 def describe_use(folder: Path) -> str:
     """Return one sentence on what other programs can do with the adapter of a run."""
-    if obstacles := list_obstacles(folder):
+    if obstacles := [*list_obstacles(folder), *_list_changes_of_base(open_result(folder))]:
         return (
             f"only PEFT can apply this adapter: {'; '.join(obstacles)}. vLLM and llama.cpp refuse it as an adapter; "
             "give them the merged export"
@@ -183,6 +183,11 @@ def _list_changes_of_base(result: Result) -> list[str]:
     lineage, found = result.lineage, []
     if lineage is not None and lineage.rope_theta is not None:
         found.append(f"it was trained with model.rope_theta {lineage.rope_theta:g}, which its base does not have")
+    if lineage is not None and lineage.holds_rounding:
+        found.append(
+            f"it began with {lineage.init}, so it holds a part of what {lineage.quantize} rounded off its base, and belongs to that "
+            "quantized base alone"
+        )
     if lineage is not None and lineage.architecture == "native":
         found.append("it was trained on the native architecture, and its factors do not fit the Llama form")
     return found

@@ -117,25 +117,6 @@ _ABSENT: Mapping[str, str] = {
 }
 
 
-_READS_ROWS = "it runs rows through the model before step 1, which this kit does not; take default, pissa or olora"
-# Values of other tools, and why there are none of them here.
-_REFUSED_VALUES: Mapping[tuple[str, str], str] = {
-    ("adapter.init", "eva"): _READS_ROWS,
-    ("adapter.init", "corda"): _READS_ROWS,
-    (
-        "adapter.init",
-        "loftq",
-    ): "it replaces the base weights by rounded ones, a difference of full rank, so no adapter of the "
-    "unchanged base equals what was trained; take model.quantize: nf4",
-}
-
-
-def explain_refused_value(name: str, value: object) -> str:
-    """Return why a key does not take a value that other tools have, as the end of a sentence, or nothing."""
-    reason = _REFUSED_VALUES.get((name, value)) if isinstance(value, str) else None
-    return f" ({reason})" if reason else ""
-
-
 def find_own_name(key: str) -> str | None:
     """Return what another tool's name is called in a recipe, or None where it is no such name."""
     return _NAMES.get(key)

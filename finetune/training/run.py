@@ -81,7 +81,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
             with load_whole(config):
-                trained = build_model(setup, config, device)
+                trained = build_model(setup, config, device, resumes=checkpoint is not None)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed

@@ -1,6 +1,7 @@
 """Whole modules beside LoRA (PEFT's modules_to_save): trained in float32, saved, continued, and merged by an export."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from finetune.models.reference_model import REFERENCE, settle_reference
 from finetune.recipe.sections import WHOLE_MODULES, AdapterSection, ModelSection
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
+from finetune.training.run import run_training
 
 CPU = torch.device("cpu")
 FAST = "trainer.learning_rate=1e-2"
@@ -104,6 +106,22 @@ def test_activations_keep_the_dtype_of_the_base(nano_llama, autocast):
     gradients = {name: p.grad for name, p in tuned.named_parameters() if "modules_to_save" in name}
     assert len(gradients) == 2 + 1 + 8
     assert all(grad.dtype == torch.float32 and grad.abs().max() > 0 for grad in gradients.values())
+
+
+def test_preferences_after_supervised_fine_tuning(train, make_pairs_recipe, read_losses, tmp_path):
+    """The reference model is the one before step 1, with its whole modules, so the first loss is ln 2."""
+    train("sft", "adapter.modules_to_save=[lm_head, norm]", FAST, "trainer.max_steps=1")
+    short = ("data.max_tokens=256", "trainer.max_steps=2", FAST)
+    run_training(make_pairs_recipe("after", "dpo", f"model.checkpoint={tmp_path / 'sft'}", *short))
+    losses = read_losses(tmp_path / "after")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[1] != pytest.approx(losses[0], abs=1e-3)
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("sft", "after"))
+    assert first.keys() == second.keys()
+    assert not any(
+        torch.equal(first[f"base_model.model.{name}"], second[f"base_model.model.{name}"])
+        for name in ("lm_head.weight", "model.norm.weight")
+    )
 
 
 @pytest.mark.parametrize(
