@@ -131,7 +131,7 @@ def describe_export(report: ExportReport) -> str:
     if report.bases is not None:
         lines.append(_describe_bases(report.bases, report.base))
     if report.verify is None:
-        return "\n".join([*lines, "not compared (--no-verify)", *map(describe_gguf, report.gguf)])
+        return "\n".join([*lines, "not compared with what was trained", *map(describe_gguf, report.gguf)])
     verify = report.verify
     lines.append(
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.api_arguments import name_option
 from finetune.errors import ExportError
 from finetune.exporting.adapters.adapter_changes import Adapter
 from finetune.exporting.adapters.adapter_reading import read_adapter
@@ -157,7 +158,9 @@ def open_subject(result: Result, base_model: str | None = None) -> Subject:
             "run as it is: `finetune evaluate` measures it on pairs"
         )
     if base_model is not None and not result.is_adapter:
-        raise ExportError(f"{result.folder}: all weights were trained, so it has no base model; leave --base-model out")
+        raise ExportError(
+            f"{result.folder}: all weights were trained, so it has no base model; leave {name_option('--base-model')} out"
+        )
     check_result_files(result)
     check_links(result.folder)
     if result.is_adapter:  # before a base is looked for, which may be a download

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from finetune.api_arguments import name_option
 from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.files.launcher import count_processes
@@ -187,7 +188,7 @@ def translate_lost_processes() -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process of this launch has ended ({str(error).splitlines()[0]}); look at what it printed, on its machine, and then "
-            "launch all processes again, with --resume where the run has a checkpoint"
+            f"launch all processes again, with {name_option('--resume')} where the run has a checkpoint"
         ) from error
 
 

@@ -98,12 +98,8 @@ def list_obstacles(folder: Path) -> list[str]:
         found.append(f"its init_lora_weights {init!r} changed the base before training")
     if config.get("task_type") not in (None, "", "CAUSAL_LM"):
         found.append(f"its task is {config['task_type']}, and it is no language model")
-    known = _EXPRESSIBLE | {
-        "trainable_token_indices",
-        "use_dora",
-        "bias",
-        "modules_to_save",
-    }  # their tensors are named above
+    # The tensors of the last four are named above.
+    known = _EXPRESSIBLE | {"trainable_token_indices", "use_dora", "bias", "modules_to_save"}
     odd = sorted(key for key, value in config.items() if key not in known and value and value != _DEFAULTS.get(key))
     if odd:
         found.append(f"{PEFT_CONFIG_FILE} uses {', '.join(odd)}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.api_arguments import name_option
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.planning.changes import list_changes
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
@@ -62,7 +63,9 @@ def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedR
     if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_NO_CHECKPOINTING} <= said:
         return resolved, ()
     if target.memory_bytes is None:
-        raise MachineError("trainer.auto: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"trainer.auto: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     is_split = {BATCH, ACCUMULATION} <= said
     rows = _count_rows(resolved, target, is_split)
     resolved = _split_rows(resolved, rows, _read_smallest_batch(resolved))

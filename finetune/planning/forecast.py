@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from finetune.api_arguments import name_option
 from finetune.errors import MachineError, TrainingError
 from finetune.files.launcher import count_processes
 from finetune.files.sizes import GIB
@@ -170,7 +171,9 @@ def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, t
         MachineError: the target does not say how much memory it has.
     """
     if target.memory_bytes is None:
-        raise MachineError("--fit: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"--fit: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     plan, steps = make_plan(resolved, target), list[Step]()
     while plan.fits is False:
         for change in list_changes(resolved):
@@ -211,7 +214,7 @@ def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
         raise TrainingError(
             f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
             + "\n  ".join(plan.suggestions)
-            + "\nor run it all the same with --force"
+            + f"\nor run it all the same with {name_option('--force')}"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from finetune.api_arguments import name_option
 from finetune.errors import ExportError, describe_unknown_name
 from finetune.files.sizes import parse_size
 from finetune.recipe.sections import BEGINNINGS, AdapterInit, DtypeChoice
@@ -80,16 +81,17 @@ def list_refusals(
     The reasons name the keys of a chain's stage, or the options of the command line.
     """
     name = "export.base:" if is_stage else "--base"
-    skipped = "verify: false leaves out" if is_stage else "--no-verify skips"
+    in_python = "" if is_stage else " (base in Python)"
+    skipped = "verify: false leaves out" if is_stage else f"{name_option('--no-verify')} skips"
     if settings.base == "dequantized" and quantize == "none":
         yield (
             f"{name} dequantized is for adapters of quantized runs, and this one was trained on an unquantized base; "
-            f"use {name} full"
+            f"use {name} full{in_python}"
         )
     if settings.base != "dequantized" and BEGINNINGS[init].holds_rounding:
         yield (
             f"{name} {settings.base}: the adapter began with {init}, so it holds a part of what {quantize} rounded off its base, which "
-            f"another base still has; use {name} dequantized, which is exactly what was trained"
+            f"another base still has; use {name} dequantized{in_python}, which is exactly what was trained"
         )
     if settings.base == "auto" and not verifies and quantize != "none":
         yield f"{name} auto chooses by measuring, which {skipped}; remove one of the two"

@@ -124,7 +124,7 @@ def test_an_empty_answer_takes_the_default(call, folder, monkeypatch):
         (json.dumps(ROWS["chat"]), ("--goal", "pairs"), "cannot be trained for pairs; they can for chat"),
         ("{", (), "rows.jsonl, line 1: broken JSON"),
         (json.dumps(ROWS["chat"]), ("--base", "nanno"), "did you mean 'nano'"),
-        (json.dumps(ROWS["chat"]), ("--device", "GTX 1"), "--gpu: 'GTX 1' is unknown"),
+        (json.dumps(ROWS["chat"]), ("--device", "GTX 1"), "the GPU 'GTX 1' is unknown"),
         (json.dumps(ROWS["chat"]), ("--device", "100MB"), "even the smallest settings do not fit"),
         (json.dumps({"messages": [Q, Q, A]}), (), "data.merge_turns: true"),
     ],

@@ -158,6 +158,11 @@ def test_nothing_to_resume_is_said(make_recipe, tmp_path):
         (["data.max_tokens=8", "data.overflow=drop"], FinetuneError, "no row is left for training"),
         (["adapter.train_tokens=[5000]"], TrainingError, r"\[5000\] lie outside the embedding table of 1,312 tokens"),
         (["trainer.save_strategy=best"], RecipeError, "trainer: 1 problem"),
+        (
+            ["model.quantize=int8", "adapter.dora=true"],
+            RecipeError,
+            "adapter.dora: cannot be trained on int8 weights on a CPU",
+        ),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing(make_recipe, tmp_path, overrides, error, message):

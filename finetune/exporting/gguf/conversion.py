@@ -124,7 +124,7 @@ def describe_gguf(report: GgufReport) -> str:
     """Return the report as text for a person."""
     lines = [f"{report.output}: {describe_size(report.bytes)} of {report.type} in {report.seconds:.1f} s"]
     if not report.tensors:
-        return f"{lines[0]}\nnot compared (--no-verify)"
+        return f"{lines[0]}\nnot compared with what was trained"
     lines.append(f"read back: all {report.tensors} tensors lie within half a step of {report.type} of their source")
     if report.llama_cpp is None:
         return "\n".join([*lines, f"not run in llama.cpp: no binding is installed (pip install {BINDING})"])

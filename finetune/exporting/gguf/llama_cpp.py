@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from finetune.api_arguments import name_option
 from finetune.data.encoding.rendering import encode_prompt
 from finetune.data.encoding.text_samples import render_sample
 from finetune.errors import ExportError
@@ -224,7 +225,7 @@ def _run_worker(job: dict[str, Any], file: Path) -> None:
         said = " / ".join(line.strip() for line in ended.stderr.splitlines()[-3:])
         raise ExportError(
             f"{file.name}: llama.cpp ({BINDING} {version(BINDING)}) cannot run it (status {ended.returncode}): {said[-400:]}; nothing was "
-            "left. --no-verify writes the file unproved"
+            f"left. {name_option('--no-verify')} writes the file unproved"
         )
 
 

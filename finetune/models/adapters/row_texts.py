@@ -38,10 +38,9 @@ class RowTexts:
             if answer is not None:
                 prompt = row["prompt_ids"]
                 yield Text([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-            elif "labels" in row:
-                yield Text(row["input_ids"], [label != IGNORED_LABEL for label in row["labels"]])
-            else:
-                yield Text(row["input_ids"], [True] * len(row["input_ids"]))
+                continue
+            trained = [label != IGNORED_LABEL for label in row["labels"]]
+            yield Text(row["input_ids"], trained if any(trained) else [True] * len(trained))
 
 
 def pad_texts(texts: Sequence[Text], device: torch.device) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
         TrainingError: they were not.
     """
     lines = {f"line {number}": line for number, line in enumerate(dump_recipe(recipe).splitlines())}
-    _compare("recipes", {**lines, "resume": f"--resume: {resume}"})
+    _compare("recipes", {**lines, "resume": f"resume: {resume}"})
 
 
 def check_same_rows(rows_fingerprint: str, base_fingerprint: str) -> None:

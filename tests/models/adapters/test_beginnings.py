@@ -104,7 +104,7 @@ def test_eva_is_what_peft_finds(nano_llama):
 
 def test_corda_takes_its_part_out_of_the_base(nano_llama):
     stored = load_file(nano_llama / "model.safetensors")
-    tuned = begin(nano_llama, AdapterSection(rank=4, init="corda"))
+    tuned = begin(nano_llama, AdapterSection(rank=4, init="corda", targets=("v_proj", "down_proj")))
     ids = torch.arange(200, 216).reshape(1, 16)
     with torch.no_grad():
         whole = tuned.eval()(input_ids=ids).logits
@@ -134,7 +134,9 @@ def test_corda_keeps_more_of_the_outputs_than_pissa(nano_llama):
     """Its part of a weight is chosen by the inputs that the rows give: without that part less of the outputs is left."""
     texts = make_rows(120)
     left = {
-        init: measure_rest(begin(nano_llama, AdapterSection(rank=8, init=init), texts=texts), texts)
+        init: measure_rest(
+            begin(nano_llama, AdapterSection(rank=8, init=init, targets=("q_proj", "o_proj")), texts=texts), texts
+        )
         for init in ("corda", "pissa")
     }
     assert left["corda"] < left["pissa"]
@@ -226,10 +228,12 @@ def test_directions_that_do_not_settle_end(nano_llama, monkeypatch):
 def test_texts_of_every_shape_of_rows():
     pairs = Dataset.from_dict({"prompt_ids": [[1, 2]], "chosen_ids": [[3]], "rejected_ids": [[4, 5]]})
     answers = Dataset.from_dict({"prompt_ids": [[1, 2]], "completion_ids": [[3]], "label": [True]})
-    prompts = Dataset.from_dict({"input_ids": [[1, 2, 3]]})
+    prompts = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100] * 3]})
     assert [text.ids for rows in (pairs, answers, prompts) for text in RowTexts(rows, 0)] == [[1, 2, 3]] * 3
     assert [text.trained for rows in (pairs, answers) for text in RowTexts(rows, 0)] == [[False, False, True]] * 2
-    batch = pad_texts([*RowTexts(pairs, 0), *RowTexts(Dataset.from_dict({"input_ids": [[7]]}), 0)], CPU)
+    batch = pad_texts(
+        [*RowTexts(pairs, 0), *RowTexts(Dataset.from_dict({"input_ids": [[7]], "labels": [[7]]}), 0)], CPU
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 3], [7, -100, -100]]
