@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.printing import SUCCESS, print_result, to_json
-from finetune.errors import ExportError, FinetuneError, HubError, OutputError
+from finetune.errors import ExportError, FinetuneError, HubError, OutputError, describe_count
 from finetune.files.launcher import is_main_process
 from finetune.files.terminal import escape_controls
 
@@ -209,12 +209,12 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     if hold_pairs(arguments.data):
         found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
-        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
+        text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
         return print_result(arguments, asdict(found), text)
     scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
     text = (
         f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
-        f"over {scores.tokens:,} trained tokens"
+        f"over {describe_count(scores.tokens, 'trained token')}"
     )
     return print_result(arguments, asdict(scores), text)
 

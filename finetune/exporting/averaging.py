@@ -13,7 +13,7 @@ import torch
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.data.encoding.tokenizer import load_tokenizer_file
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.companions import describe_config, write_companions
 from finetune.exporting.merged import Merged, Subject, open_merged, open_subject
 from finetune.exporting.verify import compare_tensors
@@ -155,6 +155,6 @@ def _write_card(names: Sequence[str]) -> str:
 def describe_average(report: AverageReport) -> str:
     """Return the report as text for a person."""
     return (
-        f"{report.output}: average of {len(report.models)} models, {report.bytes / 1e6:,.1f} MB of {report.dtype} in "
+        f"{report.output}: average of {describe_count(len(report.models), 'model')}, {report.bytes / 1e6:,.1f} MB of {report.dtype} in "
         f"{report.seconds:.1f} s; reopened, every tensor is equal to the mean"
     )

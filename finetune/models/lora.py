@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
 from finetune.compat import complete_head
-from finetune.errors import FinetuneError, TrainingError
+from finetune.errors import FinetuneError, TrainingError, describe_count
 from finetune.files.json_files import read_json, write_json
 from finetune.models.adapter_config import read_adapter_config
 from finetune.models.adapters.whole_modules import name_whole_modules, widen_copies
@@ -52,7 +52,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     layers = model.config.num_hidden_layers
     if beyond := [layer for layer in section.layers if layer >= layers]:
         raise TrainingError(
-            f"adapter.layers: {beyond} lie outside the {layers} layers of the base model, 0 to {layers - 1}"
+            f"adapter.layers: {beyond} lie outside the {describe_count(layers, 'layer')} of the base model, 0 to {layers - 1}"
         )
     tokens = list(section.train_tokens)
     config = LoraConfig(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import read_json, write_json
 from finetune.files.sizes import describe_size
@@ -168,7 +168,7 @@ def write_plain_adapter(result: Result, output: Path) -> AdapterReport:
 def describe_adapter(report: AdapterReport) -> str:
     """Return the report as text for a person."""
     return (
-        f"{report.output}: plain LoRA of rank {report.rank} for {report.modules} matrices, {describe_size(report.bytes)}; "
+        f"{report.output}: plain LoRA of rank {report.rank} for {describe_count(report.modules, 'matrix', 'matrices')}, {describe_size(report.bytes)}; "
         f"read back, no number of an update differs by more than {report.max_difference:.1e} of the largest"
         f"{_describe_limit(report.rank)}"
     )

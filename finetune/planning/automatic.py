@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.api_arguments import name_option
-from finetune.errors import MachineError, RecipeError, TrainingError
+from finetune.errors import MachineError, RecipeError, TrainingError, describe_count
 from finetune.planning.changes import list_changes
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
@@ -105,7 +105,7 @@ def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int
         raise RecipeError(
             "trainer",
             [
-                f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
+                f"global_batch: {describe_count(read_global_batch(recipe), 'row')} cannot be split evenly between {describe_count(target.processes, 'process', 'processes')} "
                 f"with a micro-batch size of {batch}; set a multiple of {target.processes * batch}"
             ],
         )

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from finetune.api_arguments import name_option
-from finetune.errors import MachineError, TrainingError
+from finetune.errors import MachineError, TrainingError, describe_count
 from finetune.files.launcher import count_processes
 from finetune.files.sizes import GIB
 from finetune.models.engine import ENGINES, Engine, check_engine, find_engine
@@ -241,12 +241,12 @@ def describe_plan(plan: Plan) -> str:
         "",
     ]
     if plan.processes > 1:
-        lines.append(f"each of {plan.processes} processes ({ENGINES[plan.engine].title})")
+        lines.append(f"each of {describe_count(plan.processes, 'process', 'processes')} ({ENGINES[plan.engine].title})")
     lines.append(describe_verdict(plan))
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(
-        f"one step: {plan.step.tokens:,} tokens where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
+        f"one step: {describe_count(plan.step.tokens, 'token')} where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
         f"training {plan.trainable_parameters:,} parameters"
     )
     lines += [

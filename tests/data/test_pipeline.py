@@ -78,7 +78,7 @@ def test_spelled_control_tokens_and_jinja_stay_plain_text(load, tokenizer):
     assert ids.count(106) == 2  # the two that the template writes
     assert ids.count(tokenizer.eos_token_id) == 0
     assert tokenizer.decode(ids).count(text) == 2
-    assert any("1 rows spell control tokens in their text" in note for note in splits.report.notes)
+    assert any("1 row spells control tokens in its text" in note for note in splits.report.notes)
     plain = load([chat("hello", "world")]).train[0]["input_ids"]
     expected = tokenizer.apply_chat_template(
         chat("hello", "world")["messages"], chat_template=find_template("yulan-mini", tokenizer).source
@@ -133,7 +133,7 @@ def test_supervised_training_learns_the_chosen_side(load, tokenizer):
     splits = load([PAIR])
     assert read_trained(splits.train[0], tokenizer) == ["good<|eot_id|>"]
     assert "prompt_ids" not in splits.train.column_names
-    assert any("1 rows are pairs" in note for note in splits.report.notes)
+    assert any("1 row is a pair" in note for note in splits.report.notes)
 
 
 def test_the_account_of_pairs_counts_both_sides(load):

@@ -280,8 +280,8 @@ def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys)
     found = json.loads(printed.out)
     assert (found["pairs"], found["measure"]) == (1, "score")
     assert found["accuracy"] == float(found["margin"] > 0)
-    assert "1 rows exceed data.max_tokens: 40" in printed.err
-    assert "reading 1 pairs" in printed.err
+    assert "1 row is longer than data.max_tokens: 40" in printed.err
+    assert "reading 1 pair" in printed.err
     status, printed = call("chat", run, "--prompt", "Q?")
     assert (status, printed.out) == (2, "")
     told = printed.err.strip().splitlines()[-1]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from finetune.api_arguments import name_option
 from finetune.data.encoding.rendering import encode_prompt
 from finetune.data.encoding.text_samples import render_sample
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.tensor_types import TensorType
 from finetune.exporting.proof import BINDING, LlamaCppScores, has_binding
@@ -240,7 +240,7 @@ def _check_ids(file: Path, expected: _Expected, found: dict[str, Any]) -> None:
     if wrong:
         text, ids, got = wrong[0]
         raise ExportError(
-            f"{file.name}: llama.cpp gives other tokens for {len(wrong)} of {len(expected.ids)} texts (first: {text[:40]!r}: {got[:12]}, "
+            f"{file.name}: llama.cpp gives other tokens for {len(wrong)} of {describe_count(len(expected.ids), 'text')} (first: {text[:40]!r}: {got[:12]}, "
             f"trained with {ids[:12]}); nothing was left"
         )
     for text, ids, got in zip(expected.job["rows"], expected.rows, found["rows"], strict=True):

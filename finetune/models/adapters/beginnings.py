@@ -20,7 +20,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from finetune.errors import TrainingError
+from finetune.errors import TrainingError, describe_count
 from finetune.models.adapters.row_texts import RowTexts, Text, pad_texts
 from finetune.recipe.sections import AdapterSection
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
@@ -83,15 +83,15 @@ def _prepare_eva(model: PreTrainedModel, section: AdapterSection, inputs: Beginn
     batches = _make_batches(inputs.texts, section.rank, model.device)
     if not batches:
         raise TrainingError(
-            f"adapter.init: {section.init} needs at least {section.rank} trained tokens, adapter.rank, and the rows have fewer; give more "
+            f"adapter.init: {section.init} needs at least {describe_count(section.rank, 'trained token')}, adapter.rank, and the rows have fewer; give more "
             "rows, or lower the rank"
         )
-    passes = itertools.count(1)
+    passes, used = itertools.count(1), describe_count(len(batches), "batch", "batches")
 
     def run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         if next(passes) > _MOST_PASSES:
             raise TrainingError(
-                f"adapter.init: the directions of {section.init} still change after {_MOST_PASSES} passes over {len(batches)} batches; "
+                f"adapter.init: the directions of {section.init} still change after {describe_count(_MOST_PASSES, 'pass', 'passes')} over {used}; "
                 "give more rows, lower adapter.rank, or take another init"
             )
         _run_layers(model, batch)
@@ -100,12 +100,8 @@ def _prepare_eva(model: PreTrainedModel, section: AdapterSection, inputs: Beginn
     found = get_eva_state_dict(
         model, batches, config, forward_fn=run, gather_distributed_inputs=False, show_progress_bar=False
     )
-    logger.info(
-        "adapter.init: %s: its directions settled after %d passes over %d batches of rows",
-        section.init,
-        next(passes) - 1,
-        len(batches),
-    )
+    done = describe_count(next(passes) - 1, "pass", "passes")
+    logger.info("adapter.init: %s: its directions settled after %s over %s of rows", section.init, done, used)
 
     def begin(tuned: PeftModel) -> None:
         for name, layer in _list_layers(tuned):
@@ -133,7 +129,7 @@ def _prepare_corda(model: PreTrainedModel, section: AdapterSection, inputs: Begi
     was_training = model.training
     preprocess_corda(model, _name_targets(section, corda_config=CordaConfig()), run)
     model.train(was_training)
-    logger.info("adapter.init: %s: read %s tokens of rows", section.init, f"{used:,}")
+    logger.info("adapter.init: %s: read %s of rows", section.init, describe_count(used, "token"))
 
     def begin(tuned: PeftModel) -> None:
         for _, layer in _list_layers(tuned):
