@@ -207,7 +207,7 @@ def make_rows(lengths):
 def test_overflow_is_an_error_unless_a_policy_is_stated(load):
     with pytest.raises(DataError) as caught:
         load(make_rows([1, 1, 60]), max_tokens=40)
-    assert "1 of 3 rows are longer than data.max_tokens: 40" in str(caught.value)
+    assert "1 of 3 rows is longer than data.max_tokens: 40" in str(caught.value)
     assert "rows.jsonl, line 3" in str(caught.value)
 
 

@@ -158,7 +158,7 @@ def test_answers_of_one_label_teach_nothing(load):
     with pytest.raises(DataError, match=r"all 3 answers are labelled true; .* add rows with label: false"):
         load(rows, shape="labelled")
     notes = load([*rows, {**rows[0], "label": False}], shape="labelled").report.notes
-    assert "3 answers are liked and 1 are not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
+    assert "3 answers are liked and 1 is not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
 
 
 def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
@@ -173,7 +173,7 @@ def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
     equal = {"prompt": "Q", "chosen": "good " * 30 + "end", "rejected": "good " * 30}
     assert load([equal, PAIR], shape="pair", max_tokens=limit, overflow="truncate").report.train.dropped == 1
     assert load([long, PAIR], shape="pair", max_tokens=limit, overflow="drop").report.train.dropped == 1
-    with pytest.raises(DataError, match="1 of 2 rows are longer"):
+    with pytest.raises(DataError, match="1 of 2 rows is longer"):
         load([long, PAIR], shape="pair", max_tokens=limit)
 
 
