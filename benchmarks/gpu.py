@@ -1,6 +1,6 @@
 """Measure on an NVIDIA GPU what the kit says of one: tests, memory against the plan, speed beside a plain TRL script, export and chat.
 
-    python benchmarks/gpu.py [--wheels FOLDER] [--output DIR] [--parts tests,memory,speed,export] [--rehearse]
+    python benchmarks/gpu.py [--wheels FOLDER] [--output DIR] [--parts checks,speed,auto,roomy,plain,export] [--rehearse]
 
 It makes a random checkpoint of YuLan-Mini's real sizes, so nothing is downloaded. Every part is a process of its own with a time
 limit, all together 8 minutes, and every result is saved as soon as it is known. Without a GPU it says so and ends; `--rehearse` runs
@@ -12,12 +12,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ ROOT = HERE.parent
 
 # A card of this size holds three of the runs at once; each counts only the memory of its own process.
 SHARED_CARD, SHARES = 70 * 2**30, 3
+# The parts that measure the speed of one program each.
+PROGRAMS = ("speed", "auto", "roomy", "plain")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def list_parts(base: Path, results: Path, extra: Sequence[str], card_bytes: int)
         command = (sys.executable, "-W", "ignore", str(HERE / "gpu_parts" / script), str(base))
         return (*command, str(results / f"{name}.jsonl"), *options, *extra)
 
-    tests = [
+    pytest = (
         "-m",
         "pytest",
         "-q",
@@ -58,14 +61,20 @@ def list_parts(base: Path, results: Path, extra: Sequence[str], card_bytes: int)
         "--durations=15",
         "-rf",
         "tests/gpu",
-    ]
+    )
     shares = SHARES if card_bytes >= SHARED_CARD else 1
     memory = tuple(child("memory.py", "memory", "--share", f"{number}/{shares}") for number in range(shares))
+    # Tests and memory are no matter of time, so they share a card that is large enough.
+    plans = child("plans.py", "plans")
+    first = [Part("checks", ((sys.executable, *pytest), *memory, plans), 190)]
+    if shares == 1:
+        first = [Part("tests", ((sys.executable, *pytest),), 80), Part("memory", (*memory, plans), 110)]
     return [
-        Part("tests", ((sys.executable, *tests),), 120),
-        Part("memory", memory, 130),
-        Part("speed", (child("speed.py", "speed", "--program", "ours"),), 70),
-        Part("plain", (child("speed.py", "plain", "--program", "plain TRL"),), 70),
+        *first,
+        Part("speed", (child("speed.py", "speed", "--program", "ours"),), 55),
+        Part("auto", (child("speed.py", "auto", "--program", "ours, speed auto"),), 90),
+        Part("roomy", (child("speed.py", "roomy", "--program", "ours, no checkpointing", "--only", "4 rows"),), 70),
+        Part("plain", (child("speed.py", "plain", "--program", "plain TRL"),), 55),
         Part("export", (child("export_chat.py", "export"),), 50),
     ]
 
@@ -73,7 +82,8 @@ def list_parts(base: Path, results: Path, extra: Sequence[str], card_bytes: int)
 def install_wheels(wheels: Path, folder: Path) -> dict[str, str]:
     """Install a folder of wheels beside the installed packages; return the environment in which they are found first."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*pip, "--target", str(folder), *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    if not folder.exists():
+        subprocess.run([*pip, "--target", str(folder), *map(str, sorted(wheels.glob("*.whl")))], check=True)
     return {"PYTHONPATH": str(folder)}
 
 
@@ -82,7 +92,10 @@ def run_part(part: Part, environment: Mapping[str, str], log: Path) -> dict[str,
     started = time.monotonic()
     with log.open("wb") as file:
         running = [
-            subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+            # A session of its own, so that a part that runs out of time is stopped with all its processes.
+            subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
             for command in part.commands
         ]
         statuses = [_wait(process, started + part.limit) for process in running]
@@ -98,7 +111,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
     try:
         return process.wait(timeout=max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return None
 
@@ -157,24 +170,26 @@ def describe_speed(results: Mapping[str, Any]) -> list[str]:
     """Return the table of speed and memory, side by side."""
     plain = {row.get("setting"): row for row in results.get("plain", [])}
     lines = [
-        "| setting | ours, tokens/s | plain TRL, tokens/s | ratio | ours, TFLOP/s | ours, GiB | plain TRL, GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | program | tokens/s | of plain TRL | TFLOP/s | GPU busy | kernels a step | allocated, GiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in results.get("speed", []):
-        if "error" in row:
-            lines.append(f"| {row['name']} | {row['error']} ||||||")
-            continue
-        other = plain.get(row["setting"], {"error": "it did not end"})
-        theirs, ratio, size = "not measured", "", ""
-        if "error" not in other:
-            theirs, size = f"{other['tokens_per_second']:,.0f}", _gib(other["allocated"])
-            ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
-        lines.append(
-            f"| {row['setting']} | {row['tokens_per_second']:,.0f} | {theirs} | {ratio} "
-            f"| {row['flops_per_second'] / 1e12:.0f} | {_gib(row['allocated'])} | {size} |"
-        )
-    lines += [f"| {row['name']} | {row['error']} ||||||" for row in results.get("plain", []) if "error" in row]
+    for name in PROGRAMS:
+        for row in results.get(name, []):
+            lines.append(_describe_program(row, plain))
     return lines
+
+
+def _describe_program(row: Mapping[str, Any], plain: Mapping[str | None, Mapping[str, Any]]) -> str:
+    program, _, setting = row["name"].partition(": ")
+    if "error" in row:
+        return f"| {setting} | {program} | {row['error']} ||||||"
+    other = plain.get(row["setting"], {})
+    ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}" if "tokens_per_second" in other else ""
+    busy = f"{row['busy_seconds'] / row['seconds']:.0%}" if row["kernels"] else ""
+    return (
+        f"| {setting} | {program} | {row['tokens_per_second']:,.0f} | {ratio} | {row['flops_per_second'] / 1e12:.0f} | {busy} "
+        f"| {row['kernels']:,} | {_gib(row['allocated'])} |"
+    )
 
 
 def _gib(size: float) -> str:
@@ -194,11 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--wheels", type=Path, help="a folder of gpu_wheels.py, installed first")
     parser.add_argument("--output", type=Path, default=HERE, help="where gpu.json and gpu.md go")
-    parser.add_argument("--parts", default="tests,memory,speed,plain,export", help="what to measure")
+    parser.add_argument("--parts", default="checks,tests,memory,speed,auto,roomy,plain,export", help="what to measure")
+    parser.add_argument("--keep", type=Path, help="keep checkpoint and wheels in this folder, for another call")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiply the time limits, for a slow machine")
     parser.add_argument("--rehearse", action="store_true", help="every part with nano's sizes, on the processor")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = arguments.keep or Path(temporary)
         # Four test processes with a thread for every core each would wait for one another.
         environment = {
             "OMP_NUM_THREADS": "4",
@@ -223,41 +240,29 @@ def main() -> None:
 def measure(
     arguments: argparse.Namespace, folder: Path, environment: Mapping[str, str], device: Mapping[str, Any]
 ) -> None:
-    """Make the checkpoint, run the parts with the plans beside them, and write the results after each."""
+    """Make the checkpoint, run the parts, and write the results after each."""
     extra = ["--rehearse"] if arguments.rehearse else []
     arguments.output.mkdir(parents=True, exist_ok=True)
     base, lines, logs = folder / "base", folder / "results", arguments.output / "logs"
-    lines.mkdir()
+    lines.mkdir(parents=True, exist_ok=True)
     logs.mkdir(exist_ok=True)
-    script = str(HERE / "gpu_parts" / "real_base.py")
-    made = run_part(Part("base", ((sys.executable, script, str(base), *extra),), 40), environment, logs / "base.log")
-    results: dict[str, Any] = {"device": device, "parts": {"base": made}}
-    plans_command = (
-        sys.executable,
-        str(HERE / "gpu_parts" / "plans.py"),
-        str(base),
-        str(lines / "plans.jsonl"),
-        *extra,
-    )
+    results: dict[str, Any] = {"device": device, "parts": {}}
+    if not base.exists():
+        make = (sys.executable, str(HERE / "gpu_parts" / "real_base.py"), str(base), *extra)
+        results["parts"]["base"] = run_part(Part("base", (make,), 60), environment, logs / "base.log")
     wanted = arguments.parts.split(",")
-    with (logs / "plans.log").open("wb") as log:
-        hidden = {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        plans = subprocess.Popen(plans_command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=hidden)
-        try:
-            for part in list_parts(base, lines, extra, device["memory"]):
-                if part.name in wanted:
-                    results["parts"][part.name] = run_part(part, environment, logs / f"{part.name}.log")
-                    save(arguments.output, results, lines)
-            plans.wait(timeout=120)
-        finally:
-            plans.kill()
+    for part in list_parts(base, lines, extra, device["memory"]):
+        if part.name in wanted:
+            patient = replace(part, limit=round(part.limit * arguments.patience))
+            results["parts"][part.name] = run_part(patient, environment, logs / f"{part.name}.log")
+            save(arguments.output, results, lines)
     save(arguments.output, results, lines)
     print(describe(results))
 
 
 def save(output: Path, results: dict[str, Any], lines: Path) -> None:
     """Write gpu.json and gpu.md."""
-    for name in ("plans", "memory", "speed", "plain", "export"):
+    for name in ("plans", "memory", *PROGRAMS, "export"):
         results[name] = read_lines(lines / f"{name}.jsonl")
     (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (output / "gpu.md").write_text(describe(results), encoding="utf-8")

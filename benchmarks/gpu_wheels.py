@@ -22,6 +22,7 @@ PACKAGES = [
     "dill",
     "fsspec",
     "ftfy",
+    "gguf",
     "hf-xet",
     "httpcore2",
     "httpx2",

@@ -38,7 +38,17 @@ FIRST_CASES = (
     Case("dpo_qlora, 2,048 tokens", "dpo_qlora", 2048),
     Case("anneal, 28,672 tokens", "anneal", 28672, ("optimizer.states=fresh",)),
 )
+STREAMED = ("model.stream_layers=true",)
 TIERS = (
+    Case("tiers/4gb", "tiers/4gb", 4096, card_gib=4),
+    Case("streamed sft_qlora, 2,048 tokens", "sft_qlora", 2048, STREAMED, card_gib=4),
+    Case(
+        "streamed sft_qlora, 28,672 tokens",
+        "sft_qlora",
+        28672,
+        (*STREAMED, "trainer.activation_offloading=true"),
+        card_gib=6,
+    ),
     Case("tiers/6gb", "tiers/6gb", 4096, card_gib=6),
     Case("tiers/8gb", "tiers/8gb", 28672, card_gib=8),
     Case("tiers/12gb", "tiers/12gb", 8192, card_gib=12),
@@ -49,6 +59,7 @@ CASES = (*FIRST_CASES, *TIERS)
 REHEARSED = (
     Case("sft_qlora, 128 tokens", "sft_qlora", 128),
     Case("sft_lora, 128 tokens", "sft_lora", 128),
+    Case("sft_qlora, 128 tokens, streamed", "sft_qlora", 128, STREAMED),
     Case("dpo_qlora, 128 tokens", "dpo_qlora", 128),
     Case(
         "anneal, 128 tokens",

@@ -1,4 +1,4 @@
-"""Watch a trainer from outside: the time of each step, and the peak of the device's memory while it trains."""
+"""Watch a trainer from outside: the time of each step, the kernels of one, and the peak of the device's memory while it trains."""
 
 import contextlib
 import time
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+
+# How many kernels are named, those that take the most time of a step.
+_LONGEST = 12
 
 
 def synchronize() -> None:
@@ -43,16 +46,35 @@ class Watch(TrainerCallback):
     training: tuple[int, int] = (0, 0)
     context: int = 0
     started: float = 0.0
+    profiled_step: int | None = None
+    kernels: int = 0
+    busy_seconds: float = 0.0
+    longest: list[tuple[float, int, str]] = field(default_factory=list)
+    profiler: Any = None
 
     def on_step_begin(self, *arguments: Any, **values: Any) -> None:
         """Start the clock."""
         synchronize()
+        if len(self.seconds) == self.profiled_step and torch.cuda.is_available():
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.start()
         self.started = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **values: Any) -> None:
         """Stop the clock."""
         synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        if self.profiler is None:
+            self.seconds.append(seconds)
+            return
+        self.profiler.stop()
+        for event in self.profiler.key_averages():
+            if event.device_type == torch.autograd.DeviceType.CUDA:  # the others are calls that start kernels
+                self.kernels += event.count
+                self.busy_seconds += event.self_device_time_total / 1e6
+                self.longest.append((event.self_device_time_total / 1e6, event.count, event.key))
+        self.longest = sorted(self.longest, reverse=True)[:_LONGEST]
+        self.profiler, self.profiled_step = None, None
 
     def on_log(self, *arguments: Any, logs: dict[str, Any] | None = None, **values: Any) -> None:
         """Keep the loss."""
@@ -61,9 +83,9 @@ class Watch(TrainerCallback):
 
 
 @contextlib.contextmanager
-def watch_trainers() -> Iterator[Watch]:
-    """Let every trainer that trains inside this context report to the watch."""
-    watch, train = Watch(), Trainer.train
+def watch_trainers(profiled_step: int | None = None) -> Iterator[Watch]:
+    """Let every trainer that trains inside this context report to the watch; the profiled step counts kernels and no time."""
+    watch, train = Watch(profiled_step=profiled_step), Trainer.train
 
     def watched(self: Trainer, *arguments: Any, **values: Any) -> Any:
         watch.loading = read_peaks()

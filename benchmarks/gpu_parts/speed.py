@@ -16,7 +16,7 @@ from gpu_parts.lines import record
 from finetune.data.encoding.tokenizer import load_tokenizer
 
 # Rows of one length, so that a step of either program computes the same tokens.
-STEPS, FIRST_MEASURED = 10, 3
+STEPS, FIRST_MEASURED, PROFILED = 10, 3, 8
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def write_conversations(path: Path, setting: Setting, base: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def train_ours(base: Path, rows: Path, output: Path, setting: Setting) -> None:
-    """Train with the kit, by the shipped recipe of quantized LoRA."""
+def train_ours(base: Path, rows: Path, output: Path, setting: Setting, *more: str) -> None:
+    """Train with the kit, by the shipped recipe of quantized LoRA, and more overrides."""
     import finetune
     from finetune.check.recipes import load_recipe
     from finetune.files.resources import list_recipes
@@ -69,8 +69,24 @@ def train_ours(base: Path, rows: Path, output: Path, setting: Setting) -> None:
         f"trainer.packing={str(setting.packing).lower()}",
         "trainer.save_strategy=no",
         "trainer.disable_tqdm=true",
+        *more,
     ]
     finetune.train(load_recipe(list_recipes()["sft_qlora"], overrides), force=True)
+
+
+def train_fast(base: Path, rows: Path, output: Path, setting: Setting, *more: str) -> None:
+    """Train with the kit and `model.speed: auto`, as in a run that is long enough to try it."""
+    from finetune.training.speed import compiled_layers, speed_trial
+
+    speed_trial.WORTHWHILE_SECONDS = 0
+    if not torch.cuda.is_available():  # a rehearsal: the compiler itself takes a minute
+        compiled_layers.COMPILER = {"backend": "aot_eager", "dynamic": True}
+    train_ours(base, rows, output, setting, "model.speed=auto", *more)
+
+
+def train_roomy(base: Path, rows: Path, output: Path, setting: Setting) -> None:
+    """Train as `train_fast` without gradient checkpointing, as `trainer.auto` does on a card with room."""
+    train_fast(base, rows, output, setting, "trainer.gradient_checkpointing=false")
 
 
 def train_plain(base: Path, rows: Path, output: Path, setting: Setting, keeps_float32: bool = False) -> None:
@@ -132,6 +148,8 @@ def train_plain_float32(base: Path, rows: Path, output: Path, setting: Setting) 
 
 PROGRAMS: dict[str, Callable[[Path, Path, Path, Setting], None]] = {
     "ours": train_ours,
+    "ours, speed auto": train_fast,
+    "ours, no checkpointing": train_roomy,
     "plain TRL": train_plain,
     "plain TRL, float32 adapter": train_plain_float32,
 }
@@ -151,6 +169,9 @@ def describe_speed(watch: Watch, setting: Setting, flops: float) -> dict[str, An
         "flops_per_second": flops / median,
         "allocated": watch.training[0],
         "reserved": watch.training[1],
+        "kernels": watch.kernels,
+        "busy_seconds": watch.busy_seconds,
+        "longest_kernels": watch.longest,
         "all_seconds": watch.seconds,
         "losses": watch.losses,
     }
@@ -185,7 +206,7 @@ def main() -> None:
             continue
 
         def measure(setting: Setting = setting) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder, watch_trainers() as watch:
+            with tempfile.TemporaryDirectory() as folder, watch_trainers(PROFILED) as watch:
                 rows = Path(folder) / "rows.jsonl"
                 write_conversations(rows, setting, base)
                 PROGRAMS[arguments.program](base, rows, Path(folder) / "run", setting)

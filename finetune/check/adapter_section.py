@@ -4,17 +4,20 @@ from collections.abc import Iterator
 
 from finetune.errors import describe_unknown_name
 from finetune.recipe.methods import Head
-from finetune.recipe.sections import LINEAR_LAYERS, TOKEN_TABLES, WHOLE_MODULES, AdapterSection
+from finetune.recipe.sections import LINEAR_LAYERS, TOKEN_TABLES, WHOLE_MODULES, AdapterSection, ModelSection
 
 
-def check_adapter_section(adapter: AdapterSection, quantize: str, head: Head = "language") -> Iterator[str]:
-    """Yield the problems of the section, for a base model that is quantized as `quantize` and has the head of the method."""
+def check_adapter_section(adapter: AdapterSection, model: ModelSection, head: Head = "language") -> Iterator[str]:
+    """Yield the problems of the section, for a base model that is held as `model` says and has the head of the method."""
+    quantize = model.quantize
     if adapter.trains_all_weights:
         for key, value in vars(adapter).items():
             if key != "kind" and value != vars(AdapterSection())[key]:
                 yield f"adapter.{key}: has no effect where adapter.kind is none; remove it"
         if quantize != "none":
             yield f"model.quantize: {quantize} weights cannot be trained in full; set adapter.kind: lora, or quantize: none"
+        if model.stream_layers:
+            yield "model.stream_layers: moves frozen weights only, and adapter.kind: none trains them all; set adapter.kind: lora"
         return
     yield from _check_lora(adapter)
     yield from _check_whole_modules(adapter, head)

@@ -88,6 +88,8 @@ def _check_borrowing(recipe: Recipe, result: Result) -> Iterator[str]:
         )
     if recipe.adapter.changes_base:
         yield f"adapter.init: {recipe.adapter.init} changes the base model, which the judge uses too; remove this key"
+    if recipe.model.stream_layers:
+        yield "model.stream_layers: the judge uses the base model's layers at other times than the training does; remove this key"
     if recipe.model.architecture == "native":
         yield "model.architecture: the judge needs a base model of Llama weights; remove this key"
 

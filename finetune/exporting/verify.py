@@ -35,7 +35,7 @@ from finetune.models.loading import load_base
 from finetune.models.lora import disable_adapter
 from finetune.models.opening import open_trained
 from finetune.models.precision import Precision, choose_device
-from finetune.models.streamed import ReadTensor, read_stored, stream_model
+from finetune.models.streaming.from_disk import ReadTensor, read_stored, stream_model
 from finetune.runs.lineage import recall_model
 from finetune.runs.results import SampleRow
 from finetune.runs.trained_tokens import encode_bundled_texts, make_bundled_samples

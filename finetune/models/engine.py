@@ -24,15 +24,19 @@ Engine = Literal["one", "ddp", "fsdp2", "zero2", "zero3"]
 
 @dataclass(frozen=True)
 class EngineKind:
-    """What is special about an engine: its name for a person, whether it shards the weights, and whether DeepSpeed runs it."""
+    """What is special about an engine: its name for a person, whether it shards the weights, and whether DeepSpeed runs it.
+
+    `streams_layers` says whether a run with it can keep its layers in main memory.
+    """
 
     title: str
     shards_weights: bool = False
     is_deepspeed: bool = False
+    streams_layers: bool = False
 
 
 ENGINES: Mapping[Engine, EngineKind] = {
-    "one": EngineKind("one process"),
+    "one": EngineKind("one process", streams_layers=True),
     "ddp": EngineKind("DDP"),
     "fsdp2": EngineKind("FSDP2", shards_weights=True),
     "zero2": EngineKind("ZeRO-2", is_deepspeed=True),
@@ -86,6 +90,11 @@ def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
         )
     if kind.shards_weights and recipe.model.quantize == "int8":
         problems.append("model.quantize: int8 weights cannot be sharded; set nf4 or none")
+    if recipe.model.stream_layers and not kind.streams_layers:
+        problems.append(
+            f"model.stream_layers: layers are streamed in one process only, and this is {kind.title}; remove this key, or start the run "
+            "without a launcher"
+        )
     if kind.shards_weights and recipe.rewards.judge.run:
         problems.append(
             f"rewards.judge.run: the judge needs the whole base model, and {kind.title} shards it; "

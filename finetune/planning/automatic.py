@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.api_arguments import name_option
 from finetune.errors import MachineError, RecipeError, TrainingError, describe_count
-from finetune.planning.changes import list_changes
+from finetune.planning.changes import Change
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
@@ -133,9 +133,14 @@ def _choose_level(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRec
         before = plan.peak_bytes
     raise TrainingError(
         f"trainer.auto: {describe_verdict(plan)}, with a micro-batch size of {changed.recipe.trainer[BATCH]} and\n  {choices[-1].describe()}\n"
-        "these changes alter the training and need less memory\n  "
-        + "\n  ".join(change.describe() for change in list_changes(changed) if not change.keeps_training)
+        "other changes that need less memory\n  "
+        + "\n  ".join(change.describe_effect() for change in target.list_changes(changed) if not _is_level(change))
     )
+
+
+def _is_level(change: Change) -> bool:
+    """Tell whether a change is one of the levels, or a smaller micro-batch size; they change only the trainer, not the result."""
+    return change.keeps_training and all(key.startswith("trainer.") for key in change.settings)
 
 
 def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -27,8 +27,16 @@ KEYS: Mapping[str, str] = {
         "bfloat16, with float32 copies in the optimizer)."
     ),
     "model.attention": "The attention kernel; auto leaves the choice to transformers.",
+    "model.stream_layers": (
+        "Keep the base model's layers in main memory and copy them to the GPU two at a time. It needs adapter.kind: lora and one "
+        "GPU; the result has the same bits, and each step takes longer where copying is slower than computing."
+    ),
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
+    "model.speed": (
+        "auto tries before step 1 whether compiled layers (torch.compile) are faster and compute the same, and uses them for runs "
+        "of 10 minutes and more; none leaves the layers as they are. A resumed run does as it began."
+    ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (
         "The rows to train on: a file, a folder, a glob such as my/*.jsonl, or a list of these. An entry may also be a mapping, "

@@ -63,8 +63,10 @@ class ModelSection:
     quantize: Literal["none", "int8", "nf4"] = "none"
     dtype: DtypeChoice = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    stream_layers: bool = False
     max_positions: int | None = None
     rope_theta: float | None = None
+    speed: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     Raises:
         TrainingError: naming the row of the batch and what is wrong with it.
     """
-    batch = _draw_first_batch(trainer)
+    batch = draw_first_batch(trainer)
     rows = list(_split_rows(batch))
     for number, (token_ids, labels) in enumerate(rows, start=1):
         where = f"first batch, row {number} of {len(rows)}"
@@ -59,7 +59,7 @@ def check_packed_batch(trainer: Trainer) -> None:
     Raises:
         TrainingError: nothing is trained, or a label is wrong.
     """
-    batch = _draw_first_batch(trainer)
+    batch = draw_first_batch(trainer)
     ids, labels = batch["input_ids"], batch["labels"]
     is_trained = labels != IGNORED_LABEL
     if (is_trained & ((labels != ids) | (batch["position_ids"] == 0))).any():
@@ -69,7 +69,12 @@ def check_packed_batch(trainer: Trainer) -> None:
         )
 
 
-def _draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+def draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the first batch of the run.
+
+    Raises:
+        TrainingError: there is none, or none of its tokens is trained.
+    """
     # Iterating draws random numbers, and the run must draw the same ones as without this check.
     with torch.random.fork_rng(devices=[]):
         batch: dict[str, torch.Tensor] | None = next(iter(trainer.get_train_dataloader()), None)

@@ -45,6 +45,7 @@ from finetune.training.preflight import EvaluationCheck, check_first_batch, chec
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
+from finetune.training.speed.speed_trial import read_choice, try_speed
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
 from finetune.watching.board_page import write_report
@@ -90,12 +91,14 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _check_rows(trainer, setup)
             describe_work(trainer, setup.splits.report)
             record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
+            earlier = None if checkpoint is None else read_choice(resolved.output)
             sheet = _open_answers(setup)
             if is_writer:
                 record.write_start()
                 if sheet is not None and checkpoint is None:
                     sheet.write_before(trained.model)
-            steps = _train(resolved, trainer, checkpoint)
+            with try_speed(trainer, resolved, record.note_speed, earlier):
+                steps = _train(resolved, trainer, checkpoint)
         summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
         with translate_os_errors(resolved.output, _LEFT):
             if is_writer:

@@ -22,6 +22,7 @@ from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
 from finetune.models.precision import Precision
 from finetune.models.reference_model import describe_reference
+from finetune.models.streaming.from_main_memory import stream_layers
 from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge
 from finetune.runs.lineage import find_tokenizer_folder, find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -120,7 +121,10 @@ def build_model(
     """
     resolved, recipe, judge = setup.resolved, setup.resolved.recipe, None
     set_seed(recipe.seed)  # the head of a reward model is initialized at random
-    base = load_base(setup.base, recipe.model, setup.precision, device, resolved.method.head)
+    # bitsandbytes quantizes on the device, in its rounding; a 16-bit base need not pass through a device that it may not fit.
+    loads_to_cpu = recipe.model.stream_layers and recipe.model.quantize == "none"
+    loaded_to = torch.device("cpu") if loads_to_cpu else device
+    base = load_base(setup.base, recipe.model, setup.precision, loaded_to, resolved.method.head)
     _warn_of_untrained_tokens(setup, base)
     if recipe.rewards.judge.run:
         pad_token, rows = int(setup.tokenizer.pad_token_id), config.per_device_train_batch_size
@@ -134,6 +138,8 @@ def build_model(
         begin = prepare_beginning(base, recipe.adapter, BeginningInputs(setup.base, texts, initial))
         model = attach_adapter(base, recipe.adapter, setup.base)
         begin(model)
+    if recipe.model.stream_layers:
+        stream_layers(model, device)
     if not resolved.method.is_online:
         return TrainedModel(model, setup.tokenizer, judge)
     set_stop_tokens(model, list_stop_tokens(setup.tokenizer, setup.template))

@@ -21,15 +21,15 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
 
 
 def test_every_part_runs_on_the_processor(tmp_path):
-    table = measure(tmp_path, "--rehearse", "--parts", "memory,speed,plain,export")
+    table = measure(tmp_path, "--rehearse", "--parts", "memory,speed,auto,plain,export")
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(
-        ("base", "memory", "speed", "plain", "export"), 0
+        ("base", "memory", "speed", "auto", "plain", "export"), 0
     )
-    rows = [row for name in ("plans", "memory", "speed", "plain", "export") for row in found[name]]
-    assert len(rows) == 4 + 4 + 2 + 2 + 3
+    rows = [row for name in ("plans", "memory", "speed", "auto", "plain", "export") for row in found[name]]
+    assert len(rows) == 5 + 5 + 2 + 2 + 2 + 3
     assert not [row for row in rows if "error" in row]
-    for ours, plain in zip(found["speed"], found["plain"], strict=True):
-        assert ours["setting"] == plain["setting"]
-    assert "| 2 rows of 256 tokens |" in table
+    for ours, fast, plain in zip(found["speed"], found["auto"], found["plain"], strict=True):
+        assert ours["setting"] == fast["setting"] == plain["setting"]
+    assert "| 2 rows of 256 tokens | plain TRL |" in table
     assert (tmp_path / "gpu.md").read_text().startswith("CPU; Python")

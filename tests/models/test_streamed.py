@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.models.lora import disable_adapter
-from finetune.models.streamed import read_stored, stream_model
+from finetune.models.streaming.from_disk import read_stored, stream_model
 from finetune.yulan.native.modeling import load_native
 from finetune.yulan.tensors import open_tensors
 

@@ -1,6 +1,7 @@
 """What a key of a recipe can change: the rows, the model, the trainer, the answers' rewards, the run, the export. Each is observed in process."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -77,6 +78,13 @@ def observe_model(resolved):
     return str(model), model.config.to_dict(), model.config._attn_implementation, kept, weights
 
 
+def observe_storages(resolved):
+    """Return how many storages hold the parameters of the model that would be trained."""
+    config, precision = make_config(resolved, resolved.evaluates, choose(resolved)), choose(resolved)
+    model = build_model(prepare(resolved, config, precision), config, CPU).model
+    return len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+
+
 def observe_trainer(resolved):
     """Return the optimizer's groups, the factors of its rate, the steps, and what the trainer calls at each step."""
     config, precision = make_config(resolved, resolved.evaluates, choose(resolved)), choose(resolved)
@@ -133,6 +141,12 @@ def observe_run(resolved):
     """Return the files that a run leaves."""
     run = Path(run_training(resolved).run)
     return sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file())
+
+
+def observe_speed(resolved):
+    """Return what the record of a run says of its speed; the output is another one for each run."""
+    run = Path(run_training(resolved.change(output=f"{resolved.output}_{resolved.recipe.model.speed}")).run)
+    return json.loads((run / "run.json").read_text()).get("speed")
 
 
 def observe_output(resolved):

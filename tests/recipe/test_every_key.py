@@ -20,6 +20,8 @@ from key_effects import (
     observe_rewards,
     observe_rows,
     observe_run,
+    observe_speed,
+    observe_storages,
     observe_trainer,
     observe_workers,
 )
@@ -80,6 +82,8 @@ FLIPS = (
     Flip("model.quantize", "nf4", observe_model),
     Flip("model.dtype", "bfloat16", observe_model),
     Flip("model.attention", "eager", observe_model),
+    Flip("model.stream_layers", "true", observe_storages),
+    Flip("model.speed", "auto", observe_speed, ("trainer.max_steps=1",)),
     Flip("model.max_positions", "8192", observe_model),
     Flip("model.rope_theta", "50000", observe_model),
     Flip("data.train", "few.jsonl", observe_rows),

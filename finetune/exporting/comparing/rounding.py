@@ -11,7 +11,7 @@ import torch
 from finetune.errors import ExportError, describe_count
 from finetune.exporting.merged import Merged
 from finetune.exporting.proof import Comparison
-from finetune.models.streamed import PART_ELEMENTS, ReadTensor, read_stored
+from finetune.models.streaming.from_disk import PART_ELEMENTS, ReadTensor, read_stored
 from finetune.yulan.tensors import TensorFolder, name_dtype
 
 # Merging in float32 and applying the adapter live differ in the order of sums only.

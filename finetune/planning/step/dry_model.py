@@ -32,6 +32,7 @@ from finetune.data.settings import RowShape
 from finetune.models.loading import extend_context, make_quantization
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import Precision
+from finetune.models.streaming.from_main_memory import count_bytes, list_layers, list_matrices, make_slots
 from finetune.planning.changes import is_packed
 from finetune.recipe.batches import read_batch
 from finetune.runs.lineage import find_base
@@ -146,6 +147,20 @@ def _quantize_layer_to_int8(layer: Linear8bitLt) -> None:
     layer.weight = weight
     layer.state.CB = weight.data
     layer.state.SCB = torch.empty(layer.out_features, dtype=torch.float32)
+
+
+def stream_dry_layers(model: PreTrainedModel | PeftModel, fake: Any) -> int:
+    """Let the layers of a model without content share two slots, as a stream does; return the bytes that leave the device.
+
+    With L layers of B bytes each (`count_bytes`: packed weights, each rounded up to 512 bytes), 2 B of L B stay.
+    """
+    layers = [list_matrices(layer) for layer in list_layers(model)]
+    with fake:
+        slots = make_slots(layers, torch.device("cpu"))
+        for number, matrices in enumerate(layers):
+            for matrix in matrices:
+                matrix.place(slots[number % len(slots)])
+    return sum(map(count_bytes, layers))
 
 
 def read_sizes(resolved: ResolvedRecipe) -> Mapping[str, Any]:

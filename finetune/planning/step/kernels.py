@@ -95,6 +95,7 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, model: torch.nn.Module) -> None:
         self._resident = {identify_storage(tensor.untyped_storage()) for _, tensor in list_weights(model)}
         self._leaving: deque[torch.Tensor] = deque(maxlen=_STASHED_TENSORS)
+        self._away = self.most_away = 0  # bytes in main memory, now and at most
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Size, torch.dtype]:
@@ -102,12 +103,15 @@ class OffloadedActivations(torch.autograd.graph.saved_tensors_hooks):
         if small or identify_storage(tensor.untyped_storage()) in self._resident:
             return tensor
         self._leaving.append(tensor)
+        self._away += tensor.numel() * tensor.element_size()
+        self.most_away = max(self.most_away, self._away)
         return tensor.shape, tensor.dtype
 
     def _unpack(self, packed: torch.Tensor | tuple[torch.Size, torch.dtype]) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
         self._leaving.clear()
+        self._away -= packed[0].numel() * packed[1].itemsize
         return torch.empty(packed[0], dtype=packed[1])
 
 

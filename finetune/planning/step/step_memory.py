@@ -23,10 +23,16 @@ from finetune.compat import (
     replace_offloading,
     take_reference_as_known,
 )
-from finetune.models.engine import Engine
+from finetune.models.engine import ENGINES, Engine
 from finetune.models.precision import Precision, choose_planned_precision
 from finetune.planning.changes import is_packed
-from finetune.planning.step.dry_model import build_dry_model, find_model_config, make_full_rows, make_stand_in_tokenizer
+from finetune.planning.step.dry_model import (
+    build_dry_model,
+    find_model_config,
+    make_full_rows,
+    make_stand_in_tokenizer,
+    stream_dry_layers,
+)
 from finetune.planning.step.kernels import (
     CACHED_VIEW,
     GPU_WORKSPACES,
@@ -66,15 +72,21 @@ _DRY_OPTIONS: Mapping[str, Any] = {
     "activation_offloading": False,
     "tf32": None,
 }
+# Parts of the main memory.
+STREAMED, OFFLOADED = "streamed layers", "offloaded activations"
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The peak of a training step, the most bytes that the loss ever takes, and the number of trained parameters."""
+    """The peak of a training step, the most bytes that the loss ever takes, and the number of trained parameters.
+
+    `main_memory` is what waits in the host's memory for a device of its own: part -> bytes.
+    """
 
     peak: Peak
     loss_bytes: int
     trainable: int
+    main_memory: Mapping[str, int]
 
 
 def measure_step(
@@ -96,8 +108,13 @@ def measure_step(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         _enter_patches(stack, resolved, is_gpu)
         model = build_dry_model(resolved, config, precision, fake)
+        loading = _measure_loading(model) if _loads_whole(resolved, engine) else None
+        main_memory = {STREAMED: stream_dry_layers(model, fake)} if resolved.recipe.model.stream_layers else {}
+        offloading = OffloadedActivations(model)
         stack.enter_context(fake)
         trainer = _build_dry_trainer(resolved, model, precision, folder)
+        if resolved.recipe.trainer.get("activation_offloading"):
+            replace_offloading(trainer, offloading)
         sharing = Sharing(engine, processes, 4 if precision == Precision(torch.float32, "no") else 2)
         tracker = _make_tracker(resolved, is_gpu, sharing)
         accumulates = read_accumulation(resolved.recipe) > 1
@@ -105,9 +122,20 @@ def measure_step(
         follow_training(trainer, tracker, prepare)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     peak = tracker.find_peak(WORKSPACE, sharing.list_extras(model))
-    if sharing.shares_weights:
-        peak = max(peak, _measure_loading(model), key=lambda moment: moment.bytes)
-    return StepMemory(peak, tracker.find_largest(LOSS), trainable)
+    if loading is not None:
+        peak = max(peak, loading, key=lambda moment: moment.bytes)
+    if offloading.most_away:
+        main_memory[OFFLOADED] = offloading.most_away
+    return StepMemory(peak, tracker.find_largest(LOSS), trainable, main_memory)
+
+
+def _loads_whole(resolved: ResolvedRecipe, engine: Engine) -> bool:
+    """Tell whether the whole base is on the device before training, and only a part of it later.
+
+    A base that is streamed and not quantized is loaded into main memory.
+    """
+    model = resolved.recipe.model
+    return ENGINES[engine].shards_weights or (model.stream_layers and model.quantize != "none")
 
 
 def _enter_patches(stack: contextlib.ExitStack, resolved: ResolvedRecipe, is_gpu: bool) -> None:
@@ -126,7 +154,7 @@ def _enter_patches(stack: contextlib.ExitStack, resolved: ResolvedRecipe, is_gpu
 
 
 def _measure_loading(model: PreTrainedModel | PeftModel) -> Peak:
-    """Return the memory while loading, when every process still holds the whole model before it is sharded."""
+    """Return the memory while loading, when a process still holds the whole model before it is sharded or streamed."""
     parts: dict[str, int] = {}
     for part, tensor in list_weights(model):
         parts[part] = parts.get(part, 0) + tensor.untyped_storage().nbytes()
@@ -147,8 +175,6 @@ def _build_dry_trainer(
         rows = make_full_rows(resolved)
     trainer = build_trainer(dry, model, make_stand_in_tokenizer(), rows, precision)
     trainer.data_collator = _collate_without_content(trainer.data_collator)
-    if resolved.recipe.trainer.get("activation_offloading"):
-        replace_offloading(trainer, OffloadedActivations(model))
     with warnings.catch_warnings():
         # transformers counts the parameters of 8-bit optimizers by their addresses, which tensors without content lack.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

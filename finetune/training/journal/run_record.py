@@ -32,6 +32,7 @@ from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
+from finetune.training.speed.speed_trial import SpeedChoice
 from finetune.watching.board_page import write_report
 
 # The states of a run, in their order: it trains; it has trained its last step and writes its result; all is written.
@@ -45,6 +46,12 @@ class RunRecord:
         self._setup = setup
         self._model = model
         self._resumed = resumed
+        self._speed: SpeedChoice | None = None
+
+    def note_speed(self, choice: SpeedChoice) -> None:
+        """Write what was decided about the speed, so that a resumed run does the same."""
+        self._speed = choice
+        self._write_json("running", None)
 
     def write_start(self) -> None:
         """Write the resolved recipe, the initial adapter of PiSSA, and a record with the status "running"."""
@@ -55,7 +62,7 @@ class RunRecord:
                 write_text(run / RECIPE_FILE, dump_recipe(recipe))
                 if recipe.adapter.changes_base and isinstance(self._model, PeftModel):
                     save_adapter(self._model, run / PISSA_START_FOLDER)
-            write_json(run / RECORD_FILE, self._describe("running", None))
+            self._write_json("running", None)
 
     def write_saving(self, summary: RunSummary) -> None:
         """Write the record of a run that has trained its last step, before its result is written."""
@@ -70,7 +77,10 @@ class RunRecord:
         with translate_os_errors(
             run, f"what the run has written is kept; make room, and end it with {name_option('--resume')}"
         ):
-            write_json(run / RECORD_FILE, self._describe(status, summary))
+            self._write_json(status, summary)
+
+    def _write_json(self, status: str, summary: RunSummary | None) -> None:
+        write_json(self._setup.resolved.output / RECORD_FILE, self._describe(status, summary))
 
     def _describe(self, status: str, summary: RunSummary | None) -> dict[str, Any]:
         setup, recipe = self._setup, self._setup.resolved.recipe
@@ -85,6 +95,7 @@ class RunRecord:
             "judge_fingerprint": fingerprint_judge(recipe.rewards.judge),
             "data": setup.splits.report.to_json(),
             **describe_environment(),
+            **({} if self._speed is None else {"speed": asdict(self._speed)}),
             "result": asdict(summary) if summary else None,
         }
 
