@@ -98,10 +98,9 @@ KEYS: Mapping[str, str] = {
     "adapter.rslora": "Multiply the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
     "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
-        "What the adapter begins with. default changes nothing. pissa takes the leading singular vectors of the weights, olora their QR "
-        "decomposition, and corda the part that the training rows use most; these three are saved as plain LoRA of twice the rank. eva "
-        "changes nothing, and starts from the directions in which the training rows vary. loftq takes what nf4 rounds off, so its export "
-        "needs --base dequantized."
+        "What the adapter begins with. default and eva change nothing; eva starts from the directions in which the rows vary. pissa, "
+        "olora and corda take a part of the weights, corda by what the rows use, and are saved as LoRA of twice the rank. loftq takes "
+        "what nf4 rounds off; its export needs --base dequantized."
     ),
     "adapter.layers": "The numbers of the layers that get an adapter, from 0 on, such as [20, 21, 22]; an empty list means all.",
     "adapter.loraplus_ratio": (

@@ -221,7 +221,7 @@ def test_too_few_rows_for_eva_end(nano_llama):
 
 def test_directions_that_do_not_settle_end(nano_llama, monkeypatch):
     monkeypatch.setattr("finetune.models.adapters.beginnings._MOST_PASSES", 1)
-    with pytest.raises(TrainingError, match="the directions of eva still change after 1 passes over 2 batches"):
+    with pytest.raises(TrainingError, match="the directions of eva still change after 1 pass over 2 batches"):
         begin(nano_llama, AdapterSection(rank=4, init="eva"))
 
 
