@@ -60,7 +60,7 @@ def test_plan_for_one_card_takes_its_memory(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--memory", "lots"), "--memory: 'lots' is not a memory size; write one such as 8GB"),
+        (("--memory", "lots"), "memory: 'lots' is not a memory size; write one such as 8GB"),
         (("--gpu", "RTX 4061"), "did you mean 'rtx 4060'"),
         (("-s", "model.checkpont=x"), "did you mean 'checkpoint'"),
     ],
