@@ -33,6 +33,17 @@ def require_list(name: str, value: object, expected: str = "a list of texts") ->
     return texts
 
 
+def require_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Return an argument that is one of a few texts.
+
+    Raises:
+        ArgumentError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name}: must be one of {', '.join(choices)}; found {value!r}")
+    return value
+
+
 def require_count(name: str, value: object) -> int:
     """Return an argument that counts something.
 

@@ -33,6 +33,7 @@ from finetune.planning.step.online_step import (
     count_reference_scorings,
 )
 from finetune.planning.step.step_memory import STREAMED, StepMemory, measure_step
+from finetune.planning.step.step_parts import count_copy_bytes
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _BAR = 30
@@ -126,6 +127,8 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
     phase, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
     if judge := count_judge_bytes(resolved.recipe):
         parts["judge: its adapter"] = judge
+    if target.is_gpu and target.engine == "one" and (copies := count_copy_bytes(resolved, step.trainable)):
+        parts["16-bit copies of the adapter"] = copies
     tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else step.main_memory
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))

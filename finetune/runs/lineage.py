@@ -49,7 +49,7 @@ def find_text_base(resolved: ResolvedRecipe) -> Path:
     model, earlier = resolved.recipe.model, resolved.earlier
     if earlier is None:
         folder = find_text_files(model.checkpoint)
-        _check_tokenizer(folder)
+        check_tokenizer(folder)
         read_config(folder)
         return folder
     lineage = earlier.lineage
@@ -61,7 +61,12 @@ def find_text_base(resolved: ResolvedRecipe) -> Path:
     return base if base.is_dir() else find_text_files(pin_name(lineage.checkpoint, lineage.commit))
 
 
-def _check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path) -> None:
+    """Check that a folder holds a tokenizer.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     if not holds_tokenizer(folder):
         raise CheckpointError(
             f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
@@ -74,7 +79,7 @@ def _check_trainable(folder: Path) -> None:
     Raises:
         CheckpointError: it has no tokenizer, its sizes contradict each other, or tensors are missing.
     """
-    _check_tokenizer(folder)
+    check_tokenizer(folder)
     if find_architecture(folder) == "llama":
         open_llama_tensors(folder)
     else:

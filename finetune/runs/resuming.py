@@ -44,11 +44,22 @@ def hold_output(output: Path, what: str, *, resume: bool) -> Iterator[None]:
         )
     if not resume:
         check_writable(output)
+    with hold_folder(output):
+        if not resume:
+            _check_fresh(output, what)
+        yield
+
+
+@contextlib.contextmanager
+def hold_folder(output: Path) -> Iterator[None]:
+    """Hold a folder within the block; make it where it does not exist, and remove it again where the block leaves it empty.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
     made = _make_folders(output)
     try:
         with lock_folder(output):
-            if not resume:
-                _check_fresh(output, what)
             yield
     finally:
         for folder in made:

@@ -10,6 +10,7 @@ from transformers import Trainer
 from finetune.data.account import DataReport
 from finetune.errors import describe_count
 from finetune.models.engine import ENGINES, find_engine
+from finetune.runs.run_files import count_tokens_seen
 from finetune.runs.summary import RunSummary
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> Ru
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(
-            max((line.get("num_tokens") or line.get("num_input_tokens_seen") or 0 for line in lines), default=0)
-        ),
+        tokens=count_tokens_seen(lines),
         train_loss=float("nan") if loss is None else loss,
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),
