@@ -98,8 +98,8 @@ KEYS: Mapping[str, str] = {
     "adapter.rslora": "Multiply the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
     "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
-        "What the adapter begins with. default and eva change nothing; eva starts from the directions in which the rows vary. pissa, "
-        "olora and corda take a part of the weights, corda by what the rows use, and are saved as LoRA of twice the rank. loftq takes "
+        "What the adapter begins with. default and eva change nothing; eva starts from directions in which the rows vary. pissa, "
+        "olora and corda take a part of the weights, corda by what the rows use, saved as LoRA of twice the rank. loftq takes "
         "what nf4 rounds off; its export needs --base dequantized."
     ),
     "adapter.layers": "The numbers of the layers that get an adapter, from 0 on, such as [20, 21, 22]; an empty list means all.",
