@@ -33,8 +33,8 @@ from finetune.planning.step.online_step import (
     count_reference_scorings,
 )
 from finetune.planning.step.step_memory import STREAMED, StepMemory, measure_step
+from finetune.planning.step.step_parts import count_copy_bytes
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.training.speed.adapter_copies import count_copy_bytes
 
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
