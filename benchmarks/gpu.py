@@ -185,10 +185,11 @@ def _describe_program(row: Mapping[str, Any], plain: Mapping[str | None, Mapping
         return f"| {setting} | {program} | {row['error']} ||||||"
     other = plain.get(row["setting"], {})
     ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}" if "tokens_per_second" in other else ""
-    busy = f"{row['busy_seconds'] / row['seconds']:.0%}" if row["kernels"] else ""
+    kernels = row.get("kernels", 0)  # on a processor none are counted
+    busy, count = (f"{row['busy_seconds'] / row['seconds']:.0%}", f"{kernels:,}") if kernels else ("", "")
     return (
         f"| {setting} | {program} | {row['tokens_per_second']:,.0f} | {ratio} | {row['flops_per_second'] / 1e12:.0f} | {busy} "
-        f"| {row['kernels']:,} | {_gib(row['allocated'])} |"
+        f"| {count} | {_gib(row['allocated'])} |"
     )
 
 

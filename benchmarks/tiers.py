@@ -42,6 +42,15 @@ CHECKPOINTING, OFFLOADING = (
     "gradient_checkpointing: true\n  activation_offloading: true",
 )
 TIERS = (
+    Tier(
+        "4gb",
+        "GPU, 4 GB",
+        4,
+        "quantize: nf4\n  stream_layers: true",
+        LORA,
+        4096,
+        f"learning_rate: 2e-4\n  {CHECKPOINTING}",
+    ),
     Tier("6gb", "GPU, 6 GB", 6, "quantize: nf4", LORA, 4096, f"learning_rate: 2e-4\n  {CHECKPOINTING}"),
     Tier("8gb", "GPU, 8 GB", 8, "quantize: nf4", LORA, 28672, f"learning_rate: 2e-4\n  {OFFLOADING}"),
     Tier("12gb", "GPU, 12 GB", 12, "dtype: auto", LORA, 8192, f"learning_rate: 2e-4\n  {CHECKPOINTING}"),

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.api import evaluate, export, fold, open_model, plan, preview, train
+    from finetune.api import dynamics, evaluate, evaluate_tasks, export, fold, open_model, plan, preview, train
     from finetune.check.recipes import load_recipe
 
 # Set before any library reads them: libraries send no usage data unless the user asks for it.
@@ -24,7 +24,18 @@ if os.environ.setdefault("USE_HUB_KERNELS", "NO").upper() not in ("1", "ON", "YE
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-__all__ = ["evaluate", "export", "fold", "load_recipe", "open_model", "plan", "preview", "train"]
+__all__ = [
+    "dynamics",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "fold",
+    "load_recipe",
+    "open_model",
+    "plan",
+    "preview",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

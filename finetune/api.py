@@ -3,21 +3,37 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
-from finetune.api_arguments import require_count, require_flag, require_list, require_path, require_text
+from finetune.api_arguments import (
+    require_choice,
+    require_count,
+    require_flag,
+    require_list,
+    require_path,
+    require_text,
+)
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
-from finetune.errors import DataError
+from finetune.errors import ArgumentError, DataError
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
+from finetune.evaluation.tasks.run_tasks import TaskSettings
+from finetune.evaluation.tasks.run_tasks import evaluate_tasks as ask_model
+from finetune.evaluation.tasks.task_forms import Protocol
+from finetune.evaluation.tasks.task_results import Evaluation
 from finetune.evaluation.token_loss import Scores, evaluate_path
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.proof import ExportReport
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.sizes import parse_memory, parse_size
+from finetune.growth.growth_report import Growth
 from finetune.models.opening import LoadedModel
 from finetune.models.opening import open_model as open_named_model
+from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings, Keep
+from finetune.pipeline.dynamics.run_dynamics import run_dynamics
+from finetune.pipeline.dynamics.tuning import TuningSettings
 from finetune.pipeline.memory_ladder import train_on_device
 from finetune.planning.automatic import choose_settings
 from finetune.planning.forecast import Plan, choose_target, make_plan
@@ -86,6 +102,74 @@ def evaluate(
     return score(name, files, max_tokens)
 
 
+def evaluate_tasks(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    output: str | Path | None = None,
+    protocol: Protocol = "harness",
+    limit: int | None = None,
+    data: str | Path | None = None,
+    exemplars: str | Path | None = None,
+    batch_size: int | None = None,
+    chat: bool = False,
+    unsafe_code: bool = False,
+) -> Evaluation:
+    """Return the scores of a run or a model on tasks such as `lambada`; the options are those of the command line.
+
+    Samples go into the folder `output`; the same call continues there.
+
+    Raises:
+        FinetuneError: the model, the rows or the folder cannot be used, or code cannot be run safely.
+    """
+    name = _name("evaluate_tasks: model", model)
+    options = (protocol, limit, data, exemplars, batch_size, chat, unsafe_code)
+    settings = _read_task_settings("evaluate_tasks", tasks, *options)
+    folder = None if output is None else require_path("evaluate_tasks: output", output)
+    return ask_model(name, settings, folder)
+
+
+def dynamics(
+    checkpoints: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    protocol: Protocol = "harness",
+    limit: int | None = None,
+    data: str | Path | None = None,
+    exemplars: str | Path | None = None,
+    batch_size: int | None = None,
+    unsafe_code: bool = False,
+    texts: Sequence[str | Path] = (),
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    chat: bool = False,
+    keep: Keep = "all",
+) -> Growth:
+    """Measure many checkpoints side by side, in the order of training, and write table, pictures and JSON into `output`.
+
+    `texts` are files that activations, attention and loss are looked at on; `recipe` is trained from each checkpoint, and `chat` asks
+    what it gives in its template. `keep="none"` removes each download again. The same call continues after a stop.
+
+    Raises:
+        FinetuneError: a checkpoint, the rows, the recipe or the folder cannot be used.
+    """
+    if isinstance(checkpoints, str | os.PathLike) or not isinstance(checkpoints, Sequence):
+        raise ArgumentError(f"dynamics: checkpoints: must be a list of names; found {checkpoints!r}")
+    names = [_name("dynamics: checkpoints", name) for name in checkpoints]
+    folder = require_path("dynamics: output", output)
+    options = (protocol, limit, data, exemplars, batch_size, False, unsafe_code)
+    settings = _read_task_settings("dynamics", tasks, *options)
+    files = tuple(_list_files(texts, "dynamics: texts")) if texts else ()
+    require_choice("dynamics: keep", keep, get_args(Keep))
+    require_flag("dynamics: chat", chat)
+    tuning = None
+    if recipe is not None:
+        changes = require_list("dynamics: overrides", overrides)
+        tuning = TuningSettings(require_path("dynamics: recipe", recipe), changes, chat)
+    return run_dynamics(names, DynamicsSettings(settings if settings.tasks else None, keep, files, tuning), folder)
+
+
 def export(
     run: str | Path,
     output: str | Path,
@@ -152,9 +236,26 @@ def _name(argument: str, value: object) -> str:
     return str(value)
 
 
-def _list_files(data: object) -> list[Path]:
+def _list_files(data: object, argument: str = "evaluate: data") -> list[Path]:
     if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence):
-        return [require_path("evaluate: data", data, "a data file (str or pathlib.Path), or a list of files")]
+        return [require_path(argument, data, "a data file (str or pathlib.Path), or a list of files")]
     if not data:
-        raise DataError("evaluate: no data file is named; give at least one")
-    return [require_path("evaluate: data", file, "a list of data files (str or pathlib.Path)") for file in data]
+        raise DataError(f"{argument.partition(':')[0]}: no data file is named; give at least one")
+    return [require_path(argument, file, "a list of data files (str or pathlib.Path)") for file in data]
+
+
+def _read_task_settings(function: str, tasks: object, *options: Any) -> TaskSettings:
+    """Check the options of tasks, in the order of the public functions."""
+    protocol, limit, data, exemplars, batch_size, chat, unsafe_code = options
+    names = require_list(f"{function}: tasks", tasks, "a list of tasks")
+    require_choice(f"{function}: protocol", protocol, get_args(Protocol))
+    return TaskSettings(
+        names,
+        protocol,
+        None if limit is None else require_count(f"{function}: limit", limit),
+        None if data is None else require_path(f"{function}: data", data),
+        None if exemplars is None else require_path(f"{function}: exemplars", exemplars),
+        None if batch_size is None else require_count(f"{function}: batch_size", batch_size),
+        require_flag(f"{function}: chat", chat),
+        require_flag(f"{function}: unsafe_code", unsafe_code),
+    )

@@ -33,6 +33,17 @@ def require_list(name: str, value: object, expected: str = "a list of texts") ->
     return texts
 
 
+def require_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Return an argument that is one of a few texts.
+
+    Raises:
+        ArgumentError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name}: must be one of {', '.join(choices)}; found {value!r}")
+    return value
+
+
 def require_count(name: str, value: object) -> int:
     """Return an argument that counts something.
 
@@ -79,3 +90,19 @@ def require_text(name: str, value: object, example: str) -> str:
     if not isinstance(value, str):
         raise ArgumentError(f"{name}: must be a text such as {example!r}; found {value!r}")
     return value
+
+
+# Options of the command line, and the arguments of the public functions that do the same.
+OPTIONS: Mapping[str, str] = {
+    "--resume": "resume=True",
+    "--force": "force=True",
+    "--no-verify": "verify=False",
+    "--base-model": "base_model=...",
+    "--memory 8GB": "memory='8GB'",
+    "--gpu NAME": "gpu='NAME'",
+}
+
+
+def name_option(option: str) -> str:
+    """Return an option as both the command line and Python write it, for messages that both show."""
+    return f"{option} ({OPTIONS[option]} in Python)"

@@ -13,7 +13,18 @@ from finetune.cli.main import main
 from finetune.errors import FinetuneError, RecipeError
 from finetune.files.resources import find_demo_data
 
-FUNCTIONS = ["evaluate", "export", "fold", "load_recipe", "open_model", "plan", "preview", "train"]
+FUNCTIONS = [
+    "dynamics",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "fold",
+    "load_recipe",
+    "open_model",
+    "plan",
+    "preview",
+    "train",
+]
 
 
 def test_importing_loads_nothing_of_size():
@@ -117,6 +128,27 @@ def test_choices_that_do_not_exist_are_refused(tmp_path):
         (
             lambda: finetune.evaluate("nano", "rows.jsonl", max_tokens="x"),
             "evaluate: max_tokens: must be a whole number of 1 or more; found 'x'",
+        ),
+        (
+            lambda: finetune.evaluate_tasks("nano", "lambada"),
+            r"evaluate_tasks: tasks: must be a list of tasks; found 'lambada'; write \['lambada'\]",
+        ),
+        (
+            lambda: finetune.evaluate_tasks("nano", ["lambada"], protocol="mine"),
+            "evaluate_tasks: protocol: must be one of harness, authors; found 'mine'",
+        ),
+        (
+            lambda: finetune.evaluate_tasks("nano", ["lambada"], limit=0),
+            "evaluate_tasks: limit: must be a whole number of 1 or more; found 0",
+        ),
+        (lambda: finetune.dynamics("nano", "out"), "dynamics: checkpoints: must be a list of names; found 'nano'"),
+        (lambda: finetune.dynamics([3], "out"), "dynamics: checkpoints: must be a run directory, .*; found 3"),
+        (lambda: finetune.dynamics([], "out"), "dynamics: names no checkpoint; give some"),
+        (lambda: finetune.dynamics(["nano"], None), "dynamics: output: must be a path .*; found None"),
+        (lambda: finetune.dynamics(["nano"], "out", keep="some"), "dynamics: keep: must be one of all, none; found"),
+        (
+            lambda: finetune.dynamics(["nano"], "out", texts=[1]),
+            "dynamics: texts: must be a list of data files .*; found 1",
         ),
         (lambda: finetune.export(5, None), "export: run: must be a path .*; found 5"),
         (lambda: finetune.export("run", None), "export: output: must be a path .*; found None"),

@@ -166,5 +166,5 @@ def test_shipped_recipes_take_the_keys_that_the_guides_set(command, tmp_path):
 def test_the_public_functions_exist():
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     names = set(re.findall(r"^\| `finetune\.(\w+)`", text, re.MULTILINE))
-    assert names == {"load_recipe", "train", "evaluate", "export", "fold", "open_model", "plan", "preview"}
+    assert names == set(finetune.__all__)
     assert [name for name in names if not callable(getattr(finetune, name))] == []

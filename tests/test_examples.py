@@ -1,5 +1,6 @@
 """The examples run as their docstrings say, and stay short."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_nano_phases_leave_a_published_checkpoint_each(tmp_path):
     assert min(gains) > 0 and gains[-1] > gains[-2]
     run_example("plot_phases", tmp_path / "phases", tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    # The same phases side by side.
+    out = run_example("nano_dynamics", tmp_path / "phases", "40")
+    assert "after the same fine-tuning" not in out and "loss on the texts of --rows" in out
+    found = json.loads((tmp_path / "phases" / "dynamics" / "dynamics.json").read_text(encoding="utf-8"))
+    # 128 x 4 tokens a step; the alpha of a run is one that it trained.
+    assert [entry["tokens"] for entry in found["checkpoints"]] == [count * 512 for count in (20, 30, 40, 50)]
+    assert [entry["activity"]["loss"] for entry in found["checkpoints"]] == sorted(
+        (entry["activity"]["loss"] for entry in found["checkpoints"]), reverse=True
+    )
+    assert found["checkpoints"][3]["tests"]["measured"]["lambada"]["acc"]["test"] == "McNemar, exact"
+    assert {entry["alpha"] is None for entry in found["weights"]["nano"]} == {True, False}
+    drawn = [path.name for path in (tmp_path / "phases" / "dynamics").glob("*.png")]
+    assert sorted(drawn) == ["activity.png", "layers.png", "scores.png", "weights.png"]
 
 
 def test_open_export_answers_as_chat_does(nano_llama, tmp_path):

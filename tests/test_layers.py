@@ -32,6 +32,7 @@ ROOMS = (
     "planning",
     "exporting",
     "evaluation",
+    "growth",
     "synthesis",
     "cleaning",
     "pipeline",

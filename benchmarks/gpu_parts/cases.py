@@ -40,6 +40,7 @@ FIRST_CASES = (
 )
 STREAMED = ("model.stream_layers=true",)
 TIERS = (
+    Case("tiers/4gb", "tiers/4gb", 4096, card_gib=4),
     Case("streamed sft_qlora, 2,048 tokens", "sft_qlora", 2048, STREAMED, card_gib=4),
     Case(
         "streamed sft_qlora, 28,672 tokens",
@@ -58,6 +59,7 @@ CASES = (*FIRST_CASES, *TIERS)
 REHEARSED = (
     Case("sft_qlora, 128 tokens", "sft_qlora", 128),
     Case("sft_lora, 128 tokens", "sft_lora", 128),
+    Case("sft_qlora, 128 tokens, streamed", "sft_qlora", 128, STREAMED),
     Case("dpo_qlora, 128 tokens", "dpo_qlora", 128),
     Case(
         "anneal, 128 tokens",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-
 # How many kernels are named, those that take the most time of a step.
 _LONGEST = 12
 

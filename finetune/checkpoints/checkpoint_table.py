@@ -4,9 +4,13 @@ Source: the authors' repository RUC-GSAI/YuLan-Mini and the technical report (ar
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+PHASE_TOKENS = 40_000_000_000
+# The rows of each task behind a published score: the test splits. HumanEval has 20 samples for each of its rows.
+SCORED_ROWS: Mapping[str, int] = {"lambada": 5153, "gsm8k": 1319, "humaneval": 164}
 Architecture = Literal["llama", "yulanmini"]
 
 
@@ -25,6 +29,17 @@ class Checkpoint:
     gsm8k: float | None = None
     humaneval: float | None = None
     note: str = ""
+
+    @property
+    def tokens(self) -> int | None:
+        """The tokens of pre-training up to its phase, or None where it stands at the end of no phase."""
+        return 0 if self.stage == "untrained" else None if self.phase is None else self.phase * PHASE_TOKENS
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The published scores, in percent, by the names of their tasks."""
+        scores = {"lambada": self.lambada, "gsm8k": self.gsm8k, "humaneval": self.humaneval}
+        return {task: score for task, score in scores.items() if score is not None}
 
     @property
     def has_published_sizes(self) -> bool:
@@ -96,6 +111,12 @@ def find_alias(name: str) -> Checkpoint | None:
     alias, revision = split_hub_id(name)
     entry = _find_row(alias)
     return None if entry is None or (revision and entry.repository is None) else entry
+
+
+def find_published(name: str) -> Checkpoint | None:
+    """Return the row of an alias or of a repository in the table, or None for any other name."""
+    repository = split_hub_id(name)[0]
+    return find_alias(name) or next((row for row in CHECKPOINTS if row.repository == repository), None)
 
 
 def _find_row(name: str) -> Checkpoint | None:

@@ -130,8 +130,13 @@ def as_llama(folder: Path) -> Path:
     if find_architecture(folder) == "llama":
         check_llama(folder)
         return folder
+    return make_once(locate_fold(folder), lambda output: fold_checkpoint(folder, output))
+
+
+def locate_fold(folder: Path) -> Path:
+    """Return where the cache keeps the fold of a native checkpoint, whether it is there or not."""
     key = hashlib.sha256(f"{_FOLD_VERSION}:{fingerprint_checkpoint(folder)}".encode()).hexdigest()[:16]
-    return make_once(find_cache() / "folds" / key, lambda output: fold_checkpoint(folder, output))
+    return find_cache() / "folds" / key
 
 
 def find_base_folder(name: str, architecture: TrainedArchitecture) -> Path:

@@ -10,7 +10,7 @@ from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1")
 _ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
-_RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
+RUN_OR_MODEL = "a run directory, or an alias, a hub id or a folder"
 
 
 def add_nothing(verb: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def add_fold(verb: argparse.ArgumentParser) -> None:
 
 def add_preview(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
-    verb.add_argument("-n", "--rows", type=_read_count, default=3, metavar="N", help="how many rows (default: 3)")
+    verb.add_argument("-n", "--rows", type=read_count, default=3, metavar="N", help="how many rows (default: 3)")
     verb.add_argument("--html", type=Path, metavar="FILE", help="also write them as one self-contained HTML page")
 
 
@@ -124,7 +124,7 @@ def add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--memory", metavar="SIZE", help="say whether the run fits a GPU with this memory, such as 8GB")
     verb.add_argument("--gpu", metavar="NAME", help='say whether the run fits this GPU, such as "RTX 4060 Laptop"')
     verb.add_argument(
-        "--processes", type=_read_count, metavar="N", help="number of processes; the plan is for one of them"
+        "--processes", type=read_count, metavar="N", help="number of processes; the plan is for one of them"
     )
     verb.add_argument("--engine", choices=_ENGINES, help="how the processes share the work (default: ddp)")
     verb.add_argument(
@@ -206,7 +206,7 @@ def add_push(verb: argparse.ArgumentParser) -> None:
 
 
 def add_average(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=_RUN_OR_MODEL)
+    verb.add_argument("models", metavar="RUN_OR_MODEL", nargs="+", help=RUN_OR_MODEL)
     _add_writing(verb)
 
 
@@ -219,50 +219,12 @@ def add_gguf(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--no-verify", action="store_true", help="do not compare the file with the folder")
 
 
-def add_evaluate(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
-    what = verb.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows to evaluate on")
-    what.add_argument(
-        "--tasks", type=_read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
-    )
-    verb.add_argument(
-        "--max-tokens",
-        type=_read_count,
-        default=2048,
-        metavar="N",
-        help="leave longer rows out (with --data; default: 2048)",
-    )
-    tasks = verb.add_argument_group("with --tasks")
-    tasks.add_argument(
-        "--protocol",
-        choices=("harness", "authors"),
-        default="harness",
-        help="as lm-evaluation-harness does it (default), or as the authors' published table was made",
-    )
-    tasks.add_argument("--limit", type=_read_count, metavar="N", help="evaluate the first N rows of each task only")
-    tasks.add_argument(
-        "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
-    )
-    tasks.add_argument("--exemplars", type=Path, metavar="FILE", help="rows that stand in the prompts as examples")
-    tasks.add_argument(
-        "--batch-size", type=_read_count, metavar="N", help="prompts at once (default: what memory allows)"
-    )
-    tasks.add_argument("--chat", action="store_true", help="ask in the model's chat template")
-    tasks.add_argument(
-        "--unsafe-code", action="store_true", help="run generated code without a sandbox, with your rights"
-    )
-    tasks.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
-    )
-
-
 def add_chat(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help=_RUN_OR_MODEL)
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
     verb.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
     verb.add_argument("--system", metavar="TEXT", help="a system message")
     verb.add_argument(
-        "--max-new-tokens", type=_read_count, default=512, metavar="N", help="longest answer (default: 512)"
+        "--max-new-tokens", type=read_count, default=512, metavar="N", help="longest answer (default: 512)"
     )
     verb.add_argument(
         "--temperature",
@@ -284,12 +246,7 @@ def add_demo(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _read_names(text: str) -> tuple[str, ...]:
-    """Read names with commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _read_count(text: str) -> int:
+def read_count(text: str) -> int:
     """Read a whole number above 0; argparse reports the error and exits with 2."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")

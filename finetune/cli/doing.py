@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,41 +198,6 @@ def _make_prover(arguments: argparse.Namespace) -> LlamaCppProver | None:
     from finetune.exporting.gguf.llama_cpp import LlamaCppProver
 
     return LlamaCppProver()
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.tasks is not None:
-        return _evaluate_tasks(arguments)
-    from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
-    from finetune.evaluation.token_loss import evaluate_path
-
-    if hold_pairs(arguments.data):
-        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
-        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
-        return print_result(arguments, asdict(found), text)
-    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
-    text = (
-        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
-        f"over {scores.tokens:,} trained tokens"
-    )
-    return print_result(arguments, asdict(scores), text)
-
-
-def _evaluate_tasks(arguments: argparse.Namespace) -> int:
-    from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
-
-    settings = TaskSettings(
-        tasks=arguments.tasks,
-        protocol=arguments.protocol,
-        limit=arguments.limit,
-        data=arguments.task_data,
-        exemplars=arguments.exemplars,
-        batch_size=arguments.batch_size,
-        chat=arguments.chat,
-        unsafe_code=arguments.unsafe_code,
-    )
-    found = evaluate_tasks(arguments.model, settings, arguments.output)
-    return print_result(arguments, found.to_json(), found.describe())
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from finetune.cli.doing import (
     run_chat,
     run_clean,
     run_demo,
-    run_evaluate,
     run_export,
     run_fold,
     run_gguf,
@@ -30,6 +29,8 @@ from finetune.cli.looking import (
     run_preview,
     run_recipes,
 )
+from finetune.cli.measuring import measuring_arguments
+from finetune.cli.measuring.measuring import run_dynamics, run_evaluate
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,23 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "evaluate",
         "measure loss and accuracy on held-out rows, or the scores of LAMBADA, GSM8K and HumanEval",
-        arguments.add_evaluate,
+        measuring_arguments.add_evaluate,
         run_evaluate,
         (
             "finetune evaluate runs/mine --data held_out.jsonl",
             "finetune evaluate base --tasks lambada,gsm8k,humaneval",
             "finetune evaluate runs/mine --tasks gsm8k --limit 100 --task-data gsm8k_test.jsonl --exemplars gsm8k_train.jsonl",
+        ),
+    ),
+    Verb(
+        "dynamics",
+        "measure many checkpoints side by side: published and own scores, tests of each step, weights",
+        measuring_arguments.add_dynamics,
+        run_dynamics,
+        (
+            "finetune dynamics phase5 phase10 phase15 phase20 phase25 base-4k base --published",
+            "finetune dynamics phase5 phase15 phase25 base --tasks lambada,gsm8k -o dynamics/scores --keep none",
+            "finetune dynamics runs/mine/checkpoint-100 runs/mine/checkpoint-200 runs/mine -o dynamics/mine",
         ),
     ),
     Verb(

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from finetune.check.chain_stages import Chain, ExportStage, SynthesizeStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
 from finetune.data.reading.sources import hash_source
+from finetune.errors import describe_count
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
@@ -24,22 +25,19 @@ from finetune.files.json_files import read_json, write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.files.safety.locks import LOCK_FILE
 from finetune.models.precision import choose_device, choose_precision
-from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.pipeline.finishing import finish_training
+from finetune.pipeline.memory_ladder import train_on_device
 from finetune.recipe.sections import to_plain
 from finetune.runs.results import open_result
-from finetune.runs.resuming import check_same_recipe, has_saved_result, hold_output, remove_made_files
+from finetune.runs.resuming import check_same_recipe, hold_output
 from finetune.runs.run_files import (
     CHAIN_RECORD_FILE,
     EXPORT_REPORT_FILE,
     PEFT_WEIGHTS_FILE,
     RECIPE_FILE,
-    RECORD_FILE,
-    find_result_folder,
 )
 from finetune.runs.summary import RunSummary, describe_run
-from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 from finetune.synthesis.synthesize_run import synthesize_rows
-from finetune.training.run import check_finished_run
 from finetune.training.trainer import make_config
 from finetune.training.training_rows import prepare_rows, read_data_settings
 from finetune.yulan.tensors import list_weight_files
@@ -153,32 +151,9 @@ def _open_output(chain: Chain, resume: bool) -> None:
 
 
 def _run_training(stage: TrainStage, processes: TrainingArguments, force: bool) -> StageSummary:
-    resolved = resolve_stage(stage)
-    run = resolved.output
-    state = processes.distributed_state
-    summary = _read_summary(run)
-    checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
-    is_saved = summary is None and has_saved_result(run)
-    state.wait_for_everyone()  # every process has read the folder before one changes it
-    if summary is not None:
-        check_finished_run(restore_choices(resolved))
-        logger.info("%s: finished already", run)
-        return StageSummary(stage.name, str(run), True, summary)
-    if processes.process_index == 0 and run.is_dir() and checkpoint is None and not is_saved:
-        remove_made_files(run)
-    state.wait_for_everyone()
-    outcome = train_on_device(resolved, checkpoint is not None or is_saved, force)
-    return StageSummary(stage.name, str(run), False, _to_json(asdict(outcome)))
-
-
-def _read_summary(run: Path) -> dict[str, Any] | None:
-    """Read the summary of a finished run, or return None where it has not finished."""
-    try:
-        record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_finished = record["status"] == "finished" and find_result_folder(run) is not None
-    return dict(record["result"]) if is_finished else None
+    resolved, state = resolve_stage(stage), processes.distributed_state
+    finished = finish_training(resolved, force, state.wait_for_everyone, is_writer=processes.process_index == 0)
+    return StageSummary(stage.name, str(resolved.output), finished.was_done, finished.summary)
 
 
 def _hash_weights(run: Path) -> list[str]:
@@ -248,7 +223,9 @@ def describe_chain(summary: ChainSummary) -> str:
             )
             continue
         if "job" in result:
-            lines.append(f"{stage.name}{note}: {stage.path}: {result['rows']:,} rows made of {result['seeds']:,}")
+            lines.append(
+                f"{stage.name}{note}: {stage.path}: {describe_count(result['rows'], 'row')} made of {result['seeds']:,}"
+            )
             continue
         verify = result["verify"]
         compared = "not compared" if verify is None else f"same likeliest token {verify['top1_agreement']:.1%}"

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.errors import MachineError, RecipeError, TrainingError
-from finetune.planning.changes import list_changes
+from finetune.api_arguments import name_option
+from finetune.errors import MachineError, RecipeError, TrainingError, describe_count
+from finetune.planning.changes import Change
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
@@ -62,7 +63,9 @@ def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedR
     if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_NO_CHECKPOINTING} <= said:
         return resolved, ()
     if target.memory_bytes is None:
-        raise MachineError("trainer.auto: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"trainer.auto: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     is_split = {BATCH, ACCUMULATION} <= said
     rows = _count_rows(resolved, target, is_split)
     resolved = _split_rows(resolved, rows, _read_smallest_batch(resolved))
@@ -102,7 +105,7 @@ def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int
         raise RecipeError(
             "trainer",
             [
-                f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
+                f"global_batch: {describe_count(read_global_batch(recipe), 'row')} cannot be split evenly between {describe_count(target.processes, 'process', 'processes')} "
                 f"with a micro-batch size of {batch}; set a multiple of {target.processes * batch}"
             ],
         )
@@ -130,9 +133,14 @@ def _choose_level(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedRec
         before = plan.peak_bytes
     raise TrainingError(
         f"trainer.auto: {describe_verdict(plan)}, with a micro-batch size of {changed.recipe.trainer[BATCH]} and\n  {choices[-1].describe()}\n"
-        "these changes alter the training and need less memory\n  "
-        + "\n  ".join(change.describe() for change in list_changes(changed) if not change.keeps_training)
+        "other changes that need less memory\n  "
+        + "\n  ".join(change.describe_effect() for change in target.list_changes(changed) if not _is_level(change))
     )
+
+
+def _is_level(change: Change) -> bool:
+    """Tell whether a change is one of the levels, or a smaller micro-batch size; they change only the trainer, not the result."""
+    return change.keeps_training and all(key.startswith("trainer.") for key in change.settings)
 
 
 def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Mapping[str, Any], str]]:

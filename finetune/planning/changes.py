@@ -23,6 +23,10 @@ class Change:
         """Return the change as options of the command line, with its reason."""
         return f"{' '.join(f'-s {key}={_write(value)}' for key, value in self.settings.items())}: {self.reason}"
 
+    def describe_effect(self) -> str:
+        """Return the change as options with its reason, marked where it alters the training."""
+        return f"{self.describe()}{'' if self.keeps_training else ' (alters the training)'}"
+
 
 def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | list) else str(value)
@@ -33,8 +37,11 @@ def is_packed(resolved: ResolvedRecipe) -> bool:
     return bool(resolved.recipe.trainer.get("packing")) or resolved.method.is_pretraining
 
 
-def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
-    """Yield the changes that may lower the peak memory of a recipe, in the order in which to try them."""
+def list_changes(resolved: ResolvedRecipe, *, has_gpu: bool, can_stream: bool) -> Iterator[Change]:
+    """Yield the changes that may lower the peak memory of a recipe, in the order in which to try them.
+
+    What moves to main memory frees a GPU's only (`has_gpu`), and layers are streamed by some engines only (`can_stream`).
+    """
     recipe, method, trains_all = resolved.recipe, resolved.method, resolved.trains_all_weights
     batch, trainer = read_batch(recipe), recipe.trainer
     if batch > 1:
@@ -50,8 +57,12 @@ def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
     if method.is_online:
         half = max(int(resolved.read_option("max_completion_length")) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)
-    elif not trainer.get("activation_offloading") and not method.is_pretraining:
+    elif has_gpu and not trainer.get("activation_offloading") and not method.is_pretraining:
         yield Change({"trainer.activation_offloading": True}, "activations wait in the host's memory")
+    if has_gpu and can_stream and not (trains_all or recipe.model.stream_layers or recipe.rewards.judge.run):
+        yield Change(
+            {"model.stream_layers": True}, "layers of the base wait in the host's memory, and are copied for each pass"
+        )
     if method.is_pretraining:
         yield from _list_moments(recipe)
     elif "8bit" not in str(trainer.get("optim", "")):
@@ -63,6 +74,9 @@ def list_changes(resolved: ResolvedRecipe) -> Iterator[Change]:
     if recipe.adapter.train_tokens:
         reason = "no copies of the embedding tables and no gradient of the head; the chat tokens are not trained"
         yield Change({"adapter.train_tokens": []}, reason, keeps_training=False)
+    if recipe.adapter.modules_to_save:
+        reason = "no float32 copies of whole modules, their gradients and moments; these modules are not trained"
+        yield Change({"adapter.modules_to_save": []}, reason, keeps_training=False)
     if not trains_all and recipe.model.quantize == "none":
         yield Change({"model.quantize": "nf4"}, "weights of linear layers in 4 bits", keeps_training=False)
     if recipe.data.max_tokens > _SHORTEST_ROW:

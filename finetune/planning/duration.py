@@ -11,10 +11,14 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 
 @dataclass(frozen=True)
 class StepWork:
-    """The tokens of one optimizer step whose rows are all full, and the floating point operations that they cost."""
+    """The tokens of one optimizer step whose rows are all full, and the floating point operations that they cost.
+
+    `streamed_bytes` are those of layers that the step copies from main memory, which takes time of its own.
+    """
 
     tokens: int
     flops: int
+    streamed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
     length = recipe.data.max_tokens
     linear, table, width = count_matrix_weights(sizes)
     layers = int(sizes["num_hidden_layers"])
-    trained_rows = trains_all or bool(recipe.adapter.train_tokens)
+    trained_rows = trains_all or recipe.adapter.trains_tables
     for_linear = 2 * linear * (2 + checkpointed + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + checkpointed + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))
@@ -55,6 +59,16 @@ def _count_scorings(resolved: ResolvedRecipe) -> int:
     has_reference = resolved.method.has_reference and not resolved.recipe.trainer.get("precompute_ref_log_probs")
     extra = resolved.method.scored_texts
     return int(has_reference) * (1 + extra) + extra
+
+
+def count_streamed_bytes(resolved: ResolvedRecipe, layers: int, held: int, scorings: int = 0) -> int:
+    """Count the bytes of layers that a step copies to the device, where all `layers` take `held` bytes of main memory.
+
+    Each micro-batch passes L layers forward and backward. The two that a pass ends with are there for the next one, so it copies
+    L - 2. A pass of a reference model copies about L.
+    """
+    copies = 2 * max(layers - 2, 0) + layers * (scorings + _count_scorings(resolved))
+    return copies * held // layers * read_accumulation(resolved.recipe)
 
 
 def count_matrix_weights(sizes: Mapping[str, Any]) -> tuple[int, int, int]:

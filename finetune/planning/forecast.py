@@ -1,18 +1,19 @@
 """Forecast a run: whether it fits the memory, which parts take it, and how long a step lasts."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from finetune.errors import MachineError, TrainingError
+from finetune.api_arguments import name_option
+from finetune.errors import MachineError, TrainingError, describe_count
 from finetune.files.launcher import count_processes
 from finetune.files.sizes import GIB
 from finetune.models.engine import ENGINES, Engine, check_engine, find_engine
 from finetune.planning.changes import Change, apply_change, list_changes
-from finetune.planning.duration import CardTime, StepWork, count_work, estimate_time
+from finetune.planning.duration import CardTime, StepWork, count_streamed_bytes, count_work, estimate_time
 from finetune.planning.hardware import (
     CONTEXT_BYTES,
     CUBLAS_BYTES,
@@ -31,7 +32,8 @@ from finetune.planning.step.online_step import (
     count_judge_bytes,
     count_reference_scorings,
 )
-from finetune.planning.step.step_memory import StepMemory, measure_step
+from finetune.planning.step.step_memory import STREAMED, StepMemory, measure_step
+from finetune.planning.step.step_parts import count_copy_bytes
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 _BAR = 30
@@ -52,6 +54,10 @@ class Target:
     card: Card | None = None
     engine: Engine = "one"
     processes: int = 1
+
+    def list_changes(self, resolved: ResolvedRecipe) -> Iterator[Change]:
+        """Yield the changes that may lower the peak memory of a recipe on this device, in the order in which to try them."""
+        return list_changes(resolved, has_gpu=self.is_gpu, can_stream=ENGINES[self.engine].streams_layers)
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,16 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
     phase, parts = add_answers(step.peak, count_cache_bytes(resolved, sizes))
     if judge := count_judge_bytes(resolved.recipe):
         parts["judge: its adapter"] = judge
+    if target.is_gpu and target.engine == "one" and (copies := count_copy_bytes(resolved, step.trainable)):
+        parts["16-bit copies of the adapter"] = copies
     tensor_bytes = sum(parts.values())
     parts |= _list_overheads(step, target.processes) if target.is_gpu else step.main_memory
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     peak = sum(parts.values())
     fits = None if target.memory_bytes is None else peak <= target.memory_bytes
-    work = count_work(trained, sizes, count_reference_scorings(resolved))
+    scorings = count_reference_scorings(resolved)
+    work = count_work(trained, sizes, scorings)
+    held, layers = step.main_memory.get(STREAMED, 0), int(sizes["num_hidden_layers"])
     cards = [target.card] if target.card else [find_card(name) for name in TYPICAL_CARDS] if target.is_gpu else []
     return Plan(
         peak_bytes=peak,
@@ -140,10 +150,14 @@ def make_plan(resolved: ResolvedRecipe, target: Target) -> Plan:
         loss_bytes=step.loss_bytes,
         engine=target.engine,
         processes=target.processes,
-        step=replace(work, tokens=work.tokens * target.processes, flops=work.flops * target.processes),
+        step=StepWork(
+            work.tokens * target.processes,
+            work.flops * target.processes,
+            count_streamed_bytes(trained, layers, held, scorings) if target.is_gpu else 0,
+        ),
         writes_answers=resolved.method.is_online,
         times=tuple(estimate_time(work, card, target.processes) for card in cards),
-        suggestions=() if fits else tuple(change.describe() for change in list_changes(resolved)),
+        suggestions=() if fits else tuple(change.describe() for change in target.list_changes(resolved)),
         main_memory=step.main_memory if target.is_gpu else {},
     )
 
@@ -175,10 +189,12 @@ def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, t
         MachineError: the target does not say how much memory it has.
     """
     if target.memory_bytes is None:
-        raise MachineError("--fit: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"--fit: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     plan, steps = make_plan(resolved, target), list[Step]()
     while plan.fits is False:
-        for change in list_changes(resolved):
+        for change in target.list_changes(resolved):
             changed = apply_change(resolved, change)
             smaller = make_plan(changed, target)
             if smaller.peak_bytes < plan.peak_bytes:
@@ -216,7 +232,7 @@ def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
         raise TrainingError(
             f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
             + "\n  ".join(plan.suggestions)
-            + "\nor run it all the same with --force"
+            + f"\nor run it all the same with {name_option('--force')}"
         )
 
 
@@ -226,8 +242,7 @@ def describe_steps(steps: tuple[Step, ...]) -> str:
         return "nothing needs to change"
     lines = ["changes made to fit"]
     for step in steps:
-        altered = "" if step.change.keeps_training else " (alters the training)"
-        lines.append(f"  {step.change.describe()}{altered}; saves {(step.before - step.after) / 1e9:.2f} GB")
+        lines.append(f"  {step.change.describe_effect()}; saves {(step.before - step.after) / 1e9:.2f} GB")
     return "\n".join(lines)
 
 
@@ -243,7 +258,7 @@ def describe_plan(plan: Plan) -> str:
         "",
     ]
     if plan.processes > 1:
-        lines.append(f"each of {plan.processes} processes ({ENGINES[plan.engine].title})")
+        lines.append(f"each of {describe_count(plan.processes, 'process', 'processes')} ({ENGINES[plan.engine].title})")
     lines.append(describe_verdict(plan))
     if plan.main_memory:
         parts = ", ".join(f"{size / 1e9:.2f} GB for {part}" for part, size in plan.main_memory.items())
@@ -251,7 +266,7 @@ def describe_plan(plan: Plan) -> str:
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(
-        f"one step: {plan.step.tokens:,} tokens where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
+        f"one step: {describe_count(plan.step.tokens, 'token')} where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
         f"training {plan.trainable_parameters:,} parameters"
     )
     lines += [
@@ -260,6 +275,9 @@ def describe_plan(plan: Plan) -> str:
     ]
     if plan.times:
         without = "; the time for generating answers is not included" if plan.writes_answers else ""
+        if plan.step.streamed_bytes:
+            copied = plan.step.streamed_bytes / 1e9
+            without += f"; copying {copied:.0f} GB of streamed layers a step is not included, where it takes longer than computing"
         lines.append(f"(estimates: published peak rates x {UTILISATION:.0%}; nothing here was timed{without})")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import (
     find_base_folder,
     find_checkpoint,
@@ -48,7 +49,7 @@ def find_text_base(resolved: ResolvedRecipe) -> Path:
     model, earlier = resolved.recipe.model, resolved.earlier
     if earlier is None:
         folder = find_text_files(model.checkpoint)
-        _check_tokenizer(folder)
+        check_tokenizer(folder)
         read_config(folder)
         return folder
     lineage = earlier.lineage
@@ -60,7 +61,12 @@ def find_text_base(resolved: ResolvedRecipe) -> Path:
     return base if base.is_dir() else find_text_files(pin_name(lineage.checkpoint, lineage.commit))
 
 
-def _check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path) -> None:
+    """Check that a folder holds a tokenizer.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     if not holds_tokenizer(folder):
         raise CheckpointError(
             f"{folder}: holds no tokenizer (no tokenizer.json and no tokenizer.model); copy the checkpoint's tokenizer files into it"
@@ -73,7 +79,7 @@ def _check_trainable(folder: Path) -> None:
     Raises:
         CheckpointError: it has no tokenizer, its sizes contradict each other, or tensors are missing.
     """
-    _check_tokenizer(folder)
+    check_tokenizer(folder)
     if find_architecture(folder) == "llama":
         open_llama_tensors(folder)
     else:
@@ -167,7 +173,7 @@ def _find_peft_base(folder: Path, base_model: str | None) -> Path:
     name = base_model or own
     if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with --base-model"
+            f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with {name_option('--base-model')}"
         )
     try:
         base = find_checkpoint(name if base_model is not None else pin_name(name, content.get("revision")))
@@ -177,6 +183,6 @@ def _find_peft_base(folder: Path, base_model: str | None) -> Path:
             raise
         raise CheckpointError(
             f"{folder}: its base model {name!r} cannot be used: {error}\nIf the base lies somewhere else, or the adapter was trained on "
-            "a quantized form of it, name the full-precision base with --base-model FOLDER_OR_HUB_ID"
+            f"a quantized form of it, name the full-precision base, a folder or a hub id, with {name_option('--base-model')}"
         ) from error
     return base

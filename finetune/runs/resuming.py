@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
 from finetune.files.folders import check_output_free, check_writable
@@ -38,14 +39,27 @@ def hold_output(output: Path, what: str, *, resume: bool) -> Iterator[None]:
         TrainingError: there is nothing to resume.
     """
     if resume and not (output / RECIPE_FILE).is_file():
-        raise TrainingError(f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without --resume")
+        raise TrainingError(
+            f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without {name_option('--resume')}"
+        )
     if not resume:
         check_writable(output)
+    with hold_folder(output):
+        if not resume:
+            _check_fresh(output, what)
+        yield
+
+
+@contextlib.contextmanager
+def hold_folder(output: Path) -> Iterator[None]:
+    """Hold a folder within the block; make it where it does not exist, and remove it again where the block leaves it empty.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
     made = _make_folders(output)
     try:
         with lock_folder(output):
-            if not resume:
-                _check_fresh(output, what)
             yield
     finally:
         for folder in made:
@@ -57,7 +71,7 @@ def _check_fresh(output: Path, what: str) -> None:
     try:
         check_output_free(output, LOCK_FILE)
     except OutputError as error:
-        raise OutputError(f"{error}; or resume the {what} in it with --resume") from None
+        raise OutputError(f"{error}; or resume the {what} in it with {name_option('--resume')}") from None
 
 
 def _make_folders(output: Path) -> list[Path]:
@@ -126,11 +140,11 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None and list_trainer_checkpoints(run):
         raise TrainingError(
-            f"{run}: none of its checkpoints is whole, so it cannot be resumed; remove the folder and start again without --resume"
+            f"{run}: none of its checkpoints is whole, so it cannot be resumed; remove the folder and start again without {name_option('--resume')}"
         )
     if checkpoint is None:
         raise TrainingError(
-            f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without --resume"
+            f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without {name_option('--resume')}"
         )
     logger.info("resuming %s from %s", run, checkpoint.name)
     return checkpoint

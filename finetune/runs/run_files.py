@@ -1,6 +1,7 @@
 """Name the files and folders that runs, chains and exports write, and find them."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ def read_step(checkpoint: Path) -> int:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the logged lines of a run, oldest first."""
     return [line for _, line in read_lines(run / METRICS_FILE)]
+
+
+def count_tokens_seen(lines: Sequence[Mapping[str, Any]]) -> int:
+    """Return the tokens that a run has seen by the last of its logged lines."""
+    return int(max((line.get("num_tokens") or line.get("num_input_tokens_seen") or 0 for line in lines), default=0))

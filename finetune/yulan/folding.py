@@ -126,34 +126,43 @@ class Fold:
             )
         return folded
 
+    def find_alpha(self, name: str) -> float | None:
+        """Return the stored alpha of a Llama tensor, or None where it has none: those in the configuration are initial values only."""
+        return self.alphas.get(_name_alpha(name))
+
+    def find_factor(self, name: str) -> float:
+        """Return the number that a Llama tensor's rows are multiplied by, after any norm or shift."""
+        config, alpha = self.config, self.find_alpha(name)
+        alpha = 1.0 if alpha is None else alpha
+        if name == "model.embed_tokens.weight":
+            return config.scale_emb
+        if name == "lm_head.weight":
+            return alpha * config.dim_model_base_logits / config.hidden_size
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return alpha * config.residual_scale
+        if "norm" in name:
+            return config.ln_scale * alpha
+        if ".q_proj." in name:
+            # The native model scales attention logits by sqrt(dim_model_base_attn) / head_dim, Llama by 1 / sqrt(head_dim).
+            return alpha * math.sqrt(config.dim_model_base_attn / config.head_dim)
+        return alpha
+
+    def is_multiple(self, name: str) -> bool:
+        """Tell whether a Llama tensor is the stored one times `find_factor`, and nothing else."""
+        if name == "model.embed_tokens.weight":
+            return self.embedding_norm is None
+        return not (self.config.gemma_norm and "norm" in name)
+
     def _find_row_map(self, name: str) -> RowMap:
         """Return the function that folds rows of a tensor; it never mixes numbers of different rows."""
         if name == "model.embed_tokens.weight":
             return self._map_embedding()
-        if name == "lm_head.weight":
-            factor = self._find_alpha("lm_head_alpha") * self.config.dim_model_base_logits / self.config.hidden_size
-            return lambda rows: rows * factor
         if name.endswith("o_proj.bias"):
             return lambda rows: rows
+        factor = self.find_factor(name)
         if "norm" in name:
-            factor = self.config.ln_scale * self._find_alpha(f"{name.removesuffix('.weight')}_alpha")
             return lambda rows: self._shift_norm(rows) * factor
-        factor = self._find_projection_factor(name)
         return lambda rows: rows * factor
-
-    def _find_projection_factor(self, name: str) -> float:
-        prefix, module, projection, _ = name.rsplit(".", 3)
-        if module == "mlp" and projection == "down_proj":
-            return self._find_alpha(f"{prefix}.down_proj_alpha") * self.config.residual_scale
-        if module == "mlp":
-            return self._find_alpha(f"{prefix}.gate_up_proj_alpha")
-        factor = self._find_alpha(f"{prefix}.{module}.{projection}_alpha")
-        if projection == "o_proj":
-            return factor * self.config.residual_scale
-        if projection == "q_proj":
-            # The native model scales attention logits by sqrt(dim_model_base_attn) / head_dim, Llama by 1 / sqrt(head_dim).
-            return factor * math.sqrt(self.config.dim_model_base_attn / self.config.head_dim)
-        return factor
 
     def _map_embedding(self) -> RowMap:
         config, weight = self.config, self.embedding_norm
@@ -174,10 +183,6 @@ class Fold:
     def _shift_norm(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + 1 if self.config.gemma_norm else weight
 
-    def _find_alpha(self, name: str) -> float:
-        """Return a stored alpha, or 1 where none is stored: the alphas in the configuration are initial values only."""
-        return self.alphas.get(name, 1.0)
-
 
 @dataclass(frozen=True)
 class FoldedTensors:
@@ -197,6 +202,14 @@ class FoldedTensors:
             CheckpointError: see `Fold.fold_rows`.
         """
         return self.fold.fold_rows(piece.name, self.fold.read_rows(piece), self.dtype)
+
+
+def _name_alpha(name: str) -> str:
+    """Return the name of the native alpha that belongs to a Llama tensor."""
+    module = name.rpartition(".")[0]
+    if module.endswith((".gate_proj", ".up_proj")):
+        return f"{module.rpartition('.mlp.')[0]}.gate_up_proj_alpha"
+    return f"{module.replace('.mlp.down_proj', '.down_proj')}_alpha"
 
 
 def list_llama_tensors(config: NativeConfig) -> dict[str, tuple[int, ...]]:

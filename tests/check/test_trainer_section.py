@@ -123,8 +123,6 @@ def test_names_of_other_tools(find_problem, key, own):
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
-        ("adapter.modules_to_save", "take adapter.train_tokens for rows of the tables of tokens, adapter.targets for"),
-        ("additional_target", "or adapter.kind: none to train all weights"),
         ("adapter.bias", "have no biases, and an adapter gives them none; remove this key"),
         ("adapter.exclude_modules", "name the layers that are to be trained in adapter.targets instead"),
         ("adapter.target_parameters", "take adapter.targets"),

@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
+from finetune.models.loading import load_base
+from finetune.models.lora import attach_adapter
 from finetune.models.opening import open_model
+from finetune.models.precision import Precision
+from finetune.models.streaming.from_main_memory import stream_layers
 from finetune.pipeline.memory_ladder import train_on_device
+from finetune.recipe.sections import AdapterSection, ModelSection
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.training.run import run_training
@@ -72,7 +78,7 @@ def test_a_resumed_run_is_the_same_run(train, kind):
 def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, monkeypatch, kind):
     """They round in another order, so losses agree within rounding; a resumed run has the same kernels, and so the same bits."""
     monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
-    monkeypatch.setattr(speed_trial, "_FASTER", math.inf)
+    monkeypatch.setitem(speed_trial._FASTER, "compiled layers", math.inf)
     saving = [
         *KINDS[kind],
         "trainer.save_strategy=steps",
@@ -81,7 +87,7 @@ def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, mo
     ]
     plain = read_losses(train("plain", *saving))
     straight, resumed = train("straight", *saving, "model.speed=auto"), train("resumed", *saving, "model.speed=auto")
-    assert json.loads((straight / "run.json").read_text())["speed"]["compiled"]
+    assert json.loads((straight / "run.json").read_text())["speed"]["way"] == "compiled layers"
     assert read_losses(straight) == pytest.approx(plain, rel=ROUNDING)
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(resumed / name)
@@ -139,3 +145,74 @@ def test_memory_that_runs_out_makes_the_micro_batch_smaller(make_recipe, read_lo
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory" in caplog.text
     assert read_losses(run) == pytest.approx(expected, rel=ROUNDING)
+
+
+STREAMED_KINDS = {"nf4": ["model.quantize=nf4"], "int8": ["model.quantize=int8"], "bf16": ["model.dtype=bfloat16"]}
+
+
+@pytest.mark.parametrize("kind", STREAMED_KINDS)
+def test_streamed_layers_give_the_same_bits(train, read_losses, kind):
+    steps = ["trainer.gradient_checkpointing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=2", "answers=4"]
+    whole = train("whole", *STREAMED_KINDS[kind], *steps)
+    streamed = train("streamed", *STREAMED_KINDS[kind], *steps, "model.stream_layers=true")
+    assert read_losses(streamed) == read_losses(whole)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, streamed))
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+    assert (streamed / "answers.md").read_text() == (whole / "answers.md").read_text()
+
+
+@pytest.fixture
+def deep_model(tmp_path):
+    """Return a function that loads a model of 24 layers of 13 MB in 4 bits, with an adapter; copying takes as long as computing."""
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, vocab_size=512, **sizes)).to(torch.bfloat16).save_pretrained(
+            tmp_path / "deep"
+        )
+
+    def load():
+        section = ModelSection(quantize="nf4")
+        base = load_base(tmp_path / "deep", section, Precision(torch.bfloat16, "bf16"), torch.device("cuda", 0))
+        torch.manual_seed(1)
+        return attach_adapter(base, AdapterSection(rank=8, alpha=16), tmp_path / "deep")
+
+    return load
+
+
+def train_deep(model, steps=4):
+    """Return the losses of some steps on 512 tokens, the adapter, and the peak of the memory during all but the first step."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), 1e-3)
+    tokens, losses = torch.arange(512, device="cuda").unsqueeze(0), []
+    for step in range(steps):
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    weights = [weight.detach().cpu() for weight in model.parameters() if weight.requires_grad]
+    return losses, weights, torch.cuda.max_memory_allocated()
+
+
+def test_a_deep_model_is_streamed_with_the_same_bits_in_less_memory(deep_model):
+    """The copies of this model do not wait for the processor, so a missing event would show other bits."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = deep_model()
+    losses, weights, peak = train_deep(model)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = deep_model()
+    stream = stream_layers(model, torch.device("cuda", 0))
+    streamed_losses, streamed_weights, streamed_peak = train_deep(model)
+    assert streamed_losses == losses
+    assert all(map(torch.equal, streamed_weights, weights))
+    assert stream.host.is_pinned()
+    assert peak - streamed_peak > 0.8 * stream.host.nbytes

@@ -27,7 +27,7 @@ def test_every_part_runs_on_the_processor(tmp_path):
         ("base", "memory", "speed", "auto", "plain", "export"), 0
     )
     rows = [row for name in ("plans", "memory", "speed", "auto", "plain", "export") for row in found[name]]
-    assert len(rows) == 4 + 4 + 2 + 2 + 2 + 3
+    assert len(rows) == 5 + 5 + 2 + 2 + 2 + 3
     assert not [row for row in rows if "error" in row]
     for ours, fast, plain in zip(found["speed"], found["auto"], found["plain"], strict=True):
         assert ours["setting"] == fast["setting"] == plain["setting"]

@@ -155,6 +155,7 @@ def test_settings_that_cannot_train_are_refused(monkeypatch, variables, message)
     [
         ("fsdp2", "adapter.train_tokens=[104]", "adapter.train_tokens"),
         ("zero3", "adapter.train_tokens=[104]", "adapter.train_tokens"),
+        ("fsdp2", "adapter.modules_to_save=[norm]", "adapter.modules_to_save"),
         ("fsdp2", "model.quantize=int8", "model.quantize"),
         ("fsdp2", "trainer.optim=paged_adamw_8bit", "trainer.optim"),
     ],

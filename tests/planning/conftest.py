@@ -13,6 +13,7 @@ from finetune.files.resources import list_recipes
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter
 from finetune.models.precision import choose_precision
+from finetune.models.streaming.from_main_memory import stream_layers
 from finetune.planning.step.dry_model import make_full_rows, make_stand_in_tokenizer
 from finetune.planning.step.step_parts import LOSS, WORKSPACE, follow_training
 from finetune.planning.step.tracker import MemoryTracker, Peak
@@ -66,6 +67,8 @@ def build_real_trainer(recipe):
     base = find_base_folder(section.checkpoint, section.architecture)
     loaded = load_base(base, section, precision, torch.device("cpu"), recipe.method.head)
     model = attach_adapter(loaded, recipe.recipe.adapter, base)
+    if section.stream_layers:
+        stream_layers(model, torch.device("cpu"))
     rows = make_full_rows(recipe)
     train = concatenate_datasets([rows.train] * recipe.recipe.trainer.get("gradient_accumulation_steps", 1))
     if recipe.recipe.trainer.get("per_device_train_batch_size", 8) > 1 and not pretrains:  # whose rows are packed full

@@ -11,6 +11,7 @@ from finetune.files.sizes import GIB, parse_memory
 from finetune.pipeline import memory_ladder as ladder
 from finetune.planning.doctor import describe_machine, examine_machine
 from finetune.planning.duration import count_matrix_weights, count_work, estimate_time
+from finetune.planning.forecast import Target, make_plan
 from finetune.planning.hardware import CARDS, CONTEXT_BYTES, CUBLAS_BYTES, TYPICAL_CARDS, UTILISATION, find_card
 from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import set_batch
@@ -59,7 +60,7 @@ def test_plan_for_one_card_takes_its_memory(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--memory", "lots"), "--memory: 'lots' is not a memory size; write one such as 8GB"),
+        (("--memory", "lots"), "memory: 'lots' is not a memory size; write one such as 8GB"),
         (("--gpu", "RTX 4061"), "did you mean 'rtx 4060'"),
         (("-s", "model.checkpont=x"), "did you mean 'checkpoint'"),
     ],
@@ -105,6 +106,13 @@ def test_work_follows_what_is_trained(make_recipe):
     time = estimate_time(full, find_card("A100"))
     assert time.seconds_per_step == pytest.approx(full.flops / (312e12 * UTILISATION))
     assert time.tokens_per_second == pytest.approx(tokens / time.seconds_per_step)
+
+
+def test_a_plan_counts_the_copies_of_a_fast_adapter(make_recipe):
+    """Two bytes for each copied number, and two for its gradient: the trained token rows of the recipe are counted as well."""
+    gpu = Target(is_gpu=True)
+    plain, fast = (make_plan(make_recipe("sft_qlora", *more), gpu) for more in ([], ["model.speed=auto"]))
+    assert fast.tensor_bytes - plain.tensor_bytes == 4 * fast.trainable_parameters
 
 
 def test_fit_changes_what_keeps_the_training_first(capsys):

@@ -112,7 +112,7 @@ def test_an_index_never_leads_elsewhere(tmp_path, shard, message):
 def test_an_index_must_fit_its_shards(tmp_path):
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
     for weight_map, message in (
-        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, "lacks 1 tensors .* \\(first: c\\)"),
+        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, "lacks 1 tensor .* \\(first: c\\)"),
         ({"a": "x.safetensors"}, "holds the tensor b, which .* places in no file"),
     ):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -68,7 +68,7 @@ def evaluate_tasks(model: str, settings: TaskSettings, folder: Path | None = Non
     prepared = prepare_tasks(settings)
     runner = choose_runner(settings.unsafe_code) if any(one.form.runs_code for one in prepared) else None
     folder = folder or choose_folder(model, settings.protocol)
-    described = describe_evaluation(model, prepared, settings)
+    described = describe_evaluation(fingerprint_model(model), prepared, settings)
     check_folder(folder, described)
     loaded = open_model(model)
     make_folder(folder, described)
@@ -119,16 +119,35 @@ def choose_folder(model: str, protocol: Protocol) -> Path:
     return Path("evaluations") / f"{name}-{protocol}"
 
 
-def describe_evaluation(model: str, prepared: Sequence[PreparedTask], settings: TaskSettings) -> dict[str, Any]:
+def recall_evaluation(
+    model: str, fingerprint: str | None, prepared: Sequence[PreparedTask], settings: TaskSettings, folder: Path
+) -> Evaluation | None:
+    """Return the evaluation that a folder holds, or None where a sample is missing; the model is not opened.
+
+    `fingerprint` is that of the model's weights, or None where they are not on this machine and cannot be compared.
+
+    Raises:
+        OutputError: the folder holds another evaluation, or something else.
+    """
+    described = describe_evaluation(fingerprint or "", prepared, settings)
+    if fingerprint is None:
+        del described["model"]
+    check_folder(folder, described)
+    evaluation = Evaluation(model, settings.protocol, str(folder))
+    for one in prepared:
+        samples = SampleFile(folder / f"{one.form.task}.jsonl")
+        if any(row not in samples.samples for row in range(one.asked)):
+            return None
+        evaluation.tasks[one.form.task] = _summarise(one, samples)
+    return evaluation
+
+
+def describe_evaluation(fingerprint: str, prepared: Sequence[PreparedTask], settings: TaskSettings) -> dict[str, Any]:
     """Return what samples depend on, so that those of another evaluation are not taken for this one's.
 
-    Neither the limit nor the batch size changes a sample.
+    `fingerprint` is that of the model's weights. Neither the limit nor the batch size changes a sample.
     """
-    described: dict[str, Any] = {
-        "protocol": settings.protocol,
-        "chat": settings.chat,
-        "model": fingerprint_model(model),
-    }
+    described: dict[str, Any] = {"protocol": settings.protocol, "chat": settings.chat, "model": fingerprint}
     for one in prepared:
         described[f"rows of {one.form.task}"] = hash_rows(one.rows)
         described[f"exemplars of {one.form.task}"] = hash_rows(one.exemplars)

@@ -49,11 +49,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measure:
-    """A score: its name, the field of a sample that holds its numbers, and how they become one figure."""
+    """A score: its name, the field of a sample that holds its numbers, and how they become one figure.
+
+    `percent` turns the figure into percent of right rows, and is None where it is no such share. `is_right_or_wrong` says that a sample
+    is one of the two, `is_published` that the authors' table holds this score of its task.
+    """
 
     name: str
     field: str
     summarise: Callable[[Sequence[float]], Figure]
+    percent: float | None = 100.0
+    is_right_or_wrong: bool = True
+    is_published: bool = True
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,19 @@ FORMS: tuple[TaskForm, ...] = (
         "harness",
         lambada.ask_likelihood,
         lambada.score_likelihood,
-        (Measure("acc", "greedy", average), Measure("perplexity", "loglikelihood", perplexity)),
+        (
+            Measure("acc", "greedy", average),
+            Measure(
+                "perplexity", "loglikelihood", perplexity, percent=None, is_right_or_wrong=False, is_published=False
+            ),
+        ),
     ),
     TaskForm(
         "lambada",
         "authors",
         lambada.ask_word,
         lambada.score_word,
-        (Measure("accuracy", "correct", average_in_percent),),
+        (Measure("accuracy", "correct", average_in_percent, percent=1.0),),
         Generation(max_new_tokens=5),
     ),
     TaskForm(
@@ -72,7 +77,10 @@ FORMS: tuple[TaskForm, ...] = (
         "harness",
         gsm8k.ask_harness,
         gsm8k.score_harness,
-        (Measure("strict", "strict_correct", average), Measure("flexible", "flexible_correct", average)),
+        (
+            Measure("strict", "strict_correct", average, is_published=False),
+            Measure("flexible", "flexible_correct", average),
+        ),
         Generation(max_new_tokens=256, stops=("Question:", "</s>", "<|im_end|>")),
         Shots(gsm8k.HARNESS_SHOTS, _QUESTION_COLUMNS, hub_split="train"),
     ),
@@ -81,7 +89,7 @@ FORMS: tuple[TaskForm, ...] = (
         "authors",
         gsm8k.ask_authors,
         gsm8k.score_authors,
-        (Measure("accuracy", "correct", average_in_percent),),
+        (Measure("accuracy", "correct", average_in_percent, percent=1.0),),
         Generation(max_new_tokens=596, stops=("\n\nQuestion", "\n\nAnswer")),
         Shots(gsm8k.AUTHORS_SHOTS, _QUESTION_COLUMNS, hub_split=None, missing=_NO_EXEMPLARS),
     ),
@@ -99,7 +107,7 @@ FORMS: tuple[TaskForm, ...] = (
         "authors",
         humaneval.ask_authors,
         humaneval.score_authors,
-        (Measure("pass@1", "share", average_in_percent),),
+        (Measure("pass@1", "share", average_in_percent, percent=1.0, is_right_or_wrong=False),),
         Generation(max_new_tokens=512, temperature=0.1, samples=20),
         runs_code=True,
     ),

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.api_arguments import name_option
 from finetune.errors import MachineError, OutputError, TrainingError
 
 REASONS = {
@@ -62,7 +63,7 @@ def translate_lost_workers() -> Iterator[None]:
             raise
         raise MachineError(
             "trainer.dataloader_num_workers: a process that loads batches was ended from outside, most likely for want of memory; "
-            "set it lower, and continue with --resume"
+            f"set it lower, and continue with {name_option('--resume')}"
         ) from error
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from finetune.errors import TrainingError
+from finetune.errors import TrainingError, describe_count
 from finetune.files.launcher import count_processes
 from finetune.models.engine import ENGINES, find_engine
 from finetune.recipe.sections import Recipe, dump_recipe
@@ -39,7 +39,11 @@ def check_same_processes(run: Path) -> None:
 
 def _describe(found: dict[str, Any]) -> str:
     engine, count = ENGINES[found[_ENGINE]], found[_PROCESSES]
-    return engine.title if found[_ENGINE] == "one" else f"{count} processes with {engine.title}"
+    return (
+        engine.title
+        if found[_ENGINE] == "one"
+        else f"{describe_count(count, 'process', 'processes')} with {engine.title}"
+    )
 
 
 def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
@@ -49,7 +53,7 @@ def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
         TrainingError: they were not.
     """
     lines = {f"line {number}": line for number, line in enumerate(dump_recipe(recipe).splitlines())}
-    _compare("recipes", {**lines, "resume": f"--resume: {resume}"})
+    _compare("recipes", {**lines, "resume": f"resume: {resume}"})
 
 
 def check_same_rows(rows_fingerprint: str, base_fingerprint: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import Trainer
 
 from finetune.data.account import DataReport
+from finetune.errors import describe_count
 from finetune.models.engine import ENGINES, find_engine
+from finetune.runs.run_files import count_tokens_seen
 from finetune.runs.summary import RunSummary
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     logger.info("rows: %s", report.describe())
     logger.info(
-        "effective batch size: %d rows (micro-batch size %d x %d accumulation steps x %d %s)",
-        batch,
+        "effective batch size: %s (micro-batch size %d x %d accumulation steps x %d %s)",
+        describe_count(batch, "row"),
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         config.world_size,
@@ -52,9 +54,7 @@ def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> Ru
     return RunSummary(
         run=str(run),
         steps=steps,
-        tokens=int(
-            max((line.get("num_tokens") or line.get("num_input_tokens_seen") or 0 for line in lines), default=0)
-        ),
+        tokens=count_tokens_seen(lines),
         train_loss=float("nan") if loss is None else loss,
         eval_loss=last("eval_loss"),
         train_reward=last("reward"),

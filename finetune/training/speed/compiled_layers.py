@@ -1,9 +1,8 @@
 """Compile the decoder layers of a model with torch.compile, and make them as they were again."""
 
-import contextlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +31,6 @@ class CompiledLayers:
     layers: tuple[nn.Module, ...]
     _before: list[Callable[..., Any] | None] = field(default_factory=list)
 
-    @property
-    def are_on(self) -> bool:
-        """Whether the layers run compiled."""
-        return bool(self._before)
-
     def switch_on(self) -> None:
         """Let the layers run compiled; their code is made when they first run."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
@@ -61,15 +55,6 @@ def _run_compiled_in_training(layer: nn.Module, forward: Callable[..., Any]) -> 
         return (compiled if layer.training else forward)(*arguments, **values)
 
     return run
-
-
-@contextlib.contextmanager
-def leave_as_before(layers: CompiledLayers) -> Iterator[None]:
-    """Switch the layers off when the block ends, however it ends."""
-    try:
-        yield
-    finally:
-        layers.switch_off()
 
 
 def find_layers(model: nn.Module) -> CompiledLayers:

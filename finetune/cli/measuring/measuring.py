@@ -1,0 +1,79 @@
+"""Run the verbs that measure models on rows and tasks."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from finetune.cli.printing import print_result
+from finetune.errors import OutputError, RecipeError, describe_count
+
+if TYPE_CHECKING:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _evaluate_tasks(arguments)
+    from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
+    from finetune.evaluation.token_loss import evaluate_path
+
+    if hold_pairs(arguments.data):
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
+        return print_result(arguments, asdict(found), text)
+    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
+    text = (
+        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
+        f"over {describe_count(scores.tokens, 'trained token')}"
+    )
+    return print_result(arguments, asdict(scores), text)
+
+
+def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.tasks.run_tasks import evaluate_tasks
+
+    found = evaluate_tasks(arguments.model, _read_task_settings(arguments, chat=arguments.chat), arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())
+
+
+def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
+    from finetune.evaluation.tasks.run_tasks import TaskSettings
+
+    return TaskSettings(
+        tasks=arguments.tasks,
+        protocol=arguments.protocol,
+        limit=arguments.limit,
+        data=arguments.task_data,
+        exemplars=arguments.exemplars,
+        batch_size=arguments.batch_size,
+        chat=chat,
+        unsafe_code=arguments.unsafe_code,
+    )
+
+
+def run_dynamics(arguments: argparse.Namespace) -> int:
+    if arguments.published:
+        from finetune.growth.published_scores import compare_published
+
+        known = compare_published(arguments.checkpoints)
+        return print_result(arguments, known.to_json(), known.describe())
+    if arguments.output is None:
+        raise OutputError("-o is missing; name a folder for the results, such as -o dynamics, or ask for --published")
+    if arguments.sft is None and (arguments.chat or arguments.set):
+        raise RecipeError("dynamics", ["--chat and --set are about the recipe of --sft; name one, or leave them out"])
+    if arguments.sft is not None:
+        from finetune.check.recipes import load_recipe
+
+        # The recipe is checked before torch is imported, which takes seconds.
+        load_recipe(arguments.sft, [*arguments.set, f"model.checkpoint={arguments.checkpoints[0]}"])
+    from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings
+    from finetune.pipeline.dynamics.run_dynamics import run_dynamics
+    from finetune.pipeline.dynamics.tuning import TuningSettings
+
+    tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
+    tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)
+    settings = DynamicsSettings(tasks, arguments.keep, tuple(arguments.rows), tuning)
+    found = run_dynamics(arguments.checkpoints, settings, arguments.output)
+    return print_result(arguments, found.to_json(), found.describe())

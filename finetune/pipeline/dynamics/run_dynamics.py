@@ -1,0 +1,164 @@
+"""Measure many checkpoints the same way, one after the other, and put them side by side."""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from finetune.checkpoints.checkpoint_table import find_published
+from finetune.errors import OutputError
+from finetune.evaluation.tasks.run_tasks import (
+    ask_tasks,
+    describe_evaluation,
+)
+from finetune.evaluation.tasks.task_results import make_folder
+from finetune.files.folders import check_writable
+from finetune.files.json_files import write_json
+from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.growth.activity import measure_activity
+from finetune.growth.growth_plots import draw_growth
+from finetune.growth.growth_report import Growth, write_report
+from finetune.growth.published_scores import compare_published
+from finetune.growth.weights.weight_statistics import measure_weights
+from finetune.models.opening import open_model
+from finetune.pipeline.dynamics.dynamics_inputs import (
+    ACTIVITY,
+    ACTIVITY_FILE,
+    TASKS,
+    TUNED,
+    WEIGHTS,
+    DynamicsSettings,
+    Inputs,
+    list_missing,
+    read_inputs,
+)
+from finetune.pipeline.dynamics.gathering import gather
+from finetune.pipeline.dynamics.tuning import (
+    plan_tuning,
+    remove_tuned_weights,
+    train_tuning,
+)
+from finetune.pipeline.dynamics.visits import KEPT, Visit, bring, check_visit, plan_visits, remove_brought
+from finetune.runs.results import find_earlier
+from finetune.runs.resuming import hold_folder
+
+logger = logging.getLogger(__name__)
+
+
+def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path) -> Growth:
+    """Measure checkpoints and write the comparison; what the folder holds of an earlier call is not measured again.
+
+    All that the user can mend is looked for before the first checkpoint is opened.
+
+    Raises:
+        FinetuneError: a checkpoint, the rows or the folder cannot be used.
+    """
+    inputs = read_inputs(settings)
+    _check_output(output)
+    visits = plan_visits(names, output)
+    _describe_published(names)
+    for visit in visits:
+        if list_missing(visit, inputs):
+            check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
+    with _leave_nothing_empty(output), hold_folder(output):
+        for number, visit in enumerate(visits, 1):
+            logger.info("checkpoint %d of %d: %s", number, len(visits), visit.label)
+            _measure(visit, inputs)
+        growth = gather(visits, inputs, output)
+        with translate_os_errors(output, KEPT):
+            write_report(growth, output, draw_growth(growth, output))
+    return growth
+
+
+def _describe_published(names: Sequence[str]) -> None:
+    """Say what the authors' own figures show, before any is measured."""
+    known = [
+        name for name in names if (row := find_published(name)) is not None and row.scores and not find_earlier(name)
+    ]
+    if len(known) > 1:
+        for sentence in compare_published(known).sentences:
+            logger.info("%s", sentence)
+
+
+def _check_output(output: Path) -> None:
+    """Check that a folder is free, or that it holds an earlier call's results.
+
+    Raises:
+        OutputError: it holds something else, or cannot be made.
+    """
+    if (output / "checkpoints").is_dir():
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists and holds no comparison of checkpoints; choose another folder with -o")
+    check_writable(output)
+
+
+@contextmanager
+def _leave_nothing_empty(output: Path) -> Iterator[None]:
+    """Remove folders that a stopped call has made and left empty."""
+    was_there = output.is_dir()
+    try:
+        yield
+    except BaseException:
+        for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        if output.is_dir() and not was_there and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def _measure(visit: Visit, inputs: Inputs) -> None:
+    keeps = inputs.settings.keep == "all"
+    if missing := list_missing(visit, inputs):
+        with bring(visit, keeps=keeps):
+            fingerprint = visit.identify()
+            if WEIGHTS in missing:
+                measure_weights(visit.name, visit.folder / WEIGHTS)
+            if missing & {TASKS, ACTIVITY}:
+                _run_model(visit, inputs, missing, fingerprint)
+            if TUNED in missing:
+                _tune(visit, inputs)
+    else:
+        logger.info("%s: measured already", visit.label)
+    if not keeps:  # also what a call left that was stopped just before
+        if inputs.settings.tuning is not None:
+            remove_tuned_weights(plan_tuning(visit, inputs.settings.tuning))
+        remove_brought(visit)
+
+
+def _run_model(visit: Visit, inputs: Inputs, missing: set[str], fingerprint: str) -> None:
+    loaded = open_model(visit.name)
+    if TASKS in missing:
+        folder = visit.folder / TASKS
+        make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tasks))
+        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tasks, folder, inputs.runner)
+    if ACTIVITY in missing:
+        written = {"texts": inputs.hash_texts(), "activity": measure_activity(loaded, inputs.texts)}
+        with translate_os_errors(visit.folder, KEPT):
+            write_json(visit.folder / ACTIVITY_FILE, written)
+    del loaded
+    _free_memory()
+
+
+def _tune(visit: Visit, inputs: Inputs) -> None:
+    assert inputs.settings.tuning is not None
+    tuning = plan_tuning(visit, inputs.settings.tuning)
+    fingerprint = train_tuning(tuning)
+    _free_memory()
+    if inputs.prepared:
+        folder = tuning.tasks_folder
+        loaded = open_model(str(tuning.resolved.output))
+        make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tuned_tasks))
+        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tuned_tasks, folder, inputs.runner)
+        del loaded
+        _free_memory()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

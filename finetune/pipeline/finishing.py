@@ -1,0 +1,65 @@
+"""Train a recipe that may have been trained before: take a finished run, resume a stopped one, or begin."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.resuming import has_saved_result, remove_made_files
+from finetune.runs.run_files import RECORD_FILE, find_result_folder
+from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.training.run import check_finished_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedTraining:
+    """The summary of a run as plain values; `was_done` says that it had finished before."""
+
+    summary: dict[str, Any]
+    was_done: bool
+
+
+def finish_training(
+    resolved: ResolvedRecipe,
+    force: bool = False,
+    wait: Callable[[], None] = lambda: None,
+    *,
+    is_writer: bool = True,
+) -> FinishedTraining:
+    """Train what is left of a recipe; `force` also trains what by the plan does not fit.
+
+    Where several processes call it together, `wait` waits for all of them, and one is the writer.
+
+    Raises:
+        FinetuneError: the user can mend what stopped the run, or a finished run had other inputs.
+    """
+    run = resolved.output
+    summary = read_summary(run)
+    checkpoint = find_complete_checkpoint(run) if summary is None and run.is_dir() else None
+    is_saved = summary is None and has_saved_result(run)
+    wait()  # every process has read the folder before one changes it
+    if summary is not None:
+        check_finished_run(restore_choices(resolved))
+        logger.info("%s: finished already", run)
+        return FinishedTraining(summary, True)
+    if is_writer and run.is_dir() and checkpoint is None and not is_saved:
+        remove_made_files(run)
+    wait()
+    outcome = train_on_device(resolved, checkpoint is not None or is_saved, force)
+    return FinishedTraining(json.loads(json.dumps(asdict(outcome))), False)
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """Read the summary of a finished run, or return None where it has not finished."""
+    try:
+        record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_finished = record["status"] == "finished" and find_result_folder(run) is not None
+    return dict(record["result"]) if is_finished else None
