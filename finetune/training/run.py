@@ -34,10 +34,15 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE
 from finetune.runs.summary import RunSummary
-from finetune.runs.trainer_checkpoints import read_last_step
+from finetune.runs.trainer_checkpoints import check_states, read_last_step
 from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.loss_plot import draw_losses
-from finetune.training.journal.processes import check_same_processes, check_same_recipes, check_same_rows
+from finetune.training.journal.processes import (
+    check_same_processes,
+    check_same_recipes,
+    check_same_rows,
+    list_state_files,
+)
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.option_trials import check_optimizer
@@ -195,6 +200,7 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
+    check_states(checkpoint, list_state_files())
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),

@@ -26,6 +26,7 @@ def test_the_list_tells_recipes_apart():
     }
     assert rows["instruct"].method == "sft, then dpo"
     assert rows["anneal"].trains == "all weights, native architecture"
+    assert rows["tiers/4gb"].trains == "LoRA (rank 16) on a 4-bit base in main memory"
     assert rows["sft_full"].trains == "all weights"
     assert rows["demo"].needs == "any CPU"
     assert [name for name in rows if name.startswith("tiers/")][:3] == ["tiers/4gb", "tiers/6gb", "tiers/8gb"]

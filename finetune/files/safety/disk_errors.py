@@ -27,8 +27,8 @@ REASONS = {
 }
 # safetensors and tokenizers are written in Rust, and end the text of such an error with the system's number.
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
-# torch.save names no reason. Source: caffe2/serialize/inline_container.cc.
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
+# torch.save names no reason, and says less where its last block fails. Source: caffe2/serialize/inline_container.cc, std::ofstream.
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 _TORCH_READER = re.compile(r"PytorchStreamReader")
 # Source: torch/utils/data/dataloader.py and torch/csrc/DataLoader.cpp.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid")

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from finetune.errors import TrainingError, describe_count
-from finetune.files.launcher import count_processes
+from finetune.files.launcher import count_processes, is_launched, read_rank
 from finetune.models.engine import ENGINES, find_engine
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.resuming import read_run_record
@@ -44,6 +44,16 @@ def _describe(found: dict[str, Any]) -> str:
         if found[_ENGINE] == "one"
         else f"{describe_count(count, 'process', 'processes')} with {engine.title}"
     )
+
+
+def list_state_files() -> list[str]:
+    """Return the files of a checkpoint from which this process goes on, as transformers names them.
+
+    An engine that shards keeps its optimizer state in a folder of its own form.
+    """
+    engine = ENGINES[find_engine()]
+    own = f"rng_state_{read_rank()}.pth" if is_launched() else "rng_state.pth"
+    return [own] if engine.shards_weights or engine.is_deepspeed else [own, "optimizer.pt", "scheduler.pt"]
 
 
 def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
