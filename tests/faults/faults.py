@@ -137,7 +137,8 @@ def render(rows: list[dict[str, Any]]) -> str:
             f"| {row['kind']} | {row['fault']} | {row['operations'] or ''} | {row['tries']} | {row['stopped']} "
             f"| {faults.get('another result', 0)} | {faults.get('lost', 0)} | {tracebacks} |"
         )
-    return "\n".join([*lines, "", _NOTES])
+    notes = [f"{row['kind']}, {row['fault']}: {row['note']}" for row in rows if row.get("note")]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes), "", _NOTES])
 
 
 _NOTES = """*stopped*: the fault ended the work (for caches: a line said that they are damaged); else it met something that the work can do
