@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,15 @@ def reply(text, **more):
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     return json.dumps({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage, **more}).encode()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Say nothing of a client that was killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class ScriptedServer:
@@ -38,13 +48,16 @@ class ScriptedServer:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def handle(self, handler):
-        text = handler.rfile.read(int(handler.headers["Content-Length"])).decode()
+        size = int(handler.headers["Content-Length"])
+        text = handler.rfile.read(size).decode()
+        if len(text.encode()) < size:  # the client was killed
+            handler.close_connection = True
+            return
         with self._lock:
             times, self._times[text] = self._times[text], self._times[text] + 1
             self.bodies.append(json.loads(text))
@@ -69,12 +82,11 @@ class ScriptedServer:
 
     @contextlib.contextmanager
     def count_busy(self):
-        """Count a request as being handled within the block; a client that is gone by then is no fault of the server."""
+        """Count a request as being handled within the block."""
         with self._idle:
             self._busy += 1
         try:
-            with contextlib.suppress(ConnectionError):
-                yield
+            yield
         finally:
             with self._idle:
                 self._busy -= 1

@@ -1,6 +1,6 @@
 """Inject faults into all kinds of work, and write what came of it as a table: `make faults`.
 
-    python tests/faults/faults.py --results faults.json --report docs/reliability.md
+    PYTHONPATH=tests python tests/faults/faults.py --results faults.json --report docs/reliability.md
 
 `--kills 20` and `--tries 20` take twenty places of each kind, `--kinds lora,fold` some kinds. Each call adds its rows to the results,
 so that a long pass can be made in parts.
@@ -22,6 +22,7 @@ from flips import flip_everywhere
 from injector import Server
 from kinds import Kind, find_cold_cache, make_export, make_kinds
 from paid import ASKING, Asking, kill_and_finish
+from scripted_server import ScriptedServer
 from tries import Tally, fail_everywhere, kill_everywhere, race
 
 KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "chain", "export", "fold", "cold", *ASKING)

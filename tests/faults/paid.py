@@ -69,6 +69,7 @@ class Asking:
         """Let the server kill the only child of `victim` at a request; with `answers_first` once the answer is sent."""
         self._kill_at, self._victim, self._answers_first = number, victim, answers_first
         self._killed.clear()
+        self._last = {}
 
     def _answer(self, times: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes] | None:
         with self._lock:
@@ -120,14 +121,16 @@ def count_kept() -> int:
 def kill_and_finish(server: Server, work: Asking, seed: int, tries: int) -> Tally:
     """Kill the work at moments that the seed draws, start it again, and compare what comes out and what was asked."""
     root, kind = Path(os.path.commonpath([work.folder, find_answers()])), work.kind
-    work.clear()
-    whole = server.run(kind.start, root)
-    assert whole.status == 0, whole.text
+    for _ in range(2):  # the first run also makes what is cached
+        work.clear()
+        whole = server.run(kind.start, root)
+        assert whole.status == 0, whole.text
     expected, asked = kind.hash_results(), set(work.server.answered)
+    # Threads write the kept answers, so the number of operations varies a little.
     tally, draw = Tally(kind.name, "kill", whole.operations), random.Random(seed)
     for number in range(tries):
         work.clear()
-        at = draw.randint(1, whole.operations) if number % 2 == 0 else -1
+        at = draw.randint(1, whole.operations * 9 // 10) if number % 2 == 0 else -1
         if at < 0:
             work.kill_at_request(draw.randint(1, len(asked) - 1), server.process_id, answers_first=number % 4 == 1)
         killed = server.run(kind.start, root, at, KILL)
