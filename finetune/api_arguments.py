@@ -90,3 +90,19 @@ def require_text(name: str, value: object, example: str) -> str:
     if not isinstance(value, str):
         raise ArgumentError(f"{name}: must be a text such as {example!r}; found {value!r}")
     return value
+
+
+# Options of the command line, and the arguments of the public functions that do the same.
+OPTIONS: Mapping[str, str] = {
+    "--resume": "resume=True",
+    "--force": "force=True",
+    "--no-verify": "verify=False",
+    "--base-model": "base_model=...",
+    "--memory 8GB": "memory='8GB'",
+    "--gpu NAME": "gpu='NAME'",
+}
+
+
+def name_option(option: str) -> str:
+    """Return an option as both the command line and Python write it, for messages that both show."""
+    return f"{option} ({OPTIONS[option]} in Python)"

@@ -36,7 +36,7 @@ class RecipeError(FinetuneError):
     def __init__(self, source: str, problems: list[str]) -> None:
         self.source = source
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = describe_count(len(problems), "problem")
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in problems)]))
 
 
@@ -116,6 +116,11 @@ class MachineError(FinetuneError):
 
 class ArgumentError(FinetuneError):
     """An argument of a public function has a wrong type, or lies outside its range."""
+
+
+def describe_count(count: int, one: str, many: str = "") -> str:
+    """Return a number with what it counts, such as `1 row` and `2,000 rows`; `many` is for words that take no s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def find_close_match(name: str, known: Iterable[str]) -> str | None:

@@ -2,10 +2,14 @@
 
 import ast
 import copy
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 
+from finetune import api
+from finetune.api_arguments import OPTIONS, name_option
 from finetune.errors import DataError, Place, describe_unknown_name
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
@@ -124,3 +128,41 @@ def test_a_data_error_keeps_its_fields_and_makes_its_message_of_them():
 def test_an_unknown_name_is_called_what_the_caller_calls_it():
     assert describe_unknown_name("methud", ["method"], "unknown key") == "unknown key; did you mean 'method'?"
     assert describe_unknown_name("unknown", ["a", "b"]) == "unknown; known are a, b"
+
+
+BELOW_CLI = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("cli", "guide"))
+# A whole command is clear to everybody; its options stand between its name and the end of the sentence.
+COMMAND = re.compile(r"finetune [a-z]+[^`;,\n]*")
+
+
+def list_texts(source):
+    """Yield the texts of a module, with `…` for what is filled in; docstrings are no messages."""
+    tree = ast.parse(source)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(getattr(node, "body", None), list) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings | inner:
+            yield node.value
+
+
+@pytest.mark.parametrize("path", BELOW_CLI, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_messages_for_python_programs_do_not_name_options_of_the_command_line_alone(path):
+    """A program that called `finetune.train` was told to give `--resume`."""
+    options = {option.partition(" ")[0] for option in OPTIONS}
+    texts = [COMMAND.sub("", text) for text in list_texts(path.read_text(encoding="utf-8"))]
+    named = sorted(text for text in texts if options & set(re.findall(r"--[a-z-]+", text)) and text not in OPTIONS)
+    assert not named, "say both with finetune.api_arguments.name_option"
+
+
+def test_both_spellings_of_an_option():
+    assert name_option("--resume") == "--resume (resume=True in Python)"
+    parameters = {
+        name for function in (api.train, api.plan, api.export) for name in inspect.signature(function).parameters
+    }
+    assert {text.partition("=")[0] for text in OPTIONS.values()} <= parameters

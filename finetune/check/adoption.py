@@ -13,7 +13,7 @@ from finetune.files.json_files import read_json
 from finetune.models.adapter_config import check_language_adapter, read_adapter_config
 from finetune.recipe.methods import METHODS
 from finetune.recipe.recipe_file import Draft
-from finetune.recipe.sections import LINEAR_LAYERS, Recipe
+from finetune.recipe.sections import LINEAR_LAYERS, SCORE_HEADS, WHOLE_MODULES, Recipe
 from finetune.runs.results import Result
 from finetune.runs.run_files import PEFT_CONFIG_FILE
 
@@ -26,6 +26,7 @@ FORM_KEYS = (
     "adapter.rslora",
     "adapter.dora",
     "adapter.train_tokens",
+    "adapter.modules_to_save",
     "adapter.targets",
     "adapter.layers",
     "model.quantize",
@@ -58,18 +59,21 @@ def adopt_form(
     contradict the form: in a chain, the keys of the stage itself.
     """
     kept = {key: value for key, value in form.items() if key not in _MAY_CHANGE or key not in given}
+    if METHODS[recipe.method].head == "score" and "adapter.modules_to_save" in kept:  # its model has no language head
+        kept["adapter.modules_to_save"] = tuple(name for name in kept["adapter.modules_to_save"] if name != "lm_head")
     problems = [
         f"{key}: {owner} was trained with {_describe(value)}, and its adapter must keep that; set that, or remove "
         f"this key; found {_describe(_look_up(recipe, key))}"
         for key, value in kept.items()
         if key in own and _look_up(recipe, key) != value
     ]
-    if recipe.adapter.init != "default" and "adapter.init" in own:
+    if recipe.adapter.init != "default" and "adapter.init" in own and "adapter.init" not in form:
         problems.append(f"adapter.init: has no effect, as this run continues the adapter of {owner}; remove this key")
     for section in ("model", "adapter"):
         values = {key.partition(".")[2]: value for key, value in kept.items() if key.startswith(f"{section}.")}
         recipe = replace(recipe, **{section: replace(vars(recipe)[section], **values)})
-    return replace(recipe, adapter=replace(recipe.adapter, init="default")), problems
+    init = form.get("adapter.init", "default")
+    return replace(recipe, adapter=replace(recipe.adapter, init=init)), problems
 
 
 def list_method_misfits(trained: str, method: str, name: str, key: str) -> Iterator[str]:
@@ -99,10 +103,13 @@ def _list_misfits(recipe: Recipe, earlier: Result) -> Iterator[str]:
 def read_stage_form(recipe: Recipe) -> Form:
     """Return the settings of the adapter that a stage of a chain will leave behind.
 
-    PiSSA's and OLoRA's are saved as plain LoRA of twice the rank, with the same scale.
+    One that changes its base is saved as plain LoRA of twice the rank, with the same scale. One that holds what quantization rounded
+    off keeps its `init`, since it belongs to the quantized base.
     """
     form = {key: _look_up(recipe, key) for key in FORM_KEYS}
     adapter = recipe.adapter
+    if adapter.beginning.holds_rounding:
+        form["adapter.init"] = adapter.init
     if adapter.changes_base:
         scale = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
         form |= {"adapter.rank": 2 * adapter.rank, "adapter.alpha": scale * 2 * adapter.rank, "adapter.rslora": False}
@@ -118,6 +125,7 @@ def read_form(earlier: Result) -> Form:
         "adapter.rslora": bool(config.get("use_rslora")),
         "adapter.dora": bool(config.get("use_dora")),
         "adapter.train_tokens": _read_tokens(config.get("trainable_token_indices")),
+        "adapter.modules_to_save": _read_whole_modules(config.get("modules_to_save")),
         "adapter.layers": _read_layers(config.get("layers_to_transform")),
     }
     targets = config.get("target_modules")
@@ -126,6 +134,8 @@ def read_form(earlier: Result) -> Form:
     if earlier.lineage is not None:
         names = ("quantize", "architecture", "max_positions", "rope_theta")
         form |= {f"model.{name}": getattr(earlier.lineage, name) for name in names}
+        if earlier.lineage.holds_rounding:
+            form["adapter.init"] = earlier.lineage.init
     return form
 
 
@@ -133,6 +143,13 @@ def _read_tokens(indices: Any) -> tuple[int, ...]:
     if isinstance(indices, dict):
         indices = next(iter(indices.values()), ())
     return tuple(indices or ())
+
+
+def _read_whole_modules(modules: Any) -> tuple[str, ...]:
+    """Return the names that a recipe gives to PEFT's `modules_to_save`, without the head that PEFT adds to a reward model."""
+    names = {known: name for name, known in WHOLE_MODULES.items()}
+    modules = [modules] if isinstance(modules, str) else modules or ()
+    return tuple(sorted(names.get(module, module) for module in modules if module not in SCORE_HEADS))
 
 
 def _read_layers(layers: Any) -> tuple[int, ...]:
@@ -147,6 +164,8 @@ def _name_targets(targets: Collection[str]) -> tuple[str, ...]:
 def _look_up(recipe: Recipe, key: str) -> Any:
     section, _, name = key.partition(".")
     value = getattr(getattr(recipe, section), name)
+    if name == "modules_to_save":
+        return tuple(sorted(value))
     return _name_targets(value) if name == "targets" else value
 
 

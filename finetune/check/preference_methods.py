@@ -66,3 +66,8 @@ def check_continued_reference(trainer: Mapping[str, Any], adapter: AdapterSectio
             "trainer.precompute_ref_log_probs: TRL computes these before it knows the token rows that the earlier run has "
             "trained; remove this key (a frozen copy of the adapter then takes hardly any memory)"
         )
+    if method.has_reference and trainer.get("precompute_ref_log_probs") and adapter.modules_to_save:
+        yield (
+            "trainer.precompute_ref_log_probs: TRL computes these before the whole modules that the earlier run has trained "
+            "(adapter.modules_to_save) have their float32 values; remove this key (the frozen copy of the adapter holds them)"
+        )

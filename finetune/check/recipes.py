@@ -101,7 +101,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
             yield "model.architecture: a reward model can be trained only on Llama weights; remove this key"
     yield from _check_checkpoint(recipe.model)
     yield from check_data_section(recipe.data, folder)
-    yield from check_adapter_section(recipe.adapter, recipe.model)
+    yield from check_adapter_section(recipe.adapter, recipe.model, method.head if method else "language")
     yield from check_clean(recipe.clean, folder)
     yield from check_clean_judge(recipe.clean, recipe.endpoints, folder)
     yield from check_endpoints(recipe.endpoints)

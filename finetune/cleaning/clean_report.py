@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from finetune.errors import describe_count
+
 
 @dataclass(frozen=True)
 class DroppedExample:
@@ -50,18 +52,18 @@ def describe_clean(report: CleanReport) -> str:
 
 
 def _list_lines(report: CleanReport) -> Iterator[str]:
-    yield f"{report.rows_in:,} rows in, {report.rows_out:,} rows out"
+    yield f"{describe_count(report.rows_in, 'row')} in, {describe_count(report.rows_out, 'row')} out"
     yield from report.notes
     for step in report.steps:
         yield ""
-        yield f"{step.name}: {step.dropped:,} of {step.rows_in:,} rows left"
+        yield f"{step.name}: {step.dropped:,} of {describe_count(step.rows_in, 'row')} left"
         for kind, count in step.kinds.items():
             yield f"  {count:,} {kind}"
         for example in step.examples:
             yield f"    {name_example(example)}  {example.reason}"
         yield from (f"  {note}" for note in step.notes)
     yield ""
-    yield from (f"{report.output}/{name}: {rows:,} rows" for name, rows in report.files.items())
+    yield from (f"{report.output}/{name}: {describe_count(rows, 'row')}" for name, rows in report.files.items())
 
 
 def name_example(example: DroppedExample) -> str:

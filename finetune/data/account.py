@@ -9,7 +9,7 @@ import numpy
 from finetune.data.encoding.gates import check_rows
 from finetune.data.encoding.row_encoder import RowEncoder, SourceRow, TokenRow, cut_row, split_text_row
 from finetune.data.settings import DataSettings
-from finetune.errors import DataError, Place
+from finetune.errors import DataError, Place, describe_count
 
 _MOST_BAD_SHOWN = 3
 
@@ -60,9 +60,9 @@ class DataReport:
 
     def describe(self) -> str:
         """Return the numbers of all rows as one line."""
-        tokens = f"{self.train.trained_tokens:,} of {self.train.tokens:,} tokens trained"
+        tokens = f"{self.train.trained_tokens:,} of {describe_count(self.train.tokens, 'token')} trained"
         if not self.train.trained_tokens:
-            tokens = f"prompts of {self.train.tokens:,} tokens"
+            tokens = f"prompts of {describe_count(self.train.tokens, 'token')}"
         parts = [f"{self.train.rows:,} for training ({tokens})"]
         if self.evaluation is not None:
             parts.append(f"{self.evaluation.rows:,} held out")
@@ -138,16 +138,17 @@ class Account:
         if self._settings.bad_rows == "error":
             check_rows(self.list_faults())
         if self._long and self._settings.overflow == "error":
+            rows = describe_count(self._read, "row")
             raise DataError(
-                f"{self._long:,} of {self._read:,} rows are longer than data.max_tokens: {self._settings.max_tokens} (the "
-                f"longest has {self._worst[0]:,} tokens: {self._worst[1]}); raise data.max_tokens, or say what to do with "
+                f"{describe_count(self._long, f'of {rows} is', f'of {rows} are')} longer than data.max_tokens: {self._settings.max_tokens} (the "
+                f"longest has {describe_count(self._worst[0], 'token')}: {self._worst[1]}); raise data.max_tokens, or say what to do with "
                 "them: data.overflow: drop or truncate"
             )
 
         if self.liked and len(set(self.liked)) == 1:
             word, other = ("true", "false") if self.liked[0] else ("false", "true")
             raise DataError(
-                f"all {len(self.liked):,} answers are labelled {word}; this method learns from answers that are liked and from "
+                f"all {describe_count(len(self.liked), 'answer is', 'answers are')} labelled {word}; this method learns from answers that are liked and from "
                 f"others that are not, so add rows with label: {other}"
             )
 
@@ -164,7 +165,7 @@ class Account:
         if not self.liked or 1 <= liked / others <= 4 / 3:
             return ()
         return (
-            f"{liked:,} answers are liked and {others:,} are not; trainer.undesirable_weight: {liked / others:.3g} gives both "
+            f"{describe_count(liked, 'answer is', 'answers are')} liked and {describe_count(others, 'is', 'are')} not; trainer.undesirable_weight: {liked / others:.3g} gives both "
             "sides the same weight",
         )
 
@@ -217,12 +218,12 @@ def describe_long_rows(train: SplitReport, held_out: SplitReport | None, setting
     notes = []
     if dropped:
         notes.append(
-            f"{dropped:,} rows exceed data.max_tokens: {settings.max_tokens} and are left out (data.overflow: {settings.overflow})"
+            f"{describe_count(dropped, 'row is', 'rows are')} longer than data.max_tokens: {settings.max_tokens} and left out (data.overflow: {settings.overflow})"
         )
     if truncated:
         cut = sum(s.answers_cut for s in splits)
         notes.append(
-            f"{truncated:,} rows are cut at {settings.max_tokens} tokens; {cut:,} answers lose their end and their stop token"
+            f"{describe_count(truncated, 'row is', 'rows are')} cut at {describe_count(settings.max_tokens, 'token')}; {describe_count(cut, 'answer loses its end and its stop token', 'answers lose their end and their stop token')}"
         )
     return tuple(notes)
 
@@ -233,4 +234,4 @@ def describe_bad_rows(count: int, faults: Sequence[tuple[Place, str]]) -> tuple[
         return ()
     shown = "; ".join(f"{place}: {fault}" for place, fault in faults[:_MOST_BAD_SHOWN])
     more = f"; and {count - _MOST_BAD_SHOWN:,} more" if count > _MOST_BAD_SHOWN else ""
-    return (f"{count:,} bad {'row is' if count == 1 else 'rows are'} left out (data.bad_rows: drop): {shown}{more}",)
+    return (f"{describe_count(count, 'bad row is', 'bad rows are')} left out (data.bad_rows: drop): {shown}{more}",)

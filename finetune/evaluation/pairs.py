@@ -16,6 +16,7 @@ from finetune.data.formats.row_formats import choose_format
 from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
+from finetune.errors import describe_count
 from finetune.files.folders import expand_home
 from finetune.models.opening import LoadedModel, open_model
 from finetune.rewards.judge import Judge, open_judge
@@ -61,7 +62,7 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
     result = open_result(path) if path.is_dir() and is_result(path) else None
     model = open_judge(result) if result is not None and result.is_reward_model else open_model(name)
     rows = _load_pairs(model, model.template, files, max_tokens)
-    logger.info("reading %s pairs", f"{len(rows):,}")
+    logger.info("reading %s", describe_count(len(rows), "pair"))
     shown = tqdm(rows, unit="pair", disable=None, leave=False)  # shown in a terminal only
     if isinstance(model, Judge):
         scores = [

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from finetune.data.dataset import load_splits
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.settings import DataSettings, Source
+from finetune.errors import describe_count
 from finetune.models.opening import LoadedModel, open_model
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
     splits = load_splits(settings, loaded.tokenizer, loaded.template, seed=0)
     for note in splits.report.notes:
         logger.info("%s", note)
-    logger.info("reading %s rows", f"{len(splits.train):,}")
+    logger.info("reading %s", describe_count(len(splits.train), "row"))
     shown = tqdm(splits.train, unit="row", disable=None, leave=False)  # shown in a terminal only
     return evaluate_rows(loaded, shown)
 

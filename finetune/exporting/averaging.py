@@ -13,7 +13,7 @@ import torch
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.data.encoding.tokenizer import load_tokenizer_file
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.companions import describe_config, write_companions
 from finetune.exporting.merged import Merged, Subject, open_merged, open_subject
 from finetune.exporting.verify import compare_tensors
@@ -21,6 +21,7 @@ from finetune.files.folders import check_output_free, expand_home, write_folder
 from finetune.files.json_files import write_json
 from finetune.files.sizes import parse_size
 from finetune.files.terminal import escape_controls
+from finetune.runs.export_settings import ExportSettings, list_refusals
 from finetune.runs.results import Result, find_earlier
 from finetune.runs.run_files import EXPORT_REPORT_FILE
 from finetune.yulan.llama_files import HEAD
@@ -77,6 +78,7 @@ def average_models(
     if len(names) < 2:
         raise ExportError(f"average: needs at least two models; found {len(names)}")
     subjects = [_open(name) for name in names]
+    _check_bases(names, subjects)
     models = tuple(open_merged(subject, "float32", dequantized=False) for subject in subjects)
     _check_same_kind(names, subjects, models)
     first = models[0]
@@ -101,6 +103,17 @@ def _open(name: str) -> Subject:
     if result is None:
         result = Result("model", as_llama(find_checkpoint(name)), None, ())
     return open_subject(result)
+
+
+def _check_bases(names: Sequence[str], subjects: Sequence[Subject]) -> None:
+    """Check that every adapter can be merged into its unquantized base.
+
+    Raises:
+        ExportError: one cannot.
+    """
+    for name, subject in zip(names, subjects, strict=True):
+        for reason in list_refusals(ExportSettings(), subject.quantize, subject.init, verifies=False, is_stage=False):
+            raise ExportError(f"average: {name}: export it first, and average the exports ({reason})")
 
 
 def _check_same_kind(names: Sequence[str], subjects: Sequence[Subject], models: Sequence[Merged]) -> None:
@@ -142,6 +155,6 @@ def _write_card(names: Sequence[str]) -> str:
 def describe_average(report: AverageReport) -> str:
     """Return the report as text for a person."""
     return (
-        f"{report.output}: average of {len(report.models)} models, {report.bytes / 1e6:,.1f} MB of {report.dtype} in "
+        f"{report.output}: average of {describe_count(len(report.models), 'model')}, {report.bytes / 1e6:,.1f} MB of {report.dtype} in "
         f"{report.seconds:.1f} s; reopened, every tensor is equal to the mean"
     )

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import CHECKPOINTS, find_alias, split_hub_id
+from finetune.errors import describe_count
 from finetune.exporting.merged import Subject
 from finetune.exporting.proof import BaseScores, Comparison, ExportReport, GgufReport, describe_tolerance
 from finetune.files.sizes import describe_size
@@ -111,7 +112,7 @@ def _describe_bases(bases: BaseScores, chosen: str) -> str:
     lines = [
         "## Which base the adapter was merged into",
         "",
-        f"The adapter was trained on a quantized base. On {bases.rows} held-out rows ({bases.tokens:,} trained tokens), against "
+        f"The adapter was trained on a quantized base. On {describe_count(bases.rows, 'held-out row')} ({describe_count(bases.tokens, 'trained token')}), against "
         "the model as it was trained:",
         "",
         "| | held-out loss, nats | mean KL, nats | same likeliest token |",
@@ -165,14 +166,14 @@ def _describe_gguf(files: Sequence[GgufReport]) -> str:
         run = "not run | |"
         if scores is not None:
             run = f"{scores.kl:.2e} | {scores.same_answers} of {scores.answers} | {scores.stopped} of {scores.stopped_there} |"
-        proof = f"all {file.tensors} tensors" if file.tensors else "not compared"
+        proof = f"all {describe_count(file.tensors, 'tensor')}" if file.tensors else "not compared"
         lines.append(f"| `{file.output.name}` | {describe_size(file.bytes)} | {proof} | {run}")
     ran = [file.llama_cpp for file in files if file.llama_cpp is not None]
     if ran:
         rows = f", and {ran[0].rows} stored rows become the tokens that were trained" if ran[0].rows else ""
         lines += [
             "",
-            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {ran[0].texts} texts are equal, control tokens included{rows}.",
+            f"llama.cpp by xllamacpp {ran[0].version}: the tokens of {describe_count(ran[0].texts, 'text')} are equal, control tokens included{rows}.",
         ]
     return "\n".join(lines)
 

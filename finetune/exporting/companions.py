@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.encoding.tokenizer import load_tokenizer_file
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.files.json_files import read_json, write_json
 from finetune.yulan.folding import describe_llama_config
 from finetune.yulan.layout import parse_native_config, read_config
@@ -72,7 +72,7 @@ def check_vocabulary(subject: Subject, rows: int) -> None:
     if not beyond:
         return
     fault = (
-        f"{folder}: its tokenizer has {len(beyond)} tokens beyond the {rows:,} rows of the embedding table (first: {beyond[0][1]!r}, "
+        f"{folder}: its tokenizer has {describe_count(len(beyond), 'token')} beyond the {describe_count(rows, 'row')} of the embedding table (first: {beyond[0][1]!r}, "
         f"{beyond[0][0]}), with which the model would fail"
     )
     if folder != subject.base:

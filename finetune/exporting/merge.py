@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.card import write_card
 from finetune.exporting.companions import check_vocabulary, write_companions
 from finetune.exporting.gguf.conversion import describe_gguf, write_file
@@ -92,7 +92,7 @@ def _write_gguf_files(
 
 
 def _check_base(subject: Subject, settings: ExportSettings, verifies: bool) -> None:
-    for reason in list_refusals(settings, subject.quantize, verifies=verifies, is_stage=False):
+    for reason in list_refusals(settings, subject.quantize, subject.init, verifies=verifies, is_stage=False):
         raise ExportError(f"{subject.result.folder}: {reason}")
 
 
@@ -131,15 +131,17 @@ def describe_export(report: ExportReport) -> str:
     if report.bases is not None:
         lines.append(_describe_bases(report.bases, report.base))
     if report.verify is None:
-        return "\n".join([*lines, "not compared (--no-verify)", *map(describe_gguf, report.gguf)])
+        return "\n".join([*lines, "not compared with what was trained", *map(describe_gguf, report.gguf)])
     verify = report.verify
     lines.append(
         f"equal to what was trained: every tensor to the bit; logits differ by at most {verify.max_abs:.1e} "
-        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {verify.rows} rows; "
+        f"(KL {verify.kl:.1e}, same likeliest token {verify.top1_agreement:.1%}) on {describe_count(verify.rows, 'row')}; "
         f"{describe_tolerance(verify, report.dtype)}"
     )
     if verify.texts:
-        lines.append(f"the reopened tokenizer gives the tokens that were trained, on {verify.texts} rows")
+        lines.append(
+            f"the reopened tokenizer gives the tokens that were trained, on {describe_count(verify.texts, 'row')}"
+        )
     lines += map(describe_gguf, report.gguf)
     return "\n".join([*lines, f"talk to it: finetune chat {report.output}"])
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from finetune.api_arguments import name_option
 from finetune.errors import ExportError
 from finetune.exporting.adapters.adapter_changes import Adapter
 from finetune.exporting.adapters.adapter_reading import read_adapter
 from finetune.exporting.chat_form import ChatForm, find_chat_form
 from finetune.files.folders import check_links
 from finetune.models.adapter_config import check_language_adapter, read_adapter_config
+from finetune.recipe.sections import AdapterInit
 from finetune.runs.lineage import find_base
 from finetune.runs.results import Result, check_result_files
 from finetune.yulan.folding import Fold, list_llama_tensors
@@ -56,6 +58,11 @@ class Subject:
         """The quantization of the base while the adapter was trained on it."""
         lineage = self.result.lineage
         return "none" if lineage is None or self.adapter is None else lineage.quantize
+
+    @property
+    def init(self) -> AdapterInit:
+        """What the adapter began with, as far as it is known."""
+        return "default" if self.result.lineage is None else self.result.lineage.init
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,9 @@ def open_subject(result: Result, base_model: str | None = None) -> Subject:
             "run as it is: `finetune evaluate` measures it on pairs"
         )
     if base_model is not None and not result.is_adapter:
-        raise ExportError(f"{result.folder}: all weights were trained, so it has no base model; leave --base-model out")
+        raise ExportError(
+            f"{result.folder}: all weights were trained, so it has no base model; leave {name_option('--base-model')} out"
+        )
     check_result_files(result)
     check_links(result.folder)
     if result.is_adapter:  # before a base is looked for, which may be a download

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.data.encoding.tokenizer import load_tokenizer
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.companion_checks import check_generation, compare_tokens
 from finetune.exporting.comparing.outputs import (
     cut_rows,
@@ -167,7 +167,7 @@ def compare_tensors(folder: Path, merged: WrittenTensors) -> None:
     if wrong:
         name, difference = next(iter(wrong.items()))
         raise ExportError(
-            f"export: {len(wrong)} tensors differ after reopening (first: {name}, max difference {difference:.2g}); "
+            f"export: {describe_count(len(wrong), 'tensor differs', 'tensors differ')} after reopening (first: {name}, max difference {difference:.2g}); "
             "nothing was left in the output; check the disk, and export again"
         )
 

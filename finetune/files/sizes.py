@@ -26,7 +26,7 @@ def parse_size(text: str, name: str = "--max-shard-size") -> int:
     return size
 
 
-def parse_memory(text: str, name: str = "--memory") -> int:
+def parse_memory(text: str, name: str = "memory") -> int:
     """Return the bytes of a GPU's memory size such as `8GB`, which means 8 GiB; `name` names the option in messages.
 
     Raises:

@@ -18,7 +18,7 @@ from finetune.recipe.key_texts import KEYS
 from finetune.recipe.methods import METHODS
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
-from finetune.recipe.sections import LINEAR_LAYERS, Recipe, SourceSection
+from finetune.recipe.sections import LINEAR_LAYERS, WHOLE_MODULES, Recipe, SourceSection
 from finetune.rewards.rules import RULES
 from finetune.runs.export_settings import ExportSettings
 
@@ -34,6 +34,7 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "data.format": ("auto", *FORMATS),
     "data.template": ("auto", *list_templates(), "a .jinja file"),
     "adapter.targets": ("all-linear", *LINEAR_LAYERS),
+    "adapter.modules_to_save": tuple(WHOLE_MODULES),
     "rewards.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
     "clean.rules": RULE_KINDS,
     "clean.near_duplicates.compare": COMPARED,

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import huggingface_hub
 from huggingface_hub import constants
 
-from finetune.errors import HubError
+from finetune.errors import HubError, describe_count
 from finetune.files.cache import find_cache
 from finetune.files.json_files import read_json, write_json
 from finetune.files.sizes import describe_size
@@ -119,8 +119,9 @@ def _announce(asked: Asked, listing: Listing, names: list[str]) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if size + _SPARE_BYTES > free and size > free:
+        files = describe_count(len(names), f"file of {describe_size(size)} is", f"files of {describe_size(size)} are")
         raise HubError(
-            f"{len(names)} files of {describe_size(size)} are to be fetched, and the disk of {constants.HF_HUB_CACHE} has room for "
+            f"{files} to be fetched, and the disk of {constants.HF_HUB_CACHE} has room for "
             f"{describe_size(free)}; make room there, or set HF_HOME to a folder on another disk"
         )
     minutes = size * 8 / _EXAMPLE_BITS / 60

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, though not re-exported
 
-from finetune.errors import HubError
+from finetune.errors import HubError, describe_count
 from finetune.files.folders import check_links
 from finetune.files.sizes import describe_size
 from finetune.hub.faults import Asked, ask_hub
@@ -93,9 +93,7 @@ def push_folder(folder: Path, repository: str, *, public: bool = False) -> PushR
 def describe_push(report: PushReport) -> str:
     """Return the report as text for a person."""
     readers = "only its owner can read it" if report.private else "everybody can read it"
-    return (
-        f"{report.address}: {report.files} files, {describe_size(report.bytes)}, commit {report.commit[:12]}; {readers}"
-    )
+    return f"{report.address}: {describe_count(report.files, 'file')}, {describe_size(report.bytes)}, commit {report.commit[:12]}; {readers}"
 
 
 def _send(api: huggingface_hub.HfApi, folder: Path, repository: str, names: list[str]) -> "huggingface_hub.CommitInfo":

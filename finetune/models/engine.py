@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from finetune.api_arguments import name_option
 from finetune.compat import shard_on_cpu
 from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.files.launcher import count_processes
@@ -81,6 +82,11 @@ def check_engine(resolved: ResolvedRecipe, engine: Engine) -> None:
         problems.append(
             f"adapter.train_tokens: PEFT replaces rows of whole embedding tables, and {kind.title} shards them; "
             "set train_tokens: [], or launch with recipes/accelerate/ddp.yaml"
+        )
+    if kind.shards_weights and recipe.adapter.modules_to_save:
+        problems.append(
+            f"adapter.modules_to_save: PEFT copies whole modules, and {kind.title} shards them; "
+            "set modules_to_save: [], or launch with recipes/accelerate/ddp.yaml"
         )
     if kind.shards_weights and recipe.model.quantize == "int8":
         problems.append("model.quantize: int8 weights cannot be sharded; set nf4 or none")
@@ -191,7 +197,7 @@ def translate_lost_processes() -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process of this launch has ended ({str(error).splitlines()[0]}); look at what it printed, on its machine, and then "
-            "launch all processes again, with --resume where the run has a checkpoint"
+            f"launch all processes again, with {name_option('--resume')} where the run has a checkpoint"
         ) from error
 
 

@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
 from finetune.compat import complete_head
-from finetune.errors import FinetuneError, TrainingError
+from finetune.errors import FinetuneError, TrainingError, describe_count
 from finetune.files.json_files import read_json, write_json
 from finetune.models.adapter_config import read_adapter_config
-from finetune.recipe.sections import LINEAR_LAYERS, AdapterSection
+from finetune.models.adapters.whole_modules import name_whole_modules, widen_copies
+from finetune.recipe.sections import AdapterSection
 from finetune.runs.run_files import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import read_header
 
 # Sixteen power iterations give the leading singular vectors to float32 accuracy; a full decomposition of the real
 # matrices would take minutes. Source: PiSSA (arXiv 2404.02948), section 4.
-_INITS: Mapping[str, str | bool] = {"default": True, "pissa": "pissa_niter_16", "olora": "olora"}
+_INITS: Mapping[str, str | bool] = {"pissa": "pissa_niter_16", "olora": "olora"}
 # Tied tables are untied in an export; keys that PEFT does not know are checked there, too.
 _PEFT_WARNINGS = (
     "Model has `tie_word_embeddings=True`",
@@ -51,7 +52,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
     layers = model.config.num_hidden_layers
     if beyond := [layer for layer in section.layers if layer >= layers]:
         raise TrainingError(
-            f"adapter.layers: {beyond} lie outside the {layers} layers of the base model, 0 to {layers - 1}"
+            f"adapter.layers: {beyond} lie outside the {describe_count(layers, 'layer')} of the base model, 0 to {layers - 1}"
         )
     tokens = list(section.train_tokens)
     config = LoraConfig(
@@ -65,20 +66,22 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, base: Path) 
         layers_pattern="layers" if section.layers else None,
         use_rslora=section.rslora,
         use_dora=section.dora,
-        init_lora_weights=_INITS[section.init],
+        init_lora_weights=_INITS.get(section.init, True),
         trainable_token_indices=dict.fromkeys(_list_tables(model), tokens) if tokens else None,
+        modules_to_save=name_whole_modules(section.modules_to_save),
     )
     model.name_or_path = str(base)
-    tuned = get_peft_model(model, config)
+    with _ignore_warnings():
+        tuned = get_peft_model(model, config)
+    widen_copies(tuned)
     # TRL adds a second adapter of this configuration as its reference model, which must not change the base weights again.
     config.init_lora_weights = True
     return complete_head(tuned)
 
 
 def _name_modules(section: AdapterSection) -> str | list[str]:
-    if section.targets != ("all-linear",):
-        return list(section.targets)
-    return list(LINEAR_LAYERS) if section.layers else "all-linear"  # PEFT chooses layers only among names
+    # PEFT chooses layers only among names.
+    return "all-linear" if section.targets == ("all-linear",) and not section.layers else list(section.linear_layers)
 
 
 def raise_rate_of_b(trainer: Trainer, ratio: float) -> None:
@@ -105,7 +108,11 @@ def continue_adapter(model: PreTrainedModel, section: AdapterSection, folder: Pa
     config.lora_dropout = section.dropout
     if not _has_language_head(model) and config.task_type != "SEQ_CLS":
         return _continue_without_head(model, config, folder)
-    return complete_head(PeftModel.from_pretrained(model, folder, is_trainable=True, config=config))
+    with _ignore_warnings():
+        tuned: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    if widen_copies(tuned):  # the stored float32 values were rounded to the dtype of the base
+        set_peft_model_state_dict(tuned, load_file(folder / PEFT_WEIGHTS_FILE))
+    return complete_head(tuned)
 
 
 def apply_adapter(model: PreTrainedModel, folder: Path, *, assigns: bool = False) -> PeftModel:
@@ -119,13 +126,19 @@ def apply_adapter(model: PreTrainedModel, folder: Path, *, assigns: bool = False
     settings = read_adapter_config(folder)
     enlarge_tables(model, folder)
     try:
-        with warnings.catch_warnings():
-            for message in _PEFT_WARNINGS:
-                warnings.filterwarnings("ignore", message)
+        with _ignore_warnings():
             config = LoraConfig.from_peft_type(**settings)
             return PeftModel.from_pretrained(model, folder, config=config, low_cpu_mem_usage=assigns)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise FinetuneError(f"{folder}: PEFT cannot apply this adapter to its base: {error}") from error
+
+
+@contextlib.contextmanager
+def _ignore_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for message in _PEFT_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def enlarge_tables(model: PreTrainedModel, folder: Path) -> None:
@@ -155,7 +168,11 @@ def _continue_without_head(model: PreTrainedModel, config: LoraConfig, folder: P
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
         config.trainable_token_indices = {name: rows for name, rows in tokens.items() if name != "lm_head"}
-    tuned: PeftModel = get_peft_model(model, config)
+    if config.modules_to_save:
+        config.modules_to_save = [name for name in config.modules_to_save if name != "lm_head"]
+    with _ignore_warnings():
+        tuned: PeftModel = get_peft_model(model, config)
+    widen_copies(tuned)
     weights = {name: tensor for name, tensor in load_file(folder / PEFT_WEIGHTS_FILE).items() if "lm_head" not in name}
     # PEFT sets the whole new head too, and fails where its values are not there; it keeps those that it has.
     head = {name: tensor for name, tensor in get_peft_model_state_dict(tuned).items() if name.endswith("score.weight")}

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import read_json, write_json
 from finetune.files.sizes import describe_size
-from finetune.runs.results import Result
+from finetune.runs.results import Result, open_result
 from finetune.runs.run_files import LINEAGE_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import read_header
 from finetune.yulan.tokenizer_files import TEMPLATE_FILE, copy_tokenizer
@@ -86,19 +86,20 @@ def list_obstacles(folder: Path) -> list[str]:
     config = read_json(folder / PEFT_CONFIG_FILE) or {}
     names = [name for name in read_header(folder / PEFT_WEIGHTS_FILE) if not _PROJECTION.fullmatch(name)]
     found = [reason for mark, reason in _UNUSABLE if any(mark in name for name in names)]
-    if rest := [name for name in names if not any(mark in name for mark, _ in _UNUSABLE)]:
+    names = [name for name in names if not any(mark in name for mark, _ in _UNUSABLE)]
+    saved = config.get("modules_to_save") or ()
+    whole = tuple([saved] if isinstance(saved, str) else saved)
+    if rest := [name for name in names if not name.removesuffix(".weight").endswith(whole)]:
         found.append(f"it holds {rest[0]}, which is no LoRA matrix of a projection")
+    if len(rest) < len(names):
+        found.append(f"it trains {' and '.join(sorted(whole))} whole (adapter.modules_to_save)")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         found.append(f"its init_lora_weights {init!r} changed the base before training")
     if config.get("task_type") not in (None, "", "CAUSAL_LM"):
         found.append(f"its task is {config['task_type']}, and it is no language model")
-    known = _EXPRESSIBLE | {
-        "trainable_token_indices",
-        "use_dora",
-        "bias",
-        "modules_to_save",
-    }  # their tensors are named above
+    # The tensors of the last four are named above.
+    known = _EXPRESSIBLE | {"trainable_token_indices", "use_dora", "bias", "modules_to_save"}
     odd = sorted(key for key, value in config.items() if key not in known and value and value != _DEFAULTS.get(key))
     if odd:
         found.append(f"{PEFT_CONFIG_FILE} uses {', '.join(odd)}")
@@ -107,7 +108,7 @@ def list_obstacles(folder: Path) -> list[str]:
 
 def describe_use(folder: Path) -> str:
     """Return one sentence on what other programs can do with the adapter of a run."""
-    if obstacles := list_obstacles(folder):
+    if obstacles := [*list_obstacles(folder), *_list_changes_of_base(open_result(folder))]:
         return (
             f"only PEFT can apply this adapter: {'; '.join(obstacles)}. vLLM and llama.cpp refuse it as an adapter; "
             "give them the merged export"
@@ -167,7 +168,7 @@ def write_plain_adapter(result: Result, output: Path) -> AdapterReport:
 def describe_adapter(report: AdapterReport) -> str:
     """Return the report as text for a person."""
     return (
-        f"{report.output}: plain LoRA of rank {report.rank} for {report.modules} matrices, {describe_size(report.bytes)}; "
+        f"{report.output}: plain LoRA of rank {report.rank} for {describe_count(report.modules, 'matrix', 'matrices')}, {describe_size(report.bytes)}; "
         f"read back, no number of an update differs by more than {report.max_difference:.1e} of the largest"
         f"{_describe_limit(report.rank)}"
     )
@@ -178,6 +179,11 @@ def _list_changes_of_base(result: Result) -> list[str]:
     lineage, found = result.lineage, []
     if lineage is not None and lineage.rope_theta is not None:
         found.append(f"it was trained with model.rope_theta {lineage.rope_theta:g}, which its base does not have")
+    if lineage is not None and lineage.holds_rounding:
+        found.append(
+            f"it began with {lineage.init}, so it holds a part of what {lineage.quantize} rounded off its base, and belongs to that "
+            "quantized base alone"
+        )
     if lineage is not None and lineage.architecture == "native":
         found.append("it was trained on the native architecture, and its factors do not fit the Llama form")
     return found

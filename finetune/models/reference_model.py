@@ -8,6 +8,8 @@ weights are trained, the log-probabilities of the reference model are computed o
 import torch
 from peft import PeftModel
 
+from finetune.errors import describe_count
+from finetune.models.adapters.whole_modules import widen_copies
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 REFERENCE, _TRAINED = "ref", "default"
@@ -15,7 +17,7 @@ REFERENCE, _TRAINED = "ref", "default"
 
 def describe_reference(resolved: ResolvedRecipe, rows: int) -> str:
     """Say what the reference model of a recipe is, and what it costs."""
-    once = f"computed once before step 1, with one pass over {rows:,} rows, and kept with the prepared rows"
+    once = f"computed once before step 1, with one pass over {describe_count(rows, 'row')}, and kept with the prepared rows"
     if resolved.trains_all_weights:
         return f"reference model: its log-probabilities are {once}; no second copy of the weights is held"
     if resolved.recipe.trainer.get("precompute_ref_log_probs"):
@@ -38,6 +40,7 @@ def settle_reference(model: PeftModel, *, drop: bool) -> None:
         model.delete_adapter(REFERENCE)
         model.set_adapter(_TRAINED)
         return
+    widen_copies(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from finetune.check.chain_stages import Chain, ExportStage, SynthesizeStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
 from finetune.data.reading.sources import hash_source
+from finetune.errors import describe_count
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
@@ -222,7 +223,9 @@ def describe_chain(summary: ChainSummary) -> str:
             )
             continue
         if "job" in result:
-            lines.append(f"{stage.name}{note}: {stage.path}: {result['rows']:,} rows made of {result['seeds']:,}")
+            lines.append(
+                f"{stage.name}{note}: {stage.path}: {describe_count(result['rows'], 'row')} made of {result['seeds']:,}"
+            )
             continue
         verify = result["verify"]
         compared = "not compared" if verify is None else f"same likeliest token {verify['top1_agreement']:.1%}"

@@ -12,7 +12,7 @@ from finetune.data.formats.row_formats import choose_format
 from finetune.data.formats.rows import RowKind
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
-from finetune.errors import CheckpointError, DataError, MachineError
+from finetune.errors import CheckpointError, DataError, MachineError, describe_count
 from finetune.files.folders import check_file_is_new, expand_home, write_new_file
 from finetune.files.resources import find_shipped_recipe
 from finetune.files.sizes import parse_memory
@@ -155,7 +155,9 @@ def write_first_recipe(facts: DataFacts, goal: Goal, checkpoint: str, target: Ta
     if longest is not None and longest > most:
         report = prepare_rows(_resolve(content, output))[1].report
         dropped = sum(split.dropped for split in (report.train, report.evaluation) if split is not None)
-        notes += (f"{dropped:,} rows are longer than {most:,} tokens, the most that fit the device, and are left out",)
+        notes += (
+            f"{describe_count(dropped, 'row is', 'rows are')} longer than {describe_count(most, 'token')}, the most that fit the device, and left out",
+        )
     head = _write_head(facts, checkpoint, plan, output)
     write_new_file(output, write_commented(content, head))
     return FirstRecipe(output, content["method"], checkpoint, facts.format, facts.rows, longest, plan, notes)
@@ -233,7 +235,7 @@ def _resolve(content: Mapping[str, Any], output: Path) -> ResolvedRecipe:
 
 def _write_head(facts: DataFacts, checkpoint: str, plan: Plan, output: Path) -> str:
     return (
-        f"{facts.rows:,} rows of the format {facts.format} on the base checkpoint {checkpoint}; written by `finetune init`.\n"
+        f"{describe_count(facts.rows, 'row')} of the format {facts.format} on the base checkpoint {checkpoint}; written by `finetune init`.\n"
         f"The plan {describe_verdict(plan)}.\n"
         f"Train it: finetune train {output}\n"
         f"Every other key: finetune recipes --keys"
@@ -242,10 +244,10 @@ def _write_head(facts: DataFacts, checkpoint: str, plan: Plan, output: Path) -> 
 
 def describe_first_recipe(first: FirstRecipe) -> str:
     """Return what was written, and the next commands."""
-    longest = "" if first.longest is None else f", the longest of {first.longest:,} tokens"
+    longest = "" if first.longest is None else f", the longest of {describe_count(first.longest, 'token')}"
     return "\n".join(
         [
-            f"{first.recipe}: {first.method} of {first.checkpoint} on {first.rows:,} rows ({first.format}){longest}",
+            f"{first.recipe}: {first.method} of {first.checkpoint} on {describe_count(first.rows, 'row')} ({first.format}){longest}",
             f"the plan {describe_verdict(first.plan)}",
             *first.notes,
             "",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 import yaml
 
-from finetune.errors import TrainingError
+from finetune.errors import TrainingError, describe_count
 from finetune.files.json_files import write_text
 from finetune.models.engine import find_engine
 from finetune.models.precision import choose_device
@@ -98,7 +98,9 @@ def list_steps_down(resolved: ResolvedRecipe) -> Iterator[Change]:
     smaller = next((size for size in range(batch - 1, smallest - 1, -1) if rows % size == 0), None)
     if smaller is not None:
         settings = {f"trainer.{BATCH}": smaller, f"trainer.{ACCUMULATION}": rows // smaller}
-        yield Change(settings, f"a smaller micro-batch size; the effective batch size stays {rows} rows")
+        yield Change(
+            settings, f"a smaller micro-batch size; the effective batch size stays {describe_count(rows, 'row')}"
+        )
     if not recipe.trainer.get("gradient_checkpointing", True):
         yield Change({"trainer.gradient_checkpointing": True}, "gradient checkpointing")
     if not recipe.trainer.get("activation_offloading") and torch.cuda.is_available():

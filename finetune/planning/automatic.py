@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.errors import MachineError, RecipeError, TrainingError
+from finetune.api_arguments import name_option
+from finetune.errors import MachineError, RecipeError, TrainingError, describe_count
 from finetune.planning.changes import Change
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
@@ -62,7 +63,9 @@ def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedR
     if not resolved.recipe.trainer.get(AUTO) or {BATCH, ACCUMULATION, *_NO_CHECKPOINTING} <= said:
         return resolved, ()
     if target.memory_bytes is None:
-        raise MachineError("trainer.auto: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"trainer.auto: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     is_split = {BATCH, ACCUMULATION} <= said
     rows = _count_rows(resolved, target, is_split)
     resolved = _split_rows(resolved, rows, _read_smallest_batch(resolved))
@@ -102,7 +105,7 @@ def _count_rows(resolved: ResolvedRecipe, target: Target, is_split: bool) -> int
         raise RecipeError(
             "trainer",
             [
-                f"global_batch: {read_global_batch(recipe)} rows cannot be split evenly between {target.processes} processes "
+                f"global_batch: {describe_count(read_global_batch(recipe), 'row')} cannot be split evenly between {describe_count(target.processes, 'process', 'processes')} "
                 f"with a micro-batch size of {batch}; set a multiple of {target.processes * batch}"
             ],
         )

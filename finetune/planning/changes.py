@@ -74,6 +74,9 @@ def list_changes(resolved: ResolvedRecipe, *, has_gpu: bool, can_stream: bool) -
     if recipe.adapter.train_tokens:
         reason = "no copies of the embedding tables and no gradient of the head; the chat tokens are not trained"
         yield Change({"adapter.train_tokens": []}, reason, keeps_training=False)
+    if recipe.adapter.modules_to_save:
+        reason = "no float32 copies of whole modules, their gradients and moments; these modules are not trained"
+        yield Change({"adapter.modules_to_save": []}, reason, keeps_training=False)
     if not trains_all and recipe.model.quantize == "none":
         yield Change({"model.quantize": "nf4"}, "weights of linear layers in 4 bits", keeps_training=False)
     if recipe.data.max_tokens > _SHORTEST_ROW:

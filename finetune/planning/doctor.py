@@ -145,7 +145,8 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
             f"the cache's disk has {disk / 1e9:.1f} GB free; the base checkpoint, its folded copy and an export take {_DISK_BYTES / 1e9:.0f} GB: "
             "set FINETUNE_CACHE and HF_HOME to a larger disk"
         )
-    advice.append("see what fits: finetune plan RECIPE" + (" --memory 8GB" if device.type == "cpu" else ""))
+    command = "finetune plan RECIPE --memory 8GB" if device.type == "cpu" else "finetune plan RECIPE"
+    advice.append(f"see what fits: {command}")
     return advice
 
 

@@ -45,7 +45,7 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
     length = recipe.data.max_tokens
     linear, table, width = count_matrix_weights(sizes)
     layers = int(sizes["num_hidden_layers"])
-    trained_rows = trains_all or bool(recipe.adapter.train_tokens)
+    trained_rows = trains_all or recipe.adapter.trains_tables
     for_linear = 2 * linear * (2 + checkpointed + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + checkpointed + 2.5)
     for_logits = 2 * table * (3 + (1 if trained_rows else 0))

@@ -7,7 +7,8 @@ from typing import Any
 import psutil
 import torch
 
-from finetune.errors import MachineError, TrainingError
+from finetune.api_arguments import name_option
+from finetune.errors import MachineError, TrainingError, describe_count
 from finetune.files.launcher import count_processes
 from finetune.files.sizes import GIB
 from finetune.models.engine import ENGINES, Engine, check_engine, find_engine
@@ -32,8 +33,8 @@ from finetune.planning.step.online_step import (
     count_reference_scorings,
 )
 from finetune.planning.step.step_memory import STREAMED, StepMemory, measure_step
+from finetune.planning.step.step_parts import count_copy_bytes
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.training.speed.adapter_copies import count_copy_bytes
 
 _BAR = 30
 EXCHANGE = "NCCL's channels (assumed)"
@@ -188,7 +189,9 @@ def find_fitting_plan(resolved: ResolvedRecipe, target: Target) -> tuple[Plan, t
         MachineError: the target does not say how much memory it has.
     """
     if target.memory_bytes is None:
-        raise MachineError("--fit: say what memory the run has to fit: --memory 8GB, or --gpu NAME")
+        raise MachineError(
+            f"--fit: say what memory the run has to fit: {name_option('--memory 8GB')}, or {name_option('--gpu NAME')}"
+        )
     plan, steps = make_plan(resolved, target), list[Step]()
     while plan.fits is False:
         for change in target.list_changes(resolved):
@@ -229,7 +232,7 @@ def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
         raise TrainingError(
             f"{describe_verdict(plan)}; the largest parts are {largest}. It would take less with\n  "
             + "\n  ".join(plan.suggestions)
-            + "\nor run it all the same with --force"
+            + f"\nor run it all the same with {name_option('--force')}"
         )
 
 
@@ -255,7 +258,7 @@ def describe_plan(plan: Plan) -> str:
         "",
     ]
     if plan.processes > 1:
-        lines.append(f"each of {plan.processes} processes ({ENGINES[plan.engine].title})")
+        lines.append(f"each of {describe_count(plan.processes, 'process', 'processes')} ({ENGINES[plan.engine].title})")
     lines.append(describe_verdict(plan))
     if plan.main_memory:
         parts = ", ".join(f"{size / 1e9:.2f} GB for {part}" for part, size in plan.main_memory.items())
@@ -263,7 +266,7 @@ def describe_plan(plan: Plan) -> str:
     if plan.fits is False:
         lines += ["it would take less with", *(f"  {change}" for change in plan.suggestions)]
     lines.append(
-        f"one step: {plan.step.tokens:,} tokens where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
+        f"one step: {describe_count(plan.step.tokens, 'token')} where every row is full, {plan.step.flops / 1e12:,.0f} TFLOP; "
         f"training {plan.trainable_parameters:,} parameters"
     )
     lines += [

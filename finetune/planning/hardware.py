@@ -84,7 +84,7 @@ def find_card(name: str) -> Card:
         if _simplify(card.name) == wanted:
             return card
     close = describe_unknown_name(wanted, [_simplify(card.name) for card in CARDS])
-    raise MachineError(f"--gpu: {name!r} is {close}; or give its memory: --memory 8GB")
+    raise MachineError(f"the GPU {name!r} is {close}; or give its memory, such as 8GB")
 
 
 def _simplify(name: str) -> str:

@@ -59,6 +59,9 @@ _NAMES: Mapping[str, str] = {
     "lora_target": "adapter.targets",
     "lora_target_modules": "adapter.targets",
     "lora_target_linear": "adapter.targets: all-linear",
+    "modules_to_save": "adapter.modules_to_save",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
     "use_rslora": "adapter.rslora",
     "use_dora": "adapter.dora",
     "pissa_init": "adapter.init: pissa",
@@ -102,16 +105,9 @@ _NAMES: Mapping[str, str] = {
     "gradient_clipping": "trainer.max_grad_norm",
     "neftune_alpha": "trainer.neftune_noise_alpha",
 }
-_KEEPS_NO_MODULES = (
-    "an adapter of this kit holds no whole modules; take adapter.train_tokens for rows of the tables of tokens, adapter.targets for the "
-    "linear layers, or adapter.kind: none to train all weights"
-)
 _HAS_NO_BIASES = "the linear layers of this model have no biases, and an adapter gives them none; remove this key"
 # Keys of other tools that have no counterpart here, and what to do instead.
 _ABSENT: Mapping[str, str] = {
-    "modules_to_save": _KEEPS_NO_MODULES,
-    "lora_modules_to_save": _KEEPS_NO_MODULES,
-    "additional_target": _KEEPS_NO_MODULES,
     "bias": _HAS_NO_BIASES,
     "lora_bias": _HAS_NO_BIASES,
     "exclude_modules": "name the layers that are to be trained in adapter.targets instead",
@@ -119,25 +115,6 @@ _ABSENT: Mapping[str, str] = {
     "layer_replication": "an adapter of this kit adds no layers; remove this key",
     "task_type": "it follows from the method; remove this key",
 }
-
-
-_READS_ROWS = "it runs rows through the model before step 1, which this kit does not; take default, pissa or olora"
-# Values of other tools, and why there are none of them here.
-_REFUSED_VALUES: Mapping[tuple[str, str], str] = {
-    ("adapter.init", "eva"): _READS_ROWS,
-    ("adapter.init", "corda"): _READS_ROWS,
-    (
-        "adapter.init",
-        "loftq",
-    ): "it replaces the base weights by rounded ones, a difference of full rank, so no adapter of the "
-    "unchanged base equals what was trained; take model.quantize: nf4",
-}
-
-
-def explain_refused_value(name: str, value: object) -> str:
-    """Return why a key does not take a value that other tools have, as the end of a sentence, or nothing."""
-    reason = _REFUSED_VALUES.get((name, value)) if isinstance(value, str) else None
-    return f" ({reason})" if reason else ""
 
 
 def find_own_name(key: str) -> str | None:

@@ -98,8 +98,9 @@ KEYS: Mapping[str, str] = {
     "adapter.rslora": "Multiply the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
     "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
-        "default begins with an adapter that changes nothing; pissa begins with the leading singular vectors of the weights, and "
-        "olora with their QR decomposition. Both are saved as plain LoRA of twice the rank."
+        "What the adapter begins with. default and eva change nothing; eva starts from directions in which the rows vary. pissa, "
+        "olora and corda take a part of the weights, corda by what the rows use, saved as LoRA of twice the rank. loftq takes "
+        "what nf4 rounds off; its export needs --base dequantized."
     ),
     "adapter.layers": "The numbers of the layers that get an adapter, from 0 on, such as [20, 21, 22]; an empty list means all.",
     "adapter.loraplus_ratio": (
@@ -108,6 +109,11 @@ KEYS: Mapping[str, str] = {
     "adapter.train_tokens": (
         "Token ids whose rows of the embedding and of the output head are trained too, such as [104, 105, 106] for a base model "
         "that never saw the tokens of its chat template."
+    ),
+    "adapter.modules_to_save": (
+        "Modules that are trained whole beside the linear layers, as float32 copies: embed_tokens, lm_head, norm (the last one), "
+        "input_layernorm, post_attention_layernorm (those of all layers). The adapter's file holds them, and only PEFT can apply it; "
+        "an export merges them."
     ),
     "rewards": "How the answers of the methods grpo and rloo are scored; other methods take no rewards.",
     "rewards.rules": (

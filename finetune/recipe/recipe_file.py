@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from finetune.recipe.foreign_names import describe_unknown_option, explain_refused_value
+from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.recipe.yaml_loader import describe_value, load_recipe_file, read_override
@@ -148,8 +148,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
         try:
             values[key] = _convert(value, hints[key], name, problems)
         except _MismatchError as mismatch:
-            reason = explain_refused_value(name, value)
-            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}{reason}")
+            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}")
     return section(**values)
 
 

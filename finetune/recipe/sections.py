@@ -15,8 +15,43 @@ from finetune.recipe.preparation.synthesize_section import EndpointSection, Synt
 
 TrainedArchitecture = Literal["llama", "native"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+AdapterInit = Literal["default", "pissa", "olora", "eva", "corda", "loftq"]
 # What `adapter.targets: all-linear` stands for.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKEN_TABLES = ("embed_tokens", "lm_head")
+# What `adapter.modules_to_save` may name, with PEFT's name for it: PEFT compares the ends of names, and all norms end in `norm`.
+WHOLE_MODULES: Mapping[str, str] = {
+    **{table: table for table in TOKEN_TABLES},
+    "norm": "model.norm",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+}
+# The heads that PEFT adds to `modules_to_save` of a classifier or a reward model by itself.
+SCORE_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What an adapter begins with.
+
+    `starts_empty`: it changes nothing before step 1. `changes_base`: it begins with a part of the base weights, which is taken out of
+    them. `holds_rounding`: it begins with a part of what nf4 rounds off, so it
+    belongs to the quantized base and to no other.
+    """
+
+    starts_empty: bool = False
+    changes_base: bool = False
+    holds_rounding: bool = False
+
+
+BEGINNINGS: Mapping[AdapterInit, Beginning] = {
+    "default": Beginning(starts_empty=True),
+    "pissa": Beginning(changes_base=True),
+    "olora": Beginning(changes_base=True),
+    "eva": Beginning(starts_empty=True),
+    "corda": Beginning(changes_base=True),
+    "loftq": Beginning(holds_rounding=True),
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +120,9 @@ class AdapterSection:
     targets: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
     dora: bool = False
-    init: Literal["default", "pissa", "olora"] = "default"
+    init: AdapterInit = "default"
     train_tokens: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     loraplus_ratio: float | None = None
 
@@ -96,9 +132,24 @@ class AdapterSection:
         return self.kind == "none"
 
     @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The names of the linear layers that get an adapter."""
+        return LINEAR_LAYERS if self.targets == ("all-linear",) else self.targets
+
+    @property
+    def trains_tables(self) -> bool:
+        """Whether an adapter trains token tables, whole or some rows of them."""
+        return bool(self.train_tokens) or any(table in self.modules_to_save for table in TOKEN_TABLES)
+
+    @property
+    def beginning(self) -> Beginning:
+        """What the adapter begins with."""
+        return BEGINNINGS[self.init]
+
+    @property
     def changes_base(self) -> bool:
         """Whether the adapter begins with a part of the base weights, which are changed before step 1."""
-        return self.init in ("pissa", "olora")
+        return self.beginning.changes_base
 
 
 @dataclass(frozen=True)

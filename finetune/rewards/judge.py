@@ -17,7 +17,7 @@ from finetune.files.cache import hash_file
 from finetune.models.adapter_config import read_adapter_config
 from finetune.models.opening import load_trained
 from finetune.recipe.methods import JUDGE_METHOD
-from finetune.recipe.sections import JudgeSection
+from finetune.recipe.sections import SCORE_HEADS, JudgeSection
 from finetune.runs.results import Result, check_result_files, open_result
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 from finetune.yulan.tensors import read_header
@@ -133,7 +133,8 @@ def borrow_base(base: PreTrainedModel, run: str, pad_token: int, batch_size: int
     shared = {id(module): module for module in base.modules() if next(module.children(), None) is None}
     config = LoraConfig.from_pretrained(folder)
     # The head is applied by `BorrowingJudge`; PEFT would look for one in the language model, which has none for scores.
-    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    config.task_type = "CAUSAL_LM"
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in SCORE_HEADS] or None
     model = PeftModel.from_pretrained(copy.deepcopy(base, shared), folder, config=config)
     head = load_file(folder / PEFT_WEIGHTS_FILE)[_HEAD][0].float().to(base.device)
     return BorrowingJudge(model.eval(), head, pad_token, batch_size)

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from finetune.api_arguments import name_option
 from finetune.errors import ExportError, describe_unknown_name
 from finetune.files.sizes import parse_size
-from finetune.recipe.sections import DtypeChoice
+from finetune.recipe.sections import BEGINNINGS, AdapterInit, DtypeChoice
 
 BaseChoice = Literal["full", "dequantized", "auto"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"]
@@ -71,17 +72,26 @@ def check_gguf_type(name: str) -> None:
     raise ExportError(f"the type {name!r} is {describe_unknown_name(name, get_args(GgufType))}")
 
 
-def list_refusals(settings: ExportSettings, quantize: str, *, verifies: bool, is_stage: bool) -> Iterator[str]:
-    """Yield the reasons why an adapter cannot be merged as the settings say; `quantize` is how its base was held in training.
+def list_refusals(
+    settings: ExportSettings, quantize: str, init: AdapterInit, *, verifies: bool, is_stage: bool
+) -> Iterator[str]:
+    """Yield the reasons why an adapter cannot be merged as the settings say.
 
+    `quantize` is how its base was held in training, and `init` what the adapter began with.
     The reasons name the keys of a chain's stage, or the options of the command line.
     """
     name = "export.base:" if is_stage else "--base"
-    skipped = "verify: false leaves out" if is_stage else "--no-verify skips"
+    in_python = "" if is_stage else " (base in Python)"
+    skipped = "verify: false leaves out" if is_stage else f"{name_option('--no-verify')} skips"
     if settings.base == "dequantized" and quantize == "none":
         yield (
             f"{name} dequantized is for adapters of quantized runs, and this one was trained on an unquantized base; "
-            f"use {name} full"
+            f"use {name} full{in_python}"
+        )
+    if settings.base != "dequantized" and BEGINNINGS[init].holds_rounding:
+        yield (
+            f"{name} {settings.base}: the adapter began with {init}, so it holds a part of what {quantize} rounded off its base, which "
+            f"another base still has; use {name} dequantized{in_python}, which is exactly what was trained"
         )
     if settings.base == "auto" and not verifies and quantize != "none":
         yield f"{name} auto chooses by measuring, which {skipped}; remove one of the two"

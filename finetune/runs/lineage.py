@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import (
     find_base_folder,
     find_checkpoint,
@@ -172,7 +173,7 @@ def _find_peft_base(folder: Path, base_model: str | None) -> Path:
     name = base_model or own
     if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with --base-model"
+            f"{folder / PEFT_CONFIG_FILE}: names no base model (base_model_name_or_path is {own!r}); name it with {name_option('--base-model')}"
         )
     try:
         base = find_checkpoint(name if base_model is not None else pin_name(name, content.get("revision")))
@@ -182,6 +183,6 @@ def _find_peft_base(folder: Path, base_model: str | None) -> Path:
             raise
         raise CheckpointError(
             f"{folder}: its base model {name!r} cannot be used: {error}\nIf the base lies somewhere else, or the adapter was trained on "
-            "a quantized form of it, name the full-precision base with --base-model FOLDER_OR_HUB_ID"
+            f"a quantized form of it, name the full-precision base, a folder or a hub id, with {name_option('--base-model')}"
         ) from error
     return base

@@ -46,7 +46,7 @@ class ResolvedRecipe:
     def adapter_starts_empty(self) -> bool:
         """Whether the adapter changes nothing before step 1, so that the base model serves as the reference model."""
         continues = self.awaits_adapter or self.adapter_folder is not None
-        return self.recipe.adapter.init == "default" and not continues
+        return self.recipe.adapter.beginning.starts_empty and not continues
 
     @property
     def trains_all_weights(self) -> bool:

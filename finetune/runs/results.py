@@ -17,7 +17,7 @@ from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.methods import METHODS, Method
-from finetune.recipe.sections import TrainedArchitecture
+from finetune.recipe.sections import BEGINNINGS, AdapterInit, TrainedArchitecture
 from finetune.runs.run_files import (
     ADAPTER_FOLDER,
     LINEAGE_FILE,
@@ -69,6 +69,12 @@ class Lineage:
     rope_theta: float | None = None
     commit: str | None = None
     datasets: tuple[str, ...] = ()
+    init: AdapterInit = "default"
+
+    @property
+    def holds_rounding(self) -> bool:
+        """Whether the adapter holds a part of what quantization rounded off its base, so that it belongs to no other base."""
+        return BEGINNINGS[self.init].holds_rounding
 
     def describe_chain(self) -> str:
         """Return the base checkpoint and every method that followed, such as `base → sft → dpo`."""
@@ -227,4 +233,6 @@ def _open_folder(folder: Path, kind: ResultKind) -> Result:
 
 def _read_lineage(content: dict[str, Any]) -> Lineage:
     earlier = tuple(EarlierRun(**run) for run in content.get("earlier", ()))
+    if content.get("init", "default") not in BEGINNINGS:
+        raise TypeError(f"init is {content['init']!r}")
     return Lineage(**{**content, "earlier": earlier, "datasets": tuple(content.get("datasets", ()))})

@@ -3,15 +3,18 @@
 import contextlib
 import difflib
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
 from finetune.files.folders import check_output_free, check_writable
 from finetune.files.json_files import read_json, write_text
+from finetune.files.launcher import is_main_process
 from finetune.files.safety.locks import LOCK_FILE, lock_folder
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.run_files import (
@@ -38,7 +41,9 @@ def hold_output(output: Path, what: str, *, resume: bool) -> Iterator[None]:
         TrainingError: there is nothing to resume.
     """
     if resume and not (output / RECIPE_FILE).is_file():
-        raise TrainingError(f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without --resume")
+        raise TrainingError(
+            f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without {name_option('--resume')}"
+        )
     if not resume:
         check_writable(output)
     with hold_folder(output):
@@ -68,7 +73,7 @@ def _check_fresh(output: Path, what: str) -> None:
     try:
         check_output_free(output, LOCK_FILE)
     except OutputError as error:
-        raise OutputError(f"{error}; or resume the {what} in it with --resume") from None
+        raise OutputError(f"{error}; or resume the {what} in it with {name_option('--resume')}") from None
 
 
 def _make_folders(output: Path) -> list[Path]:
@@ -137,11 +142,11 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
     checkpoint = find_complete_checkpoint(run)
     if checkpoint is None and list_trainer_checkpoints(run):
         raise TrainingError(
-            f"{run}: none of its checkpoints is whole, so it cannot be resumed; remove the folder and start again without --resume"
+            f"{run}: none of its checkpoints is whole, so it cannot be resumed; remove the folder and start again without {name_option('--resume')}"
         )
     if checkpoint is None:
         raise TrainingError(
-            f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without --resume"
+            f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without {name_option('--resume')}"
         )
     logger.info("resuming %s from %s", run, checkpoint.name)
     return checkpoint
@@ -150,7 +155,8 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
 def check_same_recipe(saved: Path, current: str, what: str) -> None:
     """Check that a recipe is the one that a run or a chain began with; `what` names it in the message.
 
-    A folder that was moved has another `output`; its recipe is written anew.
+    A folder that was moved has another `output`, and the stages of a moved chain have other paths to each other; the main process
+    writes such a recipe anew. What lies at these paths is compared by content elsewhere.
 
     Raises:
         TrainingError: it is another; the message lists the lines that differ.
@@ -161,16 +167,31 @@ def check_same_recipe(saved: Path, current: str, what: str) -> None:
         raise TrainingError(
             f"{saved}: cannot be read ({error}); restore it, or start again with another output"
         ) from error
-    changes = _list_changes(before, current)
+    changes = _list_changes(_move_paths(before, current), current)
     if any(not change[2:].startswith("output: ") for change in changes):
         raise TrainingError(
             f"{saved.parent}: the recipe has changed since this {what} started, so it cannot be resumed:\n"
             + "\n".join(f"  {change}" for change in changes)
             + f"\nrestore these lines, or resume with the {what}'s own recipe: finetune train {saved} --resume"
         )
-    if changes:
+    if before != current and is_main_process():
         logger.info("%s: this %s was moved here from another folder", saved.parent, what)
         write_text(saved, current)
+
+
+def _move_paths(saved: str, current: str) -> str:
+    """Return a saved recipe with the paths beside its output as they are after a move; lines that both recipes have stay."""
+    before, now = (str(Path(_read_output(text)).parent / "_")[:-1] for text in (saved, current))
+    known = set(current.splitlines())
+    return "\n".join(
+        line if line in known else re.sub(rf"(?<=[ '\"]){re.escape(before)}", lambda _: now, line)
+        for line in saved.splitlines()
+    )
+
+
+def _read_output(recipe: str) -> str:
+    found = re.search(r"^output: (.*)$", recipe, re.MULTILINE)
+    return found[1].strip("'\"") if found else ""
 
 
 def _list_changes(saved: str, current: str) -> list[str]:

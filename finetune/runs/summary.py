@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from finetune.errors import describe_count
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -25,7 +27,7 @@ class RunSummary:
 
 def describe_run(summary: RunSummary) -> str:
     """Return the summary as one line for a person."""
-    facts = [f"{summary.steps} steps", f"training loss {summary.train_loss:.3f}"]
+    facts = [describe_count(summary.steps, "step"), f"training loss {summary.train_loss:.3f}"]
     if summary.eval_loss is not None:
         facts.append(f"held-out loss {summary.eval_loss:.3f}")
     for name, reward in (("reward", summary.train_reward), ("held-out reward", summary.eval_reward)):

@@ -2,11 +2,20 @@
 
 import json
 import logging
+import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.errors import TrainingError
+from finetune.files.json_files import read_regular_text
 from finetune.files.safety.manifests import find_damage
-from finetune.runs.run_files import TRAINER_STATE_FILE, list_trainer_checkpoints
+from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints
+
+# Reading more than this again would delay the start of a large run; the manifest has compared it already.
+_MOST_STATE_BYTES = 1 << 30
+# What Python's reader of archives raises for one that is damaged.
+_DAMAGES = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +39,53 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
     Raises:
         TrainingError: the trainer's state is not what a trainer writes.
     """
+    step, last = _read_numbers(checkpoint / TRAINER_STATE_FILE, "global_step", "max_steps")
+    return step, last
+
+
+def read_token_count(checkpoint: Path) -> int:
+    """Return how many tokens a run had trained until a whole checkpoint.
+
+    Raises:
+        TrainingError: the file is not what the kit writes.
+    """
+    (count,) = _read_numbers(checkpoint / COUNTS_FILE, "num_tokens")
+    return count
+
+
+def _read_numbers(file: Path, *keys: str) -> list[int]:
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        return int(state["global_step"]), int(state["max_steps"])
+        content = json.loads(read_regular_text(file))
+        return [int(content[key]) for key in keys]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TrainingError(
-            f"{checkpoint / TRAINER_STATE_FILE}: cannot be read ({error}); remove the folder"
-        ) from error
+        raise TrainingError(f"{file}: cannot be read ({error}); remove the folder") from error
+
+
+def check_states(checkpoint: Path, names: Iterable[str]) -> None:
+    """Check the files of states that a trainer continues from, by the checksums that torch wrote into them.
+
+    A manifest that was written anew covers damage, and transformers goes on without a file that it does not find.
+
+    Raises:
+        TrainingError: one is missing or damaged.
+    """
+    for name in names:
+        if (damage := _find_damage_of_state(checkpoint / name)) is not None:
+            raise TrainingError(
+                f"{checkpoint}: {name} {damage}, so the run could only go on as another one; remove this folder, and resume from the "
+                "checkpoint before it"
+            )
+
+
+def _find_damage_of_state(file: Path) -> str | None:
+    if not file.is_file():  # a pipe or a device may never end
+        return "is no file" if file.exists() else "is missing"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch compresses nothing, so that nothing can grow without an end here.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return "is compressed"
+            damaged = archive.testzip() if file.stat().st_size <= _MOST_STATE_BYTES else None
+    except _DAMAGES as error:
+        return f"is damaged ({error})"
+    return None if damaged is None else f"is damaged (its part {damaged!r})"

@@ -16,7 +16,7 @@ from finetune.data.encoding.template import list_rendered_thoughts
 from finetune.data.lint.row_writer import RowWriter
 from finetune.data.reading.row_reader import RowReader
 from finetune.data.settings import RowShape
-from finetune.errors import DataError, RecipeError
+from finetune.errors import DataError, RecipeError, describe_count
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
 from finetune.files.version import read_version
@@ -165,13 +165,17 @@ def describe_synthesis(report: SynthesizeReport) -> str:
     lines = [*report.notes]
     if not report.output:
         lines.append(
-            f"{report.job}: {report.seeds:,} rows to read; {report.requests:,} requests with at most {report.tokens:,} tokens are coming, "
-            f"{report.cached:,} answers are known"
+            f"{report.job}: {describe_count(report.seeds, 'row')} to read; {describe_count(report.requests, 'request is', 'requests are')} coming, with "
+            f"at most {describe_count(report.tokens, 'token')}, and "
+            f"{describe_count(report.cached, 'answer is', 'answers are')} known"
         )
         return "\n".join(lines)
-    lines.append(f"{report.job}: {report.rows:,} rows made of {report.seeds:,}: {report.output}/{WRITTEN_ROWS_FILE}")
     lines.append(
-        f"{report.requests:,} requests, {report.tokens:,} tokens, cost {report.cost:.4g}; {report.cached:,} answers were known"
+        f"{report.job}: {describe_count(report.rows, 'row')} made of {report.seeds:,}: {report.output}/{WRITTEN_ROWS_FILE}"
+    )
+    lines.append(
+        f"{describe_count(report.requests, 'request')}, {describe_count(report.tokens, 'token')}, cost {report.cost:.4g}; "
+        f"{describe_count(report.cached, 'answer was', 'answers were')} known"
     )
     lines += [f"  {count:,} {reason}" for reason, count in report.left_out.items()]
     lines += [f"    {example}" for example in report.examples]

@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.packing import PackedRows
-from finetune.errors import TrainingError, describe_unknown_name
+from finetune.errors import TrainingError, describe_count, describe_unknown_name
 from finetune.training.journal.progress import PREFLIGHT
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def check_first_batch(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop
     if stop_tokens and not any(label in stop_tokens for _, labels in rows for label in labels):
         names = ", ".join(tokenizer.convert_ids_to_tokens(list(stop_tokens)))
         raise TrainingError(
-            f"first batch: no stop token ({names}) is trained in any of its {len(rows)} rows, so the model would not learn to stop; "
+            f"first batch: no stop token ({names}) is trained in any of its {describe_count(len(rows), 'row')}, so the model would not learn to stop; "
             "look at the rows with `finetune preview`"
         )
 
@@ -81,7 +81,7 @@ def draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
     if batch is None:
         size = trainer.args.per_device_train_batch_size * trainer.args.world_size
         raise TrainingError(
-            f"trainer.dataloader_drop_last: {len(trainer.train_dataset)} rows fill no batch of {size}, so nothing would be trained; remove this "
+            f"trainer.dataloader_drop_last: {describe_count(len(trainer.train_dataset), 'row fills', 'rows fill')} no batch of {size}, so nothing would be trained; remove this "
             "key, or lower trainer.per_device_train_batch_size"
         )
     if not any((labels != IGNORED_LABEL).any() for _, _, labels in _list_texts(batch)):
@@ -92,7 +92,7 @@ def draw_first_batch(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _check_row(where: str, token_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     if all(label == IGNORED_LABEL for label in labels):
         raise TrainingError(
-            f"{where}: none of its {len(token_ids):,} tokens is trained; look at it with `finetune preview`"
+            f"{where}: none of its {describe_count(len(token_ids), 'token')} is trained; look at it with `finetune preview`"
         )
     bos = token_ids.count(tokenizer.bos_token_id)
     if tokenizer.bos_token_id is not None and (bos != 1 or token_ids[0] != tokenizer.bos_token_id):

@@ -157,6 +157,7 @@ def _describe_lineage(setup: Setup) -> Lineage:
         rope_theta=model.rope_theta,
         commit=commit,
         datasets=name_datasets(setup.resolved.recipe),
+        init=setup.resolved.recipe.adapter.init,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.hub_names import read_hub_record
 from finetune.compat import skip_steps
 from finetune.data.encoding.template import list_stop_tokens
@@ -33,10 +34,15 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE
 from finetune.runs.summary import RunSummary
-from finetune.runs.trainer_checkpoints import read_last_step
+from finetune.runs.trainer_checkpoints import check_states, read_last_step
 from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.loss_plot import draw_losses
-from finetune.training.journal.processes import check_same_processes, check_same_recipes, check_same_rows
+from finetune.training.journal.processes import (
+    check_same_processes,
+    check_same_recipes,
+    check_same_rows,
+    list_state_files,
+)
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.option_trials import check_optimizer
@@ -51,7 +57,7 @@ from finetune.watching.board_page import write_report
 
 logger = logging.getLogger(__name__)
 
-_LEFT = "what was saved before is whole: make room, and continue with --resume"
+_LEFT = f"what was saved before is whole: make room, and continue with {name_option('--resume')}"
 
 
 def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
@@ -82,7 +88,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             _check_same_run(setup)
         with leave_nothing_before_step_one(resolved.output, checkpoint) if is_writer else contextlib.nullcontext():
             with load_whole(config):
-                trained = build_model(setup, config, device)
+                trained = build_model(setup, config, device, resumes=checkpoint is not None)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
@@ -129,6 +135,9 @@ def configure(resolved: ResolvedRecipe) -> tuple[torch.device, Precision, Traini
     ):  # a plan for a GPU may be made here
         problem = "trainer.activation_offloading: moves activations off a GPU, and there is none; remove this key"
         raise RecipeError("trainer", [problem])
+    if resolved.recipe.adapter.dora and resolved.recipe.model.quantize == "int8" and device.type == "cpu":
+        problem = "adapter.dora: cannot be trained on int8 weights on a CPU, where PEFT 0.21 loses their scales; set model.quantize: nf4 or none"
+        raise RecipeError("adapter", [problem])
     dtype, pretrains = resolved.recipe.model.dtype, resolved.method.is_pretraining
     precision = choose_precision(dtype, device, resolved.trains_all_weights, keeps_masters=pretrains)
     check_launch_precision(precision.autocast)
@@ -191,6 +200,7 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         with translate_os_errors(resolved.output, _LEFT), translate_lost_workers(), translate_lost_processes():
             return int(trainer.train().global_step)
     step, last = read_last_step(checkpoint)
+    check_states(checkpoint, list_state_files())
     with (
         translate_os_errors(resolved.output, _LEFT),
         translate_lost_workers(),

@@ -16,6 +16,8 @@ from finetune.data.dataset import Splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, list_stop_tokens, list_template_tokens
 from finetune.files.folders import check_links
+from finetune.models.adapters.beginnings import BeginningInputs, prepare_beginning
+from finetune.models.adapters.row_texts import RowTexts
 from finetune.models.loading import load_base
 from finetune.models.lora import attach_adapter, continue_adapter, find_untrained_tokens
 from finetune.models.precision import Precision
@@ -24,6 +26,7 @@ from finetune.models.streaming.from_main_memory import stream_layers
 from finetune.rewards.judge import BorrowingJudge, borrow_base, check_judge
 from finetune.runs.lineage import find_tokenizer_folder, find_training_base
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.run_files import PISSA_START_FOLDER
 from finetune.runs.trained_tokens import open_tokenizer
 from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
@@ -109,8 +112,13 @@ def _read_tokenizer(folder: Path, template: ChatTemplate) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(copy).iterdir()}
 
 
-def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -> TrainedModel:
-    """Load the base model and attach its adapter; a reward model that the recipe names shares the same base."""
+def build_model(
+    setup: Setup, config: TrainingArguments, device: torch.device, *, resumes: bool = False
+) -> TrainedModel:
+    """Load the base model and attach its adapter; a reward model that the recipe names shares the same base.
+
+    A run that `resumes` gets the trained values of its adapter from the checkpoint later.
+    """
     resolved, recipe, judge = setup.resolved, setup.resolved.recipe, None
     set_seed(recipe.seed)  # the head of a reward model is initialized at random
     # bitsandbytes quantizes on the device, in its rounding; a 16-bit base need not pass through a device that it may not fit.
@@ -125,7 +133,11 @@ def build_model(setup: Setup, config: TrainingArguments, device: torch.device) -
         model: PreTrainedModel | PeftModel = continue_adapter(base, recipe.adapter, resolved.adapter_folder)
     else:
         set_seed(recipe.seed)
+        texts = RowTexts(setup.splits.train, recipe.seed)
+        initial = resolved.output / PISSA_START_FOLDER if resumes else None
+        begin = prepare_beginning(base, recipe.adapter, BeginningInputs(setup.base, texts, initial))
         model = attach_adapter(base, recipe.adapter, setup.base)
+        begin(model)
     if recipe.model.stream_layers:
         stream_layers(model, device)
     if not resolved.method.is_online:

@@ -10,6 +10,7 @@ from finetune.data.dataset import Splits, load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template
 from finetune.data.settings import DataSettings, HubDataset, Source
+from finetune.errors import describe_count
 from finetune.files.cache import find_cache
 from finetune.files.json_files import read_json
 from finetune.mixtures.matched import match_sources
@@ -83,13 +84,13 @@ def _describe_positions(resolved: ResolvedRecipe, base: Path, report: DataReport
         answer = resolved.recipe.trainer.get(_ANSWER_TOKENS, options[_ANSWER_TOKENS].default)
     if longest + answer <= positions:
         return ()
-    rows = f"rows of up to {longest:,} tokens exceed"
+    rows = f"rows of up to {describe_count(longest, 'token')} exceed"
     cure = f"data.max_tokens: {positions}"
     if answer:
-        rows = f"prompts of up to {longest:,} tokens with answers of up to {answer:,} exceed"
+        rows = f"prompts of up to {describe_count(longest, 'token')} with answers of up to {answer:,} exceed"
         cure = f"data.max_tokens and trainer.{_ANSWER_TOKENS} to {positions:,} together"
     return (
-        f"{rows} the {positions:,} positions that the base checkpoint was trained for; set {cure}, or extend its context by "
+        f"{rows} the {describe_count(positions, 'position')} that the base checkpoint was trained for; set {cure}, or extend its context by "
         "model.max_positions and model.rope_theta",
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, describe_count
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -185,7 +185,7 @@ def _open_shards(folder: Path) -> dict[str, TensorEntry]:
     absent = [name for name in index if name not in entries]
     if absent:
         raise CheckpointError(
-            f"{folder / index[absent[0]]}: lacks {len(absent)} tensors that {INDEX_FILE} names (first: {absent[0]}); download it again"
+            f"{folder / index[absent[0]]}: lacks {describe_count(len(absent), 'tensor')} that {INDEX_FILE} names (first: {absent[0]}); download it again"
         )
     return entries
 

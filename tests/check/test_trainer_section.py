@@ -57,6 +57,14 @@ def test_values_that_no_run_can_have(find_problem, setting, expected):
     assert expected in problem
 
 
+@pytest.mark.parametrize("steps", ["eval_steps=1", "logging_steps=1", "save_steps=20"])
+def test_the_best_step_must_be_a_saved_one(find_problem, steps):
+    """The best step was one without a checkpoint, and the last weights were the result without a word."""
+    by_steps = ["trainer.eval_strategy=steps", "trainer.save_strategy=steps"]
+    problem = find_problem("trainer.load_best_model_at_end=true", *by_steps, f"trainer.{steps}")
+    assert "set eval_steps and save_steps to the same number" in problem
+
+
 @pytest.mark.parametrize("setting", ["trainer.beta=0", "trainer.label_smoothing=0.5", "trainer.ld_alpha=2"])
 def test_values_of_preference_losses(find_problem, setting):
     assert f"{setting.partition('=')[0]}: must be" in find_problem(setting, *PAIRS, "data.eval=[]")
@@ -123,8 +131,6 @@ def test_names_of_other_tools(find_problem, key, own):
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
-        ("adapter.modules_to_save", "take adapter.train_tokens for rows of the tables of tokens, adapter.targets for"),
-        ("additional_target", "or adapter.kind: none to train all weights"),
         ("adapter.bias", "have no biases, and an adapter gives them none; remove this key"),
         ("adapter.exclude_modules", "name the layers that are to be trained in adapter.targets instead"),
         ("adapter.target_parameters", "take adapter.targets"),

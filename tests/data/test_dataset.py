@@ -207,7 +207,7 @@ def make_rows(lengths):
 def test_overflow_is_an_error_unless_a_policy_is_stated(load):
     with pytest.raises(DataError) as caught:
         load(make_rows([1, 1, 60]), max_tokens=40)
-    assert "1 of 3 rows are longer than data.max_tokens: 40" in str(caught.value)
+    assert "1 of 3 rows is longer than data.max_tokens: 40" in str(caught.value)
     assert "rows.jsonl, line 3" in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_dropped_rows_are_counted(load):
     splits = load(make_rows([1, 1, 60]), max_tokens=40, overflow="drop")
     report = splits.report.train
     assert (report.rows_read, report.rows, report.dropped, report.truncated) == (3, 2, 1, 0)
-    assert splits.report.notes == ("1 rows exceed data.max_tokens: 40 and are left out (data.overflow: drop)",)
+    assert splits.report.notes == ("1 row is longer than data.max_tokens: 40 and left out (data.overflow: drop)",)
     assert [row["origin"].rpartition(", ")[2] for row in splits.train] == ["line 1", "line 2"]
 
 
@@ -228,7 +228,7 @@ def test_cut_answers_are_counted(load):
     assert (report.truncated, report.answers_cut) == (1, 1)
     assert [row["is_cut"] for row in splits.train] == [False, True]
     assert len(splits.train[1]["input_ids"]) == 40
-    assert "1 answers lose their end and their stop token" in splits.report.notes[1]
+    assert "1 answer loses its end and its stop token" in splits.report.notes[1]
 
 
 def test_the_account_adds_up(load):

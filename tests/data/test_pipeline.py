@@ -78,7 +78,7 @@ def test_spelled_control_tokens_and_jinja_stay_plain_text(load, tokenizer):
     assert ids.count(106) == 2  # the two that the template writes
     assert ids.count(tokenizer.eos_token_id) == 0
     assert tokenizer.decode(ids).count(text) == 2
-    assert any("1 rows spell control tokens in their text" in note for note in splits.report.notes)
+    assert any("1 row spells control tokens in its text" in note for note in splits.report.notes)
     plain = load([chat("hello", "world")]).train[0]["input_ids"]
     expected = tokenizer.apply_chat_template(
         chat("hello", "world")["messages"], chat_template=find_template("yulan-mini", tokenizer).source
@@ -133,7 +133,7 @@ def test_supervised_training_learns_the_chosen_side(load, tokenizer):
     splits = load([PAIR])
     assert read_trained(splits.train[0], tokenizer) == ["good<|eot_id|>"]
     assert "prompt_ids" not in splits.train.column_names
-    assert any("1 rows are pairs" in note for note in splits.report.notes)
+    assert any("1 row is a pair" in note for note in splits.report.notes)
 
 
 def test_the_account_of_pairs_counts_both_sides(load):
@@ -158,7 +158,7 @@ def test_answers_of_one_label_teach_nothing(load):
     with pytest.raises(DataError, match=r"all 3 answers are labelled true; .* add rows with label: false"):
         load(rows, shape="labelled")
     notes = load([*rows, {**rows[0], "label": False}], shape="labelled").report.notes
-    assert "3 answers are liked and 1 are not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
+    assert "3 answers are liked and 1 is not; trainer.undesirable_weight: 3 gives both sides the same weight" in notes
 
 
 def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
@@ -173,7 +173,7 @@ def test_both_sides_of_a_pair_are_cut_and_counted(load, tokenizer):
     equal = {"prompt": "Q", "chosen": "good " * 30 + "end", "rejected": "good " * 30}
     assert load([equal, PAIR], shape="pair", max_tokens=limit, overflow="truncate").report.train.dropped == 1
     assert load([long, PAIR], shape="pair", max_tokens=limit, overflow="drop").report.train.dropped == 1
-    with pytest.raises(DataError, match="1 of 2 rows are longer"):
+    with pytest.raises(DataError, match="1 of 2 rows is longer"):
         load([long, PAIR], shape="pair", max_tokens=limit)
 
 

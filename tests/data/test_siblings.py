@@ -220,7 +220,7 @@ def test_rows_whose_answers_are_all_marked_are_left_out(read, train_on, start):
     marked = {"messages": [*start, say("user", Q), {**say("assistant", A), "weight": 0}]}
     rows, notes = read([marked, {"messages": chat(Q, B)}], train_on=train_on)
     assert rows == [render(chat(Q, B))]
-    assert "1 rows are left out: marked as not trained" in notes
+    assert "1 row is left out: marked as not trained" in notes
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def abs_difference(first, second):
 
 
 def check_resuming(launch, engine, run, settings):
-    """Two processes continue from step 2 to the same adapter, and are refused where one process had begun."""
+    """Two processes continue from step 2 to the same adapter, in a folder to which the run was moved."""
     straight = load_file(run / "adapter" / "adapter_model.safetensors")
     for folder in ("adapter", "checkpoint-4"):
         for path in sorted((run / folder).rglob("*"), reverse=True):
@@ -140,6 +140,7 @@ def check_resuming(launch, engine, run, settings):
         (run / folder).rmdir()
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    run = run.rename(run.with_name("moved"))
     _, done = launch(engine, run.name, *settings, resume=True)
     assert done.returncode == 0, done.stderr
     resumed = load_file(run / "adapter" / "adapter_model.safetensors")

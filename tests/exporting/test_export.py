@@ -185,7 +185,7 @@ def test_a_flipped_bit_on_disk_is_noticed(make_adapter, tmp_path, monkeypatch):
         return size
 
     monkeypatch.setattr(merge, "write_shards", write_badly)
-    with pytest.raises(ExportError, match=r"1 tensors differ after reopening \(first: lm_head.weight"):
+    with pytest.raises(ExportError, match=r"1 tensor differs after reopening \(first: lm_head.weight"):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS, LogitVerifier())
     assert not (tmp_path / "export").exists()
 

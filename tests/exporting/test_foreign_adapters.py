@@ -186,7 +186,7 @@ def test_the_chosen_layers_are_pefts(options):
     [
         (
             lambda t: t.pop("base_model.model.model.embed_tokens.weight"),
-            "1 tensors of modules_to_save or bias are missing",
+            "1 tensor is missing of modules_to_save or bias",
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if "layers.1.mlp" in name],
@@ -199,7 +199,7 @@ def test_the_chosen_layers_are_pefts(options):
                     "base_model.model.lm_head.lora_B.weight": torch.ones(1312, 4),
                 }
             ),
-            "holds LoRA for 1 layers that its target_modules leaves out, which PEFT would drop",
+            "holds LoRA for 1 layer that its target_modules leaves out, which PEFT would drop",
         ),
     ],
 )
@@ -323,7 +323,7 @@ def test_a_tokenizer_larger_than_the_table(make_base, adapt, tmp_path):
     fill_table(adapter, 1312)
     add_token(adapter, "<|mine|>")
     with pytest.raises(
-        ExportError, match=r"its tokenizer has 1 tokens beyond the 1,312 rows .*first: '<\|mine\|>', 1312"
+        ExportError, match=r"its tokenizer has 1 token beyond the 1,312 rows .*first: '<\|mine\|>', 1312"
     ):
         export_result(open_result(adapter), tmp_path / "export", SETTINGS)
 

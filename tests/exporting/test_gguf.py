@@ -239,7 +239,7 @@ def test_reading_back_finds_one_wrong_byte(llama, tmp_path):
             content[tensors[tensor].start + (6 if name != "f32" else 7)] ^= 0xF0
             damaged = tmp_path / "damaged.gguf"
             damaged.write_bytes(content)
-            with pytest.raises(ExportError, match=f"1 tensors differ .* \\(first: {tensor}"):
+            with pytest.raises(ExportError, match=f"1 tensor differs .* \\(first: {tensor}"):
                 compare_file(damaged, source, TENSOR_TYPES[name])
 
 

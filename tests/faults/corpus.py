@@ -343,7 +343,7 @@ def _runs(sources: Sources) -> Iterator[Case]:
             def change(run: Path, damage=damage, file=file) -> None:
                 if (run / file).is_dir():
                     shutil.rmtree(run / file)
-                    (run / file).touch()
+                (run / file).touch()  # a run without answers has no page of them
                 damage(run / file)
 
             # The metrics and answers are for people: nothing reads them back.
@@ -372,7 +372,14 @@ def _checkpoints(sources: Sources) -> Iterator[Case]:
             _copy(run / "checkpoint-2", run / name)
 
         yield Case("checkpoint", f"named {name[:20]!r}", _use_run(sources, change, ("train",)), may_work=True)
-    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+    for file in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "trainer_state.json",
+        "counts.json",
+    ):
         for name, damage in {**DAMAGES, "a pickle": lambda path: _write(_pickle(path))(path)}.items():
 
             def change(run: Path, damage=damage, file=file) -> None:

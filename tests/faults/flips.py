@@ -1,11 +1,13 @@
 """Flip single bits in every kind of file that the kit keeps, and see that none of them changes a result silently."""
 
+import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from injector import Outcome, Server
+from injector import Server
 from kinds import Kind, make_export
 from tries import Tally
 
@@ -19,51 +21,62 @@ def flip_bit(file: Path, generator: random.Random) -> int:
     return place
 
 
-def flip_everywhere(server: Server, short: Kind, pretrain: Kind, cache: Path, tries: int) -> list[Tally]:
-    """Flip single bits in cached rows, folds and `nano`, in checkpoints, in adapters and in optimizer states.
+def flip_everywhere(server: Server, kinds: Mapping[str, Callable[[], Kind]], tries: int) -> Iterator[Tally]:
+    """Flip single bits and yield the counts of each kind of file: adapters, states, checkpoints, cached rows, folds and `nano`.
 
-    A damaged cache must be made again and a damaged checkpoint passed over, both with the same result as before; a damaged adapter
-    or state must be refused.
+    A damaged adapter or state must be refused; a damaged cache must be made again and a damaged checkpoint passed over, both with the
+    same result as before.
     """
+    yield from _flip_runs(server, kinds["short"](), tries)
+    yield _flip_states(server, kinds["pretrain"](), tries)
+    yield from _flip_caches(server, kinds["once"](), Path(os.environ["FINETUNE_CACHE"]), tries)
+
+
+def _flip_caches(server: Server, once: Kind, cache: Path, tries: int) -> list[Tally]:
+    """Flip a bit in each kind of cached folder at the same time; all must be made again, or the result is another."""
+    shutil.rmtree(cache)  # so that it holds only what this run reads
+    once.clear()
+    assert server.run(once.start, once.output.parent).status == 0
+    expected, generator = once.hash_results(), random.Random(3)
+    tallies = {name: Tally(f"cached {name}", "one bit") for name in ("rows", "folds", "nano")}
+    for _ in range(tries):
+        places = {name: _flip_one(cache / name, generator, ("**/*",)) for name in tallies}
+        once.clear()
+        outcome = server.run(once.start, once.output.parent)
+        for name, tally in tallies.items():
+            tally.tries += 1
+            tally.stopped += re.search(rf"/{name}/\w+: the cache is damaged", outcome.text) is not None
+            if outcome.status != 0 or once.hash_results() != expected:
+                tally.note("another result", tally.tries, f"{places[name]}\n{outcome.text}")
+    return list(tallies.values())
+
+
+def _flip_runs(server: Server, short: Kind, tries: int) -> Iterator[Tally]:
+    """Flip bits in the adapter of a run, which must not be exported then, and in its last checkpoint."""
     short.clear()
     assert server.run(short.start, short.output.parent).status == 0
     expected, kept = short.hash_results(), _keep(short.output)
-    work = short.output.parents[1]
+    export = make_export(short.output.parents[1], short.output)
 
-    def give_same(kind: Kind, outcome: Outcome) -> bool:
-        return outcome.status == 0 and kind.hash_results() == expected
+    def restore_adapter() -> Path:
+        _restore(short.output, kept)
+        return short.output / "adapter"
 
-    def train_anew() -> bool:
-        short.clear()
-        return give_same(short, server.run(short.start, short.output.parent))
-
-    def resume() -> bool:
-        return give_same(short, server.run(short.resume, short.output.parent))
-
-    def export() -> bool:
-        kind = make_export(work, short.output)
-        kind.clear()
-        return server.run(kind.start, kind.output.parent).status == 2
-
-    tallies = [
-        _flip(f"cached {name}", lambda name=name: cache / name, train_anew, tries) for name in ("rows", "folds", "nano")
-    ]
+    def refuse() -> bool:
+        export.clear()
+        return server.run(export.start, export.output.parent).status == 2 and not export.output.exists()
 
     def restore_checkpoint() -> Path:
         _restore(short.output, kept)
         shutil.rmtree(short.output / "adapter")
         return short.output / "checkpoint-2"
 
-    def restore_adapter() -> Path:
-        _restore(short.output, kept)
-        return short.output / "adapter"
+    def resume() -> bool:
+        return server.run(short.resume, short.output.parent).status == 0 and short.hash_results() == expected
 
-    tallies.append(_flip("checkpoint", restore_checkpoint, resume, tries))
-    tallies.append(
-        _flip("adapter", restore_adapter, export, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
-    )
+    yield _flip("adapter", restore_adapter, refuse, tries, ("*.safetensors", "adapter_config.json", "manifest.json"))
+    yield _flip("checkpoint", restore_checkpoint, resume, tries)
     shutil.rmtree(kept)
-    return [*tallies, _flip_states(server, pretrain, tries)]
 
 
 def _flip_states(server: Server, pretrain: Kind, tries: int) -> Tally:
@@ -103,16 +116,18 @@ def _flip(
     """Flip a bit of a file below the folder that `restore` returns, `tries` times; count where it does not come out right."""
     tally, generator = Tally(name, "one bit"), random.Random(3)
     for _ in range(tries):
-        folder = restore()
-        files = {
-            path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.stat().st_size
-        }
-        file = generator.choice(sorted(files))
-        place = flip_bit(file, generator)
+        place = _flip_one(restore(), generator, patterns)
         tally.tries += 1
         if not works():
-            tally.note("another result", place, f"{file.relative_to(folder)}, bit {place}")
+            tally.note("another result", tally.tries, place)
     return tally
+
+
+def _flip_one(folder: Path, generator: random.Random, patterns: tuple[str, ...]) -> str:
+    """Flip a bit of some file below a folder, and say where."""
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.stat().st_size}
+    file = generator.choice(sorted(files))
+    return f"{file.relative_to(folder)}, bit {flip_bit(file, generator)}"
 
 
 def _keep(folder: Path) -> Path:

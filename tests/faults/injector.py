@@ -32,13 +32,17 @@ _MOST_SECONDS = 120
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line did: its exit status (negative: killed by that signal), its operations, its output, its seconds, its memory."""
+    """What a command line did: its exit status (negative: killed by that signal), its operations, its output, its seconds, its memory.
+
+    `log` names every operation of an undisturbed run, with 1 before what can fail: "1 write /path/to/file".
+    """
 
     status: int
     operations: int
     text: str
     seconds: float
     peak_bytes: int = 0
+    log: tuple[str, ...] = ()
 
     @property
     def has_traceback(self) -> bool:
@@ -134,6 +138,7 @@ def _run_child(main, layer, arguments, root, at, number) -> Iterator[Outcome | N
     with (
         tempfile.TemporaryFile("w+") as log,
         tempfile.TemporaryFile("w+") as counts,
+        tempfile.TemporaryFile("w+") as names,
         Path(os.devnull).open() as nothing,
     ):
         known = set(sys.modules)
@@ -143,6 +148,7 @@ def _run_child(main, layer, arguments, root, at, number) -> Iterator[Outcome | N
             os.dup2(log.fileno(), 2)
             sys.stdin = nothing
             layer.fault_arm(root.encode(), at, number)
+            layer.fault_log(names.fileno() if at < 0 else -1)
             status = 1
             try:
                 status = _run_line(main, arguments)
@@ -157,11 +163,12 @@ def _run_child(main, layer, arguments, root, at, number) -> Iterator[Outcome | N
             yield None
             os.kill(child, signal.SIGCONT)
         status, peak_bytes = ended
-        for file in (log, counts):
+        for file in (log, counts, names):
             file.seek(0)
         operations, modules = json.loads(counts.read() or "[0, []]")
         _import_all(modules)
-        yield Outcome(status, operations, log.read()[-4000:], round(time.monotonic() - started, 2), peak_bytes)
+        seconds = round(time.monotonic() - started, 2)
+        yield Outcome(status, operations, log.read()[-4000:], seconds, peak_bytes, tuple(names.read().splitlines()))
 
 
 def _import_all(modules: list[str]) -> None:

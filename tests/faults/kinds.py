@@ -106,6 +106,8 @@ def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
     reward = dpo.replace("method: dpo", "method: reward")
     makers["judge"] = lambda: make_training("judge", work, reward)
     makers["short"] = lambda: make_training("short", work, short)
+    once = short.replace("max_steps: 2", "max_steps: 1").replace("save_steps: 1", "save_strategy: 'no'")
+    makers["once"] = lambda: make_training("once", work, once)
     makers["cold"] = lambda: _make_cold(work, lora.replace("max_steps: 4", "max_steps: 1"))
     makers["fold"] = lambda: _make_fold(work)
     return makers

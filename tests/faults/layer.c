@@ -23,6 +23,10 @@ static long armed_at = -1, count = 0;
 static int error_number = 0; /* 0: kill the process; -1: stop it before every operation from armed_at on, until somebody continues it */
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 static char is_ours[65536];
+static int log_descriptor = -1;
+
+/* From now on write every operation to a file: whether it can fail, the call, and the path. */
+void fault_log(int descriptor) { log_descriptor = descriptor; }
 
 void fault_arm(const char *folder, long at, int number) {
     snprintf(root, sizeof root, "%s", folder);
@@ -46,9 +50,28 @@ static int is_below(int folder, const char *path) {
     return strncmp(whole, root, strlen(root)) == 0;
 }
 
+static void note(int writes, const char *call, const char *path, int descriptor) {
+    static ssize_t (*real)(int, const void *, size_t);
+    if (!real) real = dlsym(RTLD_NEXT, "write");
+    char link[64], found[PATH_MAX], line[PATH_MAX + 64];
+    if (!path) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+        ssize_t size = readlink(link, found, sizeof found - 1);
+        found[size < 0 ? 0 : size] = 0;
+        path = found;
+    }
+    int size = snprintf(line, sizeof line, "%d %s %s\n", writes, call, path);
+    if (real(log_descriptor, line, size) != size) abort();
+}
+
 /* Count an operation; return 1 where it must fail. A full disk stays full, other errors come once. Nothing fails that makes room. */
-static int hit(int writes) {
+static int hit(int writes, const char *call, const char *path, int descriptor) {
     if (!root[0]) return 0;
+    if (log_descriptor >= 0) {
+        pthread_mutex_lock(&one_at_a_time);
+        note(writes, call, path, descriptor);
+        pthread_mutex_unlock(&one_at_a_time);
+    }
     if (error_number < 0) {
         pthread_mutex_lock(&one_at_a_time);
         if (++count >= armed_at) raise(SIGSTOP);
@@ -80,7 +103,7 @@ static int opened(int descriptor, int below) {
         if (flags & (O_CREAT | O_TMPFILE)) { va_list rest; va_start(rest, flags); mode = va_arg(rest, int); va_end(rest); } \
         int below = is_below(FOLDER, path); \
         int makes = flags & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC); \
-        if (below && makes && hit(1)) return -1; \
+        if (below && makes && hit(1, "open", path, -1)) return -1; \
         return opened(CALL, below); \
     }
 
@@ -95,7 +118,7 @@ OPEN(openat64, at, (int at, const char *path, int flags, ...), openat_real(at, p
     FILE *NAME(const char *path, const char *mode) { \
         REAL("fopen64", FILE *, const char *, const char *); \
         int below = is_below(AT_FDCWD, path); \
-        if (below && strpbrk(mode, "wa+") && hit(1)) return NULL; \
+        if (below && strpbrk(mode, "wa+") && hit(1, "open", path, -1)) return NULL; \
         FILE *file = real(path, mode); \
         if (file) opened(fileno(file), below); \
         return file; \
@@ -117,72 +140,72 @@ ssize_t write(int descriptor, const void *content, size_t size) {
     if (ours(descriptor)) {
         if (error_number < 0) {
             ssize_t half = size > 1 ? real(descriptor, content, size / 2) : 0;
-            hit(1);
+            hit(1, "write", NULL, descriptor);
             ssize_t rest = half < 0 ? half : real(descriptor, (const char *)content + half, size - half);
             return rest < 0 ? rest : half + rest;
         }
         if (armed_at >= 0 && !error_number && count + 1 == armed_at) real(descriptor, content, size / 2);
-        if (hit(1)) return -1;
+        if (hit(1, "write", NULL, descriptor)) return -1;
     }
     return real(descriptor, content, size);
 }
 
 ssize_t writev(int descriptor, const struct iovec *parts, int number) {
     REAL("writev", ssize_t, int, const struct iovec *, int);
-    if (ours(descriptor) && hit(1)) return -1;
+    if (ours(descriptor) && hit(1, "writev", NULL, descriptor)) return -1;
     return real(descriptor, parts, number);
 }
 
 ssize_t pwrite64(int descriptor, const void *content, size_t size, off64_t at) {
     REAL("pwrite64", ssize_t, int, const void *, size_t, off64_t);
-    if (ours(descriptor) && hit(1)) return -1;
+    if (ours(descriptor) && hit(1, "pwrite64", NULL, descriptor)) return -1;
     return real(descriptor, content, size, at);
 }
 
 int ftruncate64(int descriptor, off64_t size) {
     REAL("ftruncate64", int, int, off64_t);
-    if (ours(descriptor) && hit(1)) return -1;
+    if (ours(descriptor) && hit(1, "ftruncate64", NULL, descriptor)) return -1;
     return real(descriptor, size);
 }
 
 int fsync(int descriptor) {
     REAL("fsync", int, int);
-    if (ours(descriptor) && hit(1)) return -1;
+    if (ours(descriptor) && hit(1, "fsync", NULL, descriptor)) return -1;
     return real(descriptor);
 }
 
 int rename(const char *from, const char *to) {
     REAL("rename", int, const char *, const char *);
-    if (is_below(AT_FDCWD, to) && hit(1)) return -1;
+    if (is_below(AT_FDCWD, to) && hit(1, "rename", to, -1)) return -1;
     return real(from, to);
 }
 
 int mkdir(const char *path, mode_t mode) {
     REAL("mkdir", int, const char *, mode_t);
-    if (is_below(AT_FDCWD, path) && hit(1)) return -1;
+    if (is_below(AT_FDCWD, path) && hit(1, "mkdir", path, -1)) return -1;
     return real(path, mode);
 }
 
 int unlink(const char *path) {
     REAL("unlink", int, const char *);
-    if (is_below(AT_FDCWD, path)) hit(0);
+    if (is_below(AT_FDCWD, path)) hit(0, "unlink", path, -1);
     return real(path);
 }
 
 int unlinkat(int at, const char *path, int flags) {
     REAL("unlinkat", int, int, const char *, int);
-    if (is_below(at, path)) hit(0);
+    if (is_below(at, path)) hit(0, "unlinkat", path, -1);
     return real(at, path, flags);
 }
 
 int rmdir(const char *path) {
     REAL("rmdir", int, const char *);
-    if (is_below(AT_FDCWD, path)) hit(0);
+    if (is_below(AT_FDCWD, path)) hit(0, "rmdir", path, -1);
     return real(path);
 }
 
 int chmod(const char *path, mode_t mode) {
     REAL("chmod", int, const char *, mode_t);
-    if (is_below(AT_FDCWD, path)) hit(0);
+    if (is_below(AT_FDCWD, path)) hit(0, "chmod", path, -1);
     return real(path, mode);
 }

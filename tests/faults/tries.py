@@ -1,9 +1,10 @@
 """Kill work, or let its operations on files fail, then go on as its messages say, and count what comes of it."""
 
 import contextlib
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from kinds import Kind
 _MOST_STARTS = 4
 # After these messages the folder must be removed before a new start, as they say themselves.
 _ADVICE = "remove the folder and start again"
+# Numbers, the random parts of names that are made beside a file or folder, and the parameters whose optimizer states have a folder.
+_VARYING = re.compile(r"(?<=/zero/)[^/]+|\.tmp\w+|\.finetune-\w+|\.[0-9a-f]{8}\.|\d+")
 
 
 @dataclass
@@ -40,13 +43,13 @@ class Tally:
         self.examples.append(f"{self.kind}, {self.fault} at {at}: {name}\n{text[-1500:]}")
 
 
-def kill_everywhere(server: Server, kind: Kind, places: Iterator[int] | None = None, tries: int = 0) -> Tally:
+def kill_everywhere(server: Server, kind: Kind, tries: int | None = 0) -> Tally:
     """Stop the work before operations, and from what is on the disk there go on as a person would whose process was killed.
 
     The work itself runs once, so this costs no more than the resumed runs. `kill_really` sends the signal.
     """
-    tally, expected = _measure(server, kind, "kill")
-    wanted = set(places if places is not None else spread(tally.operations, tries))
+    tally, expected, log = _measure(server, kind, "kill")
+    wanted = set(_choose(log, "kill", tries))
     seen: set[tuple[object, ...]] = set()
     kind.clear()
     for at in server.walk(kind.start, kind.output.parent):
@@ -88,7 +91,7 @@ def _put_copy(folder: Path) -> Iterator[None]:
 
 def kill_really(server: Server, kind: Kind, places: Iterator[int]) -> Tally:
     """Kill the work at operations, go on as a person would, and compare what comes out with the uninterrupted work."""
-    tally, expected = _measure(server, kind, "kill")
+    tally, expected, _ = _measure(server, kind, "kill")
     for at in places:
         kind.clear()
         tally.tries += 1
@@ -99,11 +102,11 @@ def kill_really(server: Server, kind: Kind, places: Iterator[int]) -> Tally:
 
 
 def fail_everywhere(
-    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, tries: int = 0
+    server: Server, kind: Kind, error: str, places: Iterator[int] | None = None, tries: int | None = 0
 ) -> Tally:
     """Let an operation fail; the work must end well or in one message, and go on once the cause is gone."""
-    tally, expected = _measure(server, kind, error)
-    for at in places if places is not None else spread(tally.operations, tries):
+    tally, expected, log = _measure(server, kind, error)
+    for at in places if places is not None else _choose(log, error, tries):
         kind.clear()
         tally.tries += 1
         outcome = server.run(kind.start, kind.output.parent, at, ERRORS[error])
@@ -123,11 +126,29 @@ def spread(operations: int, tries: int) -> list[int]:
     return [1 + number * operations // tries + operations // (2 * tries) for number in range(tries)]
 
 
-def _measure(server: Server, kind: Kind, fault: str) -> tuple[Tally, dict[str, str]]:
+def thin_out(log: Sequence[str], writes_only: bool) -> list[int]:
+    """Return the first, the middle and the last place of equal operations; `writes_only` leaves out what cannot fail.
+
+    Two operations are equal where the call is the same, and the paths differ in numbers and random names only: optimizer.pt of two
+    checkpoints, the states of two parameters, the blocks of one file.
+    """
+    equal: dict[str, list[int]] = {}
+    for place, line in enumerate(log, start=1):
+        if line.startswith("1") or not writes_only:
+            equal.setdefault(_VARYING.sub("N", line), []).append(place)
+    return sorted({places[at] for places in equal.values() for at in (0, len(places) // 2, -1)})
+
+
+def _measure(server: Server, kind: Kind, fault: str) -> tuple[Tally, dict[str, str], tuple[str, ...]]:
     kind.clear()
     whole = server.run(kind.start, kind.output.parent)
     assert whole.status == 0, whole.text
-    return Tally(kind.name, fault, whole.operations), kind.hash_results()
+    return Tally(kind.name, fault, whole.operations), kind.hash_results(), whole.log
+
+
+def _choose(log: tuple[str, ...], fault: str, tries: int | None) -> list[int]:
+    """Return places for a fault: `tries` of them, at all operations (0), or at those that are not equal (None)."""
+    return thin_out(log, fault != "kill") if tries is None else spread(len(log), tries)
 
 
 def _go_on(server: Server, kind: Kind, outcome: Outcome) -> Outcome:
@@ -156,7 +177,7 @@ def _check(kind: Kind, tally: Tally, at: int, outcome: Outcome, expected: dict[s
 
 def race(server: Server, other: Server, kind: Kind, tries: int) -> Tally:
     """Start two processes into one output; exactly one must train, and a file of the user's must stay."""
-    tally, expected = _measure(server, kind, "two at once")
+    tally, expected, _ = _measure(server, kind, "two at once")
     tally.operations = 0
     for number in range(tries):
         kind.clear()

@@ -237,6 +237,18 @@ def test_the_lock_of_another_host_is_left_alone(tmp_path):
     assert (tmp_path / LOCK_FILE).is_file()
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_full_disk_takes_the_name_of_the_locks_owner_only(tmp_path, monkeypatch, call):
+    """A traceback, where the disk was full when the run began."""
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"os.{call}", fail)
+    with lock_folder(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_bytes() == b""
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS])
 def test_what_the_disk_refuses_is_one_message(tmp_path, number):
     with (
@@ -246,12 +258,13 @@ def test_what_the_disk_refuses_is_one_message(tmp_path, number):
         raise OSError(number, os.strerror(number), "file")
 
 
-def test_libraries_that_hide_the_number_of_an_error_are_understood(tmp_path):
-    """torch raises no OSError for a full disk, which ended in a traceback."""
+@pytest.mark.parametrize("size", [4, 1 << 22])
+def test_libraries_that_hide_the_number_of_an_error_are_understood(tmp_path, size):
+    """torch raises no OSError for a full disk, which ended in a traceback; a small file fails in its last block, with another text."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     with pytest.raises(OutputError, match="cannot be written"), translate_os_errors(tmp_path):
-        torch.save({"a": torch.zeros(1 << 22)}, "/dev/full")
+        torch.save({"a": torch.zeros(size)}, "/dev/full")
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(tmp_path):

@@ -91,11 +91,3 @@ def test_a_later_run_takes_the_layers_over(train, make_recipe):
     assert make_recipe("second", f"model.checkpoint={first}").recipe.adapter.layers == (1,)
     with pytest.raises(RecipeError, match=r"adapter.layers: .* was trained with \[1\], and its adapter must keep that"):
         make_recipe("third", f"model.checkpoint={first}", "adapter.layers=[2]")
-
-
-@pytest.mark.parametrize(
-    ("init", "reason"), [("loftq", "full rank"), ("corda", "before step 1"), ("eva", "before step 1")]
-)
-def test_beginnings_that_there_are_not_say_why(make_recipe, init, reason):
-    with pytest.raises(RecipeError, match=f"adapter.init: must be one of default, pissa, olora; found .*{reason}"):
-        make_recipe("run", f"adapter.init={init}")

@@ -87,13 +87,15 @@ def test_two_processes_train_and_export_what_one_does(launch, train, read_losses
 
 
 def check_resuming(launch, run):
-    """Two processes that hold shares go on from a checkpoint to the very same adapter."""
+    """Two processes that hold shares go on from a checkpoint to the very same adapter, also after the run was moved."""
     straight = load_file(run / "adapter" / "adapter_model.safetensors")
     for folder in ("adapter", "checkpoint-4"):
         for path in (run / folder).iterdir():
             path.unlink()
         (run / folder).rmdir()
+    run = run.rename(run.with_name("moved"))
     launch("fsdp2", run.name, *SAVING, resume=True)
+    assert f"output: {run}" in (run / "recipe.yaml").read_text(encoding="utf-8")
     resumed = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
@@ -155,6 +157,7 @@ def test_settings_that_cannot_train_are_refused(monkeypatch, variables, message)
     [
         ("fsdp2", "adapter.train_tokens=[104]", "adapter.train_tokens"),
         ("zero3", "adapter.train_tokens=[104]", "adapter.train_tokens"),
+        ("fsdp2", "adapter.modules_to_save=[norm]", "adapter.modules_to_save"),
         ("fsdp2", "model.quantize=int8", "model.quantize"),
         ("fsdp2", "trainer.optim=paged_adamw_8bit", "trainer.optim"),
     ],

@@ -92,7 +92,7 @@ def test_plain_lora_computes_the_same(make_adapter, nano_llama, tmp_path, option
             r"it trains rows of the token tables \(adapter.train_tokens\)",
         ),
         ({"use_dora": True}, r"it is DoRA \(adapter.dora\)"),
-        ({"modules_to_save": ["lm_head"]}, "which is no LoRA matrix of a projection"),
+        ({"modules_to_save": ["lm_head"]}, r"it trains lm_head whole \(adapter.modules_to_save\)"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "it changes the token tables"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, "it trains biases"),
     ],

@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_device_is_left_out_and_counted(call, folder):
     most = load_recipe("my.yaml").recipe.data.max_tokens
     assert status == 0 and first["plan"]["peak_bytes"] <= first["plan"]["memory_bytes"] == 2**30
     assert first["longest"] > most
-    assert f"1 rows are longer than {most:,} tokens" in first["notes"][-1]
+    assert f"1 row is longer than {most:,} tokens" in first["notes"][-1]
 
 
 def test_questions_are_asked_where_options_are_missing(call, folder, monkeypatch):
@@ -124,7 +124,7 @@ def test_an_empty_answer_takes_the_default(call, folder, monkeypatch):
         (json.dumps(ROWS["chat"]), ("--goal", "pairs"), "cannot be trained for pairs; they can for chat"),
         ("{", (), "rows.jsonl, line 1: broken JSON"),
         (json.dumps(ROWS["chat"]), ("--base", "nanno"), "did you mean 'nano'"),
-        (json.dumps(ROWS["chat"]), ("--device", "GTX 1"), "--gpu: 'GTX 1' is unknown"),
+        (json.dumps(ROWS["chat"]), ("--device", "GTX 1"), "the GPU 'GTX 1' is unknown"),
         (json.dumps(ROWS["chat"]), ("--device", "100MB"), "even the smallest settings do not fit"),
         (json.dumps({"messages": [Q, Q, A]}), (), "data.merge_turns: true"),
     ],

@@ -120,6 +120,7 @@ FLIPS = (
     Flip("adapter.dora", "true", observe_model),
     Flip("adapter.init", "olora", observe_model),
     Flip("adapter.train_tokens", "[104]", observe_model),
+    Flip("adapter.modules_to_save", "[norm]", observe_model),
     Flip("adapter.layers", "[1]", observe_model),
     Flip("adapter.loraplus_ratio", "16", observe_trainer),
     Flip("rewards.rules", "{format: 2.0}", observe_rewards, (*GRPO, RULES)),

@@ -38,7 +38,7 @@ REWARD = f"""
 method: reward
 model: {{checkpoint: nano}}
 data: {{train: {find_demo_data("pairs.jsonl")}, max_tokens: 256}}
-adapter: {{rank: 4, targets: [q_proj, down_proj], train_tokens: [104, 106], dropout: 0.1}}
+adapter: {{rank: 4, targets: [q_proj, down_proj], train_tokens: [104, 106], modules_to_save: [norm], dropout: 0.1}}
 trainer: {TRAINER}"""
 GRPO = f"""
 method: grpo
@@ -57,7 +57,7 @@ ANSWERS = [[700, 701, 106], [702, 2, 703, 704, 106]]
 
 @pytest.fixture(scope="module")
 def judge_run(tmp_path_factory, nano_llama):
-    """A reward run with trained token rows and dropout."""
+    """A reward run with trained token rows, a norm that is trained whole, and dropout."""
     folder = tmp_path_factory.mktemp("judge")
     (folder / "reward.yaml").write_text(REWARD + f"output: {folder / 'reward'}\n", encoding="utf-8")
     run_training(load_recipe(folder / "reward.yaml"))
@@ -112,7 +112,7 @@ def test_a_judge_that_borrows_the_base_gives_what_it_gives_by_itself(
     found = judge.score(texts)
     alone = open_judge(open_result(judge_run))
     # On CPUs bitsandbytes rounds what int8 weights are multiplied with, but not in a model that is trained.
-    within = {"rel": 1e-2} if quantize == "int8" else {"abs": 1e-5}
+    within = {"rel": 2e-2} if quantize == "int8" else {"abs": 1e-5}
     assert found == pytest.approx(alone.score(texts), **within)
     assert found == pytest.approx([alone.score([text])[0] for text in texts], **within)
     assert abs(found[0] - found[1]) > 1e-3
@@ -280,8 +280,8 @@ def test_a_reward_run_scores_pairs_and_cannot_chat(copy_judge, tmp_path, capsys)
     found = json.loads(printed.out)
     assert (found["pairs"], found["measure"]) == (1, "score")
     assert found["accuracy"] == float(found["margin"] > 0)
-    assert "1 rows exceed data.max_tokens: 40" in printed.err
-    assert "reading 1 pairs" in printed.err
+    assert "1 row is longer than data.max_tokens: 40" in printed.err
+    assert "reading 1 pair" in printed.err
     status, printed = call("chat", run, "--prompt", "Q?")
     assert (status, printed.out) == (2, "")
     told = printed.err.strip().splitlines()[-1]

@@ -23,13 +23,13 @@ from finetune.training.run import run_training
         ["model.quantize=int8"],
         ["adapter.rslora=true"],
         ["adapter.dora=true"],
-        ["adapter.init=pissa", "adapter.rslora=true"],
+        ["adapter.init=pissa", "adapter.rslora=true", "adapter.modules_to_save=[lm_head,norm]"],
         ["adapter.init=pissa", "adapter.train_tokens=[104,105,106]"],
         ["model.quantize=nf4", "adapter.train_tokens=[104,106]"],
         ["adapter.targets=[q_proj,down_proj]", "trainer.neftune_noise_alpha=5"],
         ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
         ["model.dtype=bfloat16", "trainer.gradient_checkpointing=true"],
-        ["model.architecture=native"],
+        ["model.architecture=native", "adapter.modules_to_save=[embed_tokens,lm_head,norm,input_layernorm]"],
         ["model.architecture=native", "adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
         ["model.architecture=native", "model.quantize=nf4", "adapter.train_tokens=[104,106]"],
         ["model.architecture=native", "adapter.init=pissa", "trainer.packing=true"],
@@ -91,6 +91,6 @@ def test_a_base_that_cannot_be_chosen_is_refused(train, tmp_path):
     with pytest.raises(ExportError, match="--base dequantized is for adapters of quantized runs"):
         export_result(open_result(train("plain")), tmp_path / "export", settings)
     settings = ExportSettings("auto", "2GB", base="auto")
-    with pytest.raises(ExportError, match="--base auto chooses by measuring, which --no-verify skips"):
+    with pytest.raises(ExportError, match=r"--base auto chooses by measuring, which --no-verify \(verify=False in Python\) skips"):
         export_result(open_result(train("quantized", "model.quantize=nf4")), tmp_path / "export", settings)
     assert not (tmp_path / "export").exists()

@@ -115,7 +115,7 @@ def test_limits_end_the_run_before_they_are_passed(make_endpoint, server):
     more = make_endpoint(max_requests=2)
     assert len(list(more.ask_all(ask(5)))) == 5  # three are known
     cost = make_endpoint(max_cost=0.000040, prompt_price=1.0, answer_price=2.0, concurrency=1)
-    with pytest.raises(EndpointError, match=r"max_cost: .* so far 1 requests, 15 tokens, cost 2e-05"):
+    with pytest.raises(EndpointError, match=r"max_cost: .* so far 1 request, 15 tokens, cost 2e-05"):
         list(cost.ask_all(ask(5, number=9)))
     assert cost.budget.spent.cost == pytest.approx((10 * 1.0 + 5 * 2.0) / 1e6)
 

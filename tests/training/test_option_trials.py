@@ -91,10 +91,12 @@ def test_equal_rewards_are_said(make_prompts):
     assert "nothing was learnt from the rewards" in describe_run(summary)
 
 
-@pytest.mark.parametrize("tokens", ["[]", "[104, 106]"])
-def test_a_reward_model_from_an_sft_run(train, make_pairs_recipe, tmp_path, tokens):
+@pytest.mark.parametrize(
+    "setting", ["train_tokens=[]", "train_tokens=[104, 106]", "modules_to_save=[embed_tokens, lm_head]"]
+)
+def test_a_reward_model_from_an_sft_run(train, make_pairs_recipe, tmp_path, setting):
     """It always failed with a KeyError: PEFT wanted the values of the new head, which no SFT run has."""
-    sft = train("sft", f"adapter.train_tokens={tokens}", "trainer.max_steps=1")
+    sft = train("sft", f"adapter.{setting}", "trainer.max_steps=1")
     run_training(
         make_pairs_recipe("reward", "reward", f"model.checkpoint={sft}", "data.max_tokens=256", "trainer.max_steps=2")
     )

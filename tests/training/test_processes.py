@@ -74,7 +74,7 @@ def test_processes_with_different_recipes_do_not_begin(make_recipe, monkeypatch)
     ):
         check_same_recipes(second, resume=False)
     sent[1:] = []
-    with pytest.raises(TrainingError, match="process 0 has `--resume: False`, process 1 has `--resume: True`"):
+    with pytest.raises(TrainingError, match="process 0 has `resume: False`, process 1 has `resume: True`"):
         check_same_recipes(first, resume=True)
 
 

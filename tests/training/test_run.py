@@ -82,7 +82,7 @@ def test_accumulation_does_not_change_the_losses(train, read_losses):
         ["adapter.dropout=0.1"],
         ["adapter.init=pissa"],
         ["adapter.kind=none", "adapter.rank=16", "adapter.alpha=32", "trainer.learning_rate=1e-3"],
-        ["model.quantize=nf4"],
+        ["model.quantize=nf4", "adapter.modules_to_save=[embed_tokens,lm_head,norm]"],
         ["model.architecture=native", "adapter.kind=none", "adapter.rank=16", "adapter.alpha=32"],
     ],
     ids=["lora-with-dropout", "pissa", "full", "nf4", "native"],
@@ -158,6 +158,11 @@ def test_nothing_to_resume_is_said(make_recipe, tmp_path):
         (["data.max_tokens=8", "data.overflow=drop"], FinetuneError, "no row is left for training"),
         (["adapter.train_tokens=[5000]"], TrainingError, r"\[5000\] lie outside the embedding table of 1,312 tokens"),
         (["trainer.save_strategy=best"], RecipeError, "trainer: 1 problem"),
+        (
+            ["model.quantize=int8", "adapter.dora=true"],
+            RecipeError,
+            "adapter.dora: cannot be trained on int8 weights on a CPU",
+        ),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing(make_recipe, tmp_path, overrides, error, message):

@@ -30,4 +30,5 @@ def list_export_problems(settings: ExportSettings, earlier: ResolvedRecipe) -> I
     if earlier.method.trains_reward_model:
         yield "export: the stage before trains a reward model, but only language models can be exported; remove this stage"
     quantize = "none" if earlier.trains_all_weights else earlier.recipe.model.quantize
-    yield from list_refusals(settings, quantize, verifies=settings.verify, is_stage=True)
+    init = earlier.recipe.adapter.init
+    yield from list_refusals(settings, quantize, init, verifies=settings.verify, is_stage=True)

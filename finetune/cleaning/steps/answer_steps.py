@@ -7,6 +7,7 @@ from finetune.cleaning.row_spool import Candidate
 from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.data.languages import name_language
 from finetune.data.lint.text_checks import shorten
+from finetune.errors import describe_count
 from finetune.rewards.rules import Answer, judge_final_answer
 
 
@@ -27,7 +28,9 @@ def drop_wrong_answers(context: CleanContext, rows: Sequence[Candidate]) -> Step
             text = f"{shorten(str(truth))!r} is true: …{shorten(content.last_answer[-160:])}"
             result.dropped[row.number] = Drop("wrong answer", text)
     if unknown:
-        result.notes.append(f"{unknown:,} rows have no true answer under {key!r} and were not verified")
+        result.notes.append(
+            f"{describe_count(unknown, 'row has', 'rows have')} no true answer under {key!r} and cannot be verified"
+        )
     return result
 
 

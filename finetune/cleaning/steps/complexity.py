@@ -16,6 +16,7 @@ from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.data.encoding.rendering import encode_conversations
 from finetune.data.encoding.spellings import encode_plain_texts
 from finetune.data.lint.text_checks import shorten
+from finetune.errors import describe_count
 from finetune.evaluation.row_loss import MarkedTokens, measure_losses
 from finetune.files.cache import find_cache, hash_file
 from finetune.files.safety.keyed_store import KeyedStore
@@ -39,7 +40,7 @@ def drop_complex(context: CleanContext, rows: Sequence[Candidate]) -> StepResult
                 value = section.length_weight * row.tokens + section.loss_weight * loss
                 result.scores[row.number] = {"loss": loss, "complexity": value}
                 if value > threshold:
-                    text = f"{value:.4g} ({row.tokens:,} tokens, loss {loss:.4g}): {shorten(context.spool.read(row).trained)}"
+                    text = f"{value:.4g} ({describe_count(row.tokens, 'token')}, loss {loss:.4g}): {shorten(context.spool.read(row).trained)}"
                     result.dropped[row.number] = Drop("above complexity.drop_above", text)
             shown.update(len(part))
     losses.close()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from finetune.cleaning.row_spool import Candidate
 from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.data.lint.text_checks import shorten
+from finetune.errors import describe_count
 from finetune.synthesis.endpoints.endpoint import open_endpoint
 from finetune.synthesis.endpoints.questioning import Skip
 from finetune.synthesis.judging import judge_conversations, mean_score
@@ -42,5 +43,8 @@ def drop_lowest(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
     for number in ordered[: int(section.drop_lowest * len(ordered) + 1e-9)]:
         text = shorten(context.spool.read(places[number]).trained)
         result.dropped[number] = Drop("lowest scores", f"{means[number]:.2f}: {text}")
-    result.notes += [f"{count:,} rows got no score and stay: {kind}" for kind, count in sorted(missing.items())]
+    result.notes += [
+        f"{describe_count(count, 'row got no score and stays', 'rows got no score and stay')}: {kind}"
+        for kind, count in sorted(missing.items())
+    ]
     return result

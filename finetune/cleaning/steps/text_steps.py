@@ -14,7 +14,7 @@ from finetune.data.lint.near_duplicates import NearIndex, list_word_groups, sign
 from finetune.data.lint.text_checks import shorten
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
-from finetune.errors import DataError, Place
+from finetune.errors import DataError, Place, describe_count
 
 
 def drop_unreadable(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
@@ -107,7 +107,7 @@ def drop_contaminated(context: CleanContext, rows: Sequence[Candidate]) -> StepR
     held, short = read_held_groups(section.against, section.ngram)
     if short:
         result.notes.append(
-            f"{short:,} rows of the evaluation sets have no text of {section.ngram} words, so nothing can share that many with them"
+            f"{describe_count(short, 'row of the evaluation sets has', 'rows of the evaluation sets have')} no text of {section.ngram} words, so nothing can share that many with them"
         )
     for row in rows:
         if match := find_shared(context.spool.read(row), held, section.ngram):

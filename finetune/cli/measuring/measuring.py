@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from finetune.cli.printing import print_result
-from finetune.errors import OutputError, RecipeError
+from finetune.errors import OutputError, RecipeError, describe_count
 
 if TYPE_CHECKING:
     from finetune.evaluation.tasks.run_tasks import TaskSettings
@@ -21,12 +21,12 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     if hold_pairs(arguments.data):
         found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
-        text = f"right on {found.accuracy:.1%} of {found.pairs:,} pairs, ahead by {found.margin:.4g} ({found.measure})"
+        text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
         return print_result(arguments, asdict(found), text)
     scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
     text = (
         f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
-        f"over {scores.tokens:,} trained tokens"
+        f"over {describe_count(scores.tokens, 'trained token')}"
     )
     return print_result(arguments, asdict(scores), text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from finetune.errors import DataError, Place, TemplateError
+from finetune.errors import DataError, Place, TemplateError, describe_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def check_rows(faults: Sequence[tuple[Place, str]]) -> None:
         lines = [f"  {_name_places(places)}: {fault}" for fault, places in groups.items()]
         more = f"\n  … and {len(lines) - 5:,} other faults" if len(lines) > 5 else ""
         shown = "\n".join(lines[:5])
-        raise DataError(f"{len(faults):,} rows cannot be trained:\n{shown}{more}")
+        raise DataError(f"{describe_count(len(faults), 'row')} cannot be trained:\n{shown}{more}")
 
 
 def _name_places(places: Sequence[Place]) -> str:

@@ -26,7 +26,7 @@ from finetune.data.formats.messages import Message
 from finetune.data.formats.rows import Row, RowKind
 from finetune.data.formats.turns import begins_with_greeting
 from finetune.data.settings import RowShape, TrainOn
-from finetune.errors import Place, TemplateError
+from finetune.errors import Place, TemplateError, describe_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,8 +202,10 @@ class RowEncoder:
 
     def describe(self) -> tuple[str, ...]:
         """Return a sentence for the report where texts spell control tokens."""
-        count = self.rows_with_spellings
-        return (f"{count:,} rows spell control tokens in their text; there they are plain text",) if count else ()
+        if not (count := self.rows_with_spellings):
+            return ()
+        rows = describe_count(count, "row spells control tokens in its text", "rows spell control tokens in their text")
+        return (f"{rows}; there they are plain text",)
 
     def find_fault(self, row: TokenRow) -> str | None:
         """Return why a row must not be trained, or None."""

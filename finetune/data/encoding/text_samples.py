@@ -14,7 +14,7 @@ from finetune.data.encoding.row_encoder import RowEncoder, SourceRow, TokenRow, 
 from finetune.data.encoding.spellings import compile_spellings, list_control_spellings
 from finetune.data.formats.rows import Row, TextSample
 from finetune.data.settings import DataSettings
-from finetune.errors import Place
+from finetune.errors import Place, describe_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,8 +117,9 @@ class TokenDifference:
 
     def __str__(self) -> str:
         """Return the difference for a person."""
+        rows = describe_count(self.compared, "row")
         return (
-            f"{self.differing} of {self.compared} rows become other tokens; the first difference: {self.text!r} was trained as "
+            f"{describe_count(self.differing, f'of {rows} becomes', f'of {rows} become')} other tokens; the first difference: {self.text!r} was trained as "
             f"{' '.join(self.trained)}, and becomes {' '.join(self.found)}"
         )
 

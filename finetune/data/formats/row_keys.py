@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune.data.formats.messages import MARKS, ROLE_NAMES, THOUGHTS, RowError, is_empty
+from finetune.errors import describe_count
 
 # The key under which `finetune clean` and `finetune synthesize` say what a row has passed.
 PROVENANCE = "provenance"
@@ -115,12 +116,12 @@ def _list_call_keys(calls: object, name: str) -> Iterator[str]:
 
 def describe_remarks(counts: Mapping[str, int]) -> tuple[str, ...]:
     """Return one sentence for each remark about how rows are read, with the number of rows."""
-    return tuple(f"{remark} ({count:,} {'row' if count == 1 else 'rows'})" for remark, count in sorted(counts.items()))
+    return tuple(f"{remark} ({describe_count(count, 'row')})" for remark, count in sorted(counts.items()))
 
 
 def describe_unused(counts: Mapping[str, int]) -> tuple[str, ...]:
     """Return one sentence that names the keys that were not used, with the rows that hold each, or nothing."""
     if not counts:
         return ()
-    shown = (f"{key} ({count:,} {'row' if count == 1 else 'rows'})" for key, count in sorted(counts.items()))
+    shown = (f"{key} ({describe_count(count, 'row')})" for key, count in sorted(counts.items()))
     return (f"keys not used: {', '.join(shown)}",)

@@ -21,7 +21,7 @@ from finetune.data.lint.text_checks import (
     describe_short_answer,
     shorten,
 )
-from finetune.errors import Place
+from finetune.errors import Place, describe_count
 
 _MOST_EXAMPLES = 3
 # The texts of these findings show the row, because they do not quote it themselves.
@@ -120,7 +120,7 @@ def check_row_text(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, 
     answer = "\n".join(message["content"] for message in row.messages if message["role"] == "assistant")
     checks = {
         "equal_answers": describe_equal_answers(row.messages, row.rejected) if row.rejected else None,
-        "too_long": f"{row.tokens:,} tokens" if row.tokens > settings.max_tokens else None,
+        "too_long": describe_count(row.tokens, "token") if row.tokens > settings.max_tokens else None,
         "mojibake": describe_mojibake(texts),
         "control_token": describe_control_token(texts, settings.control_tokens),
         "other_language": describe_language_change(question, answer),

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 
 from finetune.data.lint.findings import KINDS, Finding, LintReport
+from finetune.errors import describe_count
 
 
 def describe_lint(report: LintReport) -> str:
     """Return the report for a terminal: the gravest kinds first, then the shares of tokens."""
-    lines = [f"{report.rows:,} rows, {report.tokens:,} tokens ({report.trained_tokens:,} trained)"]
+    lines = [
+        f"{describe_count(report.rows, 'row')}, {describe_count(report.tokens, 'token')} ({report.trained_tokens:,} trained)"
+    ]
     lines += ["", *report.notes] if report.notes else []
     for finding in report.findings:
         lines += ["", *_describe_finding(finding)]
@@ -20,7 +23,7 @@ def describe_lint(report: LintReport) -> str:
 
 
 def _describe_finding(finding: Finding) -> Iterator[str]:
-    rows = "1 row" if finding.count == 1 else f"{finding.count:,} rows"
+    rows = describe_count(finding.count, "row")
     fix = " (left out by --fix)" if finding.is_dropped else ""
     yield f"{finding.severity} {finding.kind}, {rows}: {KINDS[finding.kind].meaning}{fix}"
     for example in finding.examples:
@@ -33,4 +36,6 @@ def _describe_finding(finding: Finding) -> Iterator[str]:
 def describe_fix(report: LintReport) -> str:
     """Return how many rows were written, and why the others were left out."""
     reasons = ", ".join(f"{count:,} {kind}" for kind, count in report.left_out.items())
-    return f"wrote {report.passed:,} of {report.rows:,} rows" + (f" (left out: {reasons})" if reasons else "")
+    return f"wrote {report.passed:,} of {describe_count(report.rows, 'row')}" + (
+        f" (left out: {reasons})" if reasons else ""
+    )

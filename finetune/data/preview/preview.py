@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.account import SplitReport
 from finetune.data.dataset import Splits
 from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.errors import describe_count
 from finetune.files.terminal import COLOUR, PLAIN_TEXT, escape_controls
 
 _OPEN, _CLOSE = "⟦", "⟧"
@@ -48,7 +49,7 @@ def _render_row(row: PreviewRow) -> str:
     """Return a row as HTML for a notebook; every text in it is escaped."""
     # Without its folder: a notebook is passed on to others.
     place = f"{Path(row.origin).name} {row.side}".rstrip()
-    title = html.escape(f"{place}: {sum(row.trained):,} of {len(row.token_ids):,} tokens trained")
+    title = html.escape(f"{place}: {sum(row.trained):,} of {describe_count(len(row.token_ids), 'token')} trained")
     pieces = (f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text) for text, trained in row.pieces)
     return f"<p><b>{title}</b></p><pre style='white-space: pre-wrap'>{''.join(pieces)}</pre>"
 
@@ -100,7 +101,11 @@ def describe_preview(preview: Preview, *, in_colour: bool) -> str:
         pieces = ((escape_controls(piece), is_trained) for piece, is_trained in row.pieces)
         text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in pieces)
         side = f" ({row.side})" if row.side else ""
-        lines += ["", f"── {row.origin}{side}: {len(row.token_ids)} tokens, {sum(row.trained)} trained", text]
+        lines += [
+            "",
+            f"── {row.origin}{side}: {describe_count(len(row.token_ids), 'token')}, {sum(row.trained)} trained",
+            text,
+        ]
     for name in ("train", "evaluation"):
         if preview.counts[name] is not None:
             lines += ["", *_describe_split(name, SplitReport(**preview.counts[name]))]
@@ -117,8 +122,8 @@ def _describe_split(name: str, split: SplitReport) -> list[str]:
         for upper, rows in split.histogram
     ]
     account = (
-        f"{name}: {split.rows_read:,} rows read, {split.rows:,} kept, {split.dropped:,} dropped, {split.truncated:,} truncated "
-        f"({split.answers_cut:,} answers cut); {split.trained_tokens:,} of {split.tokens:,} tokens trained; "
+        f"{name}: {describe_count(split.rows_read, 'row')} read, {split.rows:,} kept, {split.dropped:,} dropped, {split.truncated:,} truncated "
+        f"({describe_count(split.answers_cut, 'answer')} cut); {split.trained_tokens:,} of {describe_count(split.tokens, 'token')} trained; "
         f"median {split.median:,}, longest {split.longest:,}"
     )
     return [account, *bars]

@@ -13,7 +13,7 @@ from pathlib import Path
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.data.reading.raw_files import describe_missing, has_known_ending, list_endings
 from finetune.data.settings import SplitName
-from finetune.errors import DataError, Place
+from finetune.errors import DataError, Place, describe_count
 
 # `Dataset.save_to_disk` writes these files beside the rows; they are part of the data set, so nobody need be told.
 _PARTS_OF_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -44,7 +44,9 @@ class DataFiles:
             return ()
         shown = [f"{name} ({reason})" for name, reason in self.left_out.items()][:_MOST_NAMES]
         more = len(self.left_out) - len(shown)
-        return (f"not read in {path}: {', '.join(shown)}" + (f" and {more:,} more files" if more else ""),)
+        return (
+            f"not read in {path}: {', '.join(shown)}" + (f" and {describe_count(more, 'more file')}" if more else ""),
+        )
 
 
 def list_files(path: Path, split: SplitName = "train") -> list[Path]:

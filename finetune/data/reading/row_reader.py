@@ -16,7 +16,7 @@ from finetune.data.formats.rows import Row, as_prompt, check_marks, check_pair, 
 from finetune.data.formats.turns import add_system
 from finetune.data.reading.sources import draw_rows, read_source
 from finetune.data.settings import DataSettings, Source
-from finetune.errors import DataError, Place
+from finetune.errors import DataError, Place, describe_count
 
 _MOST_FAULTS = 1000
 BAD = "bad (data.bad_rows: drop)"
@@ -191,10 +191,12 @@ class RowReader:
         notes = [*describe_unused(self.unused), *describe_remarks(self.remarks)]
         notes += [f"data.columns names the key {key!r}, which no row has" for key in sorted(self._missing)]
         left_out = sorted((reason, count) for reason, count in self.left_out.items() if reason != BAD)
-        notes += [f"{count:,} rows are left out: {reason}" for reason, count in left_out]
+        notes += [f"{describe_count(count, 'row is', 'rows are')} left out: {reason}" for reason, count in left_out]
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
-            notes.append(f"{pairs:,} rows are pairs; supervised training learns their chosen answers")
+            notes.append(
+                f"{describe_count(pairs, 'row is a pair', 'rows are pairs')}; supervised training learns the chosen answers"
+            )
         return tuple(notes)
 
 
@@ -210,5 +212,7 @@ def choose_held_out(settings: DataSettings, reader: RowReader, seed: int) -> set
         return given
     count = held_out if isinstance(held_out, int) else max(1, round(total * held_out))
     if count >= total:
-        raise DataError(f"data.held_out: {count} of {total} rows would leave none for training; hold out fewer")
+        raise DataError(
+            f"data.held_out: {count} of {describe_count(total, 'row')} would leave none for training; hold out fewer"
+        )
     return given | set(random.Random(seed).sample(range(total), count))

@@ -15,7 +15,7 @@ from finetune.data.reading.arrow_rows import RawRow, list_rows
 from finetune.data.reading.data_folders import choose_files, list_files
 from finetune.data.reading.raw_files import read_file
 from finetune.data.settings import HubDataset, Source
-from finetune.errors import DataError, HubError, Place
+from finetune.errors import DataError, HubError, Place, describe_count
 from finetune.files.cache import hash_file
 from finetune.hub.commits import find_commit
 from finetune.hub.faults import Asked, explain_fault
@@ -136,7 +136,7 @@ def _take_rows(source: Source, order: Sequence[int], size: Sequence[int], mixtur
     """Return the first rows of `order`: `source.rows` of them, or as many as fill the source's share, at least one."""
     if source.rows:
         if source.rows > len(size):
-            fault = f"holds {len(size):,} rows where rows: {source.rows:,} are asked for; ask for fewer"
+            fault = f"holds {describe_count(len(size), 'row')} where rows: {source.rows:,} are asked for; ask for fewer"
             raise DataError(fault, Place(name_source(source)))
         return frozenset(order[: source.rows])
     wanted = round(mixture_size * (source.weight or 0))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.adapters.adapter_changes import Adapter, Change
 from finetune.exporting.adapters.adapter_targets import (
     find_trained_tokens,
@@ -141,13 +141,13 @@ def _list_name_faults(stored: TensorFolder) -> Iterator[str]:
     ]
     if wrong:
         yield (
-            f"{len(wrong)} tensors have names under which PEFT loads nothing (first: {wrong[0]}); it expects names such as "
+            f"{describe_count(len(wrong), 'tensor has', 'tensors have')} names under which PEFT loads nothing (first: {wrong[0]}); it expects names such as "
             f"{_PREFIX}….lora_A.weight: save the adapter with PEFT's save_pretrained, from the model before torch.compile"
         )
     empty = [name for name in stored.names if 0 in stored.shape(name)]
     if empty:
         yield (
-            f"{len(empty)} tensors are empty (first: {empty[0]}): ZeRO-3 or FSDP shards were not gathered before they were "
+            f"{describe_count(len(empty), 'tensor is', 'tensors are')} empty (first: {empty[0]}): ZeRO-3 or FSDP shards were not gathered before they were "
             "saved, so the trained values are not in this folder"
         )
 
@@ -203,12 +203,13 @@ def _list_count_faults(config: Mapping[str, Any], changes: Mapping[str, Change],
         return
     tied = {HEAD} if config.get("ensure_weight_tying") else set()
     if lost := sorted(expected - found):
-        yield f"{len(lost)} of the {len(expected)} layers that {PEFT_CONFIG_FILE} names have no tensors (first: {lost[0]})"
+        named = f"of the {describe_count(len(expected), 'layer')} that {PEFT_CONFIG_FILE} names"
+        yield f"{describe_count(len(lost), f'{named} has', f'{named} have')} no tensors (first: {lost[0]})"
     if left := sorted(found - expected - tied):
-        yield f"holds LoRA for {len(left)} layers that its target_modules leaves out, which PEFT would drop (first: {left[0]})"
+        yield f"holds LoRA for {describe_count(len(left), 'layer')} that its target_modules leaves out, which PEFT would drop (first: {left[0]})"
     whole = {name for name, change in changes.items() if "replacement" in change.parts}
     if lost := sorted(list_replaced(config, shapes.keys()) - whole):
-        yield f"{len(lost)} tensors of modules_to_save or bias are missing (first: {lost[0]})"
+        yield f"{describe_count(len(lost), 'tensor is', 'tensors are')} missing of modules_to_save or bias (first: {lost[0]})"
     rows = {name for name, change in changes.items() if "token_rows" in change.parts}
     if lost := sorted(list_token_tables(config) - rows):
         yield f"the rows of trainable_token_indices are missing for {lost[0]}"
@@ -243,7 +244,9 @@ def _complete_change(name: str, change: Change, config: Mapping[str, Any], shape
     if "token_rows" in parts:
         change.tokens = find_trained_tokens(config, module)
         if beyond := [token for token in change.tokens if not 0 <= token < shape[0]]:
-            return [f"{module}: trainable_token_indices {beyond} lie outside the table of {shape[0]:,} tokens"]
+            return [
+                f"{module}: trainable_token_indices {beyond} lie outside the table of {describe_count(shape[0], 'token')}"
+            ]
     return [
         f"{module}: {part} is {list(found)}, the base {list(shape)} needs {list(expected)}"
         for part, tensor in parts.items()
@@ -272,7 +275,7 @@ def _list_table_faults(changes: Mapping[str, Change], shapes: Shapes) -> Iterato
         own = changes[name].own_values if name in changes else None
         rows[name] = shapes[name][0] if own is None else own.shape[0]
     if rows[EMBEDDING] != rows[HEAD]:
-        yield f"the embedding has {rows[EMBEDDING]:,} tokens and the head {rows[HEAD]:,}; both must have been enlarged"
+        yield f"the embedding has {describe_count(rows[EMBEDDING], 'token')} and the head {rows[HEAD]:,}; both must have been enlarged"
 
 
 def _find_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:

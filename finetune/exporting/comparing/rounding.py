@@ -8,7 +8,7 @@ import zlib
 
 import torch
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.merged import Merged
 from finetune.exporting.proof import Comparison
 from finetune.models.streaming.from_disk import PART_ELEMENTS, ReadTensor, read_stored
@@ -82,5 +82,5 @@ def check_comparison(comparison: Comparison, dtype: torch.dtype) -> None:
         return
     raise ExportError(
         f"export: the reopened model is not what was trained: {reason}, same likeliest token in "
-        f"{comparison.top1_agreement:.1%} of {comparison.positions} positions; nothing was left in the output"
+        f"{comparison.top1_agreement:.1%} of {describe_count(comparison.positions, 'position')}; nothing was left in the output"
     )

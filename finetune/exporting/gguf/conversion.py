@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from finetune.errors import ExportError, OutputError
+from finetune.errors import ExportError, OutputError, describe_count
 from finetune.exporting.gguf.gguf_file import plan_tensors, write_gguf
 from finetune.exporting.gguf.llama_folder import LlamaFolder, open_llama_folder
 from finetune.exporting.gguf.read_back import compare_file
@@ -124,8 +124,10 @@ def describe_gguf(report: GgufReport) -> str:
     """Return the report as text for a person."""
     lines = [f"{report.output}: {describe_size(report.bytes)} of {report.type} in {report.seconds:.1f} s"]
     if not report.tensors:
-        return f"{lines[0]}\nnot compared (--no-verify)"
-    lines.append(f"read back: all {report.tensors} tensors lie within half a step of {report.type} of their source")
+        return f"{lines[0]}\nnot compared with what was trained"
+    lines.append(
+        f"read back: all {describe_count(report.tensors, 'tensor lies', 'tensors lie')} within half a step of {report.type} of their source"
+    )
     if report.llama_cpp is None:
         return "\n".join([*lines, f"not run in llama.cpp: no binding is installed (pip install {BINDING})"])
     return "\n".join([*lines, describe_scores(report.llama_cpp)])
@@ -133,9 +135,9 @@ def describe_gguf(report: GgufReport) -> str:
 
 def describe_scores(scores: LlamaCppScores) -> str:
     """Return how a file does in llama.cpp, in one sentence."""
-    rows = f" and {scores.rows} trained rows" if scores.rows else ""
+    rows = f" and {describe_count(scores.rows, 'trained row')}" if scores.rows else ""
     return (
-        f"in llama.cpp (xllamacpp {scores.version}): the tokens of {scores.texts} texts{rows} are equal; log-probabilities differ by at most "
+        f"in llama.cpp (xllamacpp {scores.version}): the tokens of {describe_count(scores.texts, 'text')}{rows} are equal; log-probabilities differ by at most "
         f"{scores.max_abs:.2g} (spread {scores.spread:.2g}), KL {scores.kl:.2g} nats over {scores.contexts} contexts; "
         f"{scores.same_answers} of {scores.answers} greedy answers are equal, {scores.stopped} of {scores.stopped_there} stop by themselves"
     )

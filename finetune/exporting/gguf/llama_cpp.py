@@ -18,9 +18,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from finetune.api_arguments import name_option
 from finetune.data.encoding.rendering import encode_prompt
 from finetune.data.encoding.text_samples import render_sample
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.tensor_types import TensorType
 from finetune.exporting.proof import BINDING, LlamaCppScores, has_binding
@@ -29,7 +30,7 @@ from finetune.runs.trained_tokens import make_bundled_samples
 
 _CONTEXTS, _QUESTIONS, _LONGEST = 12, 8, 32
 _CONTEXT_TOKENS = 192
-# Beyond these something other than rounding is wrong, in nats. Trained weights are far below them: docs/gguf.md has figures.
+# Beyond these something other than rounding is wrong, in nats. Trained weights are far below them: docs/export.md has figures.
 _MOST_KL = {"f32": 1e-5, "f16": 0.01, "bf16": 0.02, "q8_0": 0.02}
 _MOST_KL_BELOW_8_BITS = 1.0
 
@@ -224,7 +225,7 @@ def _run_worker(job: dict[str, Any], file: Path) -> None:
         said = " / ".join(line.strip() for line in ended.stderr.splitlines()[-3:])
         raise ExportError(
             f"{file.name}: llama.cpp ({BINDING} {version(BINDING)}) cannot run it (status {ended.returncode}): {said[-400:]}; nothing was "
-            "left. --no-verify writes the file unproved"
+            f"left. {name_option('--no-verify')} writes the file unproved"
         )
 
 
@@ -239,7 +240,7 @@ def _check_ids(file: Path, expected: _Expected, found: dict[str, Any]) -> None:
     if wrong:
         text, ids, got = wrong[0]
         raise ExportError(
-            f"{file.name}: llama.cpp gives other tokens for {len(wrong)} of {len(expected.ids)} texts (first: {text[:40]!r}: {got[:12]}, "
+            f"{file.name}: llama.cpp gives other tokens for {len(wrong)} of {describe_count(len(expected.ids), 'text')} (first: {text[:40]!r}: {got[:12]}, "
             f"trained with {ids[:12]}); nothing was left"
         )
     for text, ids, got in zip(expected.job["rows"], expected.rows, found["rows"], strict=True):

@@ -13,7 +13,7 @@ from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.encoding.template import find_template, keep_template
 from finetune.data.encoding.tokenizer import load_tokenizer
 from finetune.data.formats.rows import TextSample
-from finetune.errors import CheckpointError, ExportError
+from finetune.errors import CheckpointError, ExportError, describe_count
 from finetune.exporting.chat_form import ChatForm
 from finetune.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from finetune.yulan.layout import find_architecture, read_config
@@ -110,7 +110,7 @@ def open_llama_folder(folder: Path, rows: tuple[TextSample, ...] = ()) -> LlamaF
     vocabulary = read_vocabulary(folder, tokenizer)
     if len(vocabulary.pieces) > config["vocab_size"]:
         raise ExportError(
-            f"{folder}: the tokenizer has {len(vocabulary.pieces):,} tokens and the table only {config['vocab_size']:,} rows; the two "
+            f"{folder}: the tokenizer has {describe_count(len(vocabulary.pieces), 'token')} and the table only {describe_count(config['vocab_size'], 'row')}; the two "
             "do not belong together"
         )
     return LlamaFolder(folder, config, tensors, names, tokenizer, vocabulary, rows)

@@ -12,7 +12,7 @@ import numpy
 from gguf import GGUF_MAGIC, GGMLQuantizationType, GGUFValueType, dequantize
 from numpy.typing import NDArray
 
-from finetune.errors import ExportError
+from finetune.errors import ExportError, describe_count
 from finetune.exporting.gguf.gguf_file import PlannedTensor, list_file_pieces, plan_tensors, read_rows
 from finetune.exporting.gguf.llama_folder import LlamaFolder
 from finetune.exporting.gguf.tensor_types import TENSOR_TYPES, Floats, TensorType
@@ -116,7 +116,7 @@ def compare_file(file: Path, source: LlamaFolder, chosen: TensorType) -> int:
     if wrong:
         name, excess = next(iter(wrong.items()))
         raise ExportError(
-            f"{file.name}: {len(wrong)} tensors differ from {source.folder} by more than half a step of {chosen.name} (first: {name}, "
+            f"{file.name}: {describe_count(len(wrong), 'tensor differs', 'tensors differ')} from {source.folder} by more than half a step of {chosen.name} (first: {name}, "
             f"{excess:.2g} too far); nothing was left; check the disk, and write it again"
         )
     return len(planned)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.api_arguments import name_option
 from finetune.errors import MachineError, OutputError, TrainingError
 
 REASONS = {
@@ -26,8 +27,8 @@ REASONS = {
 }
 # safetensors and tokenizers are written in Rust, and end the text of such an error with the system's number.
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
-# torch.save names no reason. Source: caffe2/serialize/inline_container.cc.
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container")
+# torch.save names no reason, and says less where its last block fails. Source: caffe2/serialize/inline_container.cc, std::ofstream.
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream error")
 _TORCH_READER = re.compile(r"PytorchStreamReader")
 # Source: torch/utils/data/dataloader.py and torch/csrc/DataLoader.cpp.
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid")
@@ -62,7 +63,7 @@ def translate_lost_workers() -> Iterator[None]:
             raise
         raise MachineError(
             "trainer.dataloader_num_workers: a process that loads batches was ended from outside, most likely for want of memory; "
-            "set it lower, and continue with --resume"
+            f"set it lower, and continue with {name_option('--resume')}"
         ) from error
 
 

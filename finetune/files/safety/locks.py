@@ -42,8 +42,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         _take_over(folder, _read_owner(file))
         owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        os.ftruncate(descriptor, 0)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+            os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         try:
             yield

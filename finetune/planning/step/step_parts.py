@@ -14,6 +14,7 @@ from finetune.compat import wrap_backward
 from finetune.models.reference_model import REFERENCE
 from finetune.planning.step import tracker as phase
 from finetune.planning.step.tracker import MemoryTracker
+from finetune.runs.resolved_recipe import ResolvedRecipe
 
 ADAPTER, FROZEN_ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "adapter: frozen copy", "gradients", "optimizer"
 KEPT, RECOMPUTED, LOSS, WORKSPACE = "activations kept", "activations recomputed", "logits and loss", "workspace"
@@ -29,6 +30,8 @@ LINEAR = {dtype: f"weights: linear layers, {name}" for dtype, name in _TYPE_NAME
 WEIGHTS = frozenset((TABLES, SMALL, SCALES, *LINEAR.values()))
 # bitsandbytes pages moments of at least so many elements only. Source: get_state_buffer in bitsandbytes/optim/optimizer.py of 0.50.
 _FEWEST_PAGED = 100_000
+# A copy of a number of the adapter and its gradient, in 16 bits each (`model.speed`).
+_COPY_BYTES = 4
 
 
 def follow_training(trainer: Trainer, tracker: MemoryTracker, prepare: Callable[[Trainer], None] | None = None) -> None:
@@ -185,3 +188,10 @@ def _watch_optimizer(optimizer: torch.optim.Optimizer, tracker: MemoryTracker, s
             tracker.adopt(tensor, OPTIMIZER)
 
     stack.callback(optimizer.register_step_post_hook(count_states).remove)
+
+
+def count_copy_bytes(resolved: ResolvedRecipe, trained: int) -> int:
+    """Return at most how many bytes copies of a recipe's adapter take, `trained` numbers in all; 0 where it has none."""
+    recipe = resolved.recipe
+    tries = recipe.model.speed == "auto" and not resolved.method.is_online
+    return _COPY_BYTES * trained if tries and not resolved.trains_all_weights and not recipe.adapter.dora else 0

@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass
 
-from finetune.errors import EndpointError
+from finetune.errors import EndpointError, describe_count
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.synthesis.endpoints.questioning import Request, Written
 
@@ -52,8 +52,8 @@ class Budget:
             for key, limit, needed in limits:
                 if limit is not None and needed > limit:
                     raise EndpointError(
-                        f"endpoints.{self._name}.{key}: the limit of {limit:g} would be passed; so far {spent.requests:,} requests, "
-                        f"{spent.tokens:,} tokens, cost {spent.cost:.4g}. All answers are kept: raise the limit and run again"
+                        f"endpoints.{self._name}.{key}: the limit of {limit:g} would be passed; so far {describe_count(spent.requests, 'request')}, "
+                        f"{describe_count(spent.tokens, 'token')}, cost {spent.cost:.4g}. All answers are kept: raise the limit and run again"
                     )
             spent.requests += 1
             self._held_tokens += tokens

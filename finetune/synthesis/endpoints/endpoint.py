@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Protocol
 
-from finetune.errors import EndpointError
+from finetune.errors import EndpointError, describe_count
 from finetune.files.cache import find_cache
 from finetune.files.safety.keyed_store import KeyedStore
 from finetune.recipe.preparation.synthesize_section import EndpointSection
@@ -102,7 +102,7 @@ class Endpoint:
             self._faults = self._faults + 1 if isinstance(outcome, Skip) and outcome.kind != "refused" else 0
             if isinstance(outcome, Skip) and self._faults >= _MOST_FAULTS:
                 raise EndpointError(
-                    f"endpoints.{self.name}: {self._faults} requests in a row got no answer, the last for this reason: {outcome.kind} "
+                    f"endpoints.{self.name}: {describe_count(self._faults, 'request')} in a row got no answer, the last for this reason: {outcome.kind} "
                     f"({outcome.text}); see whether the server runs, and start again: all answers so far are kept"
                 )
 

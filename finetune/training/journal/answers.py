@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import list_stop_tokens
+from finetune.errors import describe_count
 from finetune.files.json_files import write_json
 from finetune.runs.results import SampleRow
 from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE
@@ -149,7 +150,9 @@ class AnswerSheet:
 
 def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
     """Return the samples as Markdown; every text is indented, so that nothing in it is read as mark-up."""
-    lines = [f"# Answers before and after\n\nThe likeliest token each time, at most {max_tokens} tokens."]
+    lines = [
+        f"# Answers before and after\n\nThe likeliest token each time, at most {describe_count(max_tokens, 'token')}."
+    ]
     for sample in samples:
         lines.append(f"## {'A fixed question' if sample.origin == 'fixed' else sample.origin}")
         for title, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after or "")):

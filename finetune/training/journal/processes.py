@@ -5,8 +5,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from finetune.errors import TrainingError
-from finetune.files.launcher import count_processes
+from finetune.errors import TrainingError, describe_count
+from finetune.files.launcher import count_processes, is_launched, read_rank
 from finetune.models.engine import ENGINES, find_engine
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.resuming import read_run_record
@@ -39,7 +39,21 @@ def check_same_processes(run: Path) -> None:
 
 def _describe(found: dict[str, Any]) -> str:
     engine, count = ENGINES[found[_ENGINE]], found[_PROCESSES]
-    return engine.title if found[_ENGINE] == "one" else f"{count} processes with {engine.title}"
+    return (
+        engine.title
+        if found[_ENGINE] == "one"
+        else f"{describe_count(count, 'process', 'processes')} with {engine.title}"
+    )
+
+
+def list_state_files() -> list[str]:
+    """Return the files of a checkpoint from which this process goes on, as transformers names them.
+
+    An engine that shards keeps its optimizer state in a folder of its own form.
+    """
+    engine = ENGINES[find_engine()]
+    own = f"rng_state_{read_rank()}.pth" if is_launched() else "rng_state.pth"
+    return [own] if engine.shards_weights or engine.is_deepspeed else [own, "optimizer.pt", "scheduler.pt"]
 
 
 def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
@@ -49,7 +63,7 @@ def check_same_recipes(recipe: Recipe, *, resume: bool) -> None:
         TrainingError: they were not.
     """
     lines = {f"line {number}": line for number, line in enumerate(dump_recipe(recipe).splitlines())}
-    _compare("recipes", {**lines, "resume": f"--resume: {resume}"})
+    _compare("recipes", {**lines, "resume": f"resume: {resume}"})
 
 
 def check_same_rows(rows_fingerprint: str, base_fingerprint: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from finetune.api_arguments import name_option
 from finetune.checkpoints.hub_names import record_hub
 from finetune.errors import TrainingError
 from finetune.files.json_files import write_json, write_text
@@ -73,7 +74,9 @@ class RunRecord:
 
     def _write(self, status: str, summary: RunSummary) -> None:
         run = self._setup.resolved.output
-        with translate_os_errors(run, "what the run has written is kept; make room, and end it with --resume"):
+        with translate_os_errors(
+            run, f"what the run has written is kept; make room, and end it with {name_option('--resume')}"
+        ):
             self._write_json(status, summary)
 
     def _write_json(self, status: str, summary: RunSummary | None) -> None:
@@ -122,7 +125,7 @@ def complete_record(run: Path, title: str, *, is_writer: bool) -> RunSummary | N
         return None
     summary = _read_summary(run, record)
     draw_losses(run, title)
-    with translate_os_errors(run, "the result is whole; make room, and end the run with --resume"):
+    with translate_os_errors(run, f"the result is whole; make room, and end the run with {name_option('--resume')}"):
         write_json(run / RECORD_FILE, {**record, "status": "finished"})
     write_report(run)
     return summary

@@ -1,6 +1,5 @@
 """Keep a run safe while it trains: stop at numbers that are none, seal checkpoints, and stop soon after a signal."""
 
-import json
 import logging
 import math
 import shutil
@@ -16,9 +15,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finetune.compat import count_tokens, watch_numbers
 from finetune.errors import TrainingError
-from finetune.files.json_files import write_json
-from finetune.files.safety.manifests import write_manifest
-from finetune.runs.run_files import COUNTS_FILE, list_trainer_checkpoints, read_step
+from finetune.files.json_files import read_json, write_json
+from finetune.files.safety.manifests import find_damage, write_manifest
+from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints, read_step
+from finetune.runs.trainer_checkpoints import read_token_count
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,17 @@ class CheckpointSeal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remove damaged checkpoints that are newer than the one that the run continues from, and count tokens on."""
+        """Remove damaged checkpoints that are newer than the one that the run continues from, and count tokens on.
+
+        Raises:
+            TrainingError: the checkpoint with the best weights so far, which the run ends with, is gone or damaged.
+        """
         run, step = Path(args.output_dir), state.global_step
         if not step:
             return
-        counts = json.loads((run / f"checkpoint-{step}" / COUNTS_FILE).read_text(encoding="utf-8"))
-        count_tokens(self._trainer, counts["num_tokens"])
+        if args.load_best_model_at_end:
+            state.best_model_checkpoint = _find_best(run, step)
+        count_tokens(self._trainer, read_token_count(run / f"checkpoint-{step}"))
         for checkpoint in list_trainer_checkpoints(run) if args.should_save else ():
             if read_step(checkpoint) > step:
                 logger.warning("%s: removed, because it is damaged", checkpoint)
@@ -136,6 +141,24 @@ class CheckpointSeal(TrainerCallback):
             for checkpoint in list_trainer_checkpoints(Path(args.output_dir)):
                 if checkpoint.name != Path(best).name:
                     shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _find_best(run: Path, step: int) -> str | None:
+    """Return the checkpoint with the best weights until a step. The trainer's state names it by the path that it had.
+
+    Raises:
+        TrainingError: it is gone or damaged. The trainer would end with its last weights, or with damaged ones.
+    """
+    named = read_json(run / f"checkpoint-{step}" / TRAINER_STATE_FILE)["best_model_checkpoint"]
+    if named is None:
+        return None
+    best = run / Path(named).name
+    if (damage := find_damage(best)) is not None:
+        raise TrainingError(
+            f"{best}: holds the best weights so far, with which the run may end, and is not whole ({damage}); restore it, or start "
+            "again with another output"
+        )
+    return str(best)
 
 
 class SignalWatch(TrainerCallback):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from finetune.data.account import DataReport
+from finetune.errors import describe_count
 from finetune.models.engine import ENGINES, find_engine
 from finetune.runs.run_files import count_tokens_seen
 from finetune.runs.summary import RunSummary
@@ -25,8 +26,8 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     logger.info("rows: %s", report.describe())
     logger.info(
-        "effective batch size: %d rows (micro-batch size %d x %d accumulation steps x %d %s)",
-        batch,
+        "effective batch size: %s (micro-batch size %d x %d accumulation steps x %d %s)",
+        describe_count(batch, "row"),
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         config.world_size,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from finetune.checkpoints.finding import find_states_folder
 from finetune.data.dataset import Splits
 from finetune.data.packing import PackedRows
-from finetune.errors import CheckpointError, RecipeError
+from finetune.errors import CheckpointError, RecipeError, describe_count
 from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.sections import Recipe
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
@@ -93,7 +93,7 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
 def _check_positions(trainer: Trainer, recipe: Recipe) -> None:
     positions = trainer.model.config.max_position_embeddings
     if recipe.data.max_tokens > positions:
-        problem = f"data.max_tokens: {recipe.data.max_tokens:,} exceeds the {positions:,} positions of the checkpoint"
+        problem = f"data.max_tokens: {recipe.data.max_tokens:,} exceeds the {describe_count(positions, 'position')} of the checkpoint"
         raise RecipeError(
             "recipe", [f"{problem}; lower it, or extend the context by model.max_positions and rope_theta"]
         )

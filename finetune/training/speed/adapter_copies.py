@@ -16,18 +16,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer
 
-from finetune.runs.resolved_recipe import ResolvedRecipe
-
-# A copy of a number and its gradient, in 16 bits each.
-_COPY_BYTES = 4
-
-
-def count_copy_bytes(resolved: ResolvedRecipe, trained: int) -> int:
-    """Return at most how many bytes copies of a recipe's adapter take, `trained` numbers in all; 0 where it has none."""
-    recipe = resolved.recipe
-    tries = recipe.model.speed == "auto" and not resolved.method.is_online
-    return _COPY_BYTES * trained if tries and not resolved.trains_all_weights and not recipe.adapter.dora else 0
-
 
 def list_lora_matrices(model: nn.Module) -> list[nn.Linear]:
     """Return the modules A and B of all trained plain LoRA layers; those of DoRA also enter norms in float32, and are left out."""

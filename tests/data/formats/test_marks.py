@@ -49,7 +49,7 @@ def test_a_marked_row_is_left_out_and_counted(load, key):
     assert (len(texts), report.left_out, report.notes) == (
         1,
         {"marked as not trained": 1},
-        ("1 rows are left out: marked as not trained",),
+        ("1 row is left out: marked as not trained",),
     )
 
 

@@ -134,7 +134,7 @@ def test_the_account_of_all_rows(splits, tokenizer):
     ]
     assert [row.origin for row in page.rows] == ["rows.jsonl, line 1", "rows.jsonl, line 2"]
     text = render_page(page)
-    assert "1 rows exceed data.max_tokens: 700 and are left out (data.overflow: drop)" in text
+    assert "1 row is longer than data.max_tokens: 700 and left out (data.overflow: drop)" in text
     assert "2 rows in full" in text
     assert "Tokens in a row, held out" in text
     for upper, rows in splits.report.train.histogram:

@@ -41,6 +41,11 @@ CASES = {
     "full": ("sft_full", SHORT, ADAMW, "model.dtype=auto", "trainer.gradient_accumulation_steps=1"),
     "full-bf16": ("sft_full", SHORT, ADAMW, "trainer.gradient_accumulation_steps=2"),
     "int8": (*LORA, "model.quantize=int8", "trainer.gradient_accumulation_steps=1"),
+    "whole-modules": (
+        *LORA,
+        "adapter.modules_to_save=[embed_tokens, lm_head, norm]",
+        "trainer.gradient_accumulation_steps=2",
+    ),
     "dpo": ("dpo_lora", SHORT, "trainer.gradient_accumulation_steps=1"),
     "nf4-streamed": ("sft_qlora", SHORT, "model.stream_layers=true", "trainer.gradient_accumulation_steps=2"),
     "packed": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.packing=true"),
@@ -110,6 +115,21 @@ def test_nf4_layout_is_that_of_quantized_weights(make_recipe, larger_start, size
             sizes[part] = sizes.get(part, 0) + storage.nbytes()
     for part in ("weights: linear layers, nf4", SCALES, TABLES, SMALL):
         assert predicted[part] == sizes[part], part
+
+
+def test_whole_modules_match_a_formula(make_recipe):
+    """A copy in float32, its gradient and two moments: 16 bytes a weight, beside the bfloat16 table of the base."""
+    settings = ("sft_qlora", "model.checkpoint=nano", SHORT, "adapter.train_tokens=[]")
+    without, whole = (
+        measure_step(make_recipe(*settings, setting), is_gpu=True)
+        for setting in ("adapter.modules_to_save=[]", "adapter.modules_to_save=[lm_head, norm]")
+    )
+    trained = 320 * (1312 + 1)
+    assert whole.trainable - without.trainable == trained
+    grown = {
+        part: whole.peak.parts[part] - without.peak.parts[part] for part in (ADAPTER, GRADIENTS, OPTIMIZER, TABLES)
+    }
+    assert grown == {ADAPTER: 4 * trained, GRADIENTS: 4 * trained, OPTIMIZER: 8 * trained + 8, TABLES: 0}
 
 
 def test_full_model_matches_formulas(make_recipe):
