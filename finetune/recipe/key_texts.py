@@ -34,8 +34,8 @@ KEYS: Mapping[str, str] = {
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
     "model.speed": (
-        "auto tries before step 1 whether compiled layers (torch.compile) are faster and compute the same, and uses them for runs "
-        "of 10 minutes and more; none leaves the layers as they are. A resumed run does as it began."
+        "auto tries on the first batch what is faster and computes the same, and uses it: compiled layers (torch.compile) in runs "
+        "of 10 minutes and more, else 16-bit copies of the adapter. A resumed run does as it began. none tries nothing."
     ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (
