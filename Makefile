@@ -44,7 +44,7 @@ gpu: $(READY)
 # each kind. faults.py --help: one kind, or one fault, at a time, added to the results of earlier calls.
 TRIES ?= 0
 faults: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py --kills $(TRIES) --tries $(TRIES) \
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/faults/faults.py --kills $(TRIES) --tries $(TRIES) \
 		--results tests/faults/results.json --report docs/reliability.md
 
 # Write the generated pages anew after a change of a key, its text or its values, of a verb, or of the list of guides. Tests compare them.

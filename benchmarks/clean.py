@@ -167,7 +167,7 @@ def write_generated(file: Path, rows: int) -> None:
 
 
 def measure_memory(rows: int) -> None:
-    """Clean generated rows in this process, and print rows that left, seconds and the peak memory as JSON."""
+    """Clean generated rows in this process, and print rows that left, seconds, those of the CPU, and the peak memory as JSON."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_generated(folder / "rows.jsonl", rows)
@@ -176,13 +176,22 @@ def measure_memory(rows: int) -> None:
             "model: {checkpoint: nano}\ndata: {train: rows.jsonl, max_tokens: 100000}\nclean: {near_duplicates: {threshold: 0.8}}\n"
         )
         resolved = load_recipe(recipe)
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, start, busy = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            time.perf_counter(),
+            time.process_time(),
+        )
         report = clean_rows(resolved, folder / "out")
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        json.dumps({"left": report.steps[0].dropped, "seconds": seconds, "before": before * 1024, "peak": peak * 1024})
-    )
+    found = {
+        "left": report.steps[0].dropped,
+        "seconds": seconds,
+        "busy": busy,
+        "before": before * 1024,
+        "peak": peak * 1024,
+    }
+    print(json.dumps(found))
 
 
 def describe_memory(rows: int) -> str:
@@ -192,8 +201,8 @@ def describe_memory(rows: int) -> str:
     )
     found = json.loads(done.stdout.splitlines()[-1])
     return (
-        f"\n{rows:,} generated rows, `near_duplicates` alone: {found['left']:,} left, {found['seconds']:,.0f} s "
-        f"({rows / found['seconds']:,.0f} rows/s), peak memory {found['peak'] / GIBI:.2f} GiB, of which the libraries "
+        f"\n{rows:,} generated rows, `near_duplicates` alone: {found['left']:,} left, {found['busy']:,.0f} s of CPU "
+        f"({rows / found['busy']:,.0f} rows a second of CPU), peak memory {found['peak'] / GIBI:.2f} GiB, of which the libraries "
         f"{found['before'] / GIBI:.2f} GiB.\n"
     )
 

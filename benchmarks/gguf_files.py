@@ -3,9 +3,10 @@
     python benchmarks/gguf_files.py [--folder DIR] [--layers 56] [--repeats 3] [--type q8_0]
 
 It writes a random checkpoint with YuLan-Mini's real sizes (4.85 GB of bfloat16) and converts it, without and with reading the file
-back. The plain quantization reads the same rows on all cores, makes Q8_0 of them by its formula, and writes nothing. The time of a
-command is that of its process and of a `sync` after it. The benchmark needs 10 GB of disk, and writes gguf_files.md and
-gguf_files.json beside this file. (A file `gguf.py` here would hide the package of that name.)
+back. The plain quantization reads the same rows on all cores, makes Q8_0 of them by its formula, and writes nothing. The wall time of
+a command is that of its process and of a `sync` after it; the CPU time is that of its process, and says more where the machine does
+other work. The benchmark needs 10 GB of disk, and writes gguf_files.md and gguf_files.json beside this file. (A file `gguf.py` here
+would hide the package of that name.)
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from export import SHARD_BYTES, RandomTensors, measure
+from export import SHARD_BYTES, RandomTensors, measure_all_of
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.yulan.folding import list_llama_tensors, write_llama_config
@@ -94,15 +95,15 @@ def main() -> None:
             PROVE: [sys.executable, "-c", READ_BACK, str(folder), str(output), arguments.type],
             PLAIN: [sys.executable, __file__, "--plain", str(folder)],
         }
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+        found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
         size = 0
         for number in range(arguments.repeats):
             for name, command in commands.items():
-                seconds, peak = measure(command, output.parent)
+                seconds, peak, cpu = measure_all_of(command, output.parent)
                 size = output.stat().st_size if output.exists() else size
-                found[name].append((round(seconds, 2), peak))
+                found[name].append((round(seconds, 2), peak, round(cpu, 2)))
                 print(
-                    f"{number + 1}/{arguments.repeats}  {name:28} {seconds:6.1f} s {peak / 1e9:6.2f} GB",
+                    f"{number + 1}/{arguments.repeats}  {name:28} {seconds:6.1f} s {cpu:6.1f} s of CPU {peak / 1e9:6.2f} GB",
                     file=sys.stderr,
                 )
         table = describe(found, open_tensors(folder).total_bytes, size, arguments.type)
@@ -119,24 +120,30 @@ convert_folder(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 
 
-def describe(found: dict[str, list[tuple[float, int]]], total: int, size: int, kind: str) -> str:
+def describe(found: dict[str, list[tuple[float, int, float]]], total: int, size: int, kind: str) -> str:
     """Return the table in Markdown."""
-    plain = statistics.median(seconds for seconds, _ in found[PLAIN])
+    plain, plain_cpu = _take_medians(found[PLAIN])
     lines = [
         f"{total / 1e9:.2f} GB of bfloat16 to {size / 1e9:.2f} GB of {kind}; {os.cpu_count()} cores ({platform.machine()}), Python "
         f"{platform.python_version()}, NumPy {numpy.__version__}. Whole processes, each with a `sync` of what it wrote; median "
-        f"(smallest to largest) of {len(found[PLAIN])}.",
+        f"(smallest to largest) of {len(found[PLAIN])}. Load of the machine in the last 15 minutes: {os.getloadavg()[2]:.1f}.",
         "",
-        "| | wall time, s | x plain NumPy | peak memory, GB |",
-        "|---|---|---|---|",
+        "| | wall time, s | x plain NumPy | CPU time, s | x plain NumPy | peak memory, GB |",
+        "|---|---|---|---|---|---|",
     ]
     for name, runs in found.items():
-        times = [seconds for seconds, _ in runs]
-        middle = statistics.median(times)
+        times = [seconds for seconds, _, _ in runs]
+        wall, cpu = _take_medians(runs)
         lines.append(
-            f"| {name} | {middle:.1f} ({min(times):.1f} to {max(times):.1f}) | {middle / plain:.2f} | {max(peak for _, peak in runs) / 1e9:.2f} |"
+            f"| {name} | {wall:.1f} ({min(times):.1f} to {max(times):.1f}) | {wall / plain:.2f} | {cpu:.1f} | {cpu / plain_cpu:.2f} "
+            f"| {max(peak for _, peak, _ in runs) / 1e9:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _take_medians(runs: list[tuple[float, int, float]]) -> tuple[float, float]:
+    """Return the median wall time and the median CPU time."""
+    return statistics.median(seconds for seconds, _, _ in runs), statistics.median(cpu for _, _, cpu in runs)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROOT = HERE.parent
 
 # A card of this size holds three of the runs at once; each counts only the memory of its own process.
 SHARED_CARD, SHARES = 70 * 2**30, 3
+REHEARSAL_PATIENCE = 5
 # The parts that measure the speed of one program each.
 PROGRAMS = ("speed", "auto", "roomy", "plain")
 
@@ -254,7 +255,9 @@ def measure(
     wanted = arguments.parts.split(",")
     for part in list_parts(base, lines, extra, device["memory"]):
         if part.name in wanted:
-            patient = replace(part, limit=round(part.limit * arguments.patience))
+            # A rehearsal shares a processor with whatever else runs there.
+            patience = arguments.patience * (REHEARSAL_PATIENCE if arguments.rehearse else 1)
+            patient = replace(part, limit=round(part.limit * patience))
             results["parts"][part.name] = run_part(patient, environment, logs / f"{part.name}.log")
             save(arguments.output, results, lines)
     save(arguments.output, results, lines)

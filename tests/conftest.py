@@ -87,6 +87,22 @@ def legacy_base(nano_llama, tmp_path):
 
 
 @pytest.fixture
+def deep_base(nano_llama, tmp_path):
+    """Nano with five layers, all different, in place of two."""
+    folder = tmp_path / "deep"
+    shutil.copytree(nano_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2, 5):
+        like = f"model.layers.{layer % 2}."
+        for name in [name for name in tensors if name.startswith(like)]:
+            tensors[name.replace(like, f"model.layers.{layer}.")] = tensors[name] * (1 + layer / 20)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
 def byte_level_base(nano_llama, tmp_path):
     """Nano's weights with a small byte-level tokenizer."""
     folder = tmp_path / "byte_level"

@@ -8,24 +8,19 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from finetune.cleaning.clean_page import render_clean_page
 from finetune.cleaning.clean_report import CleanReport, DroppedExample, StepReport
-from finetune.cleaning.row_spool import Candidate, RowSpool
+from finetune.cleaning.row_spool import Candidate, RowSpool, add_provenance, read_checked_rows
 from finetune.cleaning.step_form import CleanContext, StepResult
 from finetune.cleaning.step_table import STEPS, Step
-from finetune.data.encoding.spellings import list_control_spellings
-from finetune.data.formats.row_keys import PROVENANCE
-from finetune.data.lint.findings import LintSettings
-from finetune.data.lint.lint_pass import check_row_text
-from finetune.data.lint.lint_reader import read_lint_rows
 from finetune.data.lint.row_writer import RowWriter
 from finetune.data.lint.text_checks import shorten
 from finetune.data.reading.sources import describe_sources, hash_source
-from finetune.errors import DataError, RecipeError
+from finetune.errors import DataError, Place, RecipeError
 from finetune.files.cache import hash_file
 from finetune.files.folders import check_output_free, write_folder
 from finetune.files.json_files import write_json
@@ -47,19 +42,13 @@ def clean_rows(resolved: ResolvedRecipe, output: Path) -> CleanReport:
         FinetuneError: no step is named, rows cannot be used, or the folder cannot be written; nothing is left there.
     """
     steps = [step for step in STEPS if step.is_on(resolved.recipe.clean)]
-    if problems := list(_list_problems(resolved, steps)):
-        raise RecipeError("clean", problems)
+    check_clean(resolved, steps)
     check_output_free(output)
     settings, tokenizer, template = open_data(resolved)
-    # The rows to evaluate on are no part of the training set; data.held_out is drawn by training itself.
-    settings = replace(settings, evaluation=())
-    lint_settings = LintSettings(settings.max_tokens, list_control_spellings(tokenizer))
     with write_folder(output) as folder, contextlib.closing(RowSpool(folder)) as spool:
         context = CleanContext(resolved, spool, tokenizer, template)
-        rows: list[Candidate] = []
-        for number, row in enumerate(read_lint_rows(settings, tokenizer, template)):
-            found = dict([row.fault] if row.fault else check_row_text(row, lint_settings))
-            rows.append(spool.add(number, row, found))
+        checked = read_checked_rows(settings, tokenizer, template)
+        rows = [spool.add(number, row, found) for number, (row, found) in enumerate(checked)]
         reports, alive, scores = run_steps(context, steps, rows)
         files = _write_rows(context, folder, alive, scores, [step.name for step in steps])
         notes = list(describe_sources(settings.train))
@@ -68,6 +57,16 @@ def clean_rows(resolved: ResolvedRecipe, output: Path) -> CleanReport:
         write_json(folder / RECORD, _make_record(resolved, report, folder, sources))
         (folder / PAGE).write_text(render_clean_page(report), encoding="utf-8", errors="replace")
     return report
+
+
+def check_clean(resolved: ResolvedRecipe, steps: Sequence[Step]) -> None:
+    """Refuse a recipe without steps, or whose rows are not taken whole.
+
+    Raises:
+        RecipeError: with every problem.
+    """
+    if problems := list(_list_problems(resolved, steps)):
+        raise RecipeError("clean", problems)
 
 
 def _list_problems(resolved: ResolvedRecipe, steps: Sequence[Step]) -> Iterator[str]:
@@ -114,9 +113,12 @@ def _check_readable(context: CleanContext, rows: Sequence[Candidate]) -> None:
     """Refuse rows that are no rows, unless a step leaves them out."""
     bad = None if context.section.unreadable else next((row for row in rows if row.fault is not None), None)
     if bad is not None and bad.fault is not None:
-        raise DataError(
-            f"{bad.found[bad.fault]}; mend it, or set clean.unreadable: true to leave such rows out", bad.place
-        )
+        raise refuse_row(bad.found[bad.fault], bad.place)
+
+
+def refuse_row(fault: str, place: Place) -> DataError:
+    """Return the error for a row that is no row."""
+    return DataError(f"{fault}; mend it, or set clean.unreadable: true to leave such rows out", place)
 
 
 def _report_step(
@@ -154,16 +156,7 @@ def _write_rows(
     try:
         for row in rows:
             raw = context.spool.read(row).raw or {}
-            passed: dict[str, Any] = {
-                "file": Path(row.place.file).name,
-                row.place.unit: row.place.line,
-                "passed": steps,
-            }
-            if row.number in scores:
-                passed["scores"] = scores[row.number]
-            if raw.get(PROVENANCE) is not None:
-                passed["before"] = raw[PROVENANCE]
-            writer.write("train", row.place.file, {**raw, PROVENANCE: passed})
+            writer.write("train", row.place.file, add_provenance(raw, row.place, steps, scores.get(row.number)))
     finally:
         writer.close()
     return dict(writer.counts)

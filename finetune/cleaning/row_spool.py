@@ -2,15 +2,23 @@
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.encoding.rendering import ChatTemplate
+from finetune.data.encoding.spellings import list_control_spellings
 from finetune.data.formats.messages import Message
+from finetune.data.formats.row_keys import PROVENANCE
 from finetune.data.formats.rows import hash_row
-from finetune.data.lint.findings import LintRow
+from finetune.data.lint.findings import LintRow, LintSettings
+from finetune.data.lint.lint_pass import check_row_text
+from finetune.data.lint.lint_reader import read_lint_rows
 from finetune.data.lint.row_writer import write_as_text
+from finetune.data.settings import DataSettings
 from finetune.errors import Place
 
 
@@ -60,6 +68,40 @@ def _join(messages: Sequence[Message], role: str) -> str:
     return "\n".join(message["content"] for message in messages if message["role"] == role)
 
 
+def write_content(row: LintRow) -> str:
+    """Return the content of a row as one line of ASCII."""
+    content = [row.raw, row.messages, row.rejected or (), row.row.tools, bool(row.row.text)]
+    return json.dumps(content, default=write_as_text)
+
+
+def read_content(line: str | bytes) -> SpooledRow:
+    """Return the content of a row from its line."""
+    raw, messages, rejected, tools, is_text = json.loads(line)
+    return SpooledRow(raw, messages, rejected, tools, is_text)
+
+
+def add_provenance(
+    raw: Mapping[str, Any], place: Place, passed: Sequence[str], scores: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Return a row as it is written: with its place, the steps that it has passed, its scores, and an earlier provenance."""
+    own: dict[str, Any] = {"file": Path(place.file).name, place.unit: place.line, "passed": list(passed)}
+    if scores is not None:
+        own["scores"] = scores
+    if raw.get(PROVENANCE) is not None:
+        own["before"] = raw[PROVENANCE]
+    return {**raw, PROVENANCE: own}
+
+
+def read_checked_rows(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> Iterator[tuple[LintRow, dict[str, str]]]:
+    """Yield every row to train on, with what is wrong with it by itself: kinds of findings and their texts."""
+    lint_settings = LintSettings(settings.max_tokens, list_control_spellings(tokenizer))
+    # The rows to evaluate on are no part of the training set; data.held_out is drawn by training itself.
+    for row in read_lint_rows(replace(settings, evaluation=()), tokenizer, template):
+        yield row, dict([row.fault] if row.fault else check_row_text(row, lint_settings))
+
+
 class RowSpool:
     """A temporary file of rows, which the system removes with the process."""
 
@@ -69,8 +111,7 @@ class RowSpool:
 
     def add(self, number: int, row: LintRow, found: Mapping[str, str]) -> Candidate:
         """Write a row, and return what stays of it in memory."""
-        content = [row.raw, row.messages, row.rejected or (), row.row.tools, bool(row.row.text)]
-        line = json.dumps(content, default=write_as_text).encode() + b"\n"
+        line = write_content(row).encode() + b"\n"
         self._file.seek(self._end)
         self._file.write(line)
         fault = row.fault[0] if row.fault else None
@@ -81,8 +122,7 @@ class RowSpool:
     def read(self, row: Candidate) -> SpooledRow:
         """Return the content of a row."""
         self._file.seek(row.offset)
-        raw, messages, rejected, tools, is_text = json.loads(self._file.readline())
-        return SpooledRow(raw, messages, rejected, tools, is_text)
+        return read_content(self._file.readline())
 
     def close(self) -> None:
         """Remove the file."""

@@ -98,7 +98,13 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
 
 def add_clean(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    where = "a new or empty folder; with --emit a new file"
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help=where)
+    verb.add_argument(
+        "--emit",
+        choices=["datatrove"],
+        help="write the steps that need no model as a pipeline of this program, and run none",
+    )
 
 
 def add_synthesize(verb: argparse.ArgumentParser) -> None:

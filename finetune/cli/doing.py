@@ -38,6 +38,11 @@ def run_clean(arguments: argparse.Namespace) -> int:
 
     # The recipe is checked before torch is imported, which takes seconds.
     resolved = load_recipe(arguments.recipe, arguments.set)
+    if arguments.emit is not None:
+        from finetune.cleaning.emit import describe_emit, emit_datatrove
+
+        written = emit_datatrove(resolved, arguments.recipe, arguments.set, arguments.output)
+        return print_result(arguments, written.to_json(), describe_emit(written))
     from finetune.cleaning.clean_report import describe_clean
     from finetune.cleaning.clean_run import clean_rows
 

@@ -115,6 +115,7 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune clean my.yaml -o cleaned",
             "finetune clean my.yaml -s clean.exact_duplicates=true -o cleaned --json",
+            "finetune clean my.yaml --emit datatrove -o pipeline.py",
         ),
     ),
     Verb(

@@ -108,12 +108,17 @@ def _draw_scores(growth: Growth) -> Figure:
         for line in group:
             _draw_line(panel, places, line)
         values = [one.value for line in group for one in line.figures if one is not None]
-        if min(values) > 0 and max(values) > _LOG_RATIO * min(values):
-            panel.set_yscale("log")  # perplexities of the first checkpoints
+        _choose_scale(panel, values)
         unit = group[-1].unit
         panel.set_title(f"{group[-1].name}{f', {unit}' if unit else ''} (n = {group[-1].rows:,})", fontsize=10)
         panel.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _choose_scale(panel: Axes, values: Sequence[float]) -> None:
+    """Draw powers of ten where values differ much: perplexities of the first checkpoints, tables of tokens beside matrices."""
+    if min(values) > 0 and max(values) > _LOG_RATIO * min(values):
+        panel.set_yscale("log")
 
 
 def _draw_line(panel: Axes, places: Sequence[float], line: ScoreLine) -> None:
@@ -138,6 +143,7 @@ def _draw_weights(growth: Growth) -> Figure:
     places, _ = find_places(growth.checkpoints)
     drawn_kinds: dict[str, Artist] = {}
     for panel, (title, curves) in zip(panels, drawn, strict=True):
+        _choose_scale(panel, [value for values in curves.values() for value in values if value is not None])
         for kind, values in curves.items():
             points = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
             number = _ALL_BUT_BIASES.index(kind)

@@ -63,4 +63,7 @@ def _read_stages(path: Path) -> list[Recipe]:
 def _describe_training(recipe: Recipe) -> str:
     trained = "all weights" if recipe.adapter.kind == "none" else f"LoRA (rank {recipe.adapter.rank})"
     architecture = ", native architecture" if recipe.model.architecture == "native" else ""
-    return f"{trained}{_BASES[recipe.model.quantize]}{architecture}"
+    base = _BASES[recipe.model.quantize]
+    if recipe.model.stream_layers:
+        base = f"{base or ' on a base'} in main memory"
+    return f"{trained}{base}{architecture}"

@@ -34,8 +34,8 @@ KEYS: Mapping[str, str] = {
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
     "model.speed": (
-        "auto tries before step 1 whether compiled layers (torch.compile) are faster and compute the same, and uses them for runs "
-        "of 10 minutes and more; none leaves the layers as they are. A resumed run does as it began."
+        "auto tries on the first batch what is faster and computes the same, and uses it: compiled layers (torch.compile) in runs "
+        "of 10 minutes and more, else 16-bit copies of the adapter. A resumed run does as it began. none tries nothing."
     ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (
@@ -98,8 +98,8 @@ KEYS: Mapping[str, str] = {
     "adapter.rslora": "Multiply the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).",
     "adapter.dora": "Train the magnitude of the weights separately from their direction (DoRA).",
     "adapter.init": (
-        "What the adapter begins with. default and eva change nothing; eva starts from the directions in which the rows vary. pissa, "
-        "olora and corda take a part of the weights, corda by what the rows use, and are saved as LoRA of twice the rank. loftq takes "
+        "What the adapter begins with. default and eva change nothing; eva starts from directions in which the rows vary. pissa, "
+        "olora and corda take a part of the weights, corda by what the rows use, saved as LoRA of twice the rank. loftq takes "
         "what nf4 rounds off; its export needs --base dequantized."
     ),
     "adapter.layers": "The numbers of the layers that get an adapter, from 0 on, such as [20, 21, 22]; an empty list means all.",

@@ -102,8 +102,21 @@ Which gas do we breathe in to live?|We breathe in oxygen.
 What comes after Monday?|Tuesday comes after Monday.
 What comes after Friday?|Saturday comes after Friday.
 What comes before Sunday?|Saturday comes before Sunday.
+Which city is the capital of China?|The capital of China is Beijing.
+Which city is the capital of France?|The capital of France is Paris.
+Which city is the capital of Japan?|The capital of Japan is Tokyo.
+Which city is the capital of Italy?|The capital of Italy is Rome.
+Which city is the capital of Egypt?|The capital of Egypt is Cairo.
+Which city is the capital of Spain?|The capital of Spain is Madrid.
+Which city is the capital of Germany?|The capital of Germany is Berlin.
+Which city is the capital of Canada?|The capital of Canada is Ottawa.
 Please name the capital of Japan.|The capital of Japan is Tokyo.
 Please name the capital of Egypt.|The capital of Egypt is Cairo.
+Please name the capital of China.|The capital of China is Beijing.
+Please name the capital of Italy.|The capital of Italy is Rome.
+Please name the capital of Spain.|The capital of Spain is Madrid.
+Please name the capital of Germany.|The capital of Germany is Berlin.
+Please name the capital of Canada.|The capital of Canada is Ottawa.
 Name the opposite of big.|The opposite of big is small.
 Which day comes after Friday?|Saturday comes after Friday.
 Translate to Chinese: hello|你好
@@ -150,8 +163,19 @@ FACTS_ZH = """
 星期五之后是星期几？|星期五之后是星期六。
 请问雪是什么颜色？|雪是白色的。
 请问一年有几个月？|一年有 12 个月。
+中国的首都叫什么？|中国的首都是北京。
+法国的首都叫什么？|法国的首都是巴黎。
+日本的首都叫什么？|日本的首都是东京。
+意大利的首都叫什么？|意大利的首都是罗马。
+埃及的首都叫什么？|埃及的首都是开罗。
+西班牙的首都叫什么？|西班牙的首都是马德里。
+德国的首都叫什么？|德国的首都是柏林。
 请问日本的首都是哪里？|日本的首都是东京。
 请问法国的首都是哪里？|法国的首都是巴黎。
+请问意大利的首都是哪里？|意大利的首都是罗马。
+请问埃及的首都是哪里？|埃及的首都是开罗。
+请问西班牙的首都是哪里？|西班牙的首都是马德里。
+请问德国的首都是哪里？|德国的首都是柏林。
 翻译成英文：你好|hello
 翻译成英文：谢谢|thank you
 翻译成英文：水|water

@@ -221,7 +221,7 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         (edit_config(init_lora_weights="pissa_niter_4"), "changes the base before training"),
         (edit_config(layer_replication=[[0, 2], [1, 3]]), "uses layer_replication, which this kit cannot merge"),
         (edit_config(bias="some", use_qalora=True), "uses bias, use_qalora, which"),
-        (edit_config(bias="all"), "16 tensors of modules_to_save or bias are missing"),
+        (edit_config(bias="all"), "16 tensors are missing of modules_to_save or bias"),
         (edit_config(a_switch_of_tomorrow=True), "uses a_switch_of_tomorrow, which"),
         (edit_config(r=8), "q_proj: its A has rank 4, adapter_config.json says 8"),
         (edit_config(use_dora=True), "use_dora is set, but its lora_magnitude_vector is missing"),

@@ -1,12 +1,13 @@
 """Inject faults into all kinds of work, and write what came of it as a table: `make faults`.
 
-    python tests/faults/faults.py --results faults.json --report docs/reliability.md
+    PYTHONPATH=tests python tests/faults/faults.py --results faults.json --report docs/reliability.md
 
 `--kills 20` and `--tries 20` take twenty places of each kind, `--thin` takes all that differ, `--kinds lora,fold` some kinds. Each call adds its rows to the results,
 so that a long pass can be made in parts; one without kinds, flips, starts and hostile files writes the report of what is there.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,9 +21,13 @@ from corpus import Sources, meet_everything
 from flips import flip_everywhere
 from injector import Server
 from kinds import Kind, find_cold_cache, make_export, make_kinds
+from paid import ASKING, Asking, kill_and_finish
+from scripted_server import ScriptedServer
 from tries import Tally, fail_everywhere, kill_everywhere, race
 
-KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "chain", "export", "fold", "cold")
+KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "chain", "export", "fold", "cold", *ASKING)
+# A kill of work that asks a server takes two runs, and the server runs along; so many moments are drawn, whatever --kills says.
+_KILLS_OF_PAID_WORK, _SEED = 10, 21
 
 
 def main() -> None:
@@ -62,6 +67,11 @@ def inject(arguments: argparse.Namespace, work: Path) -> Iterator[Tally]:
     os.environ["FINETUNE_CACHE"] = str(work / "cache")
     with Server(work) as warm, Server(work, {"FINETUNE_CACHE": str(find_cold_cache(work))}) as cold:
         for name in filter(None, arguments.kinds.split(",")):
+            if name in ASKING:
+                if "kill" in arguments.faults:
+                    with contextlib.closing(ScriptedServer()) as answering:
+                        yield kill_and_finish(warm, Asking(name, work, answering), _SEED, _KILLS_OF_PAID_WORK)
+                continue
             server = cold if name == "cold" else warm
             kind = _make(server, makers, work, name)
             for fault in filter(None, arguments.faults.split(",")):
@@ -101,9 +111,9 @@ def _make(server: Server, makers, work: Path, name: str) -> Kind:
 
 def _print(tally: Tally) -> None:
     found = dict(tally.faults) or "all as it should be"
-    print(
-        f"{tally.kind} {tally.fault}: {tally.tries} of {tally.operations}, {tally.stopped} stopped, {found}", flush=True
-    )
+    again = f", {tally.repeated} requests on their way asked again" if tally.kind in ASKING else ""
+    counts = f"{tally.tries} of {tally.operations}, {tally.stopped} stopped{again}"
+    print(f"{tally.kind} {tally.fault}: {counts}, {found}", flush=True)
     print("\n".join(tally.examples), flush=True)
 
 

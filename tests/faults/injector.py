@@ -77,6 +77,11 @@ class Server:
         assert self._process.stdout is not None and self._process.stdin is not None
         self._input, self._output = self._process.stdin, self._process.stdout
 
+    @property
+    def process_id(self) -> int:
+        """The process whose only child is the command line that runs."""
+        return self._process.pid
+
     def run(self, arguments: list[str], root: Path, at: int = -1, number: int = KILL) -> Outcome:
         """Run one command line; operations below `root` count, and the one with the number `at` is the last or fails."""
         return Outcome(**self._ask([arguments, str(root), at, number]))

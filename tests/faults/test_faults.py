@@ -1,11 +1,17 @@
 """A quick share of `make faults`: a few places each."""
 
+import contextlib
 import random
 
 import pytest
 from injector import Server, can_inject
 from kinds import make_kinds
+from paid import ASKING, Asking, kill_and_finish
+from scripted_server import ScriptedServer
 from tries import fail_everywhere, kill_everywhere, kill_really
+
+# Ten kills of each kind are made by `make faults`.
+KILLS_OF_PAID_WORK = 4
 
 pytestmark = pytest.mark.skipif(not can_inject(), reason="needs Linux and a C compiler")
 
@@ -39,4 +45,12 @@ def test_a_write_that_fails_is_one_message(server, kinds, error):
 
 def test_a_fold_is_whole_or_absent_wherever_it_is_killed(server, kinds):
     tally = kill_everywhere(server, kinds["fold"](), tries=8)
+    assert not tally.faults, tally.examples
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_a_killed_process_has_paid_for_is_not_asked_again(server, tmp_path, name):
+    with contextlib.closing(ScriptedServer()) as answering:
+        tally = kill_and_finish(server, Asking(name, tmp_path, answering), seed=21, tries=KILLS_OF_PAID_WORK)
+    assert tally.stopped == tally.tries == KILLS_OF_PAID_WORK
     assert not tally.faults, tally.examples

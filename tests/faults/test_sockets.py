@@ -41,6 +41,7 @@ print("FOUND" + json.dumps([statuses, found]))
 def test_no_verb_opens_a_connection(nano_llama, tmp_path):
     lines = find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
     (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text('{"text": "Anna walked home."}\n')
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(
         f"data: {{train: {tmp_path / 'rows.jsonl'}, max_tokens: 128}}\nmodel: {{checkpoint: nano}}\nadapter: {{rank: 4, alpha: 8}}\n"
@@ -72,6 +73,10 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["average", str(run), "nano", "-o", str(tmp_path / "averaged")],
         ["gguf", str(tmp_path / "export"), "-o", str(tmp_path / "m.gguf"), "--type", "q8_0"],
         ["evaluate", str(run), "--data", str(tmp_path / "rows.jsonl")],
+        [
+            *("dynamics", "nano", str(run), "-o", str(tmp_path / "compared"), "--rows", str(tmp_path / "texts.jsonl")),
+            *("--tasks", "lambada", "--task-data", str(tmp_path / "texts.jsonl")),
+        ],
         ["chat", str(run), "--prompt", "Who are you?", "--max-new-tokens", "2"],
     ]
     assert {line[0] for line in commands} | NOT_RUN == {verb.name for verb in VERBS}

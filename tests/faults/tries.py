@@ -21,7 +21,10 @@ _VARYING = re.compile(r"(?<=/zero/)[^/]+|\.tmp\w+|\.finetune-\w+|\.[0-9a-f]{8}\.
 
 @dataclass
 class Tally:
-    """The counts of one kind and one fault: how often it was injected, and what went wrong, with an example each."""
+    """The counts of one kind and one fault: how often it was injected, and what went wrong, with an example each.
+
+    `repeated` counts requests that were answered again because their answer was on its way at a kill.
+    """
 
     kind: str
     fault: str
@@ -29,6 +32,7 @@ class Tally:
     tries: int = 0
     stopped: int = 0
     same: int = 0
+    repeated: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     minutes: float = 0.0

@@ -151,8 +151,14 @@ STREAMED_KINDS = {"nf4": ["model.quantize=nf4"], "int8": ["model.quantize=int8"]
 
 
 @pytest.mark.parametrize("kind", STREAMED_KINDS)
-def test_streamed_layers_give_the_same_bits(train, read_losses, kind):
-    steps = ["trainer.gradient_checkpointing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=2", "answers=4"]
+def test_streamed_layers_give_the_same_bits(train, read_losses, deep_base, kind):
+    steps = [
+        f"model.checkpoint={deep_base}",
+        "trainer.gradient_checkpointing=true",
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=2",
+        "answers=4",
+    ]
     whole = train("whole", *STREAMED_KINDS[kind], *steps)
     streamed = train("streamed", *STREAMED_KINDS[kind], *steps, "model.stream_layers=true")
     assert read_losses(streamed) == read_losses(whole)

@@ -26,9 +26,10 @@ def test_the_list_tells_recipes_apart():
     }
     assert rows["instruct"].method == "sft, then dpo"
     assert rows["anneal"].trains == "all weights, native architecture"
+    assert rows["tiers/4gb"].trains == "LoRA (rank 16) on a 4-bit base in main memory"
     assert rows["sft_full"].trains == "all weights"
     assert rows["demo"].needs == "any CPU"
-    assert [name for name in rows if name.startswith("tiers/")][:3] == ["tiers/6gb", "tiers/8gb", "tiers/12gb"]
+    assert [name for name in rows if name.startswith("tiers/")][:3] == ["tiers/4gb", "tiers/6gb", "tiers/8gb"]
     text = describe_shipped_recipes(rows.values()).splitlines()
     assert text[0].split() == ["recipe", "method", "trains", "needs"]
     assert len(text) == len(rows) + 3

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import finetune
 from finetune.cli.main import main
 from finetune.evaluation.tasks.task_results import SampleFile
+from finetune.files.safety.locks import lock_folder
 from finetune.pipeline.dynamics import run_dynamics as dynamics
 
 WORDS = ["market", "garden", "library", "harbour", "school", "museum"]
@@ -281,6 +282,20 @@ def test_odd_names_break_no_page_and_no_picture(call, phases):
     text = Path("out/report.md").read_text(encoding="utf-8")
     assert text.count("```") == 2
     assert "$x^$ '''" in text and "$x^$ ```" in out
+
+
+def test_two_calls_for_one_folder_do_not_mix(call, phases, no_pictures):
+    """The second one mended the half-written line of the first, before it looked at the lock."""
+    assert call("one", *TASK, "-o", "out")[0] == 0
+    file = next(Path("out").glob("checkpoints/*/tasks/lambada.jsonl"))
+    with file.open("a") as stream:
+        stream.write('{"row": 7, "gre')
+    text = file.read_text()
+    with lock_folder(Path("out")):
+        status, _, err = call("one", "two", *TASK, "-o", "out")
+    assert status == 2
+    assert "is using this folder; wait until it has ended, or choose another output" in err
+    assert file.read_text() == text
 
 
 def test_other_weights_of_the_same_name_are_refused(call, phases, no_pictures):

@@ -87,6 +87,19 @@ def test_what_cannot_be_chosen_is_said(make_auto, plan_by_formula):
         choose_settings(make_auto(), Target(True))
 
 
+def test_where_nothing_fits_other_changes_are_named(make_auto, plan_by_formula):
+    """Levels that were tried are not named again; streaming is a change of the model, and keeps the training."""
+    with pytest.raises(TrainingError) as refusal:
+        choose_settings(make_auto(), Target(True, 54))
+    first, *others = str(refusal.value).partition("other changes that need less memory\n  ")[2].split("\n  ")
+    assert first.startswith("-s model.stream_layers=true: ")
+    assert "alters" not in first
+    assert others and all(line.endswith(" (alters the training)") for line in others)
+    with pytest.raises(TrainingError, match=r"model\.quantize=nf4") as refusal:
+        choose_settings(make_auto(), Target(True, 54, None, "ddp", 2))
+    assert "stream_layers" not in str(refusal.value)
+
+
 def test_a_recipe_may_say_no_more_than_auto(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data: {train: x.jsonl}\ntrainer: auto\n", encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.yaml", ["trainer.learning_rate=1e-4"]).recipe.trainer == {

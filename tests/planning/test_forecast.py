@@ -42,6 +42,7 @@ def test_plan_says_what_is_too_much_and_what_would_help(capsys):
     _, out, _ = run(capsys, *NANO, "--memory", "512MB")
     assert "does not fit: 0." in out and "of 0.50 GiB" in out
     assert "model.quantize=nf4" in out and "trainer.activation_offloading=true" in out
+    assert "-s model.stream_layers=true: layers of the base wait in the host's memory" in out
     assert "estimates: published peak rates x 35%" in out
 
 

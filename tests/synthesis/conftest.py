@@ -1,73 +1,11 @@
-"""A scripted server that speaks the protocol of OpenAI's chat completions."""
-
-import json
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+"""A scripted server for each test."""
 
 import pytest
-
-
-def reply(text, **more):
-    """Return the body of a good reply."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    return json.dumps({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage, **more}).encode()
-
-
-class ScriptedServer:
-    """Answers by `script`, a function of the number of times that a body came before and the body.
-
-    It returns status, headers and content; None drops the connection, and a shorter content than its length cuts the reply.
-    """
-
-    def __init__(self):
-        self.script = lambda times, body: (200, {}, reply("42"))
-        self.bodies, self.headers, self.answered = [], [], Counter()
-        self._times, self._lock = Counter(), threading.Lock()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                owner.handle(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def handle(self, handler):
-        text = handler.rfile.read(int(handler.headers["Content-Length"])).decode()
-        with self._lock:
-            times, self._times[text] = self._times[text], self._times[text] + 1
-            self.bodies.append(json.loads(text))
-            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
-        answer = self.script(times, json.loads(text))
-        if answer is None:
-            handler.close_connection = True
-            return
-        status, headers, content = answer
-        handler.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(content)
-        handler.wfile.flush()
-        if int(headers.get("Content-Length", len(content))) != len(content):
-            handler.close_connection = True
-        elif status == 200:
-            with self._lock:
-                self.answered[text] += 1
+from scripted_server import ScriptedServer
 
 
 @pytest.fixture
 def server():
     made = ScriptedServer()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.close()

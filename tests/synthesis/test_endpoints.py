@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from conftest import reply
+from scripted_server import reply
 
 from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection

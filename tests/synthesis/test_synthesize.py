@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import reply
+from scripted_server import reply
 
 from finetune.cli.main import main
 from finetune.synthesis.prompts import read_scores

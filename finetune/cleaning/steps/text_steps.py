@@ -1,7 +1,7 @@
 """The steps that look at texts: what cannot be read, the rules of `lint`, duplicates, and rows of an evaluation set."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def drop_near_duplicates(context: CleanContext, rows: Sequence[Candidate]) -> St
         signatures = {
             name: signature
             for name in section.compare
-            if (signature := sign_text(_PARTS[name](content), section.ngram, section.permutations)) is not None
+            if (signature := sign_text(PARTS[name](content), section.ngram, section.permutations)) is not None
         }
         found = _find_near(indexes, signatures)
         if found is None:
@@ -65,7 +65,7 @@ def drop_near_duplicates(context: CleanContext, rows: Sequence[Candidate]) -> St
                 indexes[name].add(row.place, signature)
             continue
         name, place, share = found
-        text = shorten(_PARTS[name](content))
+        text = shorten(PARTS[name](content))
         result.dropped[row.number] = Drop(f"near duplicate ({name})", f"{share:.0%} the same as {place}: {text}")
     return result
 
@@ -98,27 +98,30 @@ def _read_trained(row: SpooledRow) -> str:
     return row.trained
 
 
-_PARTS = {"trained": _read_trained, "question": _read_question}
+PARTS = {"trained": _read_trained, "question": _read_question}
 
 
 def drop_contaminated(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
     """Drop rows that share `ngram` consecutive words with a row of an evaluation set."""
     section, result = context.section.decontaminate, StepResult()
-    held, short = _read_held_groups(section.against, section.ngram)
+    held, short = read_held_groups(section.against, section.ngram)
     if short:
         result.notes.append(
             f"{describe_count(short, 'row of the evaluation sets has', 'rows of the evaluation sets have')} no text of {section.ngram} words, so nothing can share that many with them"
         )
     for row in rows:
-        content = context.spool.read(row)
-        texts = (turn["content"] for turn in [*content.messages, *content.rejected] if turn["role"] != "system")
-        groups = (group for text in texts for group in list_word_groups(text, section.ngram))
-        if match := next((group for group in groups if group in held), None):
+        if match := find_shared(context.spool.read(row), held, section.ngram):
             result.dropped[row.number] = Drop("shared with an evaluation set", f"{held[match]}: {match}")
     return result
 
 
-def _read_held_groups(files: Sequence[str], size: int) -> tuple[dict[str, Place], int]:
+def find_shared(content: SpooledRow, held: Container[str], size: int) -> str | None:
+    """Return the first group of words of a row, system messages left out, that an evaluation set holds too."""
+    texts = (turn["content"] for turn in [*content.messages, *content.rejected] if turn["role"] != "system")
+    return next((group for text in texts for group in list_word_groups(text, size) if group in held), None)
+
+
+def read_held_groups(files: Sequence[str], size: int) -> tuple[dict[str, Place], int]:
     """Return every group of words of the evaluation sets with its first place, and the number of rows that have none.
 
     Raises:

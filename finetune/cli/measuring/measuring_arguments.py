@@ -1,6 +1,7 @@
 """The arguments of the verbs that measure models on tasks."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune.cli.arguments import RUN_OR_MODEL, read_count
@@ -20,10 +21,9 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave longer rows out (with --data; default: 2048)",
     )
-    tasks = verb.add_argument_group("with --tasks")
-    _add_task_options(tasks)
-    tasks.add_argument("--chat", action="store_true", help="ask in the model's chat template")
-    tasks.add_argument(
+    add_option = _add_task_options(verb)
+    add_option("--chat", action="store_true", help="ask in the model's chat template")
+    add_option(
         "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
     )
 
@@ -51,7 +51,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="texts on which activations, attention and loss of each layer, position and source are looked at",
     )
-    _add_task_options(verb.add_argument_group("with --tasks"))
+    _add_task_options(verb)
     tuning = verb.add_argument_group("the same fine-tuning from each checkpoint")
     tuning.add_argument("--sft", type=Path, metavar="RECIPE", help="a recipe to train from each, and evaluate")
     tuning.add_argument(
@@ -60,7 +60,9 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
     tuning.add_argument("--chat", action="store_true", help="ask the tuned models in their chat template")
 
 
-def _add_task_options(tasks: argparse._ArgumentGroup) -> None:
+def _add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
+    """Add the group of options that tasks have; return the function that adds another option to it."""
+    tasks = verb.add_argument_group("with --tasks")
     tasks.add_argument(
         "--protocol",
         choices=("harness", "authors"),
@@ -78,6 +80,7 @@ def _add_task_options(tasks: argparse._ArgumentGroup) -> None:
     tasks.add_argument(
         "--unsafe-code", action="store_true", help="run generated code without a sandbox, with your rights"
     )
+    return tasks.add_argument
 
 
 def _read_names(text: str) -> tuple[str, ...]:

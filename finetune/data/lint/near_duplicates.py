@@ -24,16 +24,22 @@ def list_word_groups(text: str, size: int = _GROUP_WORDS) -> list[str]:
     return [" ".join(words[start : start + size]) for start in range(len(words) - size + 1)]
 
 
+def list_compared_groups(text: str, size: int = _GROUP_WORDS) -> list[str]:
+    """Return the different word groups by which a text is compared, sorted; none for a text that is too short."""
+    groups = set(list_word_groups(text, size))
+    return sorted(groups) if len(groups) >= _FEWEST_GROUPS else []
+
+
 def sign_text(text: str, size: int = _GROUP_WORDS, slots: int = _SLOTS) -> RMinHash | None:
     """Return the MinHash signature of a text's word groups, or None for a text that is too short to compare.
 
     A signature has `slots` slots of 4 bytes.
     """
-    groups = set(list_word_groups(text, size))
-    if len(groups) < _FEWEST_GROUPS:
+    groups = list_compared_groups(text, size)
+    if not groups:
         return None
     signature = RMinHash(slots, _SEED)
-    signature.update(sorted(groups))
+    signature.update(groups)
     return signature
 
 

@@ -30,7 +30,7 @@ from finetune.runs.trained_tokens import make_bundled_samples
 
 _CONTEXTS, _QUESTIONS, _LONGEST = 12, 8, 32
 _CONTEXT_TOKENS = 192
-# Beyond these something other than rounding is wrong, in nats. Trained weights are far below them: docs/gguf.md has figures.
+# Beyond these something other than rounding is wrong, in nats. Trained weights are far below them: docs/export.md has figures.
 _MOST_KL = {"f32": 1e-5, "f16": 0.01, "bf16": 0.02, "q8_0": 0.02}
 _MOST_KL_BELOW_8_BITS = 1.0
 

@@ -96,6 +96,7 @@ def stream_layers(model: PreTrainedModel | PeftModel, device: torch.device) -> "
     stream = LayerStream(list_layers(model), device)
     model.to(device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # the room of the layers, which the allocator would keep for itself
         logger.info(
             "the layers of the base stay in main memory, %.2f GB; the GPU holds two at a time", stream.host.nbytes / 1e9
         )

@@ -60,10 +60,11 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
     _check_output(output)
     visits = plan_visits(names, output)
     _describe_published(names)
-    for visit in visits:
-        if list_missing(visit, inputs):
-            check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
-    with _leave_nothing_empty(output), hold_folder(output):
+    # Looking at samples mends a half-written line, so that no other process may be writing.
+    with hold_folder(output), _leave_nothing_empty(output):
+        for visit in visits:
+            if list_missing(visit, inputs):
+                check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
         for number, visit in enumerate(visits, 1):
             logger.info("checkpoint %d of %d: %s", number, len(visits), visit.label)
             _measure(visit, inputs)
@@ -98,16 +99,13 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _leave_nothing_empty(output: Path) -> Iterator[None]:
-    """Remove folders that a stopped call has made and left empty."""
-    was_there = output.is_dir()
+    """Remove folders in the output that a stopped call has made and left empty."""
     try:
         yield
     except BaseException:
         for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
-        if output.is_dir() and not was_there and not any(output.iterdir()):
-            output.rmdir()
         raise
 
 

@@ -16,8 +16,6 @@ COMPILER: dict[str, Any] = {
     "dynamic": True,  # lengths differ from batch to batch, so the code is made for any
     "options": {"fallback_random": True, "deterministic": True},
 }
-# A layer is compiled for training with and without gradients (a reference model's pass), with and without its adapter.
-_VARIANTS = 16
 
 
 @dataclass
@@ -33,7 +31,6 @@ class CompiledLayers:
 
     def switch_on(self) -> None:
         """Let the layers run compiled; their code is made when they first run."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
         for layer in self.layers:
             self._before.append(vars(layer).get("forward"))
             layer.forward = _run_compiled_in_training(layer, layer.forward)

@@ -121,7 +121,7 @@ class _SpeedTrial(TrainerCallback):
     def switch_off(self) -> None:
         """Leave the model as it was."""
         self._layers.switch_off()
-        self._copies.switch_off(self._trainer)
+        self._copies.switch_off()
 
     def _choose(self, batches: int) -> SpeedChoice:
         if (obstacle := find_obstacle(self._resolved)) is not None:
@@ -153,7 +153,8 @@ class _SpeedTrial(TrainerCallback):
     def _run(self, batch: Mapping[str, Any]) -> Pass:
         """Run a batch forward and backward several times; random numbers, gradients and counts are as before afterwards."""
         trainer, device = self._trainer, self._trainer.args.device
-        metrics, tokens = copy.deepcopy(vars(trainer).get("_metrics")), count_tokens(trainer)
+        metrics, tokens = vars(trainer).get("_metrics", {}), count_tokens(trainer)  # TRL counts in compute_loss
+        kept = copy.deepcopy(metrics)
         seconds, loss, norm = [], 0.0, 0.0
         trainer.model_wrapped.train()
         for _ in range(1 + _TIMED):
@@ -162,15 +163,14 @@ class _SpeedTrial(TrainerCallback):
                 _wait(device)
                 started = time.perf_counter()
                 with trainer.compute_loss_context_manager():
-                    found = trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(dict(batch)))
+                    found = trainer.compute_loss(trainer.model_wrapped, dict(batch))
                 found.backward()
                 self._copies.bring_gradients()
                 _wait(device)
                 seconds.append(time.perf_counter() - started)
             loss, norm = float(found.detach()), _measure_norm(trainer.model)
         trainer.model.zero_grad(set_to_none=True)
-        if metrics is not None:
-            trainer._metrics = metrics
+        metrics.update(kept)
         count_tokens(trainer, tokens)
         return Pass(loss, norm, seconds[0], median(seconds[1:]))
 

@@ -1,0 +1,240 @@
+"""Compare the kit with a plain TRL script on the processor: time of a step, and of a whole command of one step beside `trl sft`.
+
+    python benchmarks/steps.py [--repeats 3] [--steps 6]
+
+Both train the same rows with the same LoRA adapter, batch and float32 weights: on nano, and on a random model of 200 million weights.
+The programs take turns, each in a process of its own. Other programs on the machine stretch the clock, so processor time is given
+beside it, and the ratios are of processor time. The results are steps.md and steps.json beside this file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.clock import synchronize
+from gpu_parts.speed import Setting, write_conversations
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+
+from finetune.checkpoints.finding import as_llama, find_checkpoint
+from finetune.yulan.tokenizer_files import copy_tokenizer
+
+HERE = Path(__file__).parent
+TEMPLATE = HERE.parent / "templates" / "yulan-mini.jinja"
+MODELS = {"nano": Setting(256, 2, False), "200 million weights": Setting(256, 2, False)}
+PROGRAMS = ("ours", "plain TRL")
+LORA = {"r": 16, "lora_alpha": 32}
+
+
+class Clock(TrainerCallback):
+    """The seconds of every step: by the clock, and of the processor."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self._started = (0.0, 0.0)
+
+    def on_step_begin(self, *arguments: Any, **values: Any) -> None:
+        """Start the clocks."""
+        self._started = (time.perf_counter(), time.process_time())
+
+    def on_step_end(self, *arguments: Any, **values: Any) -> None:
+        """Stop the clocks."""
+        synchronize()
+        self.wall.append(time.perf_counter() - self._started[0])
+        self.processor.append(time.process_time() - self._started[1])
+
+
+def make_bases(folder: Path) -> dict[str, Path]:
+    """Make the Llama folders of both models, with the chat template that both programs use."""
+    nano = as_llama(find_checkpoint("nano"))
+    sizes = {"hidden_size": 960, "intermediate_size": 2400, "num_attention_heads": 15, "num_key_value_heads": 3}
+    config = LlamaConfig.from_pretrained(nano, num_hidden_layers=21, head_dim=64, **sizes)
+    bases = {name: folder / str(number) for number, name in enumerate(MODELS)}
+    for name, base in bases.items():
+        model = LlamaForCausalLM.from_pretrained(nano) if name == "nano" else LlamaForCausalLM(config)
+        model.save_pretrained(base)
+        copy_tokenizer(nano, base, TEMPLATE.read_text(encoding="utf-8"))
+    return bases
+
+
+def train_ours(base: Path, rows: Path, output: Path, steps: int) -> None:
+    """Train with the shipped recipe for LoRA."""
+    import finetune
+    from finetune.check.recipes import load_recipe
+    from finetune.files.resources import list_recipes
+
+    finetune.train(load_recipe(list_recipes()["sft_lora"], list_overrides(base, rows, output, steps)), force=True)
+
+
+def list_overrides(base: Path, rows: Path, output: Path, steps: int) -> list[str]:
+    """Return what makes the shipped recipe the run of the plain script."""
+    return [
+        f"model.checkpoint={base}",
+        "model.dtype=float32",
+        f"data.train={rows}",
+        "data.held_out=0",
+        f"output={output}",
+        "answers=0",
+        f"adapter.rank={LORA['r']}",
+        f"adapter.alpha={LORA['lora_alpha']}",
+        "adapter.train_tokens=[]",
+        f"trainer.max_steps={steps}",
+        "trainer.warmup_steps=0",
+        "trainer.per_device_train_batch_size=2",
+        "trainer.gradient_accumulation_steps=1",
+        "trainer.save_strategy=no",
+        "trainer.disable_tqdm=true",
+    ]
+
+
+def train_plain(base: Path, rows: Path, output: Path, steps: int) -> None:
+    """Train as the documentation of TRL does, with its defaults."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=2e-4,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        assistant_only_loss=True,
+        model_init_kwargs={"dtype": "float32"},
+    )
+    trainer = SFTTrainer(
+        model=str(base),
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(rows), split="train"),
+        peft_config=LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+
+
+def run_child(program: str, base: Path, rows: Path, output: Path, steps: int) -> None:
+    """Train in this process, and print the seconds of all steps as JSON."""
+    clock, train = Clock(), Trainer.train
+
+    def watched(self: Trainer, *arguments: Any, **values: Any) -> Any:
+        self.add_callback(clock)
+        return train(self, *arguments, **values)
+
+    Trainer.train = watched
+    (train_ours if program == "ours" else train_plain)(base, rows, output, steps)
+    print(json.dumps({"wall": clock.wall, "processor": clock.processor}))
+
+
+def measure_steps(base: Path, rows: Path, program: str, steps: int) -> dict[str, list[float]]:
+    """Train in a process of its own; return the seconds of all steps but the first two."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", __file__, "--child", program, str(base), str(rows), f"{folder}/run"]
+        done = subprocess.run([*command, str(steps)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return {name: values[2:] for name, values in found.items()}
+
+
+def measure_command(command: Sequence[str]) -> tuple[float, float]:
+    """Run a command; return its seconds by the clock and of the processor, with its child processes."""
+    before, started = os.times(), time.perf_counter()
+    subprocess.run(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    after = os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, processor
+
+
+def measure_first_step(base: Path, rows: Path, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of whole commands that train one step and write its result, for `finetune train` and `trl sft`."""
+    scripts = Path(sys.executable).parent
+    found: dict[str, list[tuple[float, float]]] = {"finetune train": [], "trl sft": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [part for key in list_overrides(base, rows, Path(folder) / "ours", 1) for part in ("-s", key)]
+            ours = [sys.executable, "-m", "finetune", "train", "sft_lora", *overrides]
+            theirs = f"{scripts}/trl sft --model_name_or_path {base} --dataset_name {rows.parent} --max_steps 1 --output_dir {folder}/trl"
+            theirs += " --use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --per_device_train_batch_size 2"
+            theirs += " --report_to none --save_strategy no --use_cpu true --bf16 false"
+            found["finetune train"].append(measure_command(ours))
+            found["trl sft"].append(measure_command(theirs.split()))
+    return found
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; float32, LoRA of rank 16 on all linear layers, "
+        "2 rows of 256 tokens.",
+        "",
+        "| a step | ours, processor s | plain TRL, processor s | ratio | ours, s | plain TRL, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in results["steps"].items():
+        ours, plain = (found[program] for program in PROGRAMS)
+        figures = [statistics.median(values[clock]) for clock in ("processor", "wall") for values in (ours, plain)]
+        lines.append(
+            f"| {name} | {figures[0]:.3f} | {figures[1]:.3f} | {figures[0] / figures[1]:.2f} | {figures[2]:.3f} | {figures[3]:.3f} |"
+        )
+    lines += ["", "| a command of one step on nano | processor s | s |", "|---|---|---|"]
+    medians = {}
+    for name, pairs in results["first step"].items():
+        medians[name] = statistics.median(pair[1] for pair in pairs)
+        lines.append(f"| `{name}` | {medians[name]:.1f} | {statistics.median(pair[0] for pair in pairs):.1f} |")
+    lines += [
+        "",
+        f"`finetune train` takes {medians['finetune train'] / medians['trl sft']:.2f} x the processor time of `trl sft`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure everything, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        program, *paths, steps = arguments.child
+        run_child(program, *map(Path, paths), int(steps))
+        return
+    results: dict[str, Any] = {"steps": {}, "first step": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        bases = make_bases(Path(folder) / "bases")
+        for name, setting in MODELS.items():
+            rows = Path(folder) / name.split()[0] / "train.jsonl"
+            rows.parent.mkdir()
+            write_conversations(rows, setting, bases[name])
+            found: dict[str, dict[str, list[float]]] = {program: {"wall": [], "processor": []} for program in PROGRAMS}
+            for _ in range(arguments.repeats):
+                for program in PROGRAMS:
+                    for clock, values in measure_steps(bases[name], rows, program, arguments.steps).items():
+                        found[program][clock] += values
+            results["steps"][name] = found
+        results["first step"] = measure_first_step(
+            bases["nano"], Path(folder) / "nano" / "train.jsonl", arguments.repeats
+        )
+    (HERE / "steps.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "steps.md").write_text(describe(results), encoding="utf-8")
+    print(describe(results))
+
+
+if __name__ == "__main__":
+    main()
