@@ -91,6 +91,8 @@ def test_a_base_that_cannot_be_chosen_is_refused(train, tmp_path):
     with pytest.raises(ExportError, match="--base dequantized is for adapters of quantized runs"):
         export_result(open_result(train("plain")), tmp_path / "export", settings)
     settings = ExportSettings("auto", "2GB", base="auto")
-    with pytest.raises(ExportError, match=r"--base auto chooses by measuring, which --no-verify \(verify=False in Python\) skips"):
+    with pytest.raises(
+        ExportError, match=r"--base auto chooses by measuring, which --no-verify \(verify=False in Python\) skips"
+    ):
         export_result(open_result(train("quantized", "model.quantize=nf4")), tmp_path / "export", settings)
     assert not (tmp_path / "export").exists()
