@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import TrainingError
 from finetune.files.json_files import read_regular_text
@@ -40,23 +41,25 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
         TrainingError: the trainer's state is not what a trainer writes.
     """
     step, last = _read_numbers(checkpoint / TRAINER_STATE_FILE, "global_step", "max_steps")
-    return step, last
+    if step is None or last is None:
+        raise TrainingError(f"{checkpoint / TRAINER_STATE_FILE}: holds no step; remove the folder")
+    return int(step), int(last)
 
 
-def read_token_count(checkpoint: Path) -> int:
-    """Return how many tokens a run had trained until a whole checkpoint.
+def read_token_count(checkpoint: Path) -> int | None:
+    """Return how many tokens a run had trained until a whole checkpoint; None for a trainer that does not count them.
 
     Raises:
         TrainingError: the file is not what the kit writes.
     """
     (count,) = _read_numbers(checkpoint / COUNTS_FILE, "num_tokens")
-    return count
+    return None if count is None else int(count)
 
 
-def _read_numbers(file: Path, *keys: str) -> list[int]:
+def _read_numbers(file: Path, *keys: str) -> list[Any]:
     try:
         content = json.loads(read_regular_text(file))
-        return [int(content[key]) for key in keys]
+        return [None if content[key] is None else int(content[key]) for key in keys]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{file}: cannot be read ({error}); remove the folder") from error
 
