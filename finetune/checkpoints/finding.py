@@ -5,6 +5,7 @@ the checkpoint's content.
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases, split_hub_id
@@ -30,6 +31,8 @@ from finetune.yulan.states.optimizer_states import POINTER, RESULT
 from finetune.yulan.tensors import list_weight_files
 
 _FOLD_VERSION = 2
+# The name of a run's checkpoint, which is none of the hub's.
+_OF_A_RUN = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(name: str) -> Path:
@@ -75,6 +78,9 @@ def _find(name: str, choose: Choice) -> Path:
         raise CheckpointError(f"{name}: {entry.note}")
     if entry is None and folder.is_dir():
         return folder.resolve()
+    if entry is None and _OF_A_RUN.fullmatch(folder.name) and folder.parent.is_dir():
+        there = ", ".join(sorted(path.name for path in folder.parent.glob("checkpoint-*"))) or "none"
+        raise CheckpointError(f"{name}: {folder.parent} has no {folder.name}; checkpoints in it: {there}")
     asked = find_repository(name)
     if asked is None:
         raise CheckpointError(

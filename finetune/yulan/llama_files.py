@@ -106,9 +106,19 @@ def _compare(tensors: TensorFolder, shapes: Mapping[str, Shape]) -> None:
         for name, shape in expected.items()
         if name in tensors.entries and tensors.shape(name) != shape
     ]
+    untyped = [
+        f"{name} is {entry.dtype}, expected a floating-point type"
+        for name, entry in tensors.entries.items()
+        if name in expected and not entry.dtype.is_floating_point
+    ]
     faults = [
         f"{len(found)} {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
-        for kind, found in (("missing", missing), ("unknown", unknown), ("of a wrong shape", misshapen))
+        for kind, found in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("of a wrong shape", misshapen),
+            ("of a wrong type", untyped),
+        )
         if found
     ]
     if faults:

@@ -35,6 +35,17 @@ def test_names_that_stand_for_nothing(name, message):
     assert message in str(caught.value)
 
 
+def test_a_checkpoint_that_a_run_has_not_kept_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    """Its name was sent to the hub, which did not know it."""
+    monkeypatch.chdir(tmp_path)
+    for step in (2, 3):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=r"run has no checkpoint-1; checkpoints in it: checkpoint-2, checkpoint-3"
+    ):
+        find_checkpoint("run/checkpoint-1")
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [

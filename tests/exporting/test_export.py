@@ -225,6 +225,14 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         (edit_config(a_switch_of_tomorrow=True), "uses a_switch_of_tomorrow, which"),
         (edit_config(r=8), "q_proj: its A has rank 4, adapter_config.json says 8"),
         (edit_config(use_dora=True), "use_dora is set, but its lora_magnitude_vector is missing"),
+        (
+            edit_config(lora_bias=True),
+            "lora_bias is set, but 28 biases are missing (first: model.layers.0.mlp.down_proj",
+        ),
+        (
+            edit_tensors(lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.ones(4, 320, dtype=torch.int8)})),
+            "has the type torch.int8; expected a floating-point type",
+        ),
         (edit_tensors(lambda t: t.pop(f"{PREFIX}.lora_B.weight")), "q_proj: has LoRA's A without its B"),
         (edit_tensors(lambda t: t.update({f"{PREFIX}.lora_B.weight": torch.zeros(3, 4)})), "q_proj: b is [3, 4]"),
         (edit_tensors(lambda t: t[f"{PREFIX}.lora_A.weight"].fill_(float("nan"))), "holds NaN or infinite values"),

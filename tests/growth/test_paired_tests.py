@@ -109,6 +109,10 @@ def test_the_published_table_says_what_the_issue_says(capsys):
         main(["dynamics", *names, "--published"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["dynamics", *names, "--published", "-o", "never"])
+    assert ended.value.code == 2
+    assert "leave the other options out" in capsys.readouterr().err
     assert "phase10      400 B      55.00  0.69   +1.15    0.241" in out
     assert "base        1.08 T      65.67  0.66   +0.95    0.311" in out
     with pytest.raises(SystemExit) as ended:

@@ -8,10 +8,30 @@ from typing import Any, NoReturn
 
 from finetune.errors import DataError, Place
 
-_DECODER = json.JSONDecoder()
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK_CHARACTERS = 1 << 20
 HUGE_NUMBER = "holds a number of more digits than Python reads (4,300); write it as text, or leave it out"
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object has the same key twice; Python would keep the last value without a word."""
+
+
+def read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the object of its keys and values.
+
+    Raises:
+        RepeatedKeyError: a key stands twice.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {repeated!r} stands twice in an object; only one of the two could be used")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=read_once)
 
 
 class JsonList:
@@ -74,6 +94,8 @@ class JsonList:
             fault = None
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
+            except RepeatedKeyError as error:
+                raise DataError(str(error), Place(self._file, self._line)) from error
             except RecursionError as error:
                 raise DataError("is nested too deeply", Place(self._file)) from error
             except json.JSONDecodeError as error:

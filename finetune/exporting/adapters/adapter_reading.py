@@ -166,6 +166,8 @@ def _read_changes(stored: TensorFolder, shapes: Shapes) -> tuple[dict[str, Chang
             faults.append(_describe_stranger(stored_name, name, part, shapes))
             continue
         tensor = stored.read(stored_name)
+        if not tensor.is_floating_point():
+            faults.append(f"{stored_name} has the type {tensor.dtype}; expected a floating-point type")
         # numpy is faster here: for each of some 800 small tensors torch would wait for its threads.
         if not numpy.isfinite(tensor.float().numpy()).all():
             faults.append(f"{stored_name} holds NaN or infinite values")
@@ -201,6 +203,10 @@ def _list_count_faults(config: Mapping[str, Any], changes: Mapping[str, Change],
     if not expected and found:
         yield f"target_modules ({config.get('target_modules')!r}) names none of the base's layers, so PEFT would load nothing"
         return
+    shifts = {name for name, change in changes.items() if "bias_delta" in change.parts}
+    needed = {f"{name.removesuffix('.weight')}.bias" for name in expected & found} if config.get("lora_bias") else set()
+    if lost := sorted(needed - shifts):
+        yield f"lora_bias is set, but {describe_count(len(lost), 'bias is', 'biases are')} missing (first: {lost[0]})"
     tied = {HEAD} if config.get("ensure_weight_tying") else set()
     if lost := sorted(expected - found):
         named = f"of the {describe_count(len(expected), 'layer')} that {PEFT_CONFIG_FILE} names"

@@ -184,6 +184,8 @@ def test_a_json_list_is_read_a_row_at_a_time(tmp_path, monkeypatch, block):
             "must hold a list of rows; found dict and more after it; write each row into one line",
         ),
         ('{\n"data": [{"a": 1}]}', "its rows may be the list under 'data'"),
+        ('[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', "line 2: the key 'b' stands twice in an object"),
+        ('{"a": 1, "a": 2}\n{"a": 1}', "line 1: the key 'a' stands twice in an object"),
         ("12", "line 1: must be an object with keys; found int"),
         ("  \n", "the file is empty"),
         ("[]", "the file holds no rows"),
