@@ -55,8 +55,8 @@ def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSet
 
 def run_dynamics(arguments: argparse.Namespace) -> int:
     if arguments.published:
-        beside = [name for name in ("output", "tasks", "rows", "sft", "set") if getattr(arguments, name)]
-        if beside or arguments.chat or arguments.keep != "all":
+        beside = (arguments.output, arguments.tasks, arguments.rows, arguments.sft, arguments.set, arguments.chat)
+        if any(beside) or arguments.keep != "all":
             raise OutputError(
                 "--published compares the authors' own scores alone, and fetches and writes nothing; leave the other options out, or "
                 "leave --published out: measured scores stand beside the published ones anyway"
