@@ -203,11 +203,11 @@ def _find_value_faults(config: Mapping[str, Any], vocabulary: int) -> list[str]:
         faults.append(f"rope_theta must be a number; found {theta!r}")
     if not isinstance(config.get("hidden_act", "silu"), str):
         faults.append(f"hidden_act must be a name; found {config['hidden_act']!r}")
-    padding = config.get("pad_token_id")
-    if padding is not None and (
-        isinstance(padding, bool) or not isinstance(padding, int) or not -1 <= padding < vocabulary
-    ):
-        faults.append(f"pad_token_id must be a token below vocab_size {vocabulary}, or null; found {padding!r}")
+    for key in ("pad_token_id", "bos_token_id"):
+        token = config.get(key)
+        is_number = isinstance(token, int) and not isinstance(token, bool)
+        if token is not None and not (is_number and -1 <= token < vocabulary):
+            faults.append(f"{key} must be a token below vocab_size {vocabulary}, or null; found {token!r}")
     architectures = config.get("architectures")
     if architectures is not None and not isinstance(architectures, list):
         faults.append(f"architectures must be a list; found {architectures!r}")

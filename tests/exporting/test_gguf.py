@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.cli.main import main
 from finetune.data.encoding.tokenizer import load_tokenizer
-from finetune.errors import CheckpointError, ExportError, OutputError
+from finetune.errors import CheckpointError, ExportError, OutputError, TemplateError
 from finetune.exporting.gguf.conversion import convert_folder
 from finetune.exporting.gguf.gguf_file import permute_heads, write_gguf
 from finetune.exporting.gguf.llama_folder import open_llama_folder, remove_training_marks
@@ -190,6 +190,14 @@ def test_a_template_that_cannot_be_trained_with_is_written_to_the_letter(llama, 
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 105)
     assert "\nTEMPLATE" not in modelfile
     assert re.findall('stop "(.*)"', modelfile) == ["</s>", load_tokenizer(llama).convert_ids_to_tokens(105)]
+
+
+def test_a_template_that_is_no_jinja_is_refused(llama, tmp_path):
+    """It was written into the file without a word."""
+    (llama / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(TemplateError, match="the chat template cannot be rendered"):
+        convert_folder(llama, tmp_path / "m.gguf", "q4_0")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_rope_base_and_linear_scaling(llama, tmp_path):

@@ -98,6 +98,7 @@ def test_a_reward_model_has_no_language_head(base):
         ({"vocab_size": 10**30}, "vocab_size must be a whole number"),
         ({"vocab_size": ROWS + 1}, rf"expected \[{ROWS + 1}, {WIDTH}\]"),
         ({"pad_token_id": 5000}, f"pad_token_id must be a token below vocab_size {ROWS}"),
+        ({"bos_token_id": 5000}, f"bos_token_id must be a token below vocab_size {ROWS}"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"hidden_act": {}}, "hidden_act must be a name"),

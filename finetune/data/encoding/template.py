@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
+
 from finetune.data.encoding.rendering import (
     ChatTemplate,
     Messages,
@@ -109,7 +111,11 @@ class KeptTemplate:
 
 
 def keep_template(tokenizer: PreTrainedTokenizerBase) -> KeptTemplate:
-    """Return a tokenizer's own chat template, whether or not it can be trained with."""
+    """Return a tokenizer's own chat template, whether or not it can be trained with.
+
+    Raises:
+        TemplateError: it is no valid Jinja.
+    """
     source = _read_own_source(tokenizer)
     if source is None:
         try:
@@ -119,7 +125,9 @@ def keep_template(tokenizer: PreTrainedTokenizerBase) -> KeptTemplate:
         return KeptTemplate(template.source, template, added=True)
     try:
         return KeptTemplate(source, _check_template(_name_own_template(source), tokenizer))
-    except TemplateError:
+    except TemplateError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):  # no program can read it
+            raise
         return KeptTemplate(source, None)
 
 
