@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.clock import synchronize
+from gpu_parts.clock import watch_trainers
 from gpu_parts.speed import Setting, write_conversations
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.yulan.tokenizer_files import copy_tokenizer
@@ -32,25 +32,6 @@ TEMPLATE = HERE.parent / "templates" / "yulan-mini.jinja"
 MODELS = {"nano": Setting(256, 2, False), "200 million weights": Setting(256, 2, False)}
 PROGRAMS = ("ours", "plain TRL")
 LORA = {"r": 16, "lora_alpha": 32}
-
-
-class Clock(TrainerCallback):
-    """The seconds of every step: by the clock, and of the processor."""
-
-    def __init__(self) -> None:
-        self.wall: list[float] = []
-        self.processor: list[float] = []
-        self._started = (0.0, 0.0)
-
-    def on_step_begin(self, *arguments: Any, **values: Any) -> None:
-        """Start the clocks."""
-        self._started = (time.perf_counter(), time.process_time())
-
-    def on_step_end(self, *arguments: Any, **values: Any) -> None:
-        """Stop the clocks."""
-        synchronize()
-        self.wall.append(time.perf_counter() - self._started[0])
-        self.processor.append(time.process_time() - self._started[1])
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
@@ -126,15 +107,9 @@ def train_plain(base: Path, rows: Path, output: Path, steps: int) -> None:
 
 def run_child(program: str, base: Path, rows: Path, output: Path, steps: int) -> None:
     """Train in this process, and print the seconds of all steps as JSON."""
-    clock, train = Clock(), Trainer.train
-
-    def watched(self: Trainer, *arguments: Any, **values: Any) -> Any:
-        self.add_callback(clock)
-        return train(self, *arguments, **values)
-
-    Trainer.train = watched
-    (train_ours if program == "ours" else train_plain)(base, rows, output, steps)
-    print(json.dumps({"wall": clock.wall, "processor": clock.processor}))
+    with watch_trainers() as watch:
+        (train_ours if program == "ours" else train_plain)(base, rows, output, steps)
+    print(json.dumps({"wall": watch.seconds, "processor": watch.processor_seconds}))
 
 
 def measure_steps(base: Path, rows: Path, program: str, steps: int) -> dict[str, list[float]]:

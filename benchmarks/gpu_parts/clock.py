@@ -41,11 +41,13 @@ class Watch(TrainerCallback):
     """The seconds of every step, the losses, and the peaks before and during the training."""
 
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     loading: tuple[int, int] = (0, 0)
     training: tuple[int, int] = (0, 0)
     context: int = 0
     started: float = 0.0
+    processor_started: float = 0.0
     profiled_step: int | None = None
     kernels: int = 0
     busy_seconds: float = 0.0
@@ -58,7 +60,7 @@ class Watch(TrainerCallback):
         if len(self.seconds) == self.profiled_step and torch.cuda.is_available():
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.start()
-        self.started = time.perf_counter()
+        self.started, self.processor_started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *arguments: Any, **values: Any) -> None:
         """Stop the clock."""
@@ -66,6 +68,7 @@ class Watch(TrainerCallback):
         seconds = time.perf_counter() - self.started
         if self.profiler is None:
             self.seconds.append(seconds)
+            self.processor_seconds.append(time.process_time() - self.processor_started)
             return
         self.profiler.stop()
         for event in self.profiler.key_averages():

@@ -59,14 +59,14 @@ class AdapterCopies:
         for module in self.matrices:
             # A plain attribute, no parameter of the module: nobody saves or steps it.
             module.narrow = module.weight.detach().to(self.dtype).requires_grad_()
-            module.forward = MethodType(_multiply, module)
+            self._on.enter_context(replace_attribute(module, "forward", MethodType(_multiply, module)))
         self._are_on = True
 
     def switch_off(self) -> None:
         """Let training read the matrices again."""
         self._on.close()
         for module in self.matrices if self._are_on else ():
-            del module.forward, module.narrow
+            del module.narrow
         self._are_on = False
 
     def refresh(self) -> None:

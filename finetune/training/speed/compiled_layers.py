@@ -1,14 +1,16 @@
 """Compile the decoder layers of a model with torch.compile, and make them as they were again."""
 
+import contextlib
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from finetune.compat import replace_attribute
 
 # The same random numbers as without compiling, and no choice between kernels by their measured time, which may differ on a resumed run.
 COMPILER: dict[str, Any] = {
@@ -26,23 +28,17 @@ class CompiledLayers:
     figures are those of `finetune evaluate`, and no time goes into kernels for every length.
     """
 
-    layers: tuple[nn.Module, ...]
-    _before: list[Callable[..., Any] | None] = field(default_factory=list)
+    layers: Sequence[nn.Module]
+    _on: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def switch_on(self) -> None:
         """Let the layers run compiled; their code is made when they first run."""
         for layer in self.layers:
-            self._before.append(vars(layer).get("forward"))
-            layer.forward = _run_compiled_in_training(layer, layer.forward)
+            self._on.enter_context(replace_attribute(layer, "forward", _run_compiled_in_training(layer, layer.forward)))
 
     def switch_off(self) -> None:
         """Let the layers run as they were."""
-        for layer, before in zip(self.layers, self._before, strict=False):
-            if before is None:
-                del layer.forward
-            else:
-                layer.forward = before
-        self._before = []
+        self._on.close()
 
 
 def _run_compiled_in_training(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,11 +48,6 @@ def _run_compiled_in_training(layer: nn.Module, forward: Callable[..., Any]) -> 
         return (compiled if layer.training else forward)(*arguments, **values)
 
     return run
-
-
-def find_layers(model: nn.Module) -> CompiledLayers:
-    """Return the decoder layers of a model, of either architecture and with or without an adapter."""
-    return CompiledLayers(tuple(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)))
 
 
 def find_missing_compiler(device: torch.device) -> str | None:

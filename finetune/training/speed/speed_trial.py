@@ -21,11 +21,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from finetune.compat import count_tokens
 from finetune.files.launcher import is_launched
 from finetune.models.engine import find_engine
+from finetune.models.streaming.from_main_memory import list_layers
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import read_run_record
 from finetune.training.preflight import draw_first_batch
 from finetune.training.speed.adapter_copies import AdapterCopies, list_lora_matrices
-from finetune.training.speed.compiled_layers import find_layers, find_missing_compiler
+from finetune.training.speed.compiled_layers import CompiledLayers, find_missing_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class _SpeedTrial(TrainerCallback):
         self._trainer, self._resolved = trainer, resolved
         self._decided, self._earlier = decided, earlier
         self._type = _find_computed_type(trainer)
-        self._layers = find_layers(trainer.model)
+        self._layers = CompiledLayers(list_layers(trainer.model))
         self._copies = AdapterCopies(list_lora_matrices(trainer.model), self._type)
 
     def on_train_begin(
@@ -148,7 +149,6 @@ class _SpeedTrial(TrainerCallback):
             return SpeedChoice("none", f"memory ran out with {way}")
         finally:
             self.switch_off()
-            self._trainer.model.zero_grad(set_to_none=True)
 
     def _run(self, batch: Mapping[str, Any]) -> Pass:
         """Run a batch forward and backward several times; random numbers, gradients and counts are as before afterwards."""
@@ -157,21 +157,23 @@ class _SpeedTrial(TrainerCallback):
         kept = copy.deepcopy(metrics)
         seconds, loss, norm = [], 0.0, 0.0
         trainer.model_wrapped.train()
-        for _ in range(1 + _TIMED):
+        try:
+            for _ in range(1 + _TIMED):
+                trainer.model.zero_grad(set_to_none=True)
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    _wait(device)
+                    started = time.perf_counter()
+                    with trainer.compute_loss_context_manager():
+                        found = trainer.compute_loss(trainer.model_wrapped, dict(batch))
+                    found.backward()
+                    self._copies.bring_gradients()
+                    _wait(device)
+                    seconds.append(time.perf_counter() - started)
+                loss, norm = float(found.detach()), _measure_norm(trainer.model)
+        finally:
             trainer.model.zero_grad(set_to_none=True)
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                _wait(device)
-                started = time.perf_counter()
-                with trainer.compute_loss_context_manager():
-                    found = trainer.compute_loss(trainer.model_wrapped, dict(batch))
-                found.backward()
-                self._copies.bring_gradients()
-                _wait(device)
-                seconds.append(time.perf_counter() - started)
-            loss, norm = float(found.detach()), _measure_norm(trainer.model)
-        trainer.model.zero_grad(set_to_none=True)
-        metrics.update(kept)
-        count_tokens(trainer, tokens)
+            metrics.update(kept)
+            count_tokens(trainer, tokens)
         return Pass(loss, norm, seconds[0], median(seconds[1:]))
 
 

@@ -139,8 +139,8 @@ def test_dora_has_no_copies(train):
 
 def test_compiled_layers_train_the_same_run(train, read_losses, quick, monkeypatch):
     """The trial leaves random numbers, gradients, token counts and metrics as they were, and the layers are plain again afterwards."""
-    seen, find = [], speed_trial.find_layers
-    monkeypatch.setattr(speed_trial, "find_layers", lambda model: seen.append(find(model)) or seen[-1])
+    seen, find = [], speed_trial.list_layers
+    monkeypatch.setattr(speed_trial, "list_layers", lambda model: seen.append(find(model)) or seen[-1])
     settings = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.gradient_checkpointing=true"]
     plain = train("plain", *settings, "adapter.dropout=0.1")
     compiled = train("compiled", AUTO, *settings, "adapter.dropout=0.1")
@@ -149,8 +149,8 @@ def test_compiled_layers_train_the_same_run(train, read_losses, quick, monkeypat
     metrics = read_metrics(plain), read_metrics(compiled)
     assert [sorted(line) for line in metrics[0]] == [sorted(line) for line in metrics[1]]
     assert [line.get("num_tokens") for line in metrics[0]] == [line.get("num_tokens") for line in metrics[1]]
-    assert [len(layers.layers) for layers in seen] == [4]
-    assert not any("forward" in vars(layer) for layer in seen[0].layers)
+    assert [len(layers) for layers in seen] == [4]
+    assert not any("forward" in vars(layer) for layer in seen[0])
 
 
 def test_layers_that_compute_something_else_stay_uncompiled(train, quick, monkeypatch):
