@@ -1,11 +1,14 @@
 """Train a recipe that may have been trained before: take a finished run, resume a stopped one, or begin."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -63,3 +66,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
         return None
     is_finished = record["status"] == "finished" and find_result_folder(run) is not None
     return dict(record["result"]) if is_finished else None
+
+
+def free_memory() -> None:
+    """Free what the run or the model before has left: a trainer and its callbacks refer to each other, and keep the model alive."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -79,6 +79,10 @@ KEYS: Mapping[str, str] = {
         "How many processes turn rows into tokens. With 1 the tokenizer already uses all cores; more processes help only on "
         "machines with more than about four cores."
     ),
+    "data.seed": (
+        "Draws the held-out rows and the rows of a mixture; null takes the recipe's seed. With it, runs of other seeds train and "
+        "evaluate on the same rows."
+    ),
     "source.path": "A file, a folder or a glob.",
     "source.hub": "A data set of the hub, as owner/name, instead of path.",
     "source.config": "The configuration of the hub's data set, where it has several.",
