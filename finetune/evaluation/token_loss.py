@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,15 @@ class Scores:
     tokens: int
 
 
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over the trained tokens of one row; `loss` in nats."""
+
+    loss: float
+    correct: int
+    tokens: int
+
+
 def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
     """Evaluate a run or a model on data files, with the template it was trained with.
 
@@ -52,23 +61,30 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int) -> Scores:
 
 def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Scores:
     """Evaluate on tokenized rows (`input_ids`, `labels`), one at a time."""
-    backbone, head = split_model(loaded)
     loss, correct, tokens = 0.0, 0, 0
-    with torch.inference_mode():
-        for row in rows:
+    for sums in measure_each(loaded, rows):
+        loss, correct, tokens = loss + sums.loss, correct + sums.correct, tokens + sums.tokens
+    mean = loss / tokens
+    return Scores(mean, math.exp(min(mean, 700.0)), correct / tokens, tokens)
+
+
+def measure_each(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Iterator[RowSums]:
+    """Yield the sums over the trained tokens of each tokenized row (`input_ids`, `labels`)."""
+    backbone, head = split_model(loaded)
+    for row in rows:
+        with torch.inference_mode():
             ids = torch.tensor([row["input_ids"]], device=loaded.model.device)
             labels = torch.tensor(row["labels"], device=loaded.model.device)[1:]
             chosen = labels != IGNORED_LABEL
             hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][chosen]
+            loss, correct = 0.0, 0
             for outputs, targets in zip(
                 hidden.split(_CHUNK_POSITIONS), labels[chosen].split(_CHUNK_POSITIONS), strict=True
             ):
                 logits = head(outputs).float()
                 loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
                 correct += int((logits.argmax(-1) == targets).sum())
-            tokens += int(chosen.sum())
-    mean = loss / tokens
-    return Scores(mean, math.exp(min(mean, 700.0)), correct / tokens, tokens)
+        yield RowSums(loss, correct, int(chosen.sum()))
 
 
 def split_model(loaded: LoadedModel) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from finetune.errors import OutputError, TrainingError
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.recipe.sections import dump_recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import has_saved_result, remove_made_files
-from finetune.runs.run_files import RECORD_FILE, find_result_folder
+from finetune.runs.resuming import check_same_recipe, has_saved_result, remove_made_files
+from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 from finetune.training.run import check_finished_run
 
@@ -56,6 +58,25 @@ def finish_training(
     wait()
     outcome = train_on_device(resolved, checkpoint is not None or is_saved, force)
     return FinishedTraining(json.loads(json.dumps(asdict(outcome))), False)
+
+
+def check_earlier_run(resolved: ResolvedRecipe) -> None:
+    """Check that a run of an earlier call had this recipe and, if it has finished, these rows and this base.
+
+    Raises:
+        OutputError: it had others.
+    """
+    resolved = restore_choices(resolved)
+    run, saved = resolved.output, resolved.output / RECIPE_FILE
+    if not saved.is_file():
+        return
+    try:
+        if read_summary(run) is None:
+            check_same_recipe(saved, dump_recipe(resolved.recipe), "run")
+        else:
+            check_finished_run(resolved)
+    except TrainingError as error:
+        raise OutputError(f"{error}\nor choose another folder with -o") from error
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

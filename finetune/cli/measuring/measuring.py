@@ -34,11 +34,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 def _evaluate_tasks(arguments: argparse.Namespace) -> int:
     from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 
-    found = evaluate_tasks(arguments.model, _read_task_settings(arguments, chat=arguments.chat), arguments.output)
+    found = evaluate_tasks(arguments.model, read_task_settings(arguments, chat=arguments.chat), arguments.output)
     return print_result(arguments, found.to_json(), found.describe())
 
 
-def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
+def read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
     from finetune.evaluation.tasks.run_tasks import TaskSettings
 
     return TaskSettings(
@@ -78,7 +78,7 @@ def run_dynamics(arguments: argparse.Namespace) -> int:
     from finetune.pipeline.dynamics.run_dynamics import run_dynamics
     from finetune.pipeline.dynamics.tuning import TuningSettings
 
-    tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
+    tasks = None if arguments.tasks is None else read_task_settings(arguments, chat=False)
     tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)
     settings = DynamicsSettings(tasks, arguments.keep, tuple(arguments.rows), tuning)
     found = run_dynamics(arguments.checkpoints, settings, arguments.output)

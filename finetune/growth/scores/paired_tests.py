@@ -46,8 +46,10 @@ def compare_right_and_wrong(before: Sequence[bool], after: Sequence[bool]) -> St
     """Compare which samples were right, by the exact test of McNemar; the change is in percent of all samples."""
     gained = sum(new and not old for old, new in zip(before, after, strict=True))
     lost = sum(old and not new for old, new in zip(before, after, strict=True))
-    change = 100 * (gained - lost) / len(before)
-    return StepTest("McNemar, exact", change, _binomial_p(gained, lost), gained=gained, lost=lost)
+    count = len(before)
+    change = 100 * (gained - lost) / count
+    error = 100 * math.sqrt((gained + lost - (gained - lost) ** 2 / count) / count / max(1, count - 1))
+    return StepTest("McNemar, exact", change, _binomial_p(gained, lost), gained=gained, lost=lost, stderr=error)
 
 
 def _binomial_p(gained: int, lost: int) -> float:
@@ -89,7 +91,7 @@ def compare_means(change: float, before: numpy.ndarray, after: numpy.ndarray, ro
     low, high = numpy.percentile(differences, (2.5, 97.5))
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     p = min(1.0, max(2 * (min(below, above) + 1) / (len(differences) + 1), 2.0 ** (1 - rows)))
-    return StepTest("paired bootstrap", change, p, float(low), float(high))
+    return StepTest("paired bootstrap", change, p, float(low), float(high), stderr=float(differences.std()))
 
 
 def compare_pairs(before: Sequence[float], after: Sequence[float]) -> StepTest:

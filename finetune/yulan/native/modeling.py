@@ -208,9 +208,7 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         logits = loss = None
         if labels is not None and (self.skips_logits if skip_logits is None else skip_logits):
             terms = self.z_terms if self.training else None
-            loss = compute_fused_loss(
-                states, self.lm_head.weight, labels, self.config.z_loss, z_terms=terms, **kwargs
-            )
+            loss = compute_fused_loss(states, self.lm_head.weight, labels, self.config.z_loss, z_terms=terms, **kwargs)
         else:
             logits = self.lm_head(states)
             if labels is not None:

@@ -80,7 +80,14 @@ def compute_fused_loss(
     divisor = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     divisor = torch.as_tensor(divisor, device=states.device)
     loss: torch.Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        states.reshape(len(targets), -1), weight, targets, divisor, z_loss, ignore_index, torch.is_grad_enabled(), z_terms
+        states.reshape(len(targets), -1),
+        weight,
+        targets,
+        divisor,
+        z_loss,
+        ignore_index,
+        torch.is_grad_enabled(),
+        z_terms,
     )
     return loss
 
