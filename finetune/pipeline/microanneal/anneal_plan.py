@@ -130,11 +130,11 @@ def plan_anneal(request: AnnealRequest, *, asks_tasks: bool = False) -> AnnealPl
 
 def _check_numbers(request: AnnealRequest) -> None:
     if not request.candidate:
-        raise FinetuneError("microanneal: --candidate names no file")
+        raise FinetuneError("microanneal: candidate: names no file")
     if not 0 < request.share < 1:
-        raise FinetuneError(f"microanneal: --share must lie between 0 and 1, such as 0.3; found {request.share:g}")
+        raise FinetuneError(f"microanneal: share: must lie between 0 and 1, such as 0.3; found {request.share:g}")
     if request.tokens < 1:
-        raise FinetuneError(f"microanneal: --tokens must be 1 or more, such as 20M; found {request.tokens}")
+        raise FinetuneError(f"microanneal: tokens: must be 1 or more; found {request.tokens}")
 
 
 def _read_recipe(request: AnnealRequest) -> ResolvedRecipe:

@@ -70,10 +70,11 @@ class HeldOutRow:
 
 @dataclass(frozen=True)
 class AnnealRows:
-    """The folder with the rows of both runs, the held-out rows, and what there is of each source."""
+    """The folder with the rows of both runs, the held-out rows (`cut` of them at the longest), and what there is of each source."""
 
     folder: Path
     held_out: tuple[HeldOutRow, ...]
+    cut: int
     accounts: tuple[SourceAccount, ...]
 
     def find_file(self, name: str) -> Path:
@@ -148,6 +149,7 @@ def _write_rows(
         part = named.share if counted else named.share * share
         accounts.append(SourceAccount(named.name, part, len(kept), tokens, own, len(texts) - len(kept), epochs))
     limit = plan.reading.recipe.data.max_tokens
+    cut = sum(len(row.token_ids) > limit for row in held)
     held = [HeldOutRow(row.source, row.token_ids[:limit], row.counted) for row in held if len(row.token_ids) > 1]
     for arm, texts in rows.items():
         _write_parquet(folder / f"{arm}.parquet", texts)
@@ -155,7 +157,8 @@ def _write_rows(
     written = {
         "identity": identity,
         "sources": [asdict(one) for one in accounts],
-        "held_out": [asdict(r) for r in held],
+        "cut": cut,
+        "held_out": [asdict(row) for row in held],
     }
     write_json(folder / _REPORT_FILE, written)
 
@@ -211,4 +214,4 @@ def _write_parquet(file: Path, texts: Sequence[Tokens]) -> None:
 def _read_rows(folder: Path) -> AnnealRows:
     written = read_json(folder / _REPORT_FILE)
     held = tuple(HeldOutRow(**row) for row in written["held_out"])
-    return AnnealRows(folder, held, tuple(SourceAccount(**one) for one in written["sources"]))
+    return AnnealRows(folder, held, written["cut"], tuple(SourceAccount(**one) for one in written["sources"]))

@@ -1,14 +1,16 @@
 """Anneal with and without candidate data from the same state, and compare: is the data worth it?"""
 
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from finetune.errors import MachineError, OutputError
+from finetune.errors import MachineError, OutputError, describe_count
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
 from finetune.evaluation.tasks.run_tasks import (
     PreparedTask,
@@ -27,7 +29,7 @@ from finetune.growth.scores.score_lines import make_measured_lines
 from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 from finetune.pipeline.experiment_folder import hold_experiment
 from finetune.pipeline.finishing import check_earlier_run, finish_training, free_memory
-from finetune.pipeline.microanneal.anneal_plan import ARMS, NEW, OLD, ROWS_FOLDER, AnnealPlan
+from finetune.pipeline.microanneal.anneal_plan import ARMS, NEW, OLD, ROWS_FOLDER, RUNS_FOLDER, AnnealPlan
 from finetune.pipeline.microanneal.anneal_plot import draw_anneal
 from finetune.pipeline.microanneal.anneal_report import write_anneal
 from finetune.pipeline.microanneal.anneal_results import (
@@ -74,13 +76,19 @@ def run_microanneal(plan: AnnealPlan, tasks: TaskSettings | None = None) -> Anne
         arms = {arm: plan.make_arm(arm, rows.find_file(arm), rows.find_file(HELD_OUT)) for arm in ARMS}
         for resolved in arms.values():
             check_earlier_run(resolved)
-        runs = {arm: _train(arm, ARMS[arm], resolved) for arm, resolved in arms.items()}
+        with _leave_nothing_before_step_one(output):
+            runs = {arm: _train(arm, ARMS[arm], resolved) for arm, resolved in arms.items()}
         lines = _compare_arms(plan, rows, arms, asked)
         if plan.request.tuning is not None:
             tuned, found = _tune(plan, arms, asked)
             runs |= {f"{arm}, fine-tuned": summary for arm, summary in tuned.items()}
             lines += found
         notes = [*read_data_settings(plan.reading).notes, *(one.describe() for one in rows.accounts)]
+        if rows.cut:
+            limit = plan.reading.recipe.data.max_tokens
+            notes.append(
+                f"{describe_count(rows.cut, 'held-out text is', 'held-out texts are')} cut at data.max_tokens: {limit}"
+            )
         request = plan.request
         report = AnnealReport(
             str(output),
@@ -97,6 +105,17 @@ def run_microanneal(plan: AnnealPlan, tasks: TaskSettings | None = None) -> Anne
             draw_anneal(report, output)
             write_anneal(report, output)
     return report
+
+
+@contextmanager
+def _leave_nothing_before_step_one(output: Path) -> Iterator[None]:
+    """Remove the rows where the first run stops before its first step, and so leaves nothing itself."""
+    try:
+        yield
+    except BaseException:
+        if not any((output / RUNS_FOLDER).glob("*")):
+            shutil.rmtree(output / ROWS_FOLDER, ignore_errors=True)
+        raise
 
 
 def _read_tasks(settings: TaskSettings | None) -> _Tasks:

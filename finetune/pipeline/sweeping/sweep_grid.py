@@ -70,7 +70,9 @@ def _repeat(
             own = [f"seed={seed}", f"data.seed={rows}", f"output={folder.absolute()}-seed{seed}"]
             runs.append(SweptRun(setting, values, seed, load_recipe(recipe, [*overrides, *own])))
     except RecipeError as error:
-        raise RecipeError(f"{recipe} with {setting}" if values else str(recipe), error.problems) from error
+        named = f"{error.source}: " if error.source != str(recipe) else ""  # an override that is not YAML
+        problems = [f"{named}{problem}" for problem in error.problems]
+        raise RecipeError(f"{recipe} with {setting}" if values else str(recipe), problems) from error
     if not first.data.eval and not first.data.held_out:
         problem = (
             "data.eval: a sweep compares held-out losses, and no rows are held out; set data.eval or data.held_out"
