@@ -2,9 +2,9 @@
 
 python benchmarks/microanneal.py [FOLDER]    # writes benchmarks/microanneal.json and .md; about 6 CPU minutes
 
-`nano` is pre-trained on web and code texts of recipes/data/corpus.py, with its optimizer states. Then each candidate is added to the
-annealing of these two. The held-out rows are web, code and mathematics. The winner is mathematics, the loser web texts whose words are
-shuffled, and the third one more web and code texts, in their shares.
+`nano` is pre-trained on web and code texts of recipes/data/corpus.py, with its optimizer states. Then each candidate is half of the tokens of the
+annealing of these two. The held-out rows are web, code and mathematics. The winner is mathematics, the loser web texts with the letters of
+every word shuffled, and the third one more web and code texts, in their shares.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import finetune
 
 ROOT = Path(__file__).parents[1]
-STEPS, TOKENS, SEEDS = 120, 10_240, 5
+STEPS, TOKENS, SEEDS = 120, 7_680, 5
 HELD_OUT = {"web": 30, "code": 30, "mathematics": 16}
 EXPECTED = {"winner": "better", "loser": "worse", "neutral": "no real difference"}
 
@@ -44,10 +44,10 @@ def make_data(folder: Path) -> tuple[dict[str, Path], list[Path]]:
         held.append(write_texts(folder / "held" / f"{source}.jsonl", texts[start : start + count]))
         start += count
     web, code = (read_texts(folder / "more" / f"{name}.jsonl") for name in ("web", "code"))
-    shuffled = [" ".join(random.Random(text).sample(words, len(words))) for text in web if (words := text.split())]
+    garbled = [" ".join("".join(random.Random(word).sample(word, len(word))) for word in text.split()) for text in web]
     candidates = {
         "winner": folder / "corpus" / "mathematics.jsonl",
-        "loser": write_texts(folder / "shuffled.jsonl", shuffled),
+        "loser": write_texts(folder / "garbled.jsonl", garbled),
         "neutral": write_texts(folder / "neutral.jsonl", web + code),
     }
     return candidates, held
@@ -81,6 +81,7 @@ def main(folder: Path) -> None:
                 folder / f"{name}-{seed}",
                 start=start,
                 tokens=TOKENS,
+                share=0.5,
                 mixture="phase27",
                 held_out=held,
                 recipe=ROOT / "recipes" / "anneal_nano.yaml",

@@ -92,6 +92,8 @@ class Stop(TrainerCallback):
 
 def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch):
     """The stopped command continues to the bits of an undisturbed run; a larger version is benchmarks/microanneal.py."""
+    monkeypatch.setattr(training, "draw_losses", lambda run, title: None)  # saves seconds
+    monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
         training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))

@@ -19,7 +19,7 @@ from finetune.training.run import run_training
 from finetune.training.training_rows import prepare_rows
 
 RATE = "trainer.learning_rate"
-SMALL = ("-s", "trainer.per_device_train_batch_size=2", "-s", "data.eval=few.jsonl")
+SMALL = ("trainer.per_device_train_batch_size=2", "data.eval=few.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -126,16 +126,10 @@ def test_a_stopped_sweep_continues_to_the_same_table_and_a_failed_run_is_named(
     call, make_recipe, tmp_path, monkeypatch
 ):
     """The finite rate equals a run of `finetune train`; the other one makes every weight NaN."""
-    arguments = (
-        "-s",
-        f"{RATE}=2e-3,1e30",
-        "-s",
-        "trainer.save_strategy=steps",
-        "-s",
-        "trainer.save_steps=2",
-        "-o",
-        "out",
-    )
+    saving = ("trainer.save_strategy=steps", "trainer.save_steps=2", *SMALL)
+    arguments = ("-s", f"{RATE}=2e-3,1e30", *(part for text in saving for part in ("-s", text)), "-o", "out")
+    monkeypatch.setattr(training, "draw_losses", lambda run, title: None)  # saves seconds
+    monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
         training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))
@@ -148,8 +142,7 @@ def test_a_stopped_sweep_continues_to_the_same_table_and_a_failed_run_is_named(
     assert status == 2 and "Traceback" not in err and f"resuming {run.resolve()} from checkpoint-2" in err
     found = json.loads(out)
     assert found == json.loads(Path("out/sweep.json").read_text(encoding="utf-8"))
-    own = ("trainer.save_strategy=steps", "trainer.save_steps=2", "data.seed=42", *SMALL[1::2])
-    alone = run_training(make_recipe("alone", f"{RATE}=2e-3", *own))
+    alone = run_training(make_recipe("alone", f"{RATE}=2e-3", "data.seed=42", *saving))
     good, bad = found["runs"]
     assert (good["final"], good["best"], good["steps"]) == (alone.eval_loss, alone.eval_loss, 4)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
