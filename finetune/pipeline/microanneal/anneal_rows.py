@@ -134,6 +134,7 @@ def _write_rows(
     for named, counted, shares in quotas:
         wanted = {arm: math.ceil(plan.tokens * part) for arm, part in shares.items()}
         texts = drawer.draw(named, math.ceil(max(wanted.values()) * (1 + _share_held_out(plan))))
+        count = 0
         if not drawer.settings.evaluation:
             count = _count_held_out(plan, texts)
             name = named.name if counted else CANDIDATE
@@ -142,7 +143,7 @@ def _write_rows(
         kept = _leave_out_held(texts, held)
         tokens = sum(map(len, kept))
         for arm, number in wanted.items():
-            _check_epochs(named, tokens, number)
+            _check_epochs(named, tokens, number, kept_apart=count)
             rows[arm] += _repeat(kept, number, drawer.seed)
         epochs = {arm: number / tokens for arm, number in wanted.items()}
         own = sum(row.source == (named.name if counted else CANDIDATE) for row in held)
@@ -179,15 +180,16 @@ def _leave_out_held(texts: Sequence[Tokens], held: Sequence[HeldOutRow]) -> list
     return [ids for ids in texts if tuple(ids) not in known and len(ids) > 1]
 
 
-def _check_epochs(named: NamedSource, tokens: int, wanted: int) -> None:
+def _check_epochs(named: NamedSource, tokens: int, wanted: int, kept_apart: int) -> None:
     """Check that a source holds enough.
 
     Raises:
         DataError: it would be read too often.
     """
     if tokens * _MOST_EPOCHS < wanted:
+        held = f" beside {describe_count(kept_apart, 'held-out text')}" if kept_apart else ""
         raise DataError(
-            f"{named.name}: holds {describe_count(tokens, 'token')} to train on, of which {wanted:,} are asked for; tokens that are read "
+            f"{named.name}: holds {describe_count(tokens, 'token')} to train on{held}, of which {wanted:,} are asked for; tokens that are read "
             f"more than {_MOST_EPOCHS} times teach next to nothing, so the comparison would say little. Lower --tokens or --share, give more "
             "rows, or leave this source out"
         )

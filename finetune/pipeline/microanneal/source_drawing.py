@@ -68,19 +68,31 @@ def list_candidates(plan: AnnealPlan) -> list[NamedSource]:
 
 def share_by_weight(sources: Sequence[Source]) -> list[NamedSource]:
     """Return sources with their names and shares: by their weights or, where they have none, by the bytes of their text."""
+    names = [name_source(source) for source in sources]
+    if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise DataError(f"{twice}: is named twice; name each file once")
     sizes = [source.weight or float(sum(_measure_text(source))) for source in sources]
     if not sum(sizes):
-        raise DataError(f"{name_source(sources[0])}: holds no text")
+        _raise_fault(sources[0])
     stems = [Path(name_source(source)).stem for source in sources]
-    names = [
-        stem if stems.count(stem) == 1 else name_source(source) for stem, source in zip(stems, sources, strict=True)
-    ]
+    names = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names, strict=True)]
     total = sum(sizes)
     return [
         NamedSource(name, source, size / total)
         for name, source, size in zip(names, sources, sizes, strict=True)
         if size
     ]
+
+
+def _raise_fault(source: Source) -> None:
+    """Raise what is wrong with a source that has no text: the fault of its first row, if it has one.
+
+    Raises:
+        DataError: always.
+    """
+    rows = (row for _, part in read_source(source) for _, row in part)
+    fault = next((row for row in rows if isinstance(row, DataError)), None)
+    raise fault or DataError(f"{name_source(source)}: holds no text")
 
 
 def _measure_text(source: Source) -> list[int]:
