@@ -32,6 +32,13 @@ optimizer: {states: fresh}
 answers: 0
 trainer: {per_device_train_batch_size: 4, gradient_checkpointing: false, disable_tqdm: true}
 """
+TUNING = """
+model: {checkpoint: nano}
+data: {train: web.jsonl, held_out: 4, max_tokens: 128}
+adapter: {rank: 4, targets: [q_proj]}
+answers: 0
+trainer: {max_steps: 1, per_device_train_batch_size: 2, save_strategy: "no", gradient_checkpointing: false, disable_tqdm: true}
+"""
 ANIMALS, PLACES = ["cat", "dog", "horse", "goose"], ["market", "garden", "library", "school"]
 
 
@@ -63,6 +70,8 @@ def texts(tmp_path, monkeypatch, nano):
     rows = [{"text": text, "source": source} for source, found in held.items() for text in found]
     Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    Path("tuning.yaml").write_text(TUNING, encoding="utf-8")
+    write_texts("lambada.jsonl", [f"Anna went from the {place} to the {place}." for place in PLACES])
     return tmp_path
 
 
@@ -126,8 +135,19 @@ def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch
     assert {key for key in old["data"] if old["data"][key] != new["data"][key]} == {"train"}
     assert Path("win/microanneal.png").stat().st_size > 10_000
     assert "sums.jsonl, 50% of 2,048 tokens: better. held-out loss" in Path("win/report.md").read_text(encoding="utf-8")
-    status, out, err = call("--candidate", "noise.jsonl", *COMMON, "-o", "lose")
+    tuned = ("--sft", "tuning.yaml", "--tasks", "lambada", "--task-data", "lambada.jsonl", "--limit", "4")
+    status, out, err = call("--candidate", "noise.jsonl", *COMMON, "-o", "lose", *tuned)
     assert status == 0 and out.startswith("noise.jsonl, 50% of 2,048 tokens: worse. ")
+    found = json.loads(Path("lose/microanneal.json").read_text(encoding="utf-8"))
+    assert [(line["stage"], line["name"], line["rows"]) for line in found["lines"][3:]] == [
+        ("annealed", "lambada acc", 4),
+        ("annealed", "lambada perplexity (its log-likelihood is tested)", 4),
+        ("tuned", "held-out rows of its recipe", 4),
+        ("tuned", "lambada acc", 4),
+        ("tuned", "lambada perplexity (its log-likelihood is tested)", 4),
+    ]
+    summary = json.loads(Path("lose/tuned/new/run.json").read_text(encoding="utf-8"))["result"]
+    assert found["lines"][5]["new"] == pytest.approx(summary["eval_loss"], rel=1e-5)
     # What the folder holds is of other files.
     status, out, err = call("--candidate", "noise.jsonl", *COMMON, "-o", "win")
     assert (status, out) == (2, "") and "win: holds a micro-annealing of other files" in err

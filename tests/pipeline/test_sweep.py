@@ -201,6 +201,19 @@ def test_means_spreads_and_paired_differences():
     assert report.verdict.startswith("best is x: held-out loss 1.2000 ± 0.2000 over 3 seeds. Really worse: y")
 
 
+def test_a_setting_without_a_seed_in_common_is_not_called_best():
+    """It has no difference from the best one, as the best one itself."""
+    outcomes = [Outcome("x", {}, 0, "run", failed="NaN"), make_outcome("x", 1, 2.0)]
+    outcomes += [make_outcome("y", 0, 1.0), Outcome("y", {}, 1, "run", failed="NaN")]
+    assert SweepReport("r", "o", tuple(outcomes), (), 4).verdict.startswith("best is y")
+
+
+def test_nothing_is_called_best_where_the_held_out_rows_differ():
+    report = SweepReport("r", "o", (make_outcome("x", 0, 1.0), make_outcome("y", 0, 2.0)), ("they differ",), 2)
+    assert report.verdict == "none is called best, since their held-out rows differ"
+    assert "note: they differ" in report.describe()
+
+
 def test_one_seed_gives_no_verdict_about_chance():
     report = SweepReport("r", "o", (make_outcome("x", 0, 1.0), make_outcome("y", 0, 2.0)), (), 2)
     assert "best is x" in report.verdict and "--seeds 3" in report.verdict

@@ -76,6 +76,7 @@ class AnnealRows:
     held_out: tuple[HeldOutRow, ...]
     cut: int
     accounts: tuple[SourceAccount, ...]
+    notes: tuple[str, ...]
 
     def find_file(self, name: str) -> Path:
         """Return the file of a run's rows, or of those held-out rows that count."""
@@ -159,6 +160,7 @@ def _write_rows(
         "identity": identity,
         "sources": [asdict(one) for one in accounts],
         "cut": cut,
+        "notes": list(drawer.notes),
         "held_out": [asdict(row) for row in held],
     }
     write_json(folder / _REPORT_FILE, written)
@@ -216,4 +218,5 @@ def _write_parquet(file: Path, texts: Sequence[Tokens]) -> None:
 def _read_rows(folder: Path) -> AnnealRows:
     written = read_json(folder / _REPORT_FILE)
     held = tuple(HeldOutRow(**row) for row in written["held_out"])
-    return AnnealRows(folder, held, written["cut"], tuple(SourceAccount(**one) for one in written["sources"]))
+    accounts = tuple(SourceAccount(**one) for one in written["sources"])
+    return AnnealRows(folder, held, written["cut"], accounts, tuple(written["notes"]))

@@ -83,7 +83,7 @@ def run_microanneal(plan: AnnealPlan, tasks: TaskSettings | None = None) -> Anne
             tuned, found = _tune(plan, arms, asked)
             runs |= {f"{arm}, fine-tuned": summary for arm, summary in tuned.items()}
             lines += found
-        notes = [*read_data_settings(plan.reading).notes, *(one.describe() for one in rows.accounts)]
+        notes = [*read_data_settings(plan.reading).notes, *(one.describe() for one in rows.accounts), *rows.notes]
         if rows.cut:
             limit = plan.reading.recipe.data.max_tokens
             notes.append(

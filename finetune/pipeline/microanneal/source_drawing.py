@@ -3,14 +3,13 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from finetune.check.data_section import find_file
-from finetune.data.dataset import load_splits
+from finetune.data.dataset import Splits, load_splits
 from finetune.data.encoding.rendering import ChatTemplate
 from finetune.data.reading.sources import measure_rows, name_source, read_source
 from finetune.data.settings import DataSettings, Source
@@ -101,12 +100,13 @@ def _measure_text(source: Source) -> list[int]:
 
 @dataclass(frozen=True)
 class SourceDrawer:
-    """Turns rows of single sources into token ids, as the recipe reads them."""
+    """Turns rows of single sources into token ids, as the recipe reads them; `notes` are what the data pipeline said of them."""
 
     settings: DataSettings
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     seed: int
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, plan: AnnealPlan) -> "SourceDrawer":
@@ -124,17 +124,17 @@ class SourceDrawer:
         wanted = math.ceil(rows * tokens * _MOST_BYTES / total)
         while True:
             taken = None if wanted >= rows else wanted
-            found = [ids for _, ids in self.read(replace(named.source, rows=taken, weight=None, weigh_text=False))]
+            splits = self._read(replace(named.source, rows=taken, weight=None, weigh_text=False))
+            found = [row["input_ids"] for row in splits.train.select_columns(["input_ids"])]
             if taken is None or sum(map(len, found)) >= tokens:
+                self.notes.extend(note for note in splits.report.notes if note not in self.notes)
                 return random.Random(f"{self.seed} {named.name}").sample(found, len(found))
             wanted *= 2
 
-    def read(self, source: Source) -> Iterator[tuple[dict[str, Any], Tokens]]:
-        """Yield the place and the token ids of every row that is taken of a source."""
+    def _read(self, source: Source) -> Splits:
+        """Return the rows that are taken of a source, as the recipe reads rows to train on."""
         settings = replace(self.settings, train=(source,), evaluation=(), held_out=0, notes=())
-        rows = load_splits(settings, self.tokenizer, self.template, self.seed).train
-        for row in rows.select_columns(["place", "input_ids"]):
-            yield row["place"], row["input_ids"]
+        return load_splits(settings, self.tokenizer, self.template, self.seed)
 
     def read_held_out(self) -> Iterator[tuple[str, Tokens]]:
         """Yield every row of the recipe's `data.eval` with its source: its own `source`, or the name of its file."""
@@ -144,5 +144,6 @@ class SourceDrawer:
                 for place, raw in rows:
                     own = None if isinstance(raw, DataError) else raw.get("source")
                     names[place.file, place.line] = str(own) if own else Path(file).stem
-            for where, ids in self.read(source):
-                yield names.get((where["file"], where["line"]), Path(where["file"]).stem), ids
+            for row in self._read(source).train.select_columns(["place", "input_ids"]):
+                where = row["place"]
+                yield names.get((where["file"], where["line"]), Path(where["file"]).stem), row["input_ids"]

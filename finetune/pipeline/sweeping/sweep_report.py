@@ -65,11 +65,12 @@ class SettingResult:
     best: Mean | None = None
     seconds: Mean | None = None
     against_best: StepTest | None = None
+    is_best: bool = False
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """The runs of a sweep so far, of `planned` ones."""
+    """The runs of a sweep so far, of `planned` ones. `notes` say why they cannot be compared; there are none where they can."""
 
     recipe: str
     output: str
@@ -92,7 +93,7 @@ class SweepReport:
         groups: dict[str, list[Outcome]] = {}
         for one in self.outcomes:
             groups.setdefault(one.setting, []).append(one)
-        best = self._find_best(groups)
+        best = {} if self.notes else self._find_best(groups)
         return [self._summarise(group, best) for group in groups.values()]
 
     def _find_best(self, groups: dict[str, list[Outcome]]) -> dict[int, float]:
@@ -107,7 +108,7 @@ class SweepReport:
     def _summarise(self, group: list[Outcome], best: dict[int, float]) -> SettingResult:
         final, first = _take(group, "final"), group[0]
         shared = sorted(final.keys() & best.keys())
-        is_best = final == best
+        is_best = bool(final) and final == best
         test = None
         if len(shared) > 1 and not is_best:
             test = compare_pairs([best[seed] for seed in shared], [final[seed] for seed in shared])
@@ -122,13 +123,16 @@ class SweepReport:
             _average(_take(group, "best")),
             _average(_take(group, "seconds")),
             test,
+            is_best,
         )
 
     @property
     def verdict(self) -> str:
         """Which setting is best, and which are not really worse."""
         settings = [one for one in self.list_settings() if one.final is not None]
-        best = next((one for one in settings if one.against_best is None), None)
+        if self.notes and settings:
+            return "none is called best, since their held-out rows differ"
+        best = next((one for one in settings if one.is_best), None)
         if best is None or best.final is None:
             return "no run has finished"
         found = f"{best.setting}: {self.measure} {_show(best.final)}"
@@ -138,7 +142,7 @@ class SweepReport:
         if any(one.finished < 2 for one in settings):
             return f"best is {found}. Nobody can tell whether another seed would change the order: give --seeds 3 or more to see"
         level = [one.setting for one in others if one.against_best is not None and not one.against_best.is_real]
-        worse = [one.setting for one in others if one.setting not in level]
+        worse = [one.setting for one in others if one.against_best is not None and one.against_best.is_real]
         sentences = [f"best is {found} over {describe_count(best.finished, 'seed')}"]
         sentences += [f"Really worse: {'; '.join(worse)}"] if worse else []
         sentences += [f"Not really worse: {'; '.join(level)}"] if level else []

@@ -66,8 +66,12 @@ def _compare_rows(runs: Sequence[SweptRun]) -> tuple[str, ...]:
     """Prepare the rows of every run, and return a note where the held-out ones differ, so that losses cannot be compared."""
     hashes: dict[str, str] = {}
     for run in runs:
-        if run.setting not in hashes:  # seeds share their rows
+        if run.setting in hashes:  # seeds share their rows
+            continue
+        try:
             hashes[run.setting] = _hash_rows(prepare_rows(run.resolved)[1].evaluation)
+        except FinetuneError as error:
+            raise FinetuneError(f"{run.setting}: {error}") from error
     if len(set(hashes.values())) < 2:
         return ()
     first = next(iter(hashes))
