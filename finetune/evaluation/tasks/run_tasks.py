@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from tqdm import tqdm
 from finetune.evaluation.asking.asked_model import AskedModel, to_bits
 from finetune.evaluation.asking.generation import Generated, Prompt
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
+from finetune.evaluation.suite.suite_run import ask_suite
+from finetune.evaluation.suite.suite_tasks import load_suite, split_names
 from finetune.evaluation.tasks.task_data import Rows, hash_rows, read_exemplars, read_task_rows
 from finetune.evaluation.tasks.task_forms import Protocol, Question, Sample, TaskForm, Tools
 from finetune.evaluation.tasks.task_results import (
@@ -45,6 +47,10 @@ class TaskSettings:
     chat: bool = False
     unsafe_code: bool = False
 
+    def ask_with(self, loaded: LoadedModel) -> AskedModel:
+        """Return a model that answers as these settings say."""
+        return AskedModel(loaded, self.batch_size, self.chat)
+
 
 @dataclass(frozen=True)
 class PreparedTask:
@@ -65,14 +71,23 @@ def evaluate_tasks(model: str, settings: TaskSettings, folder: Path | None = Non
     Raises:
         FinetuneError: the model, the rows, or the folder cannot be used, or code cannot be run safely.
     """
-    prepared = prepare_tasks(settings)
+    own, outer = split_names(settings.tasks)
+    prepared = prepare_tasks(replace(settings, tasks=own)) if own or not outer else []
+    suite = load_suite(outer, settings.data, unsafe_code=settings.unsafe_code) if outer else None
     runner = choose_runner(settings.unsafe_code) if any(one.form.runs_code for one in prepared) else None
     folder = folder or choose_folder(model, settings.protocol)
     described = describe_evaluation(fingerprint_model(model), prepared, settings)
+    if suite is not None:
+        described["lm_eval"] = suite.version
     check_folder(folder, described)
     loaded = open_model(model)
     make_folder(folder, described)
-    return ask_tasks(loaded, model, prepared, settings, folder, runner)
+    asked = settings.ask_with(loaded)
+    evaluation = ask_tasks(asked, model, prepared, settings, folder, runner)
+    if suite is not None:
+        for result in ask_suite(suite, asked, settings.protocol, folder, settings.limit, settings.unsafe_code):
+            _keep_result(evaluation, result, folder)
+    return evaluation
 
 
 def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
@@ -92,7 +107,7 @@ def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
 
 
 def ask_tasks(
-    loaded: LoadedModel,
+    asked: AskedModel,
     model: str,
     prepared: Sequence[PreparedTask],
     settings: TaskSettings,
@@ -100,16 +115,19 @@ def ask_tasks(
     runner: Callable[[Program], Verdict] | None,
 ) -> Evaluation:
     """Ask a loaded model every row that the folder has no sample of, and write the results into the folder."""
-    asked = AskedModel(loaded, settings.batch_size, settings.chat)
-    tools = Tools(loaded.tokenizer, runner or _refuse)
+    tools = Tools(asked.loaded.tokenizer, runner or _refuse)
     evaluation = Evaluation(model, settings.protocol, str(folder))
     for one in prepared:
         samples = SampleFile(folder / f"{one.form.task}.jsonl")
         _ask_task(asked, one, samples, tools)
-        evaluation.tasks[one.form.task] = _summarise(one, samples)
-        with translate_os_errors(folder, "the samples are kept; the same command continues"):
-            write_json(folder / RESULTS_FILE, evaluation.to_json())
+        _keep_result(evaluation, _summarise(one, samples), folder)
     return evaluation
+
+
+def _keep_result(evaluation: Evaluation, result: TaskResult, folder: Path) -> None:
+    evaluation.tasks[result.task] = result
+    with translate_os_errors(folder, "the samples are kept; the same command continues"):
+        write_json(folder / RESULTS_FILE, evaluation.to_json())
 
 
 def choose_folder(model: str, protocol: Protocol) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from finetune.data.settings import HubDataset
 from finetune.errors import FinetuneError, describe_unknown_name
 from finetune.evaluation.asking.generation import Generation
-from finetune.evaluation.tasks import gsm8k, humaneval, lambada
+from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada
 from finetune.evaluation.tasks.task_forms import (
     Measure,
     Protocol,
