@@ -13,6 +13,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 from finetune.recipe.batches import KIT_OPTIONS
@@ -25,7 +26,14 @@ from finetune.rewards.rules import RULES
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 ALL = [
     key
-    for keys in (list_recipe_keys(), list_source_keys(), list_endpoint_keys(), list_chain_keys(), list_export_keys())
+    for keys in (
+        list_recipe_keys(),
+        list_source_keys(),
+        list_task_keys(),
+        list_endpoint_keys(),
+        list_chain_keys(),
+        list_export_keys(),
+    )
     for key in walk_keys(keys)
 ]
 

@@ -34,6 +34,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 
@@ -165,7 +166,7 @@ OF_OTHER_VERBS = ("clean.", "synthesize.", "endpoints", "stages.synthesize")
 def test_every_key_has_a_row():
     keys = [
         key.name
-        for keys in (list_recipe_keys(), list_source_keys(), list_chain_keys(), list_export_keys())
+        for keys in (list_recipe_keys(), list_source_keys(), list_task_keys(), list_chain_keys(), list_export_keys())
         for key in walk_keys(keys)
         if not key.inner and not key.name.startswith(OF_OTHER_VERBS)
     ]

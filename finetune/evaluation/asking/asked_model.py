@@ -133,7 +133,7 @@ class AskedModel:
         need = length * numbers * 4 + 8 * config.vocab_size
         return max(1, min(_MOST_ROWS.get(device.type, 16), int(free * _SHARE_OF_FREE_MEMORY / need)))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a model that trains on may keep tensors of these passes
     def _measure_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         backbone, head = split_model(self.loaded)
         device = self.loaded.model.device

@@ -38,7 +38,7 @@ class Generated:
     prompt_tokens: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a model that trains on may keep tensors of these passes
 def generate_batch(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -15,6 +15,7 @@ from finetune.evaluation.suite.suite_run import ask_suite
 from finetune.evaluation.suite.suite_tasks import load_suite, split_names
 from finetune.evaluation.tasks.task_data import Rows, hash_rows, read_exemplars, read_task_rows
 from finetune.evaluation.tasks.task_forms import Protocol, Question, Sample, TaskForm, Tools
+from finetune.evaluation.tasks.task_names import TASKS
 from finetune.evaluation.tasks.task_results import (
     RESULTS_FILE,
     Evaluation,
@@ -25,7 +26,7 @@ from finetune.evaluation.tasks.task_results import (
     summarise,
     weigh_gold,
 )
-from finetune.evaluation.tasks.task_table import TASKS, find_forms
+from finetune.evaluation.tasks.task_table import find_forms
 from finetune.files.folders import expand_home
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors
@@ -128,6 +129,13 @@ def _keep_result(evaluation: Evaluation, result: TaskResult, folder: Path) -> No
     evaluation.tasks[result.task] = result
     with translate_os_errors(folder, "the samples are kept; the same command continues"):
         write_json(folder / RESULTS_FILE, evaluation.to_json())
+
+
+def score_task(asked: AskedModel, one: PreparedTask, runner: Callable[[Program], Verdict] | None) -> TaskResult:
+    """Ask a model every row of a task, and return its figures; nothing is written."""
+    samples = SampleFile()
+    _ask_task(asked, one, samples, Tools(asked.loaded.tokenizer, runner or _refuse))
+    return _summarise(one, samples)
 
 
 def choose_folder(model: str, protocol: Protocol) -> Path:
@@ -237,6 +245,6 @@ def _summarise(one: PreparedTask, samples: SampleFile) -> TaskResult:
         metric,
         stderr,
         weigh_gold(kept),
-        str(samples.file),
+        "" if samples.file is None else str(samples.file),
         one.notes,
     )
