@@ -61,7 +61,7 @@ def test_texts_are_sentences(key):
 @pytest.mark.parametrize("key", [key for key in ALL if key.default], ids=lambda key: key.name)
 def test_defaults_are_those_of_the_sections(key):
     section, _, name = key.name.rpartition(".")
-    if section in ("source", "endpoint", "export", "trainer"):
+    if section in ("source", "task", "endpoint", "export", "trainer"):
         return
     value = Recipe()
     for part in section.split(".") if section else ():

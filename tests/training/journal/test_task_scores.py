@@ -33,7 +33,10 @@ def read_weights(run):
 
 
 def drop_times(lines):
-    return [{name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name} for line in lines]
+    return [
+        {name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name}
+        for line in lines
+    ]
 
 
 def test_scores_are_logged_and_the_run_is_the_same(train, tasks, tmp_path):
@@ -46,7 +49,9 @@ def test_scores_are_logged_and_the_run_is_the_same(train, tasks, tmp_path):
     assert [line["step"] for line in scores] == [2, 4]
     assert "eval_task/gsm8k/flexible" not in scores[0]
     found = evaluate_tasks(str(asked), ["lambada"], data=tmp_path / "passages.jsonl", output=tmp_path / "out")
-    assert scores[1]["eval_task/lambada/perplexity"] == pytest.approx(found.tasks["lambada"].metric["perplexity"], rel=1e-5)
+    assert scores[1]["eval_task/lambada/perplexity"] == pytest.approx(
+        found.tasks["lambada"].metric["perplexity"], rel=1e-5
+    )
     assert scores[1]["eval_task/gsm8k/bits_per_byte"] > 0
     assert "task lambada: perplexity" in (asked / "report.html").read_text(encoding="utf-8")
     for path in (asked / "adapter", asked / "checkpoint-4"):
@@ -59,8 +64,17 @@ def test_scores_are_logged_and_the_run_is_the_same(train, tasks, tmp_path):
 
 def test_the_best_checkpoint_may_be_chosen_by_a_task(train, make_recipe, tasks):
     name = "task/lambada/perplexity"
-    best = [*STEPS, "data.tasks=[{name: lambada, path: passages.jsonl}]", "trainer.eval_strategy=steps", "trainer.eval_steps=2"]
-    best += ["trainer.load_best_model_at_end=true", f"trainer.metric_for_best_model={name}", "trainer.greater_is_better=false"]
+    best = [
+        *STEPS,
+        "data.tasks=[{name: lambada, path: passages.jsonl}]",
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=2",
+    ]
+    best += [
+        "trainer.load_best_model_at_end=true",
+        f"trainer.metric_for_best_model={name}",
+        "trainer.greater_is_better=false",
+    ]
     run = train("best", *best)
     found = {line["step"]: line[f"eval_{name}"] for line in read_metrics(run) if f"eval_{name}" in line}
     assert list(found) == [2, 4]
