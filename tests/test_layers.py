@@ -17,6 +17,7 @@ ROOMS = (
     "files",
     "compat",
     "hub",
+    "servers",
     "yulan",
     "data",
     "mixtures",

@@ -14,7 +14,8 @@ from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import RecipeError, describe_unknown_name
 from finetune.evaluation.asking.asked_model import AskedModel
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
-from finetune.evaluation.tasks.run_tasks import PreparedTask, TaskSettings, prepare_tasks, score_task
+from finetune.evaluation.tasks.run_tasks import PreparedTask, prepare_tasks, score_task
+from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.models.engine import ENGINES, find_engine
 from finetune.models.opening import LoadedModel
 from finetune.recipe.sections import TaskSection
