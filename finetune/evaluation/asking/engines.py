@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ _OPTION = "--engine (engine=... in Python)"
 _SERVED_NAME = "evaluated"
 # Loading and warming up a model of 2.4 B weights takes a minute or two.
 _MOST_SECONDS = 900.0
-_PAUSE = 0.5
+_PAUSE, _PATIENCE = 0.5, 30.0
 _SHARE_OF_FREE_MEMORY = 0.85
 _LAST_LINES = 300
 
@@ -146,12 +147,19 @@ def serve_with_vllm(folder: Path, loaded: LoadedModel) -> Iterator[tuple[Connect
             yield server, _SERVED_NAME
         finally:
             server.close()
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _stop(process)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a program and what it started, which is its own process group."""
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: "subprocess.Popen[bytes]", server: Connection, log: IO[bytes]) -> None:
