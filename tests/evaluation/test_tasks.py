@@ -165,7 +165,7 @@ def write(name, *rows):
 
 MISTAKES = {
     "task": (["--tasks", "lambda"], "--tasks: 'lambda' is an unknown task; did you mean 'lambada'?"),
-    "no task": (["--tasks", ","], "--tasks: names no task; known are lambada, gsm8k, humaneval"),
+    "no task": (["--tasks", ","], "--tasks: names no task; known are lambada, gsm8k, humaneval, mbpp"),
     "file": ([*LAMBADA[:3], "nosuch.jsonl"], "nosuch.jsonl: does not exist"),
     "columns": ([*GSM8K[:3], "rows.jsonl"], "rows.jsonl, line 1: has no text in question, answer; a row of gsm8k has"),
     "exemplars": (

@@ -79,7 +79,12 @@ def _add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     tasks.add_argument(
         "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
     )
-    tasks.add_argument("--exemplars", type=Path, metavar="FILE", help="rows that stand in the prompts as examples")
+    tasks.add_argument(
+        "--exemplars",
+        type=Path,
+        metavar="PATH",
+        help="a file with rows that stand in the prompts as examples, or a folder for several tasks",
+    )
     tasks.add_argument(
         "--batch-size", type=read_count, metavar="N", help="prompts at once (default: what memory allows)"
     )
