@@ -200,6 +200,7 @@ def test_without_the_hub_the_message_says_what_to_give(call, monkeypatch):
     status, out, err = call("--tasks", "gsm8k")
     assert (status, out) == (2, "")
     assert "openai/gsm8k@740312add88f781978c0658806c59bc2815b9866/main/test: " in err
+    assert "the network is switched off by HF_HUB_OFFLINE" in err
     assert "--task-data" in err
     assert not list(Path().iterdir())
 
