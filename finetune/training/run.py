@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 _LEFT = f"what was saved before is whole: make room, and continue with {name_option('--resume')}"
 
 
-def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
-    """Train what a recipe says and write a run directory.
+def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
+    """Train what a recipe says and write a run directory. `planned_bytes` is the peak memory of its plan, if one was made.
 
     Raises:
         FinetuneError: the user can mend what stopped the run; before step 1 nothing is left behind.
@@ -97,7 +97,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             add_journal(trainer, resolved.output)
             _check_rows(trainer, setup)
             describe_work(trainer, setup.splits.report)
-            record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
+            record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
             earlier = None if checkpoint is None else read_choice(resolved.output)
             sheets = _open_sheets(setup, trainer)
             if is_writer:

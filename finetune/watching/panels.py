@@ -1,9 +1,12 @@
 """The table of panels: which metrics of a run are drawn together, on the page of a run and in `loss.png`."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-LOSS = "loss (nats per trained token)"
+_LOSS = "loss (nats per trained token)"
+# Where one of these is logged, the loss compares answers, and is no mean over tokens.
+_COMPARING = frozenset({"rewards/margins", "margin", "reward"})
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Panel:
 
 
 PANELS: tuple[Panel, ...] = (
-    Panel(LOSS, {"loss": "training rows", "eval_loss": "held-out rows"}),
+    Panel(_LOSS, {"loss": "training rows", "eval_loss": "held-out rows"}),
     Panel(
         "implicit reward of the answers in the rows",
         {"rewards/chosen": "chosen, training rows", "rewards/rejected": "rejected, training rows"},
@@ -67,4 +70,25 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel("learning rate", {"learning_rate": "learning rate"}),
     Panel("gradient norm, before it is clipped", {"grad_norm": "gradient norm"}),
+    Panel("tokens a second", {"tokens_per_second": "training"}),
+    Panel("GPU memory, GB", {"gpu_memory_gb": "in use", "planned_gb": "planned peak"}),
+    Panel("GPU temperature, °C", {"gpu_temperature": "GPU"}),
+    Panel("GPU power, W", {"gpu_power_watts": "GPU"}),
+    Panel("share of time in which the GPU computed", {"gpu_utilisation": "GPU"}),
 )
+# TRL's names of the mean reward of one rule or judge, such as `rewards/final_answer/mean`.
+_RULE_NAME = re.compile(r"(?:eval_)?rewards/([^/]+)/mean")
+
+
+def title_loss(names: Iterable[str]) -> str:
+    """Return the title of the loss of a run that logged these metrics."""
+    return _LOSS if _COMPARING.isdisjoint(names) else "loss"
+
+
+def list_panels(names: Iterable[str]) -> tuple[Panel, ...]:
+    """Return the panels of a run that logged these metrics: the table, and the rewards by rule where there are any."""
+    names = tuple(names)
+    rules = {name: found[1] for name in names if (found := _RULE_NAME.fullmatch(name))}
+    curves = {name: f"{rule}, held-out prompts" if name.startswith("eval_") else rule for name, rule in rules.items()}
+    first = replace(PANELS[0], title=title_loss(names))
+    return (first, *PANELS[1:], *([Panel("mean reward by rule", curves)] if curves else []))

@@ -8,11 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from finetune.runs.run_files import LOSS_PLOT_FILE, read_metrics
-from finetune.watching.panels import LOSS, PANELS
+from finetune.watching.panels import PANELS, title_loss
 
 logger = logging.getLogger(__name__)
-
-_PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
 
 
 def draw_losses(run: Path, title: str) -> None:
@@ -23,9 +21,8 @@ def draw_losses(run: Path, title: str) -> None:
     ]
     figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")
     axes = figure.subplots(1 + len(panels), squeeze=False, height_ratios=[1.6] + [1] * len(panels))[:, 0]
-    compares = any(name in line for line in lines for name in _PREFERENCE_MARKS)
     _draw_curves(axes[0], lines, {"loss": "training rows", "eval_loss": "held-out rows"})
-    axes[0].set(ylabel="loss" if compares else LOSS, title=title)
+    axes[0].set(ylabel=title_loss({name for line in lines for name in line}), title=title)
     if not any(line.get("loss", 0.0) < 0 for line in lines):
         axes[0].set_ylim(bottom=0)
     for axis, panel in zip(axes[1:], panels, strict=True):

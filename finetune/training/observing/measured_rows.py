@@ -24,7 +24,7 @@ from finetune.runs.run_files import MEASURED_ROWS_FILE
 
 _RANKED_ROWS, _PREVIEWED_ROWS = 20, 3
 # What the page shows of a row, so that a report stays far below 2 MB: letters of a piece that is trained or not, and pieces.
-_TRAINED_LETTERS, _OTHER_LETTERS, _MOST_PIECES = 1200, 500, 8
+_TRAINED_LETTERS, _OTHER_LETTERS, _MOST_PIECES = 900, 500, 6
 
 # What a row's value is made of: the losses of its sides, each with its number of trained tokens, and the row itself.
 Losses = Sequence[tuple[float, int]]
