@@ -49,7 +49,7 @@ def read_rows_view(folder: Path, data: Mapping[str, Any]) -> RowsView:
         tuple(_list_groups(measured)),
         tuple((upper, rows) for upper, rows in train.get("histogram", ())),
         {escape_controls(reason): count for reason, count in _count_left_out(data).items()},
-        tuple(_describe_sources(train.get("sources") or {}, measured.get("rows", ()))),
+        tuple(_describe_sources(train.get("sources") or {}, measured)),
     )
 
 
@@ -90,32 +90,29 @@ def _count_left_out(data: Mapping[str, Any]) -> dict[str, int]:
     return {reason: count for reason, count in found.items() if count}
 
 
-def _describe_sources(
-    sources: Mapping[str, Sequence[int]], rows: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[str, ...]]:
+def _describe_sources(sources: Mapping[str, Sequence[int]], measured: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Yield a head and one line for each source: its rows and tokens, its share, and its mean loss by the measured rows."""
     if not sources:
         return
     yield "source", "rows", "tokens", "share of tokens", "mean before", "mean after", "rows measured"
-    measured = list(rows)
     total = sum(tokens for _, tokens in sources.values()) or 1
     largest = sorted(sources.items(), key=lambda item: -item[1][1])
     for name, (count, tokens) in largest[:_MOST_SOURCES]:
-        own = [row for row in measured if row["source"] == name]
+        own = [row for row in measured.get("rows", ()) if row["source"] == name]
         yield (
             escape_controls(name),
             f"{count:,}",
             f"{tokens:,}",
             f"{tokens / total:.1%}",
-            *(_average(own, value) for value in ("before", "after")),
+            *(_average(own, value, weighs_tokens=measured.get("is_mean", False)) for value in ("before", "after")),
             str(len(own)),
         )
     if len(largest) > _MOST_SOURCES:
         yield f"and {len(largest) - _MOST_SOURCES:,} more sources", *[""] * 6
 
 
-def _average(rows: Iterable[Mapping[str, Any]], value: str) -> str:
-    """Return the mean of the rows' values as text, each row weighed by its trained tokens."""
-    known = [(row[value], row["trained"]) for row in rows if row[value] is not None]
+def _average(rows: Iterable[Mapping[str, Any]], value: str, *, weighs_tokens: bool) -> str:
+    """Return the mean of the rows' values as text, or nothing where none is known."""
+    known = [(row[value], row["trained"] if weighs_tokens else 1) for row in rows if row[value] is not None]
     weight = sum(trained for _, trained in known)
     return f"{sum(one * trained for one, trained in known) / weight:.3f}" if weight else ""

@@ -40,11 +40,15 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RowMeasure:
-    """The value that a row of one shape gets, what it means, and the rankings by it."""
+    """The value that a row of one shape gets, what it means, and the rankings by it.
+
+    `is_mean`: it is a mean over trained tokens, so that means over rows weigh it by their number.
+    """
 
     label: str
     find_value: Callable[[Losses, Mapping[str, Any]], float]
     rankings: tuple[Ranking, ...]
+    is_mean: bool = False
 
 
 def _find_loss(losses: Losses, row: Mapping[str, Any]) -> float:
@@ -70,6 +74,7 @@ MEASURES: Mapping[RowShape, RowMeasure] = {
             Ranking("Rows of the highest loss after the training", lambda before, after: after),
             Ranking("Rows whose loss fell most", lambda before, after: before - after),
         ),
+        is_mean=True,
     ),
     "pair": RowMeasure(
         "log-likelihood of the chosen answer minus that of the rejected one, nats",
@@ -128,6 +133,7 @@ class RowSheet:
     def _write(self, rows: Sequence[MeasuredRow]) -> None:
         content = {
             "measure": self._measure.label,
+            "is_mean": self._measure.is_mean,
             "preview": [shown for row in self._first for shown in self._show(row)],
             "rows": [asdict(row) for row in rows],
             "rankings": [self._rank(ranking, rows) for ranking in self._measure.rankings],
