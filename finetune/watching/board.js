@@ -189,8 +189,10 @@ let shown = document.getElementById("data").textContent;
 draw(JSON.parse(shown));
 
 async function refresh() {
+  const began = performance.now();
   try {
-    const answer = await fetch("data");
+    const answer = document.hidden ? null : await fetch("data");
+    if (!answer) return;  // nobody looks
     if (!answer.ok) throw new Error(answer.statusText);
     const text = await answer.text();
     const board = JSON.parse(text);
@@ -199,9 +201,12 @@ async function refresh() {
     shown = text;
   } catch {
     state.textContent = "the server has ended; this is the last state that it sent";
+  } finally {
+    // Reading a long run takes a moment of the machine that trains it: at most one part in fifty goes there.
+    setTimeout(refresh, Math.max(1000 * Number(document.body.dataset.live), 50 * (performance.now() - began)));
   }
 }
 if (document.body.dataset.live) {
   state.textContent = "live";
-  setInterval(refresh, 1000 * Number(document.body.dataset.live));
+  setTimeout(refresh, 1000 * Number(document.body.dataset.live));
 }

@@ -19,17 +19,6 @@ def read_machine(folder: Path, planned_bytes: int | None) -> list[dict[str, Any]
     return [{**line, **planned} if "gpu_memory_bytes" in line else line for line in lines]
 
 
-def scale_sizes(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines with their bytes as gigabytes, as the panels name them."""
-    return [
-        {
-            (name.replace("_bytes", "_gb")): value / _GB if name.endswith("_bytes") and is_number(value) else value
-            for name, value in line.items()
-        }
-        for line in lines
-    ]
-
-
 def list_machine_figures(lines: Sequence[Mapping[str, Any]], *, is_running: bool) -> Iterator[tuple[str, str]]:
     """Yield names and values of the newest state, for a person."""
     last = lines[-1] if lines else {}

@@ -11,11 +11,15 @@ _COMPARING = frozenset({"rewards/margins", "margin", "reward"})
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel; `curves` maps each metric to the label of its curve. `in_plot`: whether `loss.png` has it below the loss."""
+    """One panel; `curves` maps each metric to the label of its curve. `in_plot`: whether `loss.png` has it below the loss.
+
+    `unit`: what the values are divided by for the page.
+    """
 
     title: str
     curves: Mapping[str, str]
     in_plot: bool = False
+    unit: float = 1.0
 
 
 PANELS: tuple[Panel, ...] = (
@@ -71,7 +75,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("learning rate", {"learning_rate": "learning rate"}),
     Panel("gradient norm, before it is clipped", {"grad_norm": "gradient norm"}),
     Panel("tokens a second", {"tokens_per_second": "training"}),
-    Panel("GPU memory, GB", {"gpu_memory_gb": "in use", "planned_gb": "planned peak"}),
+    Panel("GPU memory, GB", {"gpu_memory_bytes": "in use", "planned_bytes": "planned peak"}, unit=1e9),
     Panel("GPU temperature, °C", {"gpu_temperature": "GPU"}),
     Panel("GPU power, W", {"gpu_power_watts": "GPU"}),
     Panel("share of time in which the GPU computed", {"gpu_utilisation": "GPU"}),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from finetune.errors import FinetuneError
@@ -11,8 +11,8 @@ from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, read_lines
 from finetune.files.terminal import escape_controls
 from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
-from finetune.watching.cautions import Caution, is_number, list_cautions, read_series
-from finetune.watching.machine_view import list_machine_figures, read_machine, scale_sizes
+from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
+from finetune.watching.machine_view import list_machine_figures, read_machine
 from finetune.watching.panels import list_panels
 from finetune.watching.rows_view import RowsView, read_rows_view
 
@@ -125,7 +125,7 @@ def read_run(folder: Path) -> RunView:
             **dict(_describe_held_out(lines, result)),
             **dict(list_machine_figures(machine, is_running=not result)),
         },
-        charts=tuple(_draw_charts([*lines, *scale_sizes(machine)])),
+        charts=tuple(_draw_charts([*lines, *machine])),
         cautions=list_cautions(lines),
         notes=tuple(_cut(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
         answers=tuple(_read_answers(folder)),
@@ -196,18 +196,22 @@ _RESULTS = (
 
 
 def _draw_charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    for panel in list_panels(dict.fromkeys(name for line in lines for name in line)):
+    series = collect_series(lines)
+    for panel in list_panels(series):
         # Methods name some metrics differently, so two names may stand for one curve; a run logs one of them.
-        series = {name: read_series(lines, name) for name in panel.curves}
         curves = {
-            panel.curves[name]: Curve(
-                thin_out(points), find_trend(points), read_series(lines, f"{name}_stderr")[-_MOST_POINTS:]
+            label: _draw_curve(
+                [(step, value / panel.unit) for step, value in series[name]], series.get(f"{name}_stderr")
             )
-            for name, points in series.items()
-            if points
+            for name, label in panel.curves.items()
+            if name in series
         }
         if curves:
             yield Chart(panel.title, curves)
+
+
+def _draw_curve(points: Sequence[tuple[int, float]], errors: Sequence[tuple[int, float]] | None) -> Curve:
+    return Curve(thin_out(points), find_trend(points), (errors or ())[-_MOST_POINTS:])
 
 
 def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -225,7 +229,7 @@ def find_trend(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     if len(points) < _FEWEST_FOR_TREND:
         return []
     stretches = _split(points, _TREND_POINTS)
-    return [(round(mean(step for step, _ in part)), mean(value for _, value in part)) for part in stretches]
+    return [(round(fmean(step for step, _ in part)), fmean(value for _, value in part)) for part in stretches]
 
 
 def _split(points: Sequence[tuple[int, float]], count: int) -> list[Sequence[tuple[int, float]]]:
