@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class PairScores:
     loss: float
     pairs: int
     measure: str
-    worst: tuple[WorstRow, ...] = ()
+    worst: list[WorstRow] = field(default_factory=list)
 
 
 def hold_pairs(files: Sequence[Path]) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ class Scores:
     accuracy: float
     tokens: int
     stderr: float | None = None
-    worst: tuple[WorstRow, ...] = ()
+    worst: list[WorstRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ def evaluate_path(name: str, files: Sequence[Path], max_tokens: int, worst: int 
     shown = tqdm(splits.train, unit="row", disable=None, leave=False)  # shown in a terminal only
     scores = list(score_rows(loaded, shown))
     losses = [score.loss / score.tokens for score in scores]
-    return replace(
-        _summarise(scores), worst=list_worst(splits.train, losses, losses, worst, loaded.tokenizer) if worst else ()
-    )
+    found = _summarise(scores)
+    return replace(found, worst=list_worst(splits.train, losses, losses, worst, loaded.tokenizer)) if worst else found
 
 
 def evaluate_rows(loaded: LoadedModel, rows: Iterable[Mapping[str, list[int]]]) -> Scores:

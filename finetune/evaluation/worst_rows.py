@@ -16,17 +16,17 @@ class WorstRow:
 
     origin: str
     value: float
-    sides: tuple[PreviewRow, ...]
+    sides: list[PreviewRow]
 
 
 def list_worst(
     rows: Dataset, values: Sequence[float], badness: Sequence[float], count: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[WorstRow, ...]:
+) -> list[WorstRow]:
     """Return the rows of the highest badness, the worst first; all sequences have one entry a row."""
     worst = sorted(range(len(values)), key=lambda number: -badness[number])[:count]
-    return tuple(
-        WorstRow(rows[number]["origin"], values[number], tuple(mark_sides(rows[number], tokenizer))) for number in worst
-    )
+    return [
+        WorstRow(rows[number]["origin"], values[number], list(mark_sides(rows[number], tokenizer))) for number in worst
+    ]
 
 
 def describe_worst(rows: Sequence[WorstRow], name: str, *, in_colour: bool) -> str:
