@@ -1,8 +1,10 @@
 """The table of panels: which metrics of a run are drawn together, on the page of a run and in `loss.png`."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+
+from finetune.runs.run_files import TASK_SCORES
 
 _LOSS = "loss (nats per trained token)"
 # Where one of these is logged, the loss compares answers, and is no mean over tokens.
@@ -80,6 +82,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("GPU power, W", {"gpu_power_watts": "GPU"}),
     Panel("share of time in which the GPU computed", {"gpu_utilisation": "GPU"}),
 )
+_TASK_SCORES = f"eval_{TASK_SCORES}"
 # TRL's names of the mean reward of one rule or judge, such as `rewards/final_answer/mean`.
 _RULE_NAME = re.compile(r"(?:eval_)?rewards/([^/]+)/mean")
 
@@ -90,9 +93,25 @@ def title_loss(names: Iterable[str]) -> str:
 
 
 def list_panels(names: Iterable[str]) -> tuple[Panel, ...]:
-    """Return the panels of a run that logged these metrics: the table, and the rewards by rule where there are any."""
+    """Return the panels of a run that logged these metrics.
+
+    To those of the table come the rewards by rule, and one for each score of a task that was evaluated during the training.
+    """
     names = tuple(names)
+    return (replace(PANELS[0], title=title_loss(names)), *PANELS[1:], *_list_rules(names), *_list_tasks(names))
+
+
+def _list_rules(names: Iterable[str]) -> Iterator[Panel]:
     rules = {name: found[1] for name in names if (found := _RULE_NAME.fullmatch(name))}
-    curves = {name: f"{rule}, held-out prompts" if name.startswith("eval_") else rule for name, rule in rules.items()}
-    first = replace(PANELS[0], title=title_loss(names))
-    return (first, *PANELS[1:], *([Panel("mean reward by rule", curves)] if curves else []))
+    if rules:
+        curves = {
+            name: f"{rule}, held-out prompts" if name.startswith("eval_") else rule for name, rule in rules.items()
+        }
+        yield Panel("mean reward by rule", curves)
+
+
+def _list_tasks(names: Iterable[str]) -> Iterator[Panel]:
+    for name in names:
+        if name.startswith(_TASK_SCORES):
+            task, score = name.removeprefix(_TASK_SCORES).split("/", 1)
+            yield Panel(f"task {task}: {score}", {name: score}, in_plot=True)

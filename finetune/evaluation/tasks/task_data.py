@@ -13,7 +13,7 @@ from finetune.data.reading.sources import read_source
 from finetune.data.settings import HubDataset, Source
 from finetune.errors import DataError, Place
 from finetune.evaluation.tasks.task_forms import Shots
-from finetune.evaluation.tasks.task_table import Task
+from finetune.evaluation.tasks.task_names import Task
 from finetune.files.folders import expand_home
 
 # In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.
