@@ -267,6 +267,10 @@ KEYS: Mapping[str, str] = {
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."
     ),
+    "row_losses": (
+        "The run measures the loss of at most so many training rows before and after the training, spread evenly, so that report.html can "
+        "show the rows of the highest loss. It costs two forward passes over them and changes nothing of the training. 0 measures none."
+    ),
     "output": "The run directory; empty means runs/NAME in the current folder, where NAME is that of the recipe file.",
     "seed": "The seed for held-out rows, drawn rows, the order of the rows, and new weights.",
     "stages": (

@@ -31,6 +31,7 @@ from finetune.training.held_out_loss import average_over_rows, average_over_toke
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.journal.task_scores import include_task_scores
+from finetune.training.observing.machine import MachineWriter
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import explain_refusal
 from finetune.training.preference.prepared_rows import (
@@ -144,6 +145,7 @@ def add_journal(trainer: Trainer, run: Path) -> None:
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
+    trainer.add_callback(MachineWriter(run))
 
 
 def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision) -> TrainingArguments:
