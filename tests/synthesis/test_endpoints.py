@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import sqlite3
+import time
 
 import pytest
 from scripted_server import reply
@@ -73,6 +75,41 @@ def test_answers_are_kept_and_come_again_without_a_request(make_endpoint, server
     assert (len(server.bodies), again.budget.spent.cached, again.budget.spent.requests) == (7, 5, 2)
     other = list(make_endpoint().ask_all(ask(1, number=1)))
     assert len(server.bodies) == 8 and other == first[:1]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_request_is_sent_when_the_answers_before_it_are_on_the_disk(make_endpoint, server, tmp_path, concurrency):
+    """A kill at this moment repeats no more than the answers of the other threads, and none where there is one thread."""
+    unkept = []
+
+    def script(times, body):
+        came = len(server.bodies)  # with this one
+        with contextlib.closing(sqlite3.connect(tmp_path / "cache" / "answers.sqlite")) as other:
+            unkept.append(came - other.execute("SELECT count(*) FROM texts").fetchone()[0])
+        return echo(times, body)
+
+    server.script = script
+    assert len(list(make_endpoint(concurrency=concurrency).ask_all(ask(40)))) == 40
+    assert max(unkept) <= concurrency and len(server.bodies) == 40
+
+
+def test_an_interruption_waits_for_the_answers_under_way_and_keeps_them(make_endpoint, server):
+    """The file of answers was closed first when the reader of the answers was interrupted, so that those under way were lost."""
+
+    def script(times, body):
+        time.sleep(0 if "question 0" in str(body) else 0.2)
+        return echo(times, body)
+
+    server.script = script
+    endpoint = make_endpoint()
+    answers = endpoint.ask_all(ask(40))
+    next(answers)  # the others are under way, or wait for a thread
+    endpoint.close()
+    asked = len(server.bodies)
+    assert 1 < asked < 40
+    again = make_endpoint()
+    assert len(list(again.ask_all(ask(40)))) == 40
+    assert (len(server.bodies), again.budget.spent.cached) == (40, asked)
 
 
 def test_a_refused_request_is_a_named_skip_and_the_others_are_answered(make_endpoint, server):
