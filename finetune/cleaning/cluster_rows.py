@@ -13,7 +13,7 @@ from finetune.cleaning.clean_run import refuse_row
 from finetune.cleaning.row_spool import add_provenance, read_checked_rows, read_content, write_content
 from finetune.cleaning.steps.text_steps import PARTS, find_shared, read_held_groups
 from finetune.data.formats.rows import hash_row
-from finetune.data.lint.near_duplicates import list_compared_groups
+from finetune.data.lint.near_duplicates import sign_text
 from finetune.data.lint.row_writer import RowWriter
 from finetune.data.reading.data_folders import list_files
 from finetune.data.settings import Source
@@ -64,9 +64,10 @@ def read_rows(recipe: str, settings: Sequence[str], rank: int, ranks: int) -> It
             raise refuse_row(row.fault[1], row.place)
 
 
-def list_groups(content: str, part: str, size: int) -> list[str]:
-    """Return the word groups by which a part of a row is compared; none for a text that is too short."""
-    return list_compared_groups(PARTS[part](read_content(content)), size)
+def sign_part(content: str, part: str, size: int, slots: int) -> list[int]:
+    """Return the signature by which `finetune clean` compares a part of a row, of `slots` numbers; none for a text that is too short."""
+    signature = sign_text(PARTS[part](read_content(content)), size, slots)
+    return [] if signature is None else signature.digest()
 
 
 class Decontaminator:

@@ -6,7 +6,6 @@ import random
 import pytest
 
 from finetune.cli.main import main
-from finetune.data.lint import near_duplicates
 
 RECIPE = """
 model: {checkpoint: nano}
@@ -74,7 +73,7 @@ def read_rows(folder):
     return [line for file in sorted(folder.rglob("rows*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def test_the_pipeline_leaves_what_clean_leaves(recipe, tmp_path, capsys, monkeypatch, run_in):
+def test_the_pipeline_leaves_what_clean_leaves(recipe, tmp_path, capsys, run_in):
     status, report = call(capsys, "clean", "r.yaml", "--emit", "datatrove", "-o", "pipeline.py")
     assert (status, report["steps"]) == (0, STEPS)
     assert report["left_out"] == {"mix": "it asks a model, or needs all rows at once"}
@@ -89,15 +88,8 @@ def test_the_pipeline_leaves_what_clean_leaves(recipe, tmp_path, capsys, monkeyp
         name: sum(len(part.read_text().splitlines()) for part in (tmp_path / "pipeline-work/dropped" / name).iterdir())
         for name in STEPS[1:]
     }
-    assert (found["rules"], found["exact_duplicates"]) == (dropped["rules"], dropped["exact_duplicates"])
-    # MinHash estimates what two texts share: another seed decides otherwise for pairs near the threshold, and in a group of such rows
-    # one decision changes others. Found here: 10 rows between the programs, 4 to 5 between seeds of the kit's own, whose hashes are
-    # of another kind.
-    ours, theirs = set(read_rows(tmp_path / "cleaned")), set(read_rows(tmp_path / "pipeline-rows"))
-    between = 0
-    for seed in (1, 2, 3):
-        monkeypatch.setattr(near_duplicates, "_SEED", seed)
-        call(capsys, "clean", "r.yaml", "-s", "clean.mix={}", "-o", f"seed{seed}")
-        between = max(between, len(ours ^ set(read_rows(tmp_path / f"seed{seed}"))))
-    assert len(ours ^ theirs) <= 2 * between and len(ours & theirs) > 150, (len(ours ^ theirs), between, len(ours))
+    assert found == {name: dropped[name] for name in STEPS[1:]}
+    # Pairs near the threshold were decided otherwise for 10 rows when the pipeline made signatures of its own.
+    ours, theirs = read_rows(tmp_path / "cleaned"), read_rows(tmp_path / "pipeline-rows")
+    assert theirs == ours and len(ours) > 150
     assert all(json.loads(line)["provenance"]["passed"] == STEPS for line in theirs)
