@@ -56,7 +56,9 @@ def read_rows(recipe: str, settings: Sequence[str], rank: int, ranks: int) -> It
     data, tokenizer, template = open_data(resolved)
     parts = list_parts(data.train)
     share = tuple(parts[rank * len(parts) // ranks : (rank + 1) * len(parts) // ranks])
-    for row, found in read_checked_rows(replace(data, train=share), tokenizer, template):
+    for row, found in read_checked_rows(
+        replace(data, train=share), tokenizer, template, resolved.recipe.clean.thresholds
+    ):
         if row.fault is None:
             place = json.dumps([row.place.file, row.place.line, row.place.unit])
             yield TravellingRow(write_content(row), place, hash_row(row.row).hex(), list(found))
@@ -73,14 +75,14 @@ def sign_part(content: str, part: str, size: int, slots: int) -> list[int]:
 class Decontaminator:
     """Tells which rows share words with evaluation sets, which are read at the first row."""
 
-    def __init__(self, files: Sequence[str], size: int) -> None:
-        self._files, self._size = files, size
+    def __init__(self, against: Sequence[str], task_data: str, size: int) -> None:
+        self._against, self._task_data, self._size = against, task_data, size
         self._held: dict[str, Place] | None = None
 
     def is_clean(self, content: str) -> bool:
         """Return whether a row shares no group of words with an evaluation set."""
         if self._held is None:
-            self._held, _ = read_held_groups(self._files, self._size)
+            self._held, _ = read_held_groups(self._against, self._task_data, self._size)
         return find_shared(read_content(content), self._held, self._size) is None
 
 

@@ -12,6 +12,7 @@ from finetune.check.preparation.clean_checks import COMPARED, RULE_KINDS
 from finetune.check.preparation.synthesize_checks import VARIATIONS
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
+from finetune.data.task_sets import TASKS
 from finetune.files.resources import list_templates
 from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH, EARLY_STOPPING
 from finetune.recipe.key_texts import KEYS
@@ -41,7 +42,9 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "synthesize.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
     "synthesize.variations": VARIATIONS,
     "endpoints": ("names with a section each",),
-    "clean.decontaminate.against": ("a file", "a list of files"),
+    "clean.decontaminate.against": (*TASKS, "a file", "a list of files and tasks"),
+    "clean.decontaminate.task_data": ("a folder",),
+    "clean.mix.classifier": ("a folder",),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }
 

@@ -79,6 +79,7 @@ class Asking:
             self._last = body
             if not self._answers_first:
                 self._kill()
+                return None
         elif 0 < self._kill_at < number and not self._killed.is_set():
             # The work must not end before the kill, however late the thread that kills runs.
             assert self._killed.wait(60)
@@ -156,7 +157,9 @@ def _check(work: Asking, tally: Tally, finished: Outcome, number: int, expected:
         tally.note("left behind", number, str(left))
 
 
-def _count_paid(work: Asking, tally: Tally, number: int, before: tuple[int, Counter[str], int], asked: set[str]) -> None:
+def _count_paid(
+    work: Asking, tally: Tally, number: int, before: tuple[int, Counter[str], int], asked: set[str]
+) -> None:
     """Compare what was answered twice with what was on its way at the kill, which is at most what is asked at the same time."""
     kept, paid, most = before
     lost = paid.total() - kept

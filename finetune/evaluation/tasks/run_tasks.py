@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.data.task_sets import TASKS
 from finetune.evaluation.asking.asked_model import AskedModel, to_bits
 from finetune.evaluation.asking.generation import Generated, Prompt
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
@@ -23,7 +24,7 @@ from finetune.evaluation.tasks.task_results import (
     summarise,
     weigh_gold,
 )
-from finetune.evaluation.tasks.task_table import TASKS, find_forms
+from finetune.evaluation.tasks.task_table import find_forms
 from finetune.files.folders import expand_home
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors

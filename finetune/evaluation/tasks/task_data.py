@@ -11,9 +11,9 @@ from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.raw_files import has_known_ending
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import HubDataset, Source
+from finetune.data.task_sets import Task
 from finetune.errors import DataError, Place
 from finetune.evaluation.tasks.task_forms import Shots
-from finetune.evaluation.tasks.task_table import Task
 from finetune.files.folders import expand_home
 
 # In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.
@@ -22,15 +22,17 @@ _ENDINGS = ("", "_test", "-test", "_eval", "_openai", "_openai_test")
 Rows = list[dict[str, Any]]
 
 
-def read_task_rows(task: Task, data: Path | None, is_only_task: bool) -> Rows:
+def read_task_rows(task: Task, data: Path | None, is_only_task: bool, option: str = "--task-data") -> Rows:
     """Read the rows of a task from `data`, a file or a folder, or from the hub where it is None.
+
+    A message names `option`, by which a person gives `data`.
 
     Raises:
         DataError: they cannot be found or read, or a row lacks a column.
     """
     what = f"a row of {task.name}"
     if data is None:
-        return _read_hub(task.hub, task.columns, what, "--task-data")
+        return _read_hub(task.hub, task.columns, what, option)
     return _read_rows(_find_file(task, expand_home(data), is_only_task), task.columns, what)
 
 

@@ -1,9 +1,8 @@
-"""The table of tasks: where their rows come from, and their form under each protocol."""
+"""The table of tasks: their form under each protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from finetune.data.settings import HubDataset
+from finetune.data.task_sets import TASKS
 from finetune.errors import FinetuneError, describe_unknown_name
 from finetune.evaluation.asking.generation import Generation
 from finetune.evaluation.tasks import gsm8k, humaneval, lambada
@@ -16,35 +15,6 @@ from finetune.evaluation.tasks.task_forms import (
     average_in_percent,
     perplexity,
 )
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task: its columns, and the data set of the hub that is read where no file is named."""
-
-    name: str
-    columns: tuple[str, ...]
-    hub: HubDataset
-
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("lambada", ("text",), HubDataset("EleutherAI/lambada_openai", "default", "test")),
-        Task(
-            "gsm8k",
-            ("question", "answer"),
-            HubDataset("openai/gsm8k", "main", "test", "740312add88f781978c0658806c59bc2815b9866"),
-        ),
-        Task(
-            "humaneval",
-            ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-            HubDataset(
-                "openai/openai_humaneval", "openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
-            ),
-        ),
-    )
-}
 
 _QUESTION_COLUMNS = ("question", "answer")
 _NO_EXEMPLARS = (
