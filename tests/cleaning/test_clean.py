@@ -140,6 +140,7 @@ def test_a_broken_row_is_an_error_where_no_step_leaves_it_out(clean, tmp_path):
         ("clean.rulez=[mojibake]", "clean.rulez: unknown key; did you mean 'rules'?"),
         ("clean.rules=[mojibak]", "clean.rules: 'mojibak' is no rule; did you mean 'mojibake'?"),
         ("clean.rules=[duplicate]", "it is a step of its own"),
+        ("clean.near_duplicates={threshold: 0.8, compare: []}", "compare: names nothing; name at least one of trained"),
         ("clean.near_duplicates.threshold=80", "must be above 0 and at most 1, such as 0.8; found 80"),
         ("clean.decontaminate.against=gone.jsonl", "clean.decontaminate.against: gone.jsonl is no task"),
         ("clean.mix.shares={code: 0}", "clean.mix.shares.code: must be above 0"),
@@ -161,6 +162,14 @@ def test_of_rows_that_are_nearly_the_same_the_best_stays(clean):
         1,
         None,
     ]
+
+
+def test_a_score_of_any_size_or_kind_orders_the_rows(clean):
+    """A whole number of more digits than a float takes ended in a traceback."""
+    scores = [3, "9", None, True, float("nan"), 10**400, -(10**400), [9]]
+    lines = [row(f"Story {n}?", LONG.format("quick"), quality=score) for n, score in enumerate(scores)]
+    written = clean(lines, "clean.near_duplicates={threshold: 0.8, best_by: quality}")[2]
+    assert [line["messages"][0]["content"] for line in written] == ["Story 5?", "Was ist das?"]
 
 
 def test_complexity_is_a_direct_computation_whatever_the_batch_size(clean, nano_llama, monkeypatch, tmp_path):
@@ -262,11 +271,11 @@ def test_a_rule_has_its_threshold(clean, rule, answer, loose, strict):
         ),
         (
             ("clean.rules=[mojibake]", "clean.thresholds.mojibake=0"),
-            "clean.thresholds.mojibake: must be at least 1; found 0",
+            "clean.thresholds.mojibake: must lie from 1 to 1,000,000; found 0",
         ),
         (
             ("clean.rules=[repeated_punctuation]", "clean.thresholds.repeated_punctuation=1"),
-            "repeated_punctuation: must be at least 2; found 1",
+            "repeated_punctuation: must lie from 2 to 1,000,000; found 1",
         ),
         (("clean.rules=[mixed_scripts]", "clean.thresholds.mixed_scripts=3"), "must be a share above 0 and at most 1"),
         (

@@ -120,6 +120,38 @@ def test_a_refused_request_is_a_named_skip_and_the_others_are_answered(make_endp
     assert len(server.bodies) == 3
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b'{"prompt_tokens": 1e400, "completion_tokens": NaN}',
+        b'{"prompt_tokens": -3, "completion_tokens": "5"}',
+        b"[1]",
+        b"null",
+    ],
+)
+def test_an_answer_without_numbers_of_tokens_counts_with_the_most_that_it_can_cost(make_endpoint, server, usage):
+    """Endless numbers were a traceback, others lost an answer that was paid for, and no limit on tokens was ever reached."""
+    server.script = lambda times, body: (
+        200,
+        {},
+        b'{"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}], "usage": ' + usage + b"}",
+    )
+    endpoint = make_endpoint(max_tokens_total=60, concurrency=1)
+    with pytest.raises(
+        EndpointError, match="max_tokens_total: the limit of 60 would be passed; so far 3 requests, 54 tokens"
+    ):
+        list(endpoint.ask_all(ask(5)))  # 10 characters and 8 tokens each
+    assert len(server.bodies) == 3
+
+
+def test_half_a_character_is_no_answer(make_endpoint, server):
+    """The rows that were made of it could not be read by training."""
+    server.script = lambda times, body: (200, {}, b'{"choices": [{"message": {"content": "x \\ud800 y"}}]}')
+    assert list(make_endpoint(retries=0).ask_all(ask(1))) == [
+        Skip("reply of another shape", "the answer holds half a character")
+    ]
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_is_one_message_without_the_key(make_endpoint, server, monkeypatch, status):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")

@@ -23,6 +23,8 @@ RULE_KINDS = (
 )
 COMPARED = ("trained", "question")
 _MOST_SLOTS = 1024
+# The thresholds that are whole numbers: a single mark is no repetition.
+_LEAST, _MOST = {"repeated_punctuation": 2}, 1_000_000
 
 
 def check_clean(section: CleanSection, folder: Path) -> Iterator[str]:
@@ -50,6 +52,8 @@ def _check_near_duplicates(section: CleanSection) -> Iterator[str]:
         yield f"clean.near_duplicates.ngram: must be at least 1; found {near.ngram}"
     if not 1 <= near.permutations <= _MOST_SLOTS:
         yield f"clean.near_duplicates.permutations: must lie from 1 to {_MOST_SLOTS}; found {near.permutations}"
+    if not near.compare:
+        yield f"clean.near_duplicates.compare: names nothing; name at least one of {', '.join(COMPARED)}"
     for name in near.compare:
         if name not in COMPARED:
             yield f"clean.near_duplicates.compare: {name!r} is {describe_unknown_name(name, COMPARED)}"
@@ -62,8 +66,9 @@ def _check_thresholds(section: CleanSection) -> Iterator[str]:
             yield f"{places}.{name}: has no effect, because clean.rules does not name {name}; add it there, or remove this key"
         if isinstance(value, float) and not 0 < value <= 1:
             yield f"{places}.{name}: must be a share above 0 and at most 1; found {value}"
-        elif isinstance(value, int) and value < 1 + (name == "repeated_punctuation"):
-            yield f"{places}.{name}: must be at least {1 + (name == 'repeated_punctuation')}; found {value}"
+        least = _LEAST.get(name, 1)
+        if isinstance(value, int) and not least <= value <= _MOST:
+            yield f"{places}.{name}: must lie from {least} to {_MOST:,}; found {value}"
 
 
 def _check_decontaminate(section: DecontaminateSection, folder: Path) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The steps that look at texts: what cannot be read, the rules of `lint`, duplicates, and rows of an evaluation set."""
 
 import math
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,13 @@ def _order_by_score(context: CleanContext, rows: Sequence[Candidate]) -> Sequenc
 
 
 def _read_number(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    return float(value) if is_number else -math.inf  # type: ignore[arg-type]
+    """Return a score; what is no number comes last. A whole number may have more digits than a float takes."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        return -math.inf
+    return float(max(-_LARGEST, min(_LARGEST, value)))
+
+
+_LARGEST = sys.float_info.max
 
 
 def _read_question(row: SpooledRow) -> str:
