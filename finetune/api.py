@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +18,12 @@ from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
 from finetune.errors import ArgumentError, DataError
+from finetune.evaluation.asking.engines import read_engine
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
-from finetune.evaluation.tasks.run_tasks import TaskSettings
 from finetune.evaluation.tasks.run_tasks import evaluate_tasks as ask_model
 from finetune.evaluation.tasks.task_forms import Protocol
 from finetune.evaluation.tasks.task_results import Evaluation
+from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.evaluation.token_loss import Scores, evaluate_path
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
@@ -114,8 +116,11 @@ def evaluate_tasks(
     batch_size: int | None = None,
     chat: bool = False,
     unsafe_code: bool = False,
+    engine: Sequence[str] = (),
 ) -> Evaluation:
     """Return the scores of a run or a model on tasks such as `lambada`; the options are those of the command line.
+
+    `engine` is `["vllm"]` or `["server", url]`.
 
     Samples go into the folder `output`; the same call continues there.
 
@@ -125,6 +130,8 @@ def evaluate_tasks(
     name = _name("evaluate_tasks: model", model)
     options = (protocol, limit, data, exemplars, batch_size, chat, unsafe_code)
     settings = _read_task_settings("evaluate_tasks", tasks, *options)
+    if words := require_list("evaluate_tasks: engine", engine, "a list such as ['server', 'http://localhost:8000/v1']"):
+        settings = replace(settings, engine=read_engine(words))
     folder = None if output is None else require_path("evaluate_tasks: output", output)
     return ask_model(name, settings, folder)
 

@@ -1,7 +1,7 @@
 """The sentences that explain each key of a recipe. They stand only here.
 
 `finetune recipes NAME` writes them beside the keys of a copied recipe, and `finetune recipes --keys` makes `docs/keys.md` of
-them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources,
+them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources, `task` for one of data.tasks,
 `endpoint` for one of endpoints, and `export` for the options of a stage that exports.
 """
 
@@ -50,6 +50,10 @@ KEYS: Mapping[str, str] = {
     "data.held_out": (
         "Rows that are taken out of data.train to evaluate on, chosen by the seed: a share below 1, or a number of rows."
     ),
+    "data.tasks": (
+        "Tasks that the model is evaluated on while it trains, such as [{name: gsm8k, limit: 100, every: 0.5}]. Their scores are "
+        "eval_task/NAME/SCORE in metrics.jsonl, and trainer.metric_for_best_model may name one."
+    ),
     "data.format": "How the rows are written; auto takes the first format whose keys the first row of a file has.",
     "data.columns": "Your names for the keys of a format, such as {prompt: question, completion: answer}.",
     "data.template": (
@@ -89,6 +93,15 @@ KEYS: Mapping[str, str] = {
         "are taken; no row is repeated."
     ),
     "source.rows": "How many rows are taken, drawn by the seed; null takes all.",
+    "task.name": "The task, as `finetune evaluate --tasks` names it.",
+    "task.limit": "Take the first rows of the task only; null takes all.",
+    "task.every": (
+        "The share of the run's steps after which the task is evaluated again, such as 0.25; it is always evaluated after the last "
+        "step, and null means then only. A task that trainer.metric_for_best_model names is evaluated at each evaluation."
+    ),
+    "task.path": "A file with the rows of the task; without it they are read from the hub.",
+    "task.exemplars": "A file with the rows that stand in a prompt as examples; without it they are read from the hub.",
+    "task.chat": "Ask in the model's chat template.",
     "adapter": "Which weights are trained.",
     "adapter.kind": "lora trains a LoRA adapter, none trains all weights of the model.",
     "adapter.rank": "The rank of LoRA's matrices: the higher, the more parameters are trained.",

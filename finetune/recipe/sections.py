@@ -83,6 +83,18 @@ class SourceSection:
 
 
 @dataclass(frozen=True)
+class TaskSection:
+    """A task that is evaluated while a run trains; `every` is a share of the run's steps, and null means its end."""
+
+    name: str = ""
+    limit: int | None = None
+    every: float | None = None
+    path: str = ""
+    exemplars: str = ""
+    chat: bool = False
+
+
+@dataclass(frozen=True)
 class DataSection:
     """The rows to train and evaluate on, and how they become tokens; `max_tokens` counts a whole row.
 
@@ -94,6 +106,7 @@ class DataSection:
     sources: Mapping[str, str | SourceSection] = field(default_factory=dict)
     eval: tuple[str | SourceSection, ...] = ()
     held_out: int | float = 0
+    tasks: tuple[str | TaskSection, ...] = ()
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     template: str = "auto"

@@ -10,6 +10,8 @@ from finetune.files.json_files import read_lines
 # Files of a run directory. The folder of a chain has a recipe as well.
 RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
 METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
+# What the scores of tasks begin with in metrics.jsonl, behind `eval_`.
+TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
+from finetune.training.journal.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
@@ -82,6 +84,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
+        tasks = plan_tasks(resolved)
         setup = prepare(resolved, config, precision)
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:
@@ -93,7 +96,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
             add_journal(trainer, resolved.output)
-            _check_rows(trainer, setup)
+            _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
             record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
             earlier = None if checkpoint is None else read_choice(resolved.output)
@@ -159,8 +162,10 @@ def _check_same_run(setup: Setup) -> None:
     check_same_inputs(setup.resolved.output, setup.rows_fingerprint, setup.base, judge)
 
 
-def _check_rows(trainer: Trainer, setup: Setup) -> None:
+def _check_rows(trainer: Trainer, setup: Setup, scores: Sequence[str]) -> None:
     """Check the first batch, and let the trainer evaluate the longest held-out rows before step 1.
+
+    `scores` are what an evaluation measures besides.
 
     Raises:
         TrainingError: the first batch would not train what it should.
@@ -174,7 +179,7 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)
         check_first_batch(trainer, setup.tokenizer, stop_tokens)
     if setup.splits.evaluation is not None:
-        trainer.add_callback(EvaluationCheck(trainer))
+        trainer.add_callback(EvaluationCheck(trainer, scores))
 
 
 def _open_answers(setup: Setup) -> AnswerSheet | None:

@@ -1,7 +1,10 @@
 """The table of panels: which metrics of a run are drawn together, on the page of a run and in `loss.png`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from finetune.runs.run_files import TASK_SCORES
 
 LOSS = "loss (nats per trained token)"
 
@@ -68,3 +71,11 @@ PANELS: tuple[Panel, ...] = (
     Panel("learning rate", {"learning_rate": "learning rate"}),
     Panel("gradient norm, before it is clipped", {"grad_norm": "gradient norm"}),
 )
+
+
+def list_panels(lines: Iterable[Mapping[str, Any]]) -> tuple[Panel, ...]:
+    """Return the panels of a run: those of the table, and one for each score of a task that was evaluated during the training."""
+    prefix = f"eval_{TASK_SCORES}"
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(prefix))
+    shown = [(name, *name.removeprefix(prefix).split("/", 1)) for name in names]
+    return (*PANELS, *(Panel(f"task {task}: {score}", {name: score}, in_plot=True) for name, task, score in shown))

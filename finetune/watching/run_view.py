@@ -12,7 +12,7 @@ from finetune.files.json_files import read_json, read_lines
 from finetune.files.terminal import escape_controls
 from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
 from finetune.watching.cautions import Caution, is_number, list_cautions, read_series
-from finetune.watching.panels import PANELS
+from finetune.watching.panels import list_panels
 
 # More points than a curve has pixels show nothing more.
 _MOST_POINTS = 600
@@ -173,7 +173,7 @@ _RESULTS = (
 
 
 def _draw_charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    for panel in PANELS:
+    for panel in list_panels(lines):
         series = {label: read_series(lines, name) for name, label in panel.curves.items()}
         curves = {label: Curve(thin_out(points), find_trend(points)) for label, points in series.items() if points}
         if curves:

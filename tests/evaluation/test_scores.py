@@ -16,7 +16,7 @@ from reference import (
 )
 from transformers import AutoTokenizer
 
-from finetune.evaluation.tasks import gsm8k, humaneval, lambada
+from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada
 from finetune.evaluation.tasks.task_forms import Tools, average, average_in_percent, perplexity
 
 

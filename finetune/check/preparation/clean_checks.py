@@ -6,8 +6,8 @@ from pathlib import Path
 
 from finetune.check.data_section import find_file
 from finetune.data.lint.findings import KINDS, Thresholds
-from finetune.data.task_sets import TASKS
 from finetune.errors import describe_unknown_name
+from finetune.evaluation.tasks.task_names import TASKS
 from finetune.recipe.preparation.clean_section import CleanSection, DecontaminateSection
 
 # Kinds that say what one row is by itself. The others are steps of their own.

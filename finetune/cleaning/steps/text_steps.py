@@ -16,9 +16,9 @@ from finetune.data.lint.text_checks import shorten
 from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
-from finetune.data.task_sets import TASKS
 from finetune.errors import Place, describe_count
 from finetune.evaluation.tasks.task_data import read_task_rows
+from finetune.evaluation.tasks.task_names import TASKS
 
 
 def drop_unreadable(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from finetune.cli.printing import print_result
 from finetune.errors import OutputError, RecipeError, describe_count
 
 if TYPE_CHECKING:
-    from finetune.evaluation.tasks.run_tasks import TaskSettings
+    from finetune.evaluation.tasks.task_settings import TaskSettings
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
@@ -32,14 +32,18 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.asking.engines import read_engine
     from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 
-    found = evaluate_tasks(arguments.model, _read_task_settings(arguments, chat=arguments.chat), arguments.output)
+    settings = _read_task_settings(arguments, chat=arguments.chat)
+    if arguments.engine is not None:
+        settings = replace(settings, engine=read_engine(arguments.engine))
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
     return print_result(arguments, found.to_json(), found.describe())
 
 
 def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
-    from finetune.evaluation.tasks.run_tasks import TaskSettings
+    from finetune.evaluation.tasks.task_settings import TaskSettings
 
     return TaskSettings(
         tasks=arguments.tasks,

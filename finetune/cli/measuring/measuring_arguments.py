@@ -24,6 +24,12 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_option = _add_task_options(verb)
     add_option("--chat", action="store_true", help="ask in the model's chat template")
     add_option(
+        "--engine",
+        nargs="+",
+        metavar="WORD",
+        help="vllm, or server URL [NAME]: another program asks the model; 20 of its first answers are compared with the model here",
+    )
+    add_option(
         "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
     )
 

@@ -11,9 +11,9 @@ from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.raw_files import has_known_ending
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import HubDataset, Source
-from finetune.data.task_sets import Task
 from finetune.errors import DataError, Place
 from finetune.evaluation.tasks.task_forms import Shots
+from finetune.evaluation.tasks.task_names import Task
 from finetune.files.folders import expand_home
 
 # In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.

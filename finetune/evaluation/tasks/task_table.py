@@ -1,11 +1,10 @@
-"""The table of tasks: their form under each protocol."""
+"""The form of each task under each protocol: its prompts, its scores, and how a text is generated."""
 
 from collections.abc import Sequence
 
-from finetune.data.task_sets import TASKS
 from finetune.errors import FinetuneError, describe_unknown_name
 from finetune.evaluation.asking.generation import Generation
-from finetune.evaluation.tasks import gsm8k, humaneval, lambada
+from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada
 from finetune.evaluation.tasks.task_forms import (
     Measure,
     Protocol,
@@ -15,6 +14,7 @@ from finetune.evaluation.tasks.task_forms import (
     average_in_percent,
     perplexity,
 )
+from finetune.evaluation.tasks.task_names import TASKS
 
 _QUESTION_COLUMNS = ("question", "answer")
 _NO_EXEMPLARS = (

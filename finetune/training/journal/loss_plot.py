@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from finetune.runs.run_files import LOSS_PLOT_FILE, read_metrics
-from finetune.watching.panels import LOSS, PANELS
+from finetune.watching.panels import LOSS, list_panels
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ def draw_losses(run: Path, title: str) -> None:
     """Draw `loss.png` from `metrics.jsonl`: the loss on training and held-out rows by step, and the method's other metrics."""
     lines = read_metrics(run)
     panels = [
-        panel for panel in PANELS if panel.in_plot and any(name in line for line in lines for name in panel.curves)
+        panel
+        for panel in list_panels(lines)
+        if panel.in_plot and any(name in line for line in lines for name in panel.curves)
     ]
     figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")
     axes = figure.subplots(1 + len(panels), squeeze=False, height_ratios=[1.6] + [1] * len(panels))[:, 0]
