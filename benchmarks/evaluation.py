@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from finetune.evaluation.tasks.run_tasks import TaskSettings, evaluate_tasks
+from finetune.evaluation.tasks.run_tasks import evaluate_tasks
+from finetune.evaluation.tasks.task_settings import TaskSettings
 
 SHARED = Path(__file__).parents[2] / "shared"
 # Our task and protocol, the file of its rows, and the name of the reference.

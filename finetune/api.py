@@ -21,6 +21,7 @@ from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
 from finetune.errors import ArgumentError
+from finetune.evaluation.asking.engines import read_engine
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
 from finetune.evaluation.tasks.run_tasks import evaluate_tasks as ask_model
 from finetune.evaluation.tasks.task_forms import Protocol
@@ -97,19 +98,22 @@ def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> Ru
 
 
 def evaluate(
-    model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048
+    model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048, worst: int | None = None
 ) -> Scores | PairScores:
     """Return the loss on the trained tokens of held-out rows, or the accuracy on held-out pairs.
 
     `model` is a run directory, an alias, a hub id or a folder. Rows of more than `max_tokens` tokens are left out.
+    The result names as many rows of the highest loss, or pairs of the lowest margin, as `worst` says.
 
     Raises:
         FinetuneError: the model or the rows cannot be used.
     """
     name, files = require_name("evaluate: model", model), require_files("evaluate: data", data)
     require_count("evaluate: max_tokens", max_tokens)
+    if worst is not None:
+        require_count("evaluate: worst", worst)
     score = evaluate_pairs if hold_pairs(files) else evaluate_path
-    return score(name, files, max_tokens)
+    return score(name, files, max_tokens, worst or 0)
 
 
 def evaluate_tasks(
@@ -124,8 +128,11 @@ def evaluate_tasks(
     batch_size: int | None = None,
     chat: bool = False,
     unsafe_code: bool = False,
+    engine: Sequence[str] = (),
 ) -> Evaluation:
     """Return the scores of a run or a model on tasks such as `lambada`; the options are those of the command line.
+
+    `engine` is `["vllm"]` or `["server", url]`.
 
     Samples go into the folder `output`; the same call continues there.
 
@@ -135,6 +142,8 @@ def evaluate_tasks(
     name = require_name("evaluate_tasks: model", model)
     asked = {"protocol": protocol, "limit": limit, "data": data, "exemplars": exemplars, "batch_size": batch_size}
     settings = read_task_settings("evaluate_tasks", tasks, {**asked, "chat": chat, "unsafe_code": unsafe_code})
+    if words := require_list("evaluate_tasks: engine", engine, "a list such as ['server', 'http://localhost:8000/v1']"):
+        settings = replace(settings, engine=read_engine(words))
     folder = None if output is None else require_path("evaluate_tasks: output", output)
     return ask_model(name, settings, folder)
 
@@ -181,9 +190,7 @@ def dynamics(
 
 
 def sweep(recipe: str | Path, output: str | Path, overrides: Sequence[str] = (), *, seeds: int = 1) -> SweepReport:
-    """Train a recipe with every combination of the values in `overrides` (`"adapter.rank=8,32"`) and each of so many seeds.
-
-    All runs have the same rows. The same call continues after a stop.
+    """Train every combination of values (`"adapter.rank=8,32"`) with each seed, on the same rows; the same call continues.
 
     Raises:
         FinetuneError: a recipe, its rows or the folder cannot be used, or every run failed.
@@ -217,23 +224,19 @@ def microanneal(
     Raises:
         FinetuneError: the data, a recipe, the checkpoint or the folder cannot be used, or a run fails.
     """
-    request = AnnealRequest(
-        tuple(require_files("microanneal: candidate", candidate)),
-        require_number("microanneal: share", share),
-        require_count("microanneal: tokens", tokens),
-        require_name("microanneal: start", start),
-        require_path("microanneal: output", output),
-        None if mixture is None else require_text("microanneal: mixture", mixture, "phase26"),
-        tuple(require_files("microanneal: held_out", held_out)) if held_out else (),
-        require_path("microanneal: recipe", recipe),
-        require_list("microanneal: overrides", overrides),
-    )
+    files, name = require_files("microanneal: candidate", candidate), require_name("microanneal: start", start)
+    sizes = (require_number("microanneal: share", share), require_count("microanneal: tokens", tokens))
+    phase = None if mixture is None else require_text("microanneal: mixture", mixture, "phase26")
+    held = tuple(require_files("microanneal: held_out", held_out)) if held_out else ()
+    source, folder = require_path("microanneal: recipe", recipe), require_path("microanneal: output", output)
+    texts = require_list("microanneal: overrides", overrides)
+    request = AnnealRequest(tuple(files), *sizes, name, folder, phase, held, source, texts)
     if sft is not None:
         changes = require_list("microanneal: sft_overrides", sft_overrides)
         tuning = TunedAfter(require_path("microanneal: sft", sft), changes, require_flag("microanneal: chat", chat))
         request = replace(request, tuning=tuning)
-    settings = read_task_settings("microanneal", tasks, task_options or {}) if tasks else None
-    return run_microanneal(plan_anneal(request, asks_tasks=bool(tasks)), settings)
+    asked = read_task_settings("microanneal", tasks, task_options or {}) if tasks else None
+    return run_microanneal(plan_anneal(request, asks_tasks=bool(tasks)), asked)
 
 
 def export(

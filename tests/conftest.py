@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import pytest
@@ -22,6 +24,7 @@ model: {checkpoint: nano}
 data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
 adapter: {rank: 4, alpha: 8}
 answers: 0
+row_losses: 0
 trainer:
   max_steps: 4
   learning_rate: 2e-3
@@ -201,3 +204,13 @@ def make_pairs_recipe(make_recipe, tmp_path):
         return make_recipe(name, f"method={method}", *data, *overrides)
 
     return make
+
+
+@pytest.fixture
+def unguarded_script(monkeypatch, tmp_path):
+    """Let this process look as if it ran a script without `if __name__ == "__main__"`; the script writes the file that is returned."""
+    script, ran = ModuleType("__main__"), tmp_path / "ran"
+    script.__file__ = str(tmp_path / "script.py")
+    (tmp_path / "script.py").write_text(f"open({str(ran)!r}, 'w')")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    return ran

@@ -64,13 +64,14 @@ def test_the_wheel_holds_the_whole_package(wheel):
 
 def test_it_finds_what_came_with_it(site, tmp_path):
     code = (
-        "import json, finetune, finetune.files.resources as found\n"
+        "import json, pathlib, finetune, finetune.files.resources as found\n"
+        "launches = [found.find_launch_file(pathlib.Path(name)) for name in ('fsdp2', 'recipes/accelerate/zero3.yaml')]\n"
         "print(json.dumps([finetune.__file__, *map(str, found.list_all_recipes().values()), "
-        "*map(str, found.list_templates().values())]))"
+        "*map(str, found.list_templates().values()), *map(str, launches)]))"
     )
     paths = json.loads(run_python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}))
     assert all(Path(path).is_relative_to(site / "finetune") for path in paths)
-    assert len(paths) == 1 + len(list_all_recipes()) + len(list_templates())
+    assert len(paths) == 1 + len(list_all_recipes()) + len(list_templates()) + 2
 
 
 def test_it_runs_without_a_checkout(call, site, tmp_path):
@@ -80,7 +81,10 @@ def test_it_runs_without_a_checkout(call, site, tmp_path):
     (metadata,) = site.glob("yulan_finetune-*.dist-info")
     assert call("--version") == f"yulan-finetune {metadata.name.split('-')[1].removesuffix('.dist')}\n"
     assert [row["name"] for row in json.loads(call("recipes", "--json"))] == list(list_all_recipes())
-    assert json.loads(call("check", "sft_qlora", *mine, "--json"))["ok"]
+    for name in ("sft_qlora", "tiers/8gb", "recipes/tiers/4gb.yaml"):
+        assert json.loads(call("check", name, *mine, "--json"))["ok"]
+    launch = (ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8")
+    assert call("recipes", "accelerate/fsdp2") == launch
     assert str(site / "finetune" / "recipes" / "data" / "demo.jsonl") in call("recipes", "sft_qlora")
     # The command of the guides, as it stands there.
     done = json.loads(call("train", "sft_qlora", *mine, "-s", "trainer.max_steps=2", "--json"))

@@ -10,11 +10,12 @@ from finetune.checkpoints.checkpoint_table import is_hub_id
 from finetune.data.formats.row_formats import FORMATS
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import describe_unknown_name
+from finetune.evaluation.tasks.task_names import TASKS
 from finetune.files.folders import expand_home
 from finetune.files.resources import list_templates
 from finetune.mixtures.matched import list_unknown_sources
 from finetune.mixtures.published import describe_unknown_mixture, find_mixture
-from finetune.recipe.sections import DataSection, SourceSection
+from finetune.recipe.sections import DataSection, SourceSection, TaskSection
 
 _SHORTEST_ROW = 8
 
@@ -32,6 +33,7 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
             elif find_file(source, folder) is None:
                 yield f"data.{key}: {source} does not exist{_suggest_file(source, folder)}"
     yield from _list_unreadable(data, folder)
+    yield from _check_tasks(data, folder)
     if data.format != "auto" and data.format not in FORMATS:
         yield f"data.format: {data.format!r} is {describe_unknown_name(data.format, ['auto', *FORMATS])}"
     yield from _check_template(data.template, folder)
@@ -45,6 +47,35 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.encoding: {data.encoding!r} is no encoding that Python knows; name one such as gb18030 or utf-16"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
+
+
+def _check_tasks(data: DataSection, folder: Path) -> Iterator[str]:
+    tasks = [as_task(task) for task in data.tasks]
+    for number, task in enumerate(tasks, 1):
+        key = f"data.tasks[{number}]"
+        if task.name not in TASKS:
+            yield f"{key}.name: {task.name!r} is {describe_unknown_name(task.name, TASKS, 'an unknown task')}"
+        if task.name in [earlier.name for earlier in tasks[: number - 1]]:
+            yield f"{key}.name: {task.name} is named twice; its scores would have one name"
+        if task.limit is not None and task.limit < 1:
+            yield f"{key}.limit: must be at least 1, or null for all rows; found {task.limit}"
+        if task.every is not None and not 0 < task.every <= 1:
+            yield f"{key}.every: must be a share of the run's steps above 0, at most 1; found {task.every:g}"
+        for name, file in (("path", task.path), ("exemplars", task.exemplars)):
+            if file and find_file(file, folder) is None:
+                yield f"{key}.{name}: {file} does not exist{_suggest_file(file, folder)}"
+
+
+def as_task(task: str | TaskSection) -> TaskSection:
+    """Return a task that is written as its name alone as a section."""
+    return TaskSection(task) if isinstance(task, str) else task
+
+
+def resolve_task(task: str | TaskSection, folder: Path) -> TaskSection:
+    """Return a task with absolute paths."""
+    section = as_task(task)
+    path, exemplars = (str(find_file(file, folder)) if file else "" for file in (section.path, section.exemplars))
+    return replace(section, path=path, exemplars=exemplars)
 
 
 def _list_unreadable(data: DataSection, folder: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.api_arguments import require_list, require_path
 from finetune.check.adapter_section import check_adapter_section
 from finetune.check.adoption import adopt_earlier_run
-from finetune.check.data_section import check_data_section, find_file, resolve_source
+from finetune.check.data_section import check_data_section, find_file, resolve_source, resolve_task
 from finetune.check.preference_methods import check_batch, check_reference, check_shape, settle_trainer
 from finetune.check.preparation.clean_checks import check_clean, settle_clean
 from finetune.check.preparation.synthesize_checks import (
@@ -101,6 +101,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
             yield "model.architecture: a reward model can be trained only on Llama weights; remove this key"
     yield from _check_checkpoint(recipe.model)
     yield from check_data_section(recipe.data, folder)
+    if recipe.data.tasks and method is not None and method.trains_reward_model:
+        yield "data.tasks: a reward model gives no text and no likelihood; remove this key"
     yield from check_adapter_section(recipe.adapter, recipe.model, method.head if method else "language")
     yield from check_clean(recipe.clean, folder)
     yield from check_clean_judge(recipe.clean, recipe.endpoints, folder)
@@ -121,6 +123,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
+    if recipe.row_losses < 0:
+        yield f"row_losses: must be a number of rows, or 0 to measure none; found {recipe.row_losses}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
     if recipe.data.seed is not None and not -(2**31) <= recipe.data.seed < 2**31:
@@ -150,6 +154,7 @@ def settle_recipe(draft: Draft) -> Recipe:
         recipe.data,
         train=tuple(resolve_source(source, folder) for source in recipe.data.train),
         eval=tuple(resolve_source(source, folder) for source in recipe.data.eval),
+        tasks=tuple(resolve_task(task, folder) for task in recipe.data.tasks),
         sources={name: resolve_source(source, folder) for name, source in recipe.data.sources.items()},
     )
     if recipe.data.template != "auto" and recipe.data.template not in list_templates():

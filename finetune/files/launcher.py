@@ -1,8 +1,13 @@
-"""What `accelerate launch` or torchrun tells a process by environment variables. Never imports torch."""
+"""What `accelerate launch` or torchrun tells a process by environment variables, and how to start one that sees less of it.
+
+Never imports torch.
+"""
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from finetune.errors import MachineError
 
@@ -79,3 +84,17 @@ def hide_launcher() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def hide_script() -> Iterator[None]:
+    """Let processes that are spawned inside this context not run the script of this one, as they do under the name `__mp_main__`.
+
+    A person's script without `if __name__ == "__main__"` would train there a second time.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

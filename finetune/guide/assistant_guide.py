@@ -9,6 +9,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 from finetune.guide.shipped_recipes import list_shipped_recipes
@@ -81,8 +82,14 @@ def _list_parts(verbs: Iterable[ShownVerb]) -> Iterator[str]:
     for entry in FORMATS.values():
         methods = [name for name, method in METHODS.items() if entry.row_kind in SHAPES[method.shape]]
         yield f"- `{entry.name}`: {', '.join(f'`{key}`' for key in entry.required)} (for {', '.join(methods)})"
-    yield "\n## Keys\n\n`source.` stands for an entry of data.train as a mapping, `endpoint.` for one of endpoints, `export.` for a stage of a chain that exports.\n"
-    for key in (*list_recipe_keys(), *list_source_keys(), *list_endpoint_keys(), *list_export_keys()):
+    yield "\n## Keys\n\n`source.` stands for an entry of data.train as a mapping, `task.` for one of data.tasks, `endpoint.` for one of endpoints, `export.` for a stage of a chain that exports.\n"
+    for key in (
+        *list_recipe_keys(),
+        *list_source_keys(),
+        *list_task_keys(),
+        *list_endpoint_keys(),
+        *list_export_keys(),
+    ):
         for own in walk_keys((key,)):
             if not own.inner:
                 default = f", default `{own.default}`" if own.default else ""

@@ -10,6 +10,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 from finetune.recipe.methods import METHODS, Method
@@ -46,6 +47,7 @@ def _list_parts() -> Iterator[str]:
         yield from _render_section(f"`{key.name}`", key.text, inner)
         if key.name == "data":
             yield from _render_section("A source of rows as a mapping", "", list_source_keys())
+            yield from _render_section("A task of `data.tasks`", "", list_task_keys())
             yield from _render_formats()
         elif key.name == "rewards":
             yield from _render_rules()
@@ -132,7 +134,14 @@ def _escape(cell: str) -> str:
 
 def list_keys_as_json() -> list[Mapping[str, object]]:
     """Return every key with its default, its values and its text."""
-    sections = (list_recipe_keys(), list_source_keys(), list_endpoint_keys(), list_chain_keys(), list_export_keys())
+    sections = (
+        list_recipe_keys(),
+        list_source_keys(),
+        list_task_keys(),
+        list_endpoint_keys(),
+        list_chain_keys(),
+        list_export_keys(),
+    )
     return [
         {"key": key.name, "default": key.default, "values": list(key.values), "text": key.text}
         for keys in sections

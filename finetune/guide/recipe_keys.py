@@ -12,17 +12,18 @@ from finetune.check.preparation.clean_checks import COMPARED, RULE_KINDS
 from finetune.check.preparation.synthesize_checks import VARIATIONS
 from finetune.checkpoints.checkpoint_table import list_aliases
 from finetune.data.formats.row_formats import FORMATS
+from finetune.evaluation.tasks.task_names import TASKS
 from finetune.files.resources import list_templates
 from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH, EARLY_STOPPING
 from finetune.recipe.key_texts import KEYS
 from finetune.recipe.methods import METHODS
 from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
-from finetune.recipe.sections import LINEAR_LAYERS, WHOLE_MODULES, Recipe, SourceSection
+from finetune.recipe.sections import LINEAR_LAYERS, WHOLE_MODULES, Recipe, SourceSection, TaskSection
 from finetune.rewards.rules import RULES
 from finetune.runs.export_settings import ExportSettings
 
-SOURCE, TRAINER, STAGES, EXPORT, ENDPOINT = "source", "trainer", "stages", "export", "endpoint"
+SOURCE, TASK, TRAINER, STAGES, EXPORT, ENDPOINT = "source", "task", "trainer", "stages", "export", "endpoint"
 # The values of keys whose type does not show them.
 _VALUES: Mapping[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -30,6 +31,8 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "data.train": ("a source", "a list of sources"),
     "data.eval": ("a source", "a list of sources"),
     "data.sources": ("names with a source each",),
+    "data.tasks": ("a task", "a list of tasks"),
+    "task.name": tuple(TASKS),
     "data.mixture": ("phase1 to phase27", "phase26-4k"),
     "data.format": ("auto", *FORMATS),
     "data.template": ("auto", *list_templates(), "a .jinja file"),
@@ -41,7 +44,9 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "synthesize.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
     "synthesize.variations": VARIATIONS,
     "endpoints": ("names with a section each",),
-    "clean.decontaminate.against": ("a file", "a list of files"),
+    "clean.decontaminate.against": (*TASKS, "a file", "a list of files and tasks"),
+    "clean.decontaminate.task_data": ("a folder",),
+    "clean.mix.classifier": ("a folder",),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }
 
@@ -70,6 +75,11 @@ def list_recipe_keys() -> tuple[Key, ...]:
 def list_source_keys() -> tuple[Key, ...]:
     """Return the keys of one source of rows that is written as a mapping."""
     return tuple(_list_fields(SourceSection, f"{SOURCE}."))
+
+
+def list_task_keys() -> tuple[Key, ...]:
+    """Return the keys of one entry of data.tasks."""
+    return tuple(_list_fields(TaskSection, f"{TASK}."))
 
 
 def list_endpoint_keys() -> tuple[Key, ...]:

@@ -16,6 +16,8 @@ from finetune.runs.run_files import PEFT_CONFIG_FILE
 _TASKS = ("CAUSAL_LM", None, "")
 # A pattern such as (([a-z]+)+)+! takes longer than anybody waits, here and in PEFT. A usual one takes milliseconds for all names.
 _MOST_SECONDS = 2
+# PEFT takes whatever is not empty for true, "no" among it.
+_SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "inference_mode")
 _NAMES = tuple(
     f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
     for layer in (0, 1, 9, 10, 55)
@@ -59,10 +61,19 @@ def check_language_adapter(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _list_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    if not _is_number(config.get("r")) or config["r"] != int(config["r"]):
+    if not _is_number(config.get("r")) or not isinstance(config["r"], int):
         yield f"r is {config.get('r')!r}; expected a whole number above 0"
     if not _is_number(config.get("lora_alpha")):
         yield f"lora_alpha is {config.get('lora_alpha')!r}; expected a number above 0"
+    for key in _SWITCHES:
+        if not isinstance(config.get(key), bool | None):
+            yield f"{key} is {config[key]!r}; expected true or false"
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
+        yield f"layers_to_transform is {layers!r}; expected a layer's number, or a list of them"
+    if isinstance(config.get("modules_to_save"), str):
+        yield f"modules_to_save is {config['modules_to_save']!r}; expected a list of names: PEFT takes each letter for a name"
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key)
         if not isinstance(patterns, dict | None):

@@ -211,7 +211,8 @@ def describe_chain(summary: ChainSummary) -> str:
     for stage in summary.stages:
         result, note = stage.result, " (finished before)" if stage.was_done else ""
         if "steps" in result:
-            text = describe_run(RunSummary(**result))
+            # A chain that was moved after the stage has finished has the run in another folder than its record says.
+            text = describe_run(RunSummary(**{**result, "run": stage.path}))
             lines.append(
                 f"{stage.name}{note}: {text}"
                 if stage.name

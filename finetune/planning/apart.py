@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 from finetune.errors import FinetuneError
-from finetune.files.launcher import hide_launcher
+from finetune.files.launcher import hide_launcher, hide_script
 from finetune.files.terminal import silence_libraries
 from finetune.planning.forecast import Target
 from finetune.runs.resolved_recipe import ResolvedRecipe
@@ -29,7 +29,7 @@ def plan_apart(planner: Planner[Found], resolved: ResolvedRecipe, target: Target
         return planner(resolved, target)
     # The child must not inherit the variables: libraries read some of them when they are imported.
     context = multiprocessing.get_context("spawn")
-    with hide_launcher(), ProcessPoolExecutor(1, context, initializer=silence_libraries) as pool:
+    with hide_launcher(), hide_script(), ProcessPoolExecutor(1, context, initializer=silence_libraries) as pool:
         found, fault = pool.submit(_plan, planner, resolved, target).result()
     if fault is not None:
         raise FinetuneError(fault)

@@ -31,6 +31,8 @@ class Method:
     `has_reference`: whether the loss compares with a reference model, which is the model as it is before step 1.
     `reference_columns`: the columns in which TRL keeps the reference model's log-probabilities that it computes before step 1.
     `smallest_batch`: the smallest micro-batch size that the loss can be computed on.
+    `has_token_mean`: whether the loss holds a mean over the tokens of a batch, so that the held-out loss is measured row by row.
+    `token_mean_losses`: those values of `loss_type` of which that is true.
     `adapt_rows`: how tokenized rows are changed for the TRL trainer.
     `maps_rows`: whether the trainer's constructor maps a function over the rows.
     `shuffles_once`: whether the trainer reads the rows in the same order in every epoch, so that the kit shuffles them before.
@@ -52,6 +54,8 @@ class Method:
     has_reference: bool = False
     reference_columns: tuple[str, ...] = ()
     smallest_batch: int = 1
+    has_token_mean: bool = False
+    token_mean_losses: frozenset[str] = frozenset()
     adapt_rows: RowAdapter = "none"
     maps_rows: bool = False
     shuffles_once: bool = False
@@ -168,6 +172,7 @@ def _make_experimental(
         name=name,
         shape="pair",
         columns=_PAIR_COLUMNS,
+        has_token_mean=True,  # the negative log-likelihood of the chosen answers
         adapt_rows="write_out_sides",
         maps_rows=True,
         trainer_module=f"trl.experimental.{module}.{module}_trainer",
@@ -216,6 +221,7 @@ METHODS: Mapping[str, Method] = {
             config_class="DPOConfig",
             has_reference=True,
             reference_columns=("ref_chosen_logps", "ref_rejected_logps"),
+            token_mean_losses=frozenset({"sft"}),
             defaults=SHARED_DEFAULTS,
             words={"loss_type": _DPO_LOSSES, "f_divergence_type": _F_DIVERGENCES},
             owned=own(

@@ -83,6 +83,18 @@ class SourceSection:
 
 
 @dataclass(frozen=True)
+class TaskSection:
+    """A task that is evaluated while a run trains; `every` is a share of the run's steps, and null means its end."""
+
+    name: str = ""
+    limit: int | None = None
+    every: float | None = None
+    path: str = ""
+    exemplars: str = ""
+    chat: bool = False
+
+
+@dataclass(frozen=True)
 class DataSection:
     """The rows to train and evaluate on, and how they become tokens; `max_tokens` counts a whole row.
 
@@ -94,6 +106,7 @@ class DataSection:
     sources: Mapping[str, str | SourceSection] = field(default_factory=dict)
     eval: tuple[str | SourceSection, ...] = ()
     held_out: int | float = 0
+    tasks: tuple[str | TaskSection, ...] = ()
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     template: str = "auto"
@@ -213,6 +226,7 @@ class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
     `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
+    `row_losses` is the most training rows whose loss is measured before and after the training; 0 measures none.
     `clean` and `synthesize` belong to the verbs of these names, with their `endpoints`; training reads none of them.
     """
 
@@ -228,6 +242,7 @@ class Recipe:
     synthesize: SynthesizeSection = field(default_factory=SynthesizeSection)
     endpoints: Mapping[str, EndpointSection] = field(default_factory=dict)
     answers: int = 64
+    row_losses: int = 256
     output: str = ""
     seed: int = 42
 

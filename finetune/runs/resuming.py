@@ -42,7 +42,8 @@ def hold_output(output: Path, what: str, *, resume: bool) -> Iterator[None]:
     """
     if resume and not (output / RECIPE_FILE).is_file():
         raise TrainingError(
-            f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without {name_option('--resume')}"
+            f"{output}: there is no {what} to resume (no {RECIPE_FILE}); start it without {name_option('--resume')}, or set output to "
+            f"the folder where the {what} lies now"
         )
     if not resume:
         check_writable(output)

@@ -178,8 +178,9 @@ class EvaluationCheck(TrainerCallback):
     model for prepared, and the processes would train without exchanging gradients (transformers 5.23, accelerate 1.15).
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, scores: Sequence[str] = ()) -> None:
+        """Take the trainer, and the names of what its evaluations measure besides the rows."""
+        self._trainer, self._scores = trainer, scores
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -198,7 +199,7 @@ class EvaluationCheck(TrainerCallback):
         try:
             with torch.random.fork_rng(devices=[]):
                 found = self._trainer.evaluate(metric_key_prefix=PREFLIGHT)
-            _check_best_metric(args, [name.removeprefix(f"{PREFLIGHT}_") for name in found])
+            _check_best_metric(args, [*(name.removeprefix(f"{PREFLIGHT}_") for name in found), *self._scores])
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"evaluation does not fit: a batch of the {len(rows)} longest held-out rows runs out of memory; "

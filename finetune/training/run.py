@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
+from finetune.training.journal.task_scores import add_task_scores, plan_tasks
+from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
@@ -60,8 +63,8 @@ logger = logging.getLogger(__name__)
 _LEFT = f"what was saved before is whole: make room, and continue with {name_option('--resume')}"
 
 
-def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
-    """Train what a recipe says and write a run directory.
+def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
+    """Train what a recipe says and write a run directory. `planned_bytes` is the peak memory of its plan, if one was made.
 
     Raises:
         FinetuneError: the user can mend what stopped the run; before step 1 nothing is left behind.
@@ -82,6 +85,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
+        tasks = plan_tasks(resolved)
         setup = prepare(resolved, config, precision)
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:
@@ -93,14 +97,14 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
             add_journal(trainer, resolved.output)
-            _check_rows(trainer, setup)
+            _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
-            record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
+            record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
             earlier = None if checkpoint is None else read_choice(resolved.output)
-            sheet = _open_answers(setup)
+            sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()
-                if sheet is not None and checkpoint is None:
+                for sheet in sheets if checkpoint is None else ():
                     sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
@@ -108,7 +112,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         with translate_os_errors(resolved.output, _LEFT):
             if is_writer:
                 record.write_saving(summary)
-            _write_results(setup, trainer, trained, sheet)
+            _write_results(setup, trainer, trained, sheets)
             if is_writer:
                 record.write_end(summary)
                 write_report(resolved.output)
@@ -159,8 +163,10 @@ def _check_same_run(setup: Setup) -> None:
     check_same_inputs(setup.resolved.output, setup.rows_fingerprint, setup.base, judge)
 
 
-def _check_rows(trainer: Trainer, setup: Setup) -> None:
+def _check_rows(trainer: Trainer, setup: Setup, scores: Sequence[str]) -> None:
     """Check the first batch, and let the trainer evaluate the longest held-out rows before step 1.
+
+    `scores` are what an evaluation measures besides.
 
     Raises:
         TrainingError: the first batch would not train what it should.
@@ -174,21 +180,29 @@ def _check_rows(trainer: Trainer, setup: Setup) -> None:
         stop_tokens = [] if may_lack_stops else list_stop_tokens(setup.tokenizer, setup.template)
         check_first_batch(trainer, setup.tokenizer, stop_tokens)
     if setup.splits.evaluation is not None:
-        trainer.add_callback(EvaluationCheck(trainer))
+        trainer.add_callback(EvaluationCheck(trainer, scores))
 
 
-def _open_answers(setup: Setup) -> AnswerSheet | None:
-    """Return the sheet of answers before and after, or None where the recipe wants none or the model cannot generate."""
-    resolved = setup.resolved
-    if not resolved.recipe.answers or resolved.method.trains_reward_model:
-        return None
+def _open_sheets(setup: Setup, trainer: Trainer) -> list[AnswerSheet | RowSheet]:
+    """Return what is written before and after the training: the answers and the losses of rows, where the model can give them."""
+    resolved, recipe = setup.resolved, setup.resolved.recipe
+    if not (recipe.answers or recipe.row_losses) or resolved.method.trains_reward_model:
+        return []
     if (engine := ENGINES[find_engine()]).shards_weights:
         logger.info(
-            "no answers before and after are written: %s shards the weights, and one process cannot generate alone",
+            "no answers and no losses of rows are written before and after: %s shards the weights, and one process cannot compute alone",
             engine.title,
         )
-        return None
-    return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
+        return []
+    sheets: list[AnswerSheet | RowSheet] = []
+    if recipe.answers:
+        rows = setup.sample_rows
+        sheets.append(AnswerSheet(resolved.output, setup.tokenizer, setup.template, rows, recipe.answers))
+    if recipe.row_losses and resolved.method.shape in MEASURES:
+        batch = trainer.args.per_device_train_batch_size
+        limits = SheetLimits(recipe.row_losses, recipe.data.max_tokens, batch, trainer.accelerator.autocast)
+        sheets.append(RowSheet(resolved.output, setup.splits.train, setup.tokenizer, resolved.method.shape, limits))
+    return sheets
 
 
 def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) -> int:
@@ -211,15 +225,17 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 
 
-def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet: AnswerSheet | None) -> None:
-    """Write the answers after training, the weights and the loss plot.
+def _write_results(
+    setup: Setup, trainer: Trainer, trained: TrainedModel, sheets: Sequence[AnswerSheet | RowSheet]
+) -> None:
+    """Write the answers and the losses of rows after training, the weights and the loss plot.
 
     Every process must call it: where weights are sharded, all of them send their shares to the first.
     """
     run, recipe = setup.resolved.output, setup.resolved.recipe
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        if sheet is not None:
+        for sheet in sheets:
             sheet.write_after(trained.model)
         write_result(run, setup, trained.model, trainer, weights)
         draw_losses(run, setup.resolved.title)

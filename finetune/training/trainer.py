@@ -27,9 +27,12 @@ from finetune.recipe.recipe_file import BATCH, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.training.held_out_loss import average_over_tokens
+from finetune.training.held_out_loss import average_over_rows, average_over_tokens
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
+from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
+from finetune.training.journal.task_scores import include_task_scores
+from finetune.training.observing.machine import MachineWriter
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import explain_refusal
 from finetune.training.preference.prepared_rows import (
@@ -81,7 +84,7 @@ def build_trainer(
     rewards = _make_rewards(resolved, model, inputs)
     adapter_before = _copy_adapter(model)
     try:
-        trainer: Trainer = _find_trainer_class(method)(
+        trainer: Trainer = _find_trainer_class(method, asks_tasks=bool(resolved.recipe.data.tasks))(
             model=model,
             args=config,
             processing_class=tokenizer,
@@ -103,11 +106,15 @@ def build_trainer(
     return trainer
 
 
-def _find_trainer_class(method: Method) -> Any:
+def _find_trainer_class(method: Method, *, asks_tasks: bool) -> Any:
     trainer_class = load_trainer_class(method.trainer_module, method.trainer_class)
+    if asks_tasks:
+        trainer_class = include_task_scores(trainer_class)
     if method.shape == "sequence":
         return average_over_tokens(trainer_class)
-    return skip_row_preparation(trainer_class) if method.shape in ("pair", "labelled") else trainer_class
+    if method.shape in ("pair", "labelled"):
+        return average_over_rows(skip_row_preparation(trainer_class), method)
+    return trainer_class
 
 
 def _make_rewards(
@@ -136,9 +143,11 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
 
 def add_journal(trainer: Trainer, run: Path) -> None:
     """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory."""
+    guard_reporters(trainer)
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
+    trainer.add_callback(MachineWriter(run))
 
 
 def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision) -> TrainingArguments:

@@ -260,7 +260,8 @@ def test_held_out_rows_are_the_same_whenever_they_are_drawn(load):
 
 
 @pytest.mark.parametrize("shape", ["sequence", "pair", "labelled"])
-def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
+def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch, unguarded_script):
+    """A person's script without `if __name__ == "__main__"` ran in every process, and the run ended for want of memory, it said."""
     monkeypatch.setattr("finetune.data.encoding.workers.BATCH_ROWS", 4)  # several batches for each process
     pairs = [{"prompt": f"Q{n}", "chosen": f"yes {n} </s>", "rejected": f"no {n}"} for n in range(30)]
     alone = load(pairs, shape=shape)
@@ -268,6 +269,7 @@ def test_rows_are_the_same_whoever_prepares_them(load, shape, monkeypatch):
     assert together.report == alone.report
     assert together.train[:] == alone.train[:]
     assert any("rows spell control tokens" in note for note in together.report.notes)
+    assert not unguarded_script.exists()
 
 
 def test_a_process_that_ends_is_told(load, monkeypatch):

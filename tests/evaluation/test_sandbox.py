@@ -13,7 +13,7 @@ from finetune.evaluation.sandbox import programs
 from finetune.evaluation.sandbox.exchange import Opaque, pack, unpack
 from finetune.evaluation.sandbox.isolation import BUBBLEWRAP
 from finetune.evaluation.sandbox.programs import Program, choose_runner, find_sandbox, run_program
-from finetune.evaluation.tasks.humaneval import make_program
+from finetune.evaluation.tasks.rules.humaneval import make_program
 
 needs_sandbox = pytest.mark.skipif(sys.platform != "linux" or isinstance(find_sandbox(), str), reason="no sandbox here")
 

@@ -13,6 +13,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 from finetune.recipe.batches import KIT_OPTIONS
@@ -25,7 +26,14 @@ from finetune.rewards.rules import RULES
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 ALL = [
     key
-    for keys in (list_recipe_keys(), list_source_keys(), list_endpoint_keys(), list_chain_keys(), list_export_keys())
+    for keys in (
+        list_recipe_keys(),
+        list_source_keys(),
+        list_task_keys(),
+        list_endpoint_keys(),
+        list_chain_keys(),
+        list_export_keys(),
+    )
     for key in walk_keys(keys)
 ]
 
@@ -53,7 +61,7 @@ def test_texts_are_sentences(key):
 @pytest.mark.parametrize("key", [key for key in ALL if key.default], ids=lambda key: key.name)
 def test_defaults_are_those_of_the_sections(key):
     section, _, name = key.name.rpartition(".")
-    if section in ("source", "endpoint", "export", "trainer"):
+    if section in ("source", "task", "endpoint", "export", "trainer"):
         return
     value = Recipe()
     for part in section.split(".") if section else ():

@@ -228,12 +228,16 @@ def test_a_file_of_deepspeed_that_contradicts_the_recipe_is_refused(use_file, ma
     assert message in str(caught.value)
 
 
-def test_a_plan_inside_a_launch_is_the_plan_outside(make_recipe, monkeypatch):
-    """`accelerate launch` on GPUs crashed in it: accelerate wrapped the model without content for DDP."""
+def test_a_plan_inside_a_launch_is_the_plan_outside(make_recipe, monkeypatch, unguarded_script):
+    """`accelerate launch` on GPUs crashed in it: accelerate wrapped the model without content for DDP.
+
+    A person's script that has no `if __name__ == "__main__"` ran a second time there, and trained alone.
+    """
     recipe, target = make_recipe("run"), Target(True, 80 << 30, None, "ddp", 2)
     expected = make_plan(recipe, target)
     set_environment(monkeypatch, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     assert plan_apart(make_plan, recipe, target) == expected
     assert os.environ["RANK"] == "1"
+    assert not unguarded_script.exists()
     with hide_launcher():
         assert _plan(check_fits, recipe, replace(target, memory_bytes=1000))[1].startswith("does not fit: ")

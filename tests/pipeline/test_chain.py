@@ -13,7 +13,7 @@ import pytest
 from finetune.check.chains import load_chain
 from finetune.errors import DataError, TrainingError
 from finetune.files.resources import find_demo_data
-from finetune.pipeline.chain import run_chain
+from finetune.pipeline.chain import ChainSummary, StageSummary, describe_chain, run_chain
 
 CHAIN = """
 model: {checkpoint: nano}
@@ -187,3 +187,17 @@ def test_a_bad_row_of_the_last_stage_is_told_before_the_first_trains(chain_file,
     with pytest.raises(DataError, match=r"bad.jsonl, line 1: completion is empty"):
         run_chain(load_chain(chain_file, overrides))
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_stage_that_had_finished_before_a_move_is_named_where_it_lies_now():
+    result = {
+        "run": "/old/1-sft",
+        "steps": 3,
+        "tokens": 30,
+        "train_loss": 1.0,
+        "eval_loss": None,
+        "seconds": 2.0,
+        "warnings": [],
+    }
+    text = describe_chain(ChainSummary("/new", [StageSummary("sft", "/new/1-sft", True, result)], None))
+    assert text == "sft (finished before): /new/1-sft: 3 steps, training loss 1.000, 2 s"

@@ -4,13 +4,16 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import torch
 from transformers import set_seed
 
 from finetune.check.chains import load_chain
+from finetune.data.encoding.template import find_template
 from finetune.errors import FinetuneError
+from finetune.evaluation.tasks.task_results import TaskResult
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
 from finetune.files.cache import find_cache
@@ -25,6 +28,8 @@ from finetune.rewards.reward_functions import AnswerRewards, list_weights
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.lineage import find_training_base
 from finetune.runs.results import open_result
+from finetune.runs.trained_tokens import open_tokenizer
+from finetune.training.journal.task_scores import TaskScores, plan_tasks
 from finetune.training.run import run_training
 from finetune.training.setup import build_model, prepare
 from finetune.training.trainer import MethodInputs, build_trainer, make_config
@@ -41,6 +46,28 @@ def observe_rows(resolved):
         return str(error)
     parts = (splits.train, splits.evaluation)
     return [part and {name: list(part[name]) for name in part.column_names if name != "origin"} for part in parts]
+
+
+def observe_tasks(resolved):
+    """Return what each task of a run asks, after which of 8 steps, and in which form."""
+    found = []
+
+    def score(asked, prepared, runner):
+        found.append((prepared.form.task, prepared.rows, prepared.exemplars, prepared.asked, asked.chat))
+        return TaskResult(prepared.form.task, "harness", 1, {}, {}, None, "")
+
+    tokenizer = open_tokenizer(resolved.earlier, find_training_base(resolved))
+    template = find_template(resolved.recipe.data.template, tokenizer)
+    trainer = MagicMock(args=SimpleNamespace(world_size=1))
+    trainer.model.config.max_position_embeddings = 64
+    setup = SimpleNamespace(resolved=resolved, tokenizer=tokenizer, template=template)
+    scores = TaskScores(trainer, setup, plan_tasks(resolved))
+    with patch("finetune.training.journal.task_scores.score_task", score):
+        for step in range(1, 9):
+            found.append(step)
+            state = SimpleNamespace(global_step=step, max_steps=8, log_history=[], epoch=1.0)
+            scores.on_step_end(trainer.args, state, MagicMock())
+    return found
 
 
 def observe_workers(resolved):

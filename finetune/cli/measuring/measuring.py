@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from finetune.cli.printing import print_result
 from finetune.errors import OutputError, RecipeError, describe_count
 
 if TYPE_CHECKING:
-    from finetune.evaluation.tasks.run_tasks import TaskSettings
+    from finetune.evaluation.tasks.task_settings import TaskSettings
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
@@ -18,28 +19,37 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
+    from finetune.evaluation.worst_rows import describe_worst
 
+    in_colour = sys.stdout.isatty()
     if hold_pairs(arguments.data):
-        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
         text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
+        text += describe_worst(found.worst, "margin", in_colour=in_colour)
         return print_result(arguments, asdict(found), text)
-    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
+    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
+    error = "" if scores.stderr is None else f" ± {scores.stderr:.4f}"
     text = (
-        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
+        f"loss {scores.loss:.4f}{error}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
         f"over {describe_count(scores.tokens, 'trained token')}"
     )
+    text += describe_worst(scores.worst, "loss", in_colour=in_colour)
     return print_result(arguments, asdict(scores), text)
 
 
 def _evaluate_tasks(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.asking.engines import read_engine
     from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 
-    found = evaluate_tasks(arguments.model, read_task_settings(arguments, chat=arguments.chat), arguments.output)
+    settings = read_task_settings(arguments, chat=arguments.chat)
+    if arguments.engine is not None:
+        settings = replace(settings, engine=read_engine(arguments.engine))
+    found = evaluate_tasks(arguments.model, settings, arguments.output)
     return print_result(arguments, found.to_json(), found.describe())
 
 
 def read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
-    from finetune.evaluation.tasks.run_tasks import TaskSettings
+    from finetune.evaluation.tasks.task_settings import TaskSettings
 
     return TaskSettings(
         tasks=arguments.tasks,

@@ -21,8 +21,21 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave longer rows out (with --data; default: 2048)",
     )
+    verb.add_argument(
+        "--worst",
+        type=read_count,
+        default=0,
+        metavar="N",
+        help="also show the N rows of the highest loss, or pairs of the lowest margin (with --data)",
+    )
     add_option = add_task_options(verb)
     add_option("--chat", action="store_true", help="ask in the model's chat template")
+    add_option(
+        "--engine",
+        nargs="+",
+        metavar="WORD",
+        help="vllm, or server URL [NAME]: another program asks the model; 20 of its first answers are compared with the model here",
+    )
     add_option(
         "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
     )
@@ -73,7 +86,12 @@ def add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     tasks.add_argument(
         "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
     )
-    tasks.add_argument("--exemplars", type=Path, metavar="FILE", help="rows that stand in the prompts as examples")
+    tasks.add_argument(
+        "--exemplars",
+        type=Path,
+        metavar="PATH",
+        help="a file with rows that stand in the prompts as examples, or a folder for several tasks",
+    )
     tasks.add_argument(
         "--batch-size", type=read_count, metavar="N", help="prompts at once (default: what memory allows)"
     )

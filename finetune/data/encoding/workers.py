@@ -12,6 +12,7 @@ from itertools import islice
 from finetune.data.encoding.row_encoder import BATCH_ROWS, RowEncoder, SourceRow, TokenRow
 from finetune.data.formats.rows import Row
 from finetune.errors import MachineError, Place
+from finetune.files.launcher import hide_script
 
 # The rows, how many spell control tokens, and the rows that the template refuses, each with its fault.
 _Encoded = tuple[list[TokenRow], int, list[tuple[SourceRow, str]]]
@@ -36,7 +37,8 @@ def encode_rows(encoder: RowEncoder, rows: Iterable[SourceRow], workers: int) ->
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as pool:
         while batch := list(islice(remaining, BATCH_ROWS)):
-            pending.append((batch, pool.submit(_encode_batch, batch)))
+            with hide_script():  # a process may start here
+                pending.append((batch, pool.submit(_encode_batch, batch)))
             if len(pending) > 2 * workers:
                 yield _finish(encoder, *pending.popleft())
         while pending:

@@ -11,8 +11,8 @@ import torch
 
 from finetune.data.encoding.rendering import render_prompt
 from finetune.evaluation.asking.generation import Generated, Generation, Prompt, generate_batch
-from finetune.evaluation.token_loss import split_model
 from finetune.models.opening import LoadedModel
+from finetune.models.row_loss import split_model
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,10 @@ class AskedModel:
         ids = self.encode(stripped)
         return ids, self.encode(stripped + continuation)[len(ids) :]
 
+    def gives_likelihoods(self) -> bool:
+        """Tell whether `measure` can be asked: a model in memory always can, a server not always."""
+        return True
+
     def measure(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Likelihood]]:
         """Yield the number and the log-likelihood of every pair of context and continuation, the longest first."""
         lengths = [min(len(context) + len(continuation) - 1, self.max_length) for context, continuation in pairs]
@@ -88,8 +92,7 @@ class AskedModel:
     def generate(self, prompts: Sequence[Prompt], settings: Generation) -> Iterator[tuple[int, Generated]]:
         """Yield the number and the text of every prompt, the longest first."""
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        room = self.max_length - settings.max_new_tokens
-        cut = [Prompt(prompt.ids[-room:] if room > 0 else prompt.ids, prompt.seed) for prompt in prompts]
+        cut = self.cut_prompts(prompts, settings)
         lengths = [min(len(prompt.ids) + settings.max_new_tokens, self.max_length) for prompt in cut]
         yield from self._run_batches(
             lengths,
@@ -97,6 +100,11 @@ class AskedModel:
                 model, tokenizer, self.loaded.stop_tokens, [cut[index] for index in batch], settings
             ),
         )
+
+    def cut_prompts(self, prompts: Sequence[Prompt], settings: Generation) -> list[Prompt]:
+        """Return the ends of prompts that leave room for the text."""
+        room = self.max_length - settings.max_new_tokens
+        return [Prompt(prompt.ids[-room:] if room > 0 else prompt.ids, prompt.seed) for prompt in prompts]
 
     def _run_batches(
         self, lengths: Sequence[int], run: Callable[[Sequence[int]], list[Answer]]
@@ -133,9 +141,9 @@ class AskedModel:
         need = length * numbers * 4 + 8 * config.vocab_size
         return max(1, min(_MOST_ROWS.get(device.type, 16), int(free * _SHARE_OF_FREE_MEMORY / need)))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a model that trains on may keep tensors of these passes
     def _measure_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-        backbone, head = split_model(self.loaded)
+        backbone, head = split_model(self.loaded.model)
         device = self.loaded.model.device
         inputs = [(context + continuation)[-(self.max_length + 1) :][:-1] for context, continuation in pairs]
         longest = max(map(len, inputs))

@@ -38,7 +38,7 @@ class Generated:
     prompt_tokens: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a model that trains on may keep tensors of these passes
 def generate_batch(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,6 +74,30 @@ def generate_batch(
         Generated(cut_at_stops(text, settings.stops), len(prompt.ids))
         for text, prompt in zip(texts, prompts, strict=True)
     ]
+
+
+@torch.no_grad()
+def trace_greedy(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int],
+    prompt: Prompt,
+    count: int,
+) -> tuple[list[int], list[float]]:
+    """Return the likeliest next tokens, stop token included, and by how many nats each is ahead of the second likeliest."""
+    ids = torch.tensor([prompt.ids], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=sorted(set(stop_tokens)),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_tokens[0],
+        bos_token_id=tokenizer.bos_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    best = [step[0].float().topk(2).values for step in output.logits]
+    return output.sequences[0, ids.shape[1] :].tolist(), [float(two[0] - two[1]) for two in best]
 
 
 def cut_at_stops(text: str, stops: Sequence[str]) -> str:

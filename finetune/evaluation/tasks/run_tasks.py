@@ -2,17 +2,22 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from finetune.errors import EndpointError
 from finetune.evaluation.asking.asked_model import AskedModel, to_bits
 from finetune.evaluation.asking.generation import Generated, Prompt
+from finetune.evaluation.asking.served_model import NO_LIKELIHOODS
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
+from finetune.evaluation.suite.suite_run import ask_suite
+from finetune.evaluation.suite.suite_tasks import load_suite, split_names
 from finetune.evaluation.tasks.task_data import Rows, hash_rows, read_exemplars, read_task_rows
-from finetune.evaluation.tasks.task_forms import Protocol, Question, Sample, TaskForm, Tools
+from finetune.evaluation.tasks.task_forms import Question, Sample, TaskForm, Tools
+from finetune.evaluation.tasks.task_names import TASKS
 from finetune.evaluation.tasks.task_results import (
     RESULTS_FILE,
     Evaluation,
@@ -23,27 +28,13 @@ from finetune.evaluation.tasks.task_results import (
     summarise,
     weigh_gold,
 )
-from finetune.evaluation.tasks.task_table import TASKS, find_forms
-from finetune.files.folders import expand_home
+from finetune.evaluation.tasks.task_settings import TaskSettings, choose_folder, open_asked
+from finetune.evaluation.tasks.task_table import find_forms
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors
-from finetune.models.opening import LoadedModel, fingerprint_model, open_model
+from finetune.models.opening import fingerprint_model
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """What is evaluated and how; `limit` takes the first rows only, `batch_size` None what memory allows."""
-
-    tasks: tuple[str, ...]
-    protocol: Protocol = "harness"
-    limit: int | None = None
-    data: Path | None = None
-    exemplars: Path | None = None
-    batch_size: int | None = None
-    chat: bool = False
-    unsafe_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,14 +56,34 @@ def evaluate_tasks(model: str, settings: TaskSettings, folder: Path | None = Non
     Raises:
         FinetuneError: the model, the rows, or the folder cannot be used, or code cannot be run safely.
     """
-    prepared = prepare_tasks(settings)
+    own, outer = split_names(settings.tasks)
+    prepared = prepare_tasks(replace(settings, tasks=own)) if own or not outer else []
+    suite = load_suite(outer, settings.data, unsafe_code=settings.unsafe_code) if outer else None
     runner = choose_runner(settings.unsafe_code) if any(one.form.runs_code for one in prepared) else None
     folder = folder or choose_folder(model, settings.protocol)
     described = describe_evaluation(fingerprint_model(model), prepared, settings)
+    if suite is not None:
+        described["lm_eval"] = suite.version
     check_folder(folder, described)
-    loaded = open_model(model)
-    make_folder(folder, described)
-    return ask_tasks(loaded, model, prepared, settings, folder, runner)
+    with open_asked(model, settings) as asked:
+        _check_likelihoods(asked, prepared)
+        make_folder(folder, described)
+        evaluation = ask_tasks(asked, model, prepared, settings, folder, runner)
+        if suite is not None:
+            for result in ask_suite(suite, asked, settings.protocol, folder, settings.limit, settings.unsafe_code):
+                _keep_result(evaluation, result, folder)
+    return evaluation
+
+
+def _check_likelihoods(asked: AskedModel, prepared: Sequence[PreparedTask]) -> None:
+    """Check that log-likelihoods can be had where a task needs them.
+
+    Raises:
+        EndpointError: a server gives none.
+    """
+    needing = [one.form.task for one in prepared if one.form.generation is None]
+    if needing and not asked.gives_likelihoods():
+        raise EndpointError(f"--tasks: {needing[0]}: {NO_LIKELIHOODS}")
 
 
 def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
@@ -92,7 +103,7 @@ def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
 
 
 def ask_tasks(
-    loaded: LoadedModel,
+    asked: AskedModel,
     model: str,
     prepared: Sequence[PreparedTask],
     settings: TaskSettings,
@@ -100,23 +111,26 @@ def ask_tasks(
     runner: Callable[[Program], Verdict] | None,
 ) -> Evaluation:
     """Ask a loaded model every row that the folder has no sample of, and write the results into the folder."""
-    asked = AskedModel(loaded, settings.batch_size, settings.chat)
-    tools = Tools(loaded.tokenizer, runner or _refuse)
+    tools = Tools(asked.loaded.tokenizer, runner or _refuse)
     evaluation = Evaluation(model, settings.protocol, str(folder))
     for one in prepared:
         samples = SampleFile(folder / f"{one.form.task}.jsonl")
         _ask_task(asked, one, samples, tools)
-        evaluation.tasks[one.form.task] = _summarise(one, samples)
-        with translate_os_errors(folder, "the samples are kept; the same command continues"):
-            write_json(folder / RESULTS_FILE, evaluation.to_json())
+        _keep_result(evaluation, _summarise(one, samples), folder)
     return evaluation
 
 
-def choose_folder(model: str, protocol: Protocol) -> Path:
-    """Return where results go by default: `evaluations/`, under the last part of the model's name."""
-    path = expand_home(model)
-    name = path.resolve().name if path.exists() else model.replace("/", "--")
-    return Path("evaluations") / f"{name}-{protocol}"
+def _keep_result(evaluation: Evaluation, result: TaskResult, folder: Path) -> None:
+    evaluation.tasks[result.task] = result
+    with translate_os_errors(folder, "the samples are kept; the same command continues"):
+        write_json(folder / RESULTS_FILE, evaluation.to_json())
+
+
+def score_task(asked: AskedModel, one: PreparedTask, runner: Callable[[Program], Verdict] | None) -> TaskResult:
+    """Ask a model every row of a task, and return its figures; nothing is written."""
+    samples = SampleFile()
+    _ask_task(asked, one, samples, Tools(asked.loaded.tokenizer, runner or _refuse))
+    return _summarise(one, samples)
 
 
 def recall_evaluation(
@@ -148,6 +162,7 @@ def describe_evaluation(fingerprint: str, prepared: Sequence[PreparedTask], sett
     `fingerprint` is that of the model's weights. Neither the limit nor the batch size changes a sample.
     """
     described: dict[str, Any] = {"protocol": settings.protocol, "chat": settings.chat, "model": fingerprint}
+    described["engine"] = None if settings.engine is None else settings.engine.name
     for one in prepared:
         described[f"rows of {one.form.task}"] = hash_rows(one.rows)
         described[f"exemplars of {one.form.task}"] = hash_rows(one.exemplars)
@@ -186,7 +201,11 @@ def _ask_texts(
     assert settings is not None
     rendered = [asked.render(questions[row].prompt) for row in rows]
     pairs = [asked.encode_pair(text, questions[row].answer) for text, row in zip(rendered, rows, strict=True)]
-    gold = {rows[index]: to_bits(found) for index, found in asked.measure(pairs)}
+    gold: dict[int, Sample] = {}
+    if asked.gives_likelihoods():
+        for index, likelihood in asked.measure(pairs):
+            gold_bytes = len(questions[rows[index]].answer.encode())
+            gold[rows[index]] = {"gold_bits": to_bits(likelihood), "gold_bytes": gold_bytes}
     prompts = [
         Prompt(asked.encode(text), seed=row * settings.samples + number)
         for text, row in zip(rendered, rows, strict=True)
@@ -200,12 +219,7 @@ def _ask_texts(
         if len(texts) == settings.samples:
             del found[row]
             question = questions[row]
-            beside = {
-                "prompt": question.prompt,
-                "prompt_tokens": generated.prompt_tokens,
-                "gold_bits": gold[row],
-                "gold_bytes": len(question.answer.encode()),
-            }
+            beside = {"prompt": question.prompt, "prompt_tokens": generated.prompt_tokens, **gold.get(row, {})}
             yield row, [texts[number] for number in range(settings.samples)], beside
 
 
@@ -219,6 +233,6 @@ def _summarise(one: PreparedTask, samples: SampleFile) -> TaskResult:
         metric,
         stderr,
         weigh_gold(kept),
-        str(samples.file),
+        "" if samples.file is None else str(samples.file),
         one.notes,
     )

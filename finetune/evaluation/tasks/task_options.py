@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 from finetune.api_arguments import require_choice, require_count, require_flag, require_list, require_path
 from finetune.errors import ArgumentError, describe_unknown_name
-from finetune.evaluation.tasks.run_tasks import TaskSettings
 from finetune.evaluation.tasks.task_forms import Protocol
+from finetune.evaluation.tasks.task_settings import TaskSettings
 
 _DEFAULTS: Mapping[str, Any] = {
     "protocol": "harness",

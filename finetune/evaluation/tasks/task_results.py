@@ -63,12 +63,16 @@ class Evaluation:
 
 
 class SampleFile:
-    """The samples of one task: a line for each row, written as it is known."""
+    """The samples of one task: a line for each row, written as it is known; without a file they stay in memory."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         """Read the whole lines that an earlier call wrote; half a line at the end is removed."""
         self.file = file
         self.samples: dict[int, Sample] = {}
+        if file is not None:
+            self._read(file)
+
+    def _read(self, file: Path) -> None:
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         whole = [line for line in text.split("\n")[:-1] if self._keep(line)]
         if text != "".join(f"{line}\n" for line in whole):
@@ -92,6 +96,8 @@ class SampleFile:
             OutputError: the disk is full, or the file cannot be written.
         """
         self.samples[row] = {"row": row, **sample}
+        if self.file is None:
+            return
         with translate_os_errors(self.file, _KEPT), self.file.open("a", encoding="utf-8", newline="\n") as stream:
             _write_line(stream, self.samples[row])
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from finetune.errors import OutputError
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
-from finetune.evaluation.tasks.run_tasks import PreparedTask, TaskSettings, prepare_tasks, recall_evaluation
+from finetune.evaluation.tasks.run_tasks import PreparedTask, prepare_tasks, recall_evaluation
 from finetune.evaluation.tasks.task_data import hash_rows
 from finetune.evaluation.tasks.task_results import Evaluation
+from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.files.json_files import read_json
 from finetune.growth.activity import SourcedText, read_texts
 from finetune.growth.weights.weight_statistics import STATISTICS_FILE

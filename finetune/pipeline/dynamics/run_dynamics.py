@@ -102,7 +102,7 @@ def _run_model(visit: Visit, inputs: Inputs, missing: set[str], fingerprint: str
     if TASKS in missing:
         folder = visit.folder / TASKS
         make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tasks))
-        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tasks, folder, inputs.runner)
+        ask_tasks(inputs.tasks.ask_with(loaded), visit.label, inputs.prepared, inputs.tasks, folder, inputs.runner)
     if ACTIVITY in missing:
         written = {"texts": inputs.hash_texts(), "activity": measure_activity(loaded, inputs.texts)}
         with translate_os_errors(visit.folder, KEPT):
@@ -120,6 +120,7 @@ def _tune(visit: Visit, inputs: Inputs) -> None:
         folder = tuning.tasks_folder
         loaded = open_model(str(tuning.resolved.output))
         make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tuned_tasks))
-        ask_tasks(loaded, visit.label, inputs.prepared, inputs.tuned_tasks, folder, inputs.runner)
+        tasks = inputs.tuned_tasks
+        ask_tasks(tasks.ask_with(loaded), visit.label, inputs.prepared, tasks, folder, inputs.runner)
         del loaded
         free_memory()

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.check.recipes import load_recipe
 from finetune.data.reading.sources import hash_source
 from finetune.errors import OutputError, RecipeError
-from finetune.evaluation.tasks.run_tasks import TaskSettings
+from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.opening import fingerprint_model

@@ -14,14 +14,14 @@ from finetune.errors import MachineError, OutputError, describe_count
 from finetune.evaluation.sandbox.programs import Program, Verdict, choose_runner
 from finetune.evaluation.tasks.run_tasks import (
     PreparedTask,
-    TaskSettings,
     ask_tasks,
     describe_evaluation,
     prepare_tasks,
     recall_evaluation,
 )
 from finetune.evaluation.tasks.task_results import Evaluation, make_folder
-from finetune.evaluation.token_loss import measure_each
+from finetune.evaluation.tasks.task_settings import TaskSettings
+from finetune.evaluation.token_loss import score_rows
 from finetune.files.json_files import read_json, write_json
 from finetune.files.launcher import is_launched
 from finetune.files.safety.disk_errors import translate_os_errors
@@ -207,7 +207,7 @@ class _Measured:
         written = read_json(file)
         if written is None:
             logger.info("%s: reading %d held-out rows", self._name, len(rows))
-            found = list(measure_each(self._open(), rows))
+            found = list(score_rows(self._open(), rows))
             written = {
                 "identity": identity,
                 "losses": [one.loss for one in found],
@@ -230,5 +230,7 @@ class _Measured:
         if found is None:
             described = describe_evaluation(self._fingerprint, self._asked.prepared, settings)
             make_folder(folder, described)
-            found = ask_tasks(self._open(), self._name, self._asked.prepared, settings, folder, self._asked.runner)
+            found = ask_tasks(
+                settings.ask_with(self._open()), self._name, self._asked.prepared, settings, folder, self._asked.runner
+            )
         return [found]

@@ -1,41 +1,31 @@
 """Ask a model on an OpenAI-compatible server. The key comes from an environment variable and stands in no message."""
 
-import importlib
-import importlib.util
 import json
 import os
+import re
 from typing import Any
 
 from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection
+from finetune.servers.connection import Connection
 from finetune.synthesis.endpoints.questioning import Outcome, Request, Skip, Written
 
 _SHOWN = 200
-# The user, or whoever runs the server, must change something; asking again does not help.
-_FATAL = (401, 402, 403, 404)
 
 
 class ServerModel:
     """A model on a server; the client library tries again where that can help, with growing pauses or as `Retry-After` says."""
 
     def __init__(self, section: EndpointSection, name: str) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise EndpointError(
-                f"endpoints.{name}: a server needs the package openai; install it: pip install 'yulan-finetune[synthesis]'"
-            )
-        openai = importlib.import_module("openai")  # it takes a second, and is needed for servers only
-        self._library, self._section, self._name = openai, section, name
-        self._key = _read_key(section, name)
+        self._section, self._name = section, name
         self.identity = f"{section.base_url.rstrip('/')} {section.model}"
         self.concurrency = section.concurrency
-        # A redirection could lead to a host that the recipe does not name. Identities of an OpenAI account are not for other servers.
-        self._client = openai.OpenAI(
-            base_url=section.base_url,
-            api_key=self._key or "none",
+        self._server = Connection(
+            section.base_url,
+            f"endpoints.{name}",
+            key=_read_key(section, name),
             timeout=section.timeout_seconds,
-            max_retries=section.retries,
-            default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            retries=section.retries,
         )
 
     def ask(self, request: Request) -> Outcome:
@@ -53,12 +43,12 @@ class ServerModel:
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        self._server.close()
 
     def _ask_once(self, request: Request) -> Outcome:
         messages: list[Any] = [{"role": role, "content": text} for role, text in request.turns]
         try:
-            response = self._client.chat.completions.with_raw_response.create(
+            response = self._server.client.chat.completions.with_raw_response.create(
                 model=self._section.model,
                 messages=messages,
                 max_tokens=request.max_tokens,
@@ -66,22 +56,17 @@ class ServerModel:
                 seed=request.number,
             )
             return read_reply(response.http_response.content)
-        except self._library.APIStatusError as error:
-            text = f"status {error.status_code}: {self._show(error.response.text)}"
-            if error.status_code in _FATAL:
-                raise EndpointError(f"endpoints.{self._name}: {self._section.base_url} answered with {text}") from None
-            kind = "server error" if error.status_code >= 500 or error.status_code == 429 else "refused"
-            return Skip(kind, text)
-        except self._library.APIConnectionError as error:
-            cause = error.__cause__ or error
-            return Skip("no connection", f"{self._section.base_url}: {self._show(f'{type(cause).__name__}: {cause}')}")
-
-    def _show(self, text: str) -> str:
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text[:_SHOWN].split())
+        except self._server.failures as error:
+            fault = self._server.explain(error)
+            if fault.is_fatal:
+                raise EndpointError(
+                    f"endpoints.{self._name}: {self._section.base_url} answered with {fault.text}"
+                ) from None
+            return Skip(fault.kind, fault.text)
 
 
 _SHAPE = "reply of another shape"
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def _read_key(section: EndpointSection, name: str) -> str:
@@ -99,11 +84,18 @@ def read_reply(content: bytes) -> Outcome:
         reply = json.loads(content)
         choice = reply["choices"][0]
         text = choice["message"]["content"]
-        usage = reply.get("usage") or {}
-        prompt, answer = (int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
+        usage = reply.get("usage")
         is_cut = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Skip(_SHAPE, " ".join(content[:_SHOWN].decode(errors="replace").split()))
     if not isinstance(text, str):
         return Skip(_SHAPE, "the answer is no text")
-    return Written(text, prompt, answer, is_cut)
+    if _HALF.search(text):
+        return Skip(_SHAPE, "the answer holds half a character")
+    return Written(text, _read_count(usage, "prompt_tokens"), _read_count(usage, "completion_tokens"), is_cut)
+
+
+def _read_count(usage: object, key: str) -> int:
+    """Return a number of tokens, or 0 where the server gives none; the answer counts all the same."""
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
