@@ -84,7 +84,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
-        tasks = plan_tasks(resolved)
+        tasks = plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer)
         setup = prepare(resolved, config, precision)
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:

@@ -61,7 +61,7 @@ def observe_tasks(resolved):
     trainer = MagicMock(args=SimpleNamespace(world_size=1))
     trainer.model.config.max_position_embeddings = 64
     setup = SimpleNamespace(resolved=resolved, tokenizer=tokenizer, template=template)
-    scores = TaskScores(trainer, setup, plan_tasks(resolved))
+    scores = TaskScores(trainer, setup, plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer))
     with patch("finetune.training.journal.task_scores.score_task", score):
         for step in range(1, 9):
             found.append(step)

@@ -120,4 +120,4 @@ def test_a_mistake_is_found_when_the_recipe_is_checked(make_recipe, tasks, value
 def test_sharded_weights_cannot_be_asked(make_recipe, tasks, monkeypatch):
     monkeypatch.setattr("finetune.training.journal.task_scores.find_engine", lambda: "fsdp2")
     with pytest.raises(RecipeError, match="shards the weights, and one process cannot ask the model alone"):
-        plan_tasks(make_recipe("refused", tasks))
+        plan_tasks(make_recipe("refused", tasks).recipe.data.tasks, {})
