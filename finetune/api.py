@@ -89,19 +89,22 @@ def train(recipe: AnyRecipe, *, resume: bool = False, force: bool = False) -> Ru
 
 
 def evaluate(
-    model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048
+    model: str | Path, data: str | Path | Sequence[str | Path], *, max_tokens: int = 2048, worst: int | None = None
 ) -> Scores | PairScores:
     """Return the loss on the trained tokens of held-out rows, or the accuracy on held-out pairs.
 
     `model` is a run directory, an alias, a hub id or a folder. Rows of more than `max_tokens` tokens are left out.
+    The result names as many rows of the highest loss, or pairs of the lowest margin, as `worst` says.
 
     Raises:
         FinetuneError: the model or the rows cannot be used.
     """
     name, files = _name("evaluate: model", model), _list_files(data)
     require_count("evaluate: max_tokens", max_tokens)
+    if worst is not None:
+        require_count("evaluate: worst", worst)
     score = evaluate_pairs if hold_pairs(files) else evaluate_path
-    return score(name, files, max_tokens)
+    return score(name, files, max_tokens, worst or 0)
 
 
 def evaluate_tasks(

@@ -188,7 +188,16 @@ KEYS: Mapping[str, str] = {
     ),
     "clean": "The steps of `finetune clean`, in the order in which they run; each is off unless it is set. Training reads none of it.",
     "clean.unreadable": "Leave out what cannot be read as a row: broken lines, turns out of order, empty questions or answers.",
-    "clean.rules": "Leave out rows with these findings of `finetune lint`; too_long takes data.max_tokens.",
+    "clean.rules": "Leave out rows with these findings of `finetune lint`.",
+    "clean.thresholds": "From where on a row has a finding of clean.rules; the defaults are those of `finetune lint`.",
+    "clean.thresholds.too_long": "The longest row that stays, in tokens; null takes data.max_tokens.",
+    "clean.thresholds.mojibake": "In how many places a row must hold text in a wrong encoding.",
+    "clean.thresholds.other_language": "The share of a text by which one script is its language. A higher share finds fewer rows.",
+    "clean.thresholds.mixed_scripts": "The share of an answer that a second script must have.",
+    "clean.thresholds.repeated_punctuation": (
+        "How often an answer must repeat a mark, such as 4 for !!!!. Mixed !? count from 2 more, an ellipsis from 1 more, dots from 9 more."
+    ),
+    "clean.thresholds.one_word": "Answers of at most so many words leave; two Chinese letters count as a word.",
     "clean.exact_duplicates": "Leave out rows that equal an earlier one, as data.deduplicate does.",
     "clean.near_duplicates": "Leave out rows that are nearly the same as one that stays, by MinHash signatures.",
     "clean.near_duplicates.threshold": "The share of word groups from which two texts are nearly the same, such as 0.8; null turns the step off.",
@@ -202,7 +211,12 @@ KEYS: Mapping[str, str] = {
         "The key of a row that holds its score; of rows that are nearly the same, the one with the highest score stays. Empty keeps the first."
     ),
     "clean.decontaminate": "Leave out rows that share consecutive words with an evaluation set.",
-    "clean.decontaminate.against": "The files of the evaluation sets, in any format that can be read; every text in their rows counts.",
+    "clean.decontaminate.against": (
+        "The evaluation sets: files in any format that can be read, and tasks by their names. Every text in their rows counts."
+    ),
+    "clean.decontaminate.task_data": (
+        "The folder that holds the rows of the tasks, such as gsm8k.jsonl or gsm8k_test.jsonl; empty takes the data sets of the hub."
+    ),
     "clean.decontaminate.ngram": "How many consecutive words a row must share.",
     "clean.judge": "Let a model score each answer from 1 to 5 for instruction following, informativeness and truthfulness.",
     "clean.judge.endpoint": "The name of the judge in endpoints; empty turns the step off.",
@@ -226,7 +240,11 @@ KEYS: Mapping[str, str] = {
         "Groups with their shares, such as {maths: 0.22, code: 0.03, Latin: 0.39, Chinese: 0.36}. A group is a value of clean.mix.key, a "
         "script, or both with a space between them."
     ),
-    "clean.mix.key": "The key of a row that holds its kind; empty groups by script alone.",
+    "clean.mix.key": "The key of a row that holds its kind; without it and a classifier, rows are grouped by script alone.",
+    "clean.mix.classifier": (
+        "The folder of a checkpoint that classifies texts (safetensors, as transformers saves it); the kind of a row is the label that it "
+        "finds likeliest for the question and the answer."
+    ),
     "clean.mix.rows": "The most rows in all; null takes as many as the shares allow.",
     "synthesize": "What `finetune synthesize` writes. Training reads none of it.",
     "synthesize.job": (
@@ -266,6 +284,10 @@ KEYS: Mapping[str, str] = {
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."
+    ),
+    "row_losses": (
+        "The run measures the loss of at most so many training rows before and after the training, spread evenly, so that report.html can "
+        "show the rows of the highest loss. It costs two forward passes over them and changes nothing of the training. 0 measures none."
     ),
     "output": "The run directory; empty means runs/NAME in the current folder, where NAME is that of the recipe file.",
     "seed": "The seed for held-out rows, drawn rows, the order of the rows, and new weights.",

@@ -15,6 +15,8 @@ TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"
+# What the page shows beside the metrics: single rows with their losses, and the machine's state at each logged step.
+MEASURED_ROWS_FILE, MACHINE_FILE = "row_losses.json", "machine.jsonl"
 PISSA_START_FOLDER = "pissa-start"
 # The folder of a result, one of these two in the run directory, and its files.
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
@@ -37,6 +39,8 @@ MADE_FILES = (
     ANSWERS_PAGE,
     REPORT_FILE,
     COMPLETIONS_FILE,
+    MEASURED_ROWS_FILE,
+    MACHINE_FILE,
     "README.md",
 )
 MADE_FOLDERS = (PISSA_START_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,21 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
+    from finetune.evaluation.worst_rows import describe_worst
 
+    in_colour = sys.stdout.isatty()
     if hold_pairs(arguments.data):
-        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
         text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
+        text += describe_worst(found.worst, "margin", in_colour=in_colour)
         return print_result(arguments, asdict(found), text)
-    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
+    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
+    error = "" if scores.stderr is None else f" ± {scores.stderr:.4f}"
     text = (
-        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
+        f"loss {scores.loss:.4f}{error}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
         f"over {describe_count(scores.tokens, 'trained token')}"
     )
+    text += describe_worst(scores.worst, "loss", in_colour=in_colour)
     return print_result(arguments, asdict(scores), text)
 
 

@@ -21,6 +21,13 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave longer rows out (with --data; default: 2048)",
     )
+    verb.add_argument(
+        "--worst",
+        type=read_count,
+        default=0,
+        metavar="N",
+        help="also show the N rows of the highest loss, or pairs of the lowest margin (with --data)",
+    )
     add_option = _add_task_options(verb)
     add_option("--chat", action="store_true", help="ask in the model's chat template")
     add_option(

@@ -176,11 +176,13 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
     place = Place(_name_dataset(dataset))
     asked = Asked(dataset.name, dataset.revision, "dataset")
     commit: str | None
+    away: HubError | None = None
     try:
         commit = find_listing(asked).commit
     except HubError as error:
         if not error.is_unreachable:
             raise DataError(str(error), place) from error
+        away = error
         commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
     try:
         return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
@@ -193,7 +195,7 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
     except ValueError as error:  # an unknown config or split; the library lists those that there are
         raise DataError(f"{_first_line(error)}; name one with config: or split:", place) from error
     except Exception as error:  # those of the connection's library have no common class with the system's
-        fault = explain_fault(error, asked)
+        fault = str(away) if away is not None else explain_fault(error, asked)
         if fault is None and not isinstance(error, OSError | RuntimeError):
             raise
         fault = fault or f"cannot be loaded from the hub ({_first_line(error)}); check the connection"

@@ -26,15 +26,17 @@ LEAST_TEXTS = 3
 Rows = list[dict[str, Any]]
 
 
-def read_task_rows(task: Task, data: Path | None, is_only_task: bool) -> Rows:
+def read_task_rows(task: Task, data: Path | None, is_only_task: bool, option: str = "--task-data") -> Rows:
     """Read the rows of a task from `data`, a file or a folder, or from the hub where it is None.
+
+    A message names `option`, by which a person gives `data`.
 
     Raises:
         DataError: they cannot be found or read, or a row lacks a column.
     """
     what = f"a row of {task.name}"
     if data is None:
-        return _read_hub(task.hub, task, what, "--task-data")
+        return _read_hub(task.hub, task, what, option)
     return _read_rows(_find_file(task, expand_home(data), is_only_task), task, what)
 
 
