@@ -46,8 +46,8 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.journal.task_scores import add_task_scores, plan_tasks
 from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits
+from finetune.training.observing.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
