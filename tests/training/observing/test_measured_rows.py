@@ -117,13 +117,13 @@ def test_the_value_of_a_labelled_answer_has_the_sign_of_its_label(liked, expecte
 
 
 def test_long_texts_are_shortened_in_their_middle():
-    pieces = [("a" * 1000, False), ("b" * 1201, True), ("c" * 500, False)]
+    pieces = [("a" * 1000, False), ("b" * 901, True), ("c" * 500, False)]
     assert list(_cut_pieces(pieces)) == [
         (f"{'a' * 250} … {'a' * 250}", False),
-        (f"{'b' * 600} … {'b' * 600}", True),
+        (f"{'b' * 450} … {'b' * 450}", True),
         ("c" * 500, False),
     ]
-    assert next(iter(_cut_pieces(pieces * 3))) == ("… ", False) and len(list(_cut_pieces(pieces * 3))) == 9
+    assert next(iter(_cut_pieces(pieces * 3))) == ("… ", False) and len(list(_cut_pieces(pieces * 3))) == 7
 
 
 def test_a_negative_number_of_rows_is_refused(tmp_path, make_recipe):
