@@ -32,7 +32,7 @@ PREPARATION_KEYS: Mapping[str, str] = {
         "The evaluation sets: files in any format that can be read, and tasks by their names. Every text in their rows counts."
     ),
     "clean.decontaminate.task_data": (
-        "The folder that holds the rows of the tasks, such as gsm8k.jsonl or gsm8k_test.jsonl; empty takes the data sets of the hub."
+        "The folder that holds the rows of the tasks, such as gsm8k.jsonl or gsm8k_test.jsonl, or the file of the only one; empty takes the hub's."
     ),
     "clean.decontaminate.ngram": "How many consecutive words a row must share.",
     "clean.judge": "Let a model score each answer from 1 to 5 for instruction following, informativeness and truthfulness.",
