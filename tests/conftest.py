@@ -24,6 +24,7 @@ model: {checkpoint: nano}
 data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
 adapter: {rank: 4, alpha: 8}
 answers: 0
+row_losses: 0
 trainer:
   max_steps: 4
   learning_rate: 2e-3

@@ -20,7 +20,7 @@ class SplitReport:
 
     `parts` is how many rows were added by splitting long texts. `answers_cut` counts the `truncated` rows whose answer lost its
     end. `longest`, `median` and `histogram` count tokens, for a pair those of its longer side. `histogram` holds
-    `(upper length, rows)`.
+    `(upper length, rows)`, and `sources` maps each file or data set to its `(rows, tokens)`.
     """
 
     rows_read: int
@@ -35,6 +35,7 @@ class SplitReport:
     histogram: list[tuple[int, int]]
     parts: int = 0
     bad: int = 0
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Account:
         self.trained: list[int] = []
         self.cut: list[int] = []
         self.liked: list[bool] = []
+        self._sources: dict[str, int] = {}
+        self._source_numbers: list[int] = []
 
     def keep(self, encoded: Sequence[TokenRow]) -> list[TokenRow]:
         """Return the rows of a batch that are kept, cut or split as `data.overflow` says."""
@@ -124,6 +127,7 @@ class Account:
         self.lengths.append(max(map(len, row.sides)))
         self.tokens.append(sum(map(len, row.sides)))
         self.trained.append(row.trained_tokens)
+        self._source_numbers.append(self._sources.setdefault(row.source.place.file, len(self._sources)))
         if row.label is not None:
             self.liked.append(row.label)
         loses_end = row.rejected is not None or (bool(row.spans) and row.spans[-1][1] == len(row.token_ids))
@@ -199,7 +203,14 @@ class Account:
             histogram=_make_histogram(ordered),
             parts=len(ordered) - kept,
             bad=bad,
+            sources=self._count_sources(chosen),
         )
+
+    def _count_sources(self, chosen: Any) -> dict[str, tuple[int, int]]:
+        numbers, most = numpy.array(self._source_numbers, int)[chosen], len(self._sources)
+        rows = numpy.bincount(numbers, minlength=most).tolist()
+        tokens = numpy.bincount(numbers, numpy.array(self.tokens, float)[chosen], minlength=most).astype(int).tolist()
+        return {name: (rows[number], tokens[number]) for name, number in self._sources.items() if rows[number]}
 
 
 def _make_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:

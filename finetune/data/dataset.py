@@ -30,7 +30,7 @@ from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
 # Raise it whenever the same files and settings would give other columns than before.
-_CACHE_VERSION = 8
+_CACHE_VERSION = 9
 # These settings do not change the rows.
 _NOT_IN_KEY = ("cache", "workers")
 
@@ -107,8 +107,10 @@ def _open_cached(folder: Path) -> Splits:
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for name in ("train", "evaluation"):
         if content[name] is not None:
-            histogram = [tuple(bar) for bar in content[name]["histogram"]]
-            content[name] = SplitReport(**{**content[name], "histogram": histogram})
+            found = content[name]
+            histogram = [tuple(bar) for bar in found["histogram"]]
+            sources = {source: tuple(counts) for source, counts in found["sources"].items()}
+            content[name] = SplitReport(**{**found, "histogram": histogram, "sources": sources})
     report = DataReport(**{**content, "notes": tuple(content["notes"])})
     chosen = {name: numpy.load(folder / f"{name}.npy") for name in ("train", "evaluation")}
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))

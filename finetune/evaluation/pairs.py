@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import DataSettings, Source
 from finetune.errors import describe_count
+from finetune.evaluation.worst_rows import WorstRow, list_worst
 from finetune.files.folders import expand_home
 from finetune.models.opening import LoadedModel, open_model
 from finetune.rewards.judge import Judge, open_judge
@@ -30,7 +31,7 @@ class PairScores:
     """Means over pairs: the share whose chosen answer has the higher score, the margin of the scores, and its logistic loss.
 
     A reward model scores the whole text. A language model's score is the mean log-probability of the answer's tokens, so that long
-    answers have no disadvantage.
+    answers have no disadvantage. `worst` are the pairs of the lowest margin, as many as were asked for.
     """
 
     accuracy: float
@@ -38,6 +39,7 @@ class PairScores:
     loss: float
     pairs: int
     measure: str
+    worst: list[WorstRow] = field(default_factory=list)
 
 
 def hold_pairs(files: Sequence[Path]) -> bool:
@@ -52,7 +54,7 @@ def hold_pairs(files: Sequence[Path]) -> bool:
     return False
 
 
-def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairScores:
+def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int, worst: int = 0) -> PairScores:
     """Evaluate a reward model or a language model on pairs.
 
     Raises:
@@ -68,9 +70,13 @@ def evaluate_pairs(name: str, files: Sequence[Path], max_tokens: int) -> PairSco
         scores = [
             model.score([[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected")]) for row in shown
         ]
-        return _summarise([chosen - rejected for chosen, rejected in scores], "score")
-    margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in shown]
-    return _summarise(margins, "mean log-probability of the answer")
+        margins, measure = [chosen - rejected for chosen, rejected in scores], "score"
+    else:
+        margins = [_measure(model, row, "chosen_ids") - _measure(model, row, "rejected_ids") for row in shown]
+        measure = "mean log-probability of the answer"
+    found = _summarise(margins, measure)
+    badness = [-margin for margin in margins]
+    return replace(found, worst=list_worst(rows, margins, badness, worst, model.tokenizer)) if worst else found
 
 
 def _load_pairs(model: LoadedModel | Judge, template: ChatTemplate, files: Sequence[Path], max_tokens: int) -> Dataset:

@@ -15,9 +15,9 @@ from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
 from finetune.errors import DataError, Place
-from finetune.evaluation.token_loss import split_model
 from finetune.files.folders import expand_home
 from finetune.models.opening import LoadedModel
+from finetune.models.row_loss import split_model
 
 # Rows that are read of each source, and tokens of each row: an attention matrix of 512 x 512 for 30 heads takes 31 MB.
 ROWS_OF_SOURCE, TOKENS_OF_ROW = 16, 512
@@ -122,7 +122,7 @@ def measure_activity(loaded: LoadedModel, texts: Sequence[SourcedText]) -> dict[
     """
     model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     model.set_attn_implementation("eager")
-    backbone, head = split_model(loaded)
+    backbone, head = split_model(loaded.model)
     layers: list[Any] = list(backbone.get_submodule("layers").children())
     sums = [_LayerSums() for _ in layers]
     whole, positions, sources = _LossSum(), dict[int, _LossSum](), dict[str, _LossSum]()

@@ -13,7 +13,7 @@ from finetune.data.formats.rows import RowKind
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
 from finetune.errors import CheckpointError, DataError, MachineError, describe_count
-from finetune.files.folders import check_file_is_new, expand_home, write_new_file
+from finetune.files.folders import expand_home, write_new_file
 from finetune.files.resources import find_shipped_recipe
 from finetune.files.sizes import parse_memory
 from finetune.guide.commented_recipe import write_commented
@@ -146,7 +146,6 @@ def write_first_recipe(facts: DataFacts, goal: Goal, checkpoint: str, target: Ta
     Raises:
         FinetuneError: the base checkpoint or the rows cannot be used, nothing fits the device, or the file exists.
     """
-    check_file_is_new(output)
     content = _start_content(facts, goal, checkpoint, target, output)
     longest, notes = _measure_rows(content, output)
     content["data"]["max_tokens"] = _round_length(_UNMEASURED if longest is None else longest)

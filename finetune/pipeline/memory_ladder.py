@@ -54,14 +54,16 @@ def train_as_planned(
         resolved = restore_choices(resolved)
     target = find_target(device)
     resolved, choices = plan_apart(choose_settings, resolved, target)
+    planned = None
     if choices:
         logger.info("%s", describe_choices(choices))
+        planned = choices[-1].peak_bytes
     elif device.type == "cuda" and not force:
-        plan_apart(check_fits, resolved, target)
-    return train_within_memory(resolved, resume)
+        planned = plan_apart(check_fits, resolved, target).peak_bytes
+    return train_within_memory(resolved, resume, planned)
 
 
-def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
+def train_within_memory(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
     """Train; where memory runs out under `trainer.auto`, change settings that keep the updates the same, and continue.
 
     The run continues from its newest checkpoint, or starts again where it has none.
@@ -72,7 +74,7 @@ def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSu
     started_fresh = not resume
     while True:
         try:
-            return run_training(resolved, resume)
+            return run_training(resolved, resume, planned_bytes)
         except torch.OutOfMemoryError as error:
             reason = ". ".join(str(error).split(". ")[:2])
             traceback.clear_frames(error.__traceback__)  # the frames would keep their tensors on the device
@@ -84,7 +86,7 @@ def train_within_memory(resolved: ResolvedRecipe, resume: bool = False) -> RunSu
         change = next(steps, None)
         if change is None:
             raise TrainingError(describe_shortage(resolved, reason))
-        resolved = apply_change(resolved, change)
+        resolved, planned_bytes = apply_change(resolved, change), None
         resume = _prepare_restart(resolved, started_fresh)
         logger.warning(
             "out of memory (%s); %s with %s", reason, "continuing" if resume else "starting again", change.describe()

@@ -220,8 +220,8 @@ def find_target(device: torch.device) -> Target:
     return Target(True, memory, None, engine, processes)
 
 
-def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
-    """Refuse a run that cannot fit the memory of its target, before anything is loaded.
+def check_fits(resolved: ResolvedRecipe, target: Target) -> Plan:
+    """Refuse a run that cannot fit the memory of its target, before anything is loaded; return the plan of one that fits.
 
     Raises:
         TrainingError: it does not fit; the message names the largest parts and what would take less.
@@ -234,6 +234,7 @@ def check_fits(resolved: ResolvedRecipe, target: Target) -> None:
             + "\n  ".join(plan.suggestions)
             + f"\nor run it all the same with {name_option('--force')}"
         )
+    return plan
 
 
 def describe_steps(steps: tuple[Step, ...]) -> str:

@@ -1,8 +1,8 @@
-"""The sentences that explain each key of a recipe. They stand only here.
+"""The sentences that explain each key of a recipe; those of the sections that prepare rows stand in `preparation_texts.py`.
 
 `finetune recipes NAME` writes them beside the keys of a copied recipe, and `finetune recipes --keys` makes `docs/keys.md` of
-them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or data.sources, `task` for one of data.tasks,
-`endpoint` for one of endpoints, and `export` for the options of a stage that exports.
+them. A key is named as in `--set section.key=value`. `source` stands for one entry of data.train, data.eval or
+data.sources, `task` for one of data.tasks, `endpoint` for one of endpoints, and `export` for the options of a stage that exports.
 """
 
 from collections.abc import Mapping
@@ -84,6 +84,10 @@ KEYS: Mapping[str, str] = {
     "data.workers": (
         "How many processes turn rows into tokens. With 1 the tokenizer already uses all cores; more processes help only on "
         "machines with more than about four cores."
+    ),
+    "data.seed": (
+        "Draws the held-out rows and the rows of a mixture; null takes the recipe's seed. With it, runs of other seeds train and "
+        "evaluate on the same rows."
     ),
     "source.path": "A file, a folder or a glob.",
     "source.hub": "A data set of the hub, as owner/name, instead of path.",
@@ -188,10 +192,13 @@ KEYS: Mapping[str, str] = {
         "Stop after so many evaluations in a row that are not better than the best one. Needs load_best_model_at_end: true and held-out "
         "rows; trainer.metric_for_best_model names what is compared, the held-out loss by default. A resumed run counts anew."
     ),
-    **PREPARATION_KEYS,
     "answers": (
         "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
         "0 keeps none."
+    ),
+    "row_losses": (
+        "The run measures the loss of at most so many training rows before and after the training, spread evenly, so that report.html can "
+        "show the rows of the highest loss. It costs two forward passes over them and changes nothing of the training. 0 measures none."
     ),
     "output": "The run directory; empty means runs/NAME in the current folder, where NAME is that of the recipe file.",
     "seed": "The seed for held-out rows, drawn rows, the order of the rows, and new weights.",
@@ -214,4 +221,5 @@ KEYS: Mapping[str, str] = {
     ),
     "export.gguf": "The types in which GGUF files for llama.cpp and Ollama are written beside it, such as [q8_0].",
     "export.verify": "Open the exported model again and compare its logits with those of the run.",
+    **PREPARATION_KEYS,
 }

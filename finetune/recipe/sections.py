@@ -120,6 +120,7 @@ class DataSection:
     merge_turns: bool = False
     encoding: str = "utf-8"
     workers: int = 1
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
     `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
+    `row_losses` is the most training rows whose loss is measured before and after the training; 0 measures none.
     `clean` and `synthesize` belong to the verbs of these names, with their `endpoints`; training reads none of them.
     """
 
@@ -240,6 +242,7 @@ class Recipe:
     synthesize: SynthesizeSection = field(default_factory=SynthesizeSection)
     endpoints: Mapping[str, EndpointSection] = field(default_factory=dict)
     answers: int = 64
+    row_losses: int = 256
     output: str = ""
     seed: int = 42
 

@@ -10,11 +10,15 @@ from finetune.files.json_files import read_lines
 # Files of a run directory. The folder of a chain has a recipe as well.
 RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
 METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
+# Metrics of pre-training: the norm of the head as the model uses it, and the z term of the loss in nats a token.
+HEAD_NORM, Z_TERM = "lm_head_norm", "z_term"
 # What the scores of tasks begin with in metrics.jsonl, behind `eval_`.
 TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
 REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"
+# What the page shows beside the metrics: single rows with their losses, and the machine's state at each logged step.
+MEASURED_ROWS_FILE, MACHINE_FILE = "row_losses.json", "machine.jsonl"
 PISSA_START_FOLDER = "pissa-start"
 # The folder of a result, one of these two in the run directory, and its files.
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
@@ -37,6 +41,8 @@ MADE_FILES = (
     ANSWERS_PAGE,
     REPORT_FILE,
     COMPLETIONS_FILE,
+    MEASURED_ROWS_FILE,
+    MACHINE_FILE,
     "README.md",
 )
 MADE_FOLDERS = (PISSA_START_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from finetune.data.encoding.gates import IGNORED_LABEL
+from finetune.models.row_loss import estimate_error
 from finetune.recipe.methods import Method
 
 
@@ -29,7 +30,7 @@ class _HeldOutMean:
     """Overrides three methods of `transformers.Trainer`, and must stand before it among the bases of a class."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._loss_sum, self._weight = 0.0, 0
+        self._sums: list[tuple[float, int]] = []
         super().__init__(*arguments, **options)
 
     def get_eval_dataloader(self: Any, *arguments: Any, **options: Any) -> DataLoader[Any]:
@@ -46,21 +47,22 @@ class _HeldOutMean:
         for batch, weight in self._weigh(inputs):
             found = super().prediction_step(model, batch, *arguments, **options)  # type: ignore[misc]
             if weight:  # without any token, a loss may be 0 / 0
-                self._loss_sum += float(found[0]) * weight
-                self._weight += weight
+                self._sums.append((float(found[0]) * weight, weight))
         return found
 
     def evaluation_loop(
         self: Any, dataloader: Any, description: str, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> Any:
-        """Evaluate, and report the mean over the tokens or rows of all processes."""
-        self._loss_sum, self._weight = 0.0, 0
+        """Evaluate, and report the mean over the tokens or rows of all processes with its standard error, which batches give."""
+        self._sums = []
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, *arguments, metric_key_prefix=metric_key_prefix, **options
         )
-        sums = gather_object([(self._loss_sum, self._weight)])
+        sums = gather_object(self._sums)
         weight = sum(count for _, count in sums)
         output.metrics[f"{metric_key_prefix}_loss"] = sum(loss for loss, _ in sums) / max(weight, 1)
+        if (error := estimate_error(sums)) is not None:
+            output.metrics[f"{metric_key_prefix}_loss_stderr"] = error
         return output
 
 

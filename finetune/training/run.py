@@ -46,7 +46,8 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.journal.task_scores import add_task_scores, plan_tasks
+from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits
+from finetune.training.observing.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
@@ -62,8 +63,8 @@ logger = logging.getLogger(__name__)
 _LEFT = f"what was saved before is whole: make room, and continue with {name_option('--resume')}"
 
 
-def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
-    """Train what a recipe says and write a run directory.
+def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
+    """Train what a recipe says and write a run directory. `planned_bytes` is the peak memory of its plan, if one was made.
 
     Raises:
         FinetuneError: the user can mend what stopped the run; before step 1 nothing is left behind.
@@ -84,7 +85,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
-        tasks = plan_tasks(resolved)
+        tasks = plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer)
         setup = prepare(resolved, config, precision)
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:
@@ -98,12 +99,12 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
             add_journal(trainer, resolved.output)
             _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
-            record = RunRecord(setup, trained.model, resumed=checkpoint is not None)
+            record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
             earlier = None if checkpoint is None else read_choice(resolved.output)
-            sheet = _open_answers(setup)
+            sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()
-                if sheet is not None and checkpoint is None:
+                for sheet in sheets if checkpoint is None else ():
                     sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
@@ -111,7 +112,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False) -> RunSummary:
         with translate_os_errors(resolved.output, _LEFT):
             if is_writer:
                 record.write_saving(summary)
-            _write_results(setup, trainer, trained, sheet)
+            _write_results(setup, trainer, trained, sheets)
             if is_writer:
                 record.write_end(summary)
                 write_report(resolved.output)
@@ -182,18 +183,26 @@ def _check_rows(trainer: Trainer, setup: Setup, scores: Sequence[str]) -> None:
         trainer.add_callback(EvaluationCheck(trainer, scores))
 
 
-def _open_answers(setup: Setup) -> AnswerSheet | None:
-    """Return the sheet of answers before and after, or None where the recipe wants none or the model cannot generate."""
-    resolved = setup.resolved
-    if not resolved.recipe.answers or resolved.method.trains_reward_model:
-        return None
+def _open_sheets(setup: Setup, trainer: Trainer) -> list[AnswerSheet | RowSheet]:
+    """Return what is written before and after the training: the answers and the losses of rows, where the model can give them."""
+    resolved, recipe = setup.resolved, setup.resolved.recipe
+    if not (recipe.answers or recipe.row_losses) or resolved.method.trains_reward_model:
+        return []
     if (engine := ENGINES[find_engine()]).shards_weights:
         logger.info(
-            "no answers before and after are written: %s shards the weights, and one process cannot generate alone",
+            "no answers and no losses of rows are written before and after: %s shards the weights, and one process cannot compute alone",
             engine.title,
         )
-        return None
-    return AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, resolved.recipe.answers)
+        return []
+    sheets: list[AnswerSheet | RowSheet] = []
+    if recipe.answers:
+        rows = setup.sample_rows
+        sheets.append(AnswerSheet(resolved.output, setup.tokenizer, setup.template, rows, recipe.answers))
+    if recipe.row_losses and resolved.method.shape in MEASURES:
+        batch = trainer.args.per_device_train_batch_size
+        limits = SheetLimits(recipe.row_losses, recipe.data.max_tokens, batch, trainer.accelerator.autocast)
+        sheets.append(RowSheet(resolved.output, setup.splits.train, setup.tokenizer, resolved.method.shape, limits))
+    return sheets
 
 
 def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) -> int:
@@ -216,15 +225,17 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 
 
-def _write_results(setup: Setup, trainer: Trainer, trained: TrainedModel, sheet: AnswerSheet | None) -> None:
-    """Write the answers after training, the weights and the loss plot.
+def _write_results(
+    setup: Setup, trainer: Trainer, trained: TrainedModel, sheets: Sequence[AnswerSheet | RowSheet]
+) -> None:
+    """Write the answers and the losses of rows after training, the weights and the loss plot.
 
     Every process must call it: where weights are sharded, all of them send their shares to the first.
     """
     run, recipe = setup.resolved.output, setup.resolved.recipe
     weights = gather_weights(trainer)
     if trainer.is_world_process_zero():
-        if sheet is not None:
+        for sheet in sheets:
             sheet.write_after(trained.model)
         write_result(run, setup, trained.model, trainer, weights)
         draw_losses(run, setup.resolved.title)

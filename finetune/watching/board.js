@@ -30,9 +30,18 @@ function listTicks(low, high) {
   return ticks;
 }
 
+// The standard error of a point is drawn as a bar from one error below it to one above.
+function listErrorBars(curve) {
+  const errors = new Map(curve.errors);
+  return curve.points.filter(([step]) => errors.has(step)).map(([step, value]) =>
+    ({ step, low: value - errors.get(step), high: value + errors.get(step), colour: curve.colour }));
+}
+
 function drawChart(title, curves) {
   const points = curves.flatMap((curve) => curve.points);
-  const steps = points.map((point) => point[0]), values = points.map((point) => point[1]);
+  const bars = curves.flatMap((curve) => listErrorBars(curve));
+  const steps = points.map((point) => point[0]);
+  const values = [...points.map((point) => point[1]), ...bars.flatMap((bar) => [bar.low, bar.high])];
   let [first, last] = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
   let [low, high] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
   if (first === last) [first, last] = [first - 1, last + 1];
@@ -64,6 +73,8 @@ function drawChart(title, curves) {
     svg.append(shape("polyline", { class: "curve", points: join(curve.points), stroke, ...dashes, ...paleness }));
     if (curve.trend.length) svg.append(shape("polyline", { class: "curve", points: join(curve.trend), stroke, ...dashes }));
   }
+  for (const bar of bars)
+    svg.append(shape("line", { x1: x(bar.step), x2: x(bar.step), y1: y(bar.low), y2: y(bar.high), stroke: `var(${bar.colour})`, opacity: 0.6 }));
   const readout = make("div", { class: "readout" });
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
@@ -114,6 +125,31 @@ function drawAnswers(title, answers, names) {
   return [make("h2", {}, title), make("div", { class: "grid" }, ...cards)];
 }
 
+function drawText(text) {
+  const pieces = text.pieces.map(([piece, isTrained]) => isTrained ? make("mark", {}, piece) : document.createTextNode(piece));
+  return make("article", { class: "card" }, make("h3", {}, text.title), make("div", { class: "text" }, ...pieces));
+}
+
+function drawLengths(lengths) {
+  const most = lengths.reduce((a, b) => Math.max(a, b[1]), 1);
+  const rows = lengths.map(([upper, count]) => make("tr", {}, make("td", {}, `up to ${upper.toLocaleString("en")} tokens`),
+    make("td", { class: "bars" }, make("i", { style: `width: ${(100 * count / most).toFixed(1)}%` })), make("td", {}, count.toLocaleString("en"))));
+  return make("div", { class: "card" }, make("h3", {}, "Lengths of the rows"), make("table", { class: "lengths" }, make("tbody", {}, ...rows)));
+}
+
+function drawRows(rows, of) {
+  const parts = rows.groups.flatMap((group) => [make("h2", {}, `${group.title}${of}`),
+    ...(group.texts.some((text) => text.pieces.some((piece) => piece[1])) ? [make("p", { class: "quiet" }, "Trained text is marked.")] : []),
+    make("div", { class: "grid" }, ...group.texts.map(drawText))]);
+  const left = Object.entries(rows.left_out);
+  if (rows.sources.length) parts.push(make("h2", {}, `Sources of the rows${of}`), drawTable(rows.sources[0], rows.sources.slice(1)));
+  const cards = [];
+  if (rows.lengths.length) cards.push(drawLengths(rows.lengths));
+  if (left.length) cards.push(drawTable(["rows left out or cut", "number"], left.map(([reason, count]) => [reason, count.toLocaleString("en")])));
+  if (cards.length) parts.push(make("h2", {}, `Lengths, and what was left out${of}`), make("div", { class: "grid" }, ...cards));
+  return parts;
+}
+
 function drawRun(run, isAlone) {
   const parts = isAlone ? [] : [make("h2", {}, run.name)];
   if (run.share !== null && run.share < 1)
@@ -142,38 +178,35 @@ function draw(board) {
     const of = isAlone ? "" : ` of ${run.name}`;
     parts.push(...drawAnswers(`Answers before and after${of}`, run.answers, ["before", "after"]));
     parts.push(...drawAnswers(`The newest answers${of}`, run.completions, ["answer", ""]));
+    parts.push(...drawRows(run.rows, of));
   }
   if (isAlone) parts.push(make("h2", {}, "Recipe"), drawTable(["key", "value"], Object.entries(board.runs[0].recipe)));
   document.getElementById("main").replaceChildren(...parts);
 }
 
 const state = document.getElementById("state");
-let shown = document.getElementById("data").textContent, speed = null;
+let shown = document.getElementById("data").textContent;
 draw(JSON.parse(shown));
 
-// The time left follows from the shares that two answers of the server tell.
-function estimate(board) {
-  const run = board.runs[0], now = Date.now() / 1000;
-  if (board.runs.length > 1 || run.share === null || run.share >= 1) return "";
-  if (!speed || run.share < speed.share) speed = { share: run.share, at: now };
-  const left = run.share > speed.share ? (1 - run.share) * (now - speed.at) / (run.share - speed.share) : null;
-  return left === null ? "" : `, about ${left < 120 ? `${Math.ceil(left)} s` : `${Math.ceil(left / 60)} min`} left`;
-}
-
 async function refresh() {
+  const began = performance.now();
   try {
-    const answer = await fetch("data");
+    const answer = document.hidden ? null : await fetch("data");
+    if (!answer) return;  // nobody looks
     if (!answer.ok) throw new Error(answer.statusText);
     const text = await answer.text();
     const board = JSON.parse(text);
-    state.textContent = `live${estimate(board)}`;
+    state.textContent = "live";
     if (text !== shown) draw(board);
     shown = text;
   } catch {
     state.textContent = "the server has ended; this is the last state that it sent";
+  } finally {
+    // Reading a long run takes a moment of the machine that trains it: at most one part in fifty goes there.
+    setTimeout(refresh, Math.max(1000 * Number(document.body.dataset.live), 50 * (performance.now() - began)));
   }
 }
 if (document.body.dataset.live) {
   state.textContent = "live";
-  setInterval(refresh, 1000 * Number(document.body.dataset.live));
+  setTimeout(refresh, 1000 * Number(document.body.dataset.live));
 }

@@ -30,6 +30,17 @@ def read_series(lines: Lines, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
 
 
+def collect_series(lines: Lines) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of all metrics by name, in one pass over the lines; what is no finite number is left out."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        step = line["step"]
+        for name, value in line.items():
+            if is_number(value):
+                series.setdefault(name, []).append((step, value))
+    return series
+
+
 def is_number(value: object) -> bool:
     """Tell whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from finetune.errors import FinetuneError
@@ -11,8 +11,10 @@ from finetune.files.folders import expand_home
 from finetune.files.json_files import read_json, read_lines
 from finetune.files.terminal import escape_controls
 from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
-from finetune.watching.cautions import Caution, is_number, list_cautions, read_series
+from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
+from finetune.watching.machine_view import list_machine_figures, read_machine
 from finetune.watching.panels import list_panels
+from finetune.watching.rows_view import RowsView, read_rows_view
 
 # More points than a curve has pixels show nothing more.
 _MOST_POINTS = 600
@@ -23,10 +25,14 @@ _MOST_LETTERS = 4000
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve as points `(step, value)`; `trend` holds the mean of each stretch of steps, where there are many points."""
+    """One curve as points `(step, value)`.
+
+    `trend` holds the mean of each stretch of steps, where there are many points, and `errors` the standard errors of some points.
+    """
 
     points: Sequence[tuple[int, float]]
     trend: Sequence[tuple[int, float]]
+    errors: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class RunView:
     notes: tuple[str, ...]
     answers: tuple[Answer, ...]
     completions: tuple[Answer, ...]
+    rows: RowsView
     recipe: Mapping[str, str]
 
 
@@ -107,17 +114,23 @@ def read_run(folder: Path) -> RunView:
     step = lines[-1]["step"] if lines else 0
     result = record.get("result") or {}
     data = record.get("data") or {}
+    machine = read_machine(folder, record.get("planned_bytes"))
     return RunView(
         name=_cut(folder.resolve().name),
         status=str(record.get("status", "")),
         step=max(step, int(result.get("steps", 0))),
         share=1.0 if result else _find_share(recipe, lines),
-        figures=dict(_list_figures(data, result, recipe)),
-        charts=tuple(_draw_charts(lines)),
+        figures={
+            **dict(_list_figures(data, result, recipe)),
+            **dict(_describe_held_out(lines, result)),
+            **dict(list_machine_figures(machine, is_running=not result)),
+        },
+        charts=tuple(_draw_charts([*lines, *machine])),
         cautions=list_cautions(lines),
         notes=tuple(_cut(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
         answers=tuple(_read_answers(folder)),
         completions=tuple(_read_completions(folder)),
+        rows=read_rows_view(folder, data),
         recipe=recipe,
     )
 
@@ -162,9 +175,19 @@ def _list_figures(
         yield "tokens a second", f"{result['tokens'] / result['seconds']:,.0f}"
 
 
+def _describe_held_out(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the held-out loss of the result, or the newest one of a running run, with its standard error."""
+    losses = [line for line in lines if is_number(line.get("eval_loss"))]
+    measured = next((line for line in losses[::-1] if line["eval_loss"] == result.get("eval_loss")), None)
+    if (line := measured or (losses[-1] if losses and not result else None)) is not None:
+        error = f" ± {line['eval_loss_stderr']:.3f}" if is_number(line.get("eval_loss_stderr")) else ""
+        yield _HELD_OUT, f"{line['eval_loss']:.3f}{error}"
+
+
+_HELD_OUT = "held-out loss"
 _RESULTS = (
     ("training loss", "train_loss", "{:.3f}"),
-    ("held-out loss", "eval_loss", "{:.3f}"),
+    (_HELD_OUT, "eval_loss", "{:.3f}"),
     ("reward", "train_reward", "{:.3f}"),
     ("held-out reward", "eval_reward", "{:.3f}"),
     ("weights of step", "best_step", "{:,}"),
@@ -173,11 +196,22 @@ _RESULTS = (
 
 
 def _draw_charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    for panel in list_panels(lines):
-        series = {label: read_series(lines, name) for name, label in panel.curves.items()}
-        curves = {label: Curve(thin_out(points), find_trend(points)) for label, points in series.items() if points}
+    series = collect_series(lines)
+    for panel in list_panels(series):
+        # Methods name some metrics differently, so two names may stand for one curve; a run logs one of them.
+        curves = {
+            label: _draw_curve(
+                [(step, value / panel.unit) for step, value in series[name]], series.get(f"{name}_stderr")
+            )
+            for name, label in panel.curves.items()
+            if name in series
+        }
         if curves:
             yield Chart(panel.title, curves)
+
+
+def _draw_curve(points: Sequence[tuple[int, float]], errors: Sequence[tuple[int, float]] | None) -> Curve:
+    return Curve(thin_out(points), find_trend(points), (errors or ())[-_MOST_POINTS:])
 
 
 def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -195,7 +229,7 @@ def find_trend(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     if len(points) < _FEWEST_FOR_TREND:
         return []
     stretches = _split(points, _TREND_POINTS)
-    return [(round(mean(step for step, _ in part)), mean(value for _, value in part)) for part in stretches]
+    return [(round(fmean(step for step, _ in part)), fmean(value for _, value in part)) for part in stretches]
 
 
 def _split(points: Sequence[tuple[int, float]], count: int) -> list[Sequence[tuple[int, float]]]:

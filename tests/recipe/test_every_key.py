@@ -44,6 +44,7 @@ model: {checkpoint: nano}
 data: {train: rows.jsonl, eval: held.jsonl, max_tokens: 128}
 adapter: {rank: 4, alpha: 8}
 answers: 0
+row_losses: 0
 trainer: {max_steps: 4, per_device_train_batch_size: 4, save_strategy: "no", gradient_checkpointing: false, disable_tqdm: true}
 """
 PRETRAIN = (
@@ -78,6 +79,7 @@ class Flip:
 FLIPS = (
     Flip("method", "dpo", observe_rows, ("data.train=pairs.jsonl", "data.overflow=drop")),
     Flip("answers", "4", observe_run, ("trainer.max_steps=1",)),
+    Flip("row_losses", "4", observe_run, ("trainer.max_steps=1",)),
     Flip("output", "elsewhere", observe_output),
     Flip("seed", "43", observe_rows, ("data.eval=[]", "data.held_out=4")),
     Flip("model.checkpoint", "./other_base", observe_model),
@@ -114,6 +116,7 @@ FLIPS = (
     Flip("data.merge_turns", "true", observe_rows, ("data.train=turns.jsonl",)),
     Flip("data.encoding", "gb18030", observe_rows, ("data.train=latin.jsonl", "data.encoding=latin-1")),
     Flip("data.workers", "2", observe_workers),
+    Flip("data.seed", "43", observe_rows, ("data.eval=[]", "data.held_out=4")),
     Flip("source.path", "[{path: few.jsonl}]", observe_rows, ("data.train=[{path: rows.jsonl}]",)),
     Flip("source.weight", "[{path: rows.jsonl, weight: 3}, {path: few.jsonl, weight: 1}]", observe_rows, ("data.train=[{path: rows.jsonl, weight: 1}, {path: few.jsonl, weight: 1}]",)),
     Flip("source.rows", "[{path: rows.jsonl, rows: 5}]", observe_rows, ("data.train=[{path: rows.jsonl}]",)),

@@ -1,6 +1,7 @@
 """The held-out loss of a run is the mean over trained tokens, or pairs: what `finetune evaluate` gives, for every batch."""
 
 import json
+from statistics import stdev
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +10,16 @@ import torch
 from finetune.evaluation.pairs import evaluate_pairs
 from finetune.evaluation.token_loss import evaluate_path
 from finetune.files.resources import find_demo_data
+from finetune.models.row_loss import estimate_error
 from finetune.recipe.methods import METHODS
 from finetune.training.held_out_loss import _count_own_rows, _RowMean, _TokenMean
 
 EVALUATE = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.max_steps=2"]
 
 
-def read_held_out(run):
+def read_held_out(run, name="eval_loss"):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    return [line[name] for line in lines if name in line][-1]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,10 @@ def test_a_run_measures_what_evaluate_does(train, tmp_path, settings):
     run = train("run", *EVALUATE, *settings)
     expected = evaluate_path(str(run), [tmp_path / "held.jsonl"], 128)
     assert read_held_out(run) == pytest.approx(expected.loss, abs=1e-5)
+    if settings == ["trainer.per_device_eval_batch_size=1"]:  # each batch is a row, as in `evaluate`
+        assert (
+            read_held_out(run, "eval_loss_stderr") == pytest.approx(expected.stderr, abs=1e-5) and expected.stderr > 0
+        )
 
 
 def count(rank, remainder):
@@ -83,6 +89,15 @@ def test_the_loss_of_pairs_is_their_mean_for_every_batch(train, method):
         for size in (2, 5)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_standard_error_is_that_of_a_ratio():
+    """For groups of one size it is that of a mean: the standard deviation over the root of the number of groups."""
+    losses = [1.0, 2.0, 4.0, 5.0]
+    assert estimate_error([(loss * 3, 3) for loss in losses]) == pytest.approx(stdev(losses) / 2)
+    # Groups of different sizes with one mean have no spread.
+    assert estimate_error([(6.0, 3), (2.0, 1)]) == 0
+    assert estimate_error([(6.0, 3)]) is None and estimate_error([]) is None
 
 
 def test_a_reward_model_measures_what_evaluate_does(train, tmp_path):

@@ -17,10 +17,10 @@ from finetune.data.encoding.rendering import encode_conversations
 from finetune.data.encoding.spellings import encode_plain_texts
 from finetune.data.lint.text_checks import shorten
 from finetune.errors import describe_count
-from finetune.evaluation.row_loss import MarkedTokens, measure_losses
 from finetune.files.cache import find_cache, hash_file
 from finetune.files.safety.keyed_store import KeyedStore
 from finetune.models.opening import LoadedModel, open_model
+from finetune.models.row_loss import MarkedTokens, measure_losses
 from finetune.runs.lineage import find_training_base
 from finetune.runs.run_files import PEFT_WEIGHTS_FILE
 
@@ -67,7 +67,7 @@ class _LossCache:
             # Rows of about one length share a batch, so that little of it is padding.
             ordered = sorted(missing.items(), key=lambda item: len(item[1].token_ids))
             size = self._context.section.complexity.batch_size
-            found = measure_losses(self._loaded, [row for _, row in ordered], size)
+            found = measure_losses(self._loaded.model, [row for _, row in ordered], size)
             for (key, _), loss in zip(ordered, found, strict=True):
                 self._store.put(key, repr(loss))
                 known[key] = loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,21 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return _evaluate_tasks(arguments)
     from finetune.evaluation.pairs import evaluate_pairs, hold_pairs
     from finetune.evaluation.token_loss import evaluate_path
+    from finetune.evaluation.worst_rows import describe_worst
 
+    in_colour = sys.stdout.isatty()
     if hold_pairs(arguments.data):
-        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens)
+        found = evaluate_pairs(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
         text = f"right on {found.accuracy:.1%} of {describe_count(found.pairs, 'pair')}, ahead by {found.margin:.4g} ({found.measure})"
+        text += describe_worst(found.worst, "margin", in_colour=in_colour)
         return print_result(arguments, asdict(found), text)
-    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens)
+    scores = evaluate_path(arguments.model, arguments.data, arguments.max_tokens, arguments.worst)
+    error = "" if scores.stderr is None else f" ± {scores.stderr:.4f}"
     text = (
-        f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
+        f"loss {scores.loss:.4f}{error}, perplexity {scores.perplexity:.2f}, token accuracy {scores.accuracy:.1%} "
         f"over {describe_count(scores.tokens, 'trained token')}"
     )
+    text += describe_worst(scores.worst, "loss", in_colour=in_colour)
     return print_result(arguments, asdict(scores), text)
 
 
@@ -35,14 +41,14 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> int:
     from finetune.evaluation.asking.engines import read_engine
     from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 
-    settings = _read_task_settings(arguments, chat=arguments.chat)
+    settings = read_task_settings(arguments, chat=arguments.chat)
     if arguments.engine is not None:
         settings = replace(settings, engine=read_engine(arguments.engine))
     found = evaluate_tasks(arguments.model, settings, arguments.output)
     return print_result(arguments, found.to_json(), found.describe())
 
 
-def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
+def read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
     from finetune.evaluation.tasks.task_settings import TaskSettings
 
     return TaskSettings(
@@ -82,7 +88,7 @@ def run_dynamics(arguments: argparse.Namespace) -> int:
     from finetune.pipeline.dynamics.run_dynamics import run_dynamics
     from finetune.pipeline.dynamics.tuning import TuningSettings
 
-    tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
+    tasks = None if arguments.tasks is None else read_task_settings(arguments, chat=False)
     tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)
     settings = DynamicsSettings(tasks, arguments.keep, tuple(arguments.rows), tuning)
     found = run_dynamics(arguments.checkpoints, settings, arguments.output)

@@ -1,7 +1,7 @@
 """Show rows as the model sees them: their text with the trained parts marked, and the numbers of all rows."""
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,16 @@ def _render_row(row: PreviewRow) -> str:
 
 def preview_rows(splits: Splits, tokenizer: PreTrainedTokenizerBase, count: int) -> Preview:
     """Return the first `count` rows for training as the model sees them."""
-    rows = []
-    for row in splits.train.select(range(min(count, len(splits.train)))):
-        for side, token_ids, trained in list_sides(row):
-            pieces = _join_pieces(tokenizer, token_ids, trained)
-            rows.append(PreviewRow(row["origin"], tokenizer.decode(token_ids), token_ids, trained, pieces, side))
+    chosen = splits.train.select(range(min(count, len(splits.train))))
+    rows = [side for row in chosen for side in mark_sides(row, tokenizer)]
     return Preview(rows, splits.report.to_json())
+
+
+def mark_sides(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[PreviewRow]:
+    """Yield each text of a prepared row as the model sees it."""
+    for side, token_ids, trained in list_sides(row):
+        pieces = _join_pieces(tokenizer, token_ids, trained)
+        yield PreviewRow(row["origin"], tokenizer.decode(token_ids), token_ids, trained, pieces, side)
 
 
 def list_sides(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
@@ -93,18 +97,15 @@ def _join_pieces(
 
 def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     """Return the preview for a terminal. Trained text is green or, without colour, in ⟦ ⟧."""
-    opening, closing = (COLOUR, PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
     lines = [f"Trained text {'is green' if in_colour else f'stands in {_OPEN} {_CLOSE}'}."]
     if not any(sum(row.trained) for row in preview.rows):
         lines = ["These are prompts: the model writes the answers, and is trained on those."]
     for row in preview.rows:
-        pieces = ((escape_controls(piece), is_trained) for piece, is_trained in row.pieces)
-        text = "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in pieces)
         side = f" ({row.side})" if row.side else ""
         lines += [
             "",
             f"── {row.origin}{side}: {describe_count(len(row.token_ids), 'token')}, {sum(row.trained)} trained",
-            text,
+            colour_text(row.pieces, in_colour=in_colour),
         ]
     for name in ("train", "evaluation"):
         if preview.counts[name] is not None:
@@ -113,6 +114,13 @@ def describe_preview(preview: Preview, *, in_colour: bool) -> str:
     lines += ["", *notes] if notes else []
     read_as = ", ".join(f"{path} as {entry}" for path, entry in preview.counts["formats"].items())
     return "\n".join([*lines, "", f"read {read_as}; template {preview.counts['template']}"])
+
+
+def colour_text(pieces: Sequence[tuple[str, bool]], *, in_colour: bool) -> str:
+    """Return a text for a terminal, its trained parts green or, without colour, in ⟦ ⟧."""
+    opening, closing = (COLOUR, PLAIN_TEXT) if in_colour else (_OPEN, _CLOSE)
+    shown = ((escape_controls(piece), is_trained) for piece, is_trained in pieces)
+    return "".join(f"{opening}{piece}{closing}" if is_trained else piece for piece, is_trained in shown)
 
 
 def _describe_split(name: str, split: SplitReport) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 
 from finetune.data.encoding.rendering import render_prompt
 from finetune.evaluation.asking.generation import Generated, Generation, Prompt, generate_batch
-from finetune.evaluation.token_loss import split_model
 from finetune.models.opening import LoadedModel
+from finetune.models.row_loss import split_model
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class AskedModel:
 
     @torch.no_grad()  # a model that trains on may keep tensors of these passes
     def _measure_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-        backbone, head = split_model(self.loaded)
+        backbone, head = split_model(self.loaded.model)
         device = self.loaded.model.device
         inputs = [(context + continuation)[-(self.max_length + 1) :][:-1] for context, continuation in pairs]
         longest = max(map(len, inputs))

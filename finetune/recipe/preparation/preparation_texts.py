@@ -1,4 +1,4 @@
-"""Explain the keys of the sections `clean`, `synthesize` and `endpoints`; `key_texts.py` holds the others."""
+"""The sentences that explain the keys of `clean`, `synthesize` and `endpoints`; `endpoint` stands for one entry of the last."""
 
 from collections.abc import Mapping
 

@@ -8,26 +8,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from finetune.runs.run_files import LOSS_PLOT_FILE, read_metrics
-from finetune.watching.panels import LOSS, list_panels
+from finetune.watching.panels import list_panels, title_loss
 
 logger = logging.getLogger(__name__)
-
-_PREFERENCE_MARKS = ("rewards/margins", "margin", "reward")
 
 
 def draw_losses(run: Path, title: str) -> None:
     """Draw `loss.png` from `metrics.jsonl`: the loss on training and held-out rows by step, and the method's other metrics."""
     lines = read_metrics(run)
-    panels = [
-        panel
-        for panel in list_panels(lines)
-        if panel.in_plot and any(name in line for line in lines for name in panel.curves)
-    ]
+    names = dict.fromkeys(name for line in lines for name in line)
+    panels = [panel for panel in list_panels(names) if panel.in_plot and any(name in names for name in panel.curves)]
     figure = Figure(figsize=(7, 4 + 2.2 * len(panels)), dpi=120, layout="constrained")
     axes = figure.subplots(1 + len(panels), squeeze=False, height_ratios=[1.6] + [1] * len(panels))[:, 0]
-    compares = any(name in line for line in lines for name in _PREFERENCE_MARKS)
     _draw_curves(axes[0], lines, {"loss": "training rows", "eval_loss": "held-out rows"})
-    axes[0].set(ylabel="loss" if compares else LOSS, title=title)
+    axes[0].set(ylabel=title_loss(names), title=title)
     if not any(line.get("loss", 0.0) < 0 for line in lines):
         axes[0].set_ylim(bottom=0)
     for axis, panel in zip(axes[1:], panels, strict=True):

@@ -42,10 +42,13 @@ _STATES = ("running", "saving", "finished")
 class RunRecord:
     """Writes what a run is before its first step, and its results after the last one."""
 
-    def __init__(self, setup: Setup, model: PreTrainedModel | PeftModel, *, resumed: bool) -> None:
+    def __init__(
+        self, setup: Setup, model: PreTrainedModel | PeftModel, *, resumed: bool, planned_bytes: int | None = None
+    ) -> None:
         self._setup = setup
         self._model = model
         self._resumed = resumed
+        self._planned_bytes = planned_bytes
         self._speed: SpeedChoice | None = None
 
     def note_speed(self, choice: SpeedChoice) -> None:
@@ -96,6 +99,7 @@ class RunRecord:
             "data": setup.splits.report.to_json(),
             **describe_environment(),
             **({} if self._speed is None else {"speed": asdict(self._speed)}),
+            **({} if self._planned_bytes is None else {"planned_bytes": self._planned_bytes}),
             "result": asdict(summary) if summary else None,
         }
 
