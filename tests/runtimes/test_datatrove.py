@@ -130,7 +130,7 @@ def test_the_jobs_of_slurm_leave_what_clean_leaves(recipe, tmp_path, capsys, mon
         (programs / name).chmod(0o755)
     scripts = find_python("datatrove").parent if find_python("datatrove") else programs
     monkeypatch.setenv("PATH", f"{programs}:{scripts}:{os.environ['PATH']}")
-    done = run_in("datatrove", file)
+    done = run_in("datatrove", file, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     call(capsys, "clean", "r.yaml", *settings, "-o", "cleaned")
     ours = read_rows(tmp_path / "cleaned")
