@@ -86,7 +86,7 @@ def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
     Raises:
         DataError: a source holds fewer rows than the recipe asks for.
     """
-    sizes = [_measure_rows(source) for source in sources]
+    sizes = [measure_rows(source) if source.weight or source.rows else [] for source in sources]
     mixture_size = min(
         (sum(size) / source.weight for source, size in zip(sources, sizes, strict=True) if source.weight), default=0
     )
@@ -105,13 +105,8 @@ def draw_rows(sources: Sequence[Source], seed: int) -> list[Draw]:
     return draws
 
 
-def _measure_rows(source: Source) -> list[int]:
-    """Return the size of every row: its text in bytes for a source that weighs text, else 1.
-
-    The list is empty for a source that is taken whole.
-    """
-    if not source.weight and not source.rows:
-        return []
+def measure_rows(source: Source) -> list[int]:
+    """Return the size of every row: its text in bytes for a source that weighs text, else 1."""
     rows = (row for _, part in read_source(source) for _, row in part)
     return [_measure_row(row) if source.weigh_text else 1 for row in rows]
 
