@@ -166,10 +166,14 @@ def test_a_file_of_deepspeed_decides_the_stage(launch, tmp_path):
 @pytest.mark.parametrize("engine", FILES)
 def test_a_launch_chooses_its_settings(launch, engine):
     """Every process made its plan inside the launched environment, and crashed."""
-    run, done = launch(engine, "auto", "trainer.auto=true", "trainer.max_steps=1")
+    run, done = launch(engine, "auto", "trainer.auto=true", "trainer.max_steps=1", "answers=2")
     assert done.returncode == 0, done.stderr
     assert "trainer.auto chose" in done.stderr
+    assert "x 2 processes" in done.stderr
     assert (run / "adapter").is_dir()
+    # Under ZeRO-2 they were left out without a word, though every process holds whole weights.
+    assert (run / "answers.md").is_file() == (engine in ("ddp", "zero2"))
+    assert ("no answers before and after are written" in done.stderr) == (engine in ("fsdp2", "zero3"))
 
 
 @pytest.fixture

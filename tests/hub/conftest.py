@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from stand_in import StandIn
 
+from finetune.data.reading import sources
 from finetune.hub import commits
 
 
@@ -30,6 +31,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(commits, "_known", {})
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", stand_in.url)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    sources._load_dataset.cache_clear()
     yield stand_in
     stand_in.close()
 

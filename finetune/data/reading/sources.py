@@ -172,16 +172,18 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
     place = Place(_name_dataset(dataset))
     asked = Asked(dataset.name, dataset.revision, "dataset")
     commit: str | None
+    away = ""
     try:
         commit = find_listing(asked).commit
     except HubError as error:
         if not error.is_unreachable:
             raise DataError(str(error), place) from error
+        away = f"{error}, or download its files and give their path"
         commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
     try:
         return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
     except Exception as error:  # those of the connection's library have no common class with the system's
-        fault = _explain_refusal(error, asked)
+        fault = away or _explain_refusal(error, asked)  # the library says less about a hub that is away
         if fault is None:
             raise
         raise DataError(fault, place) from error
