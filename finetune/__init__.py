@@ -9,7 +9,19 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.api import dynamics, evaluate, evaluate_tasks, export, fold, open_model, plan, preview, train
+    from finetune.api import (
+        dynamics,
+        evaluate,
+        evaluate_tasks,
+        export,
+        fold,
+        microanneal,
+        open_model,
+        plan,
+        preview,
+        sweep,
+        train,
+    )
     from finetune.check.recipes import load_recipe
 
 # Set before any library reads them: libraries send no usage data unless the user asks for it.
@@ -31,9 +43,11 @@ __all__ = [
     "export",
     "fold",
     "load_recipe",
+    "microanneal",
     "open_model",
     "plan",
     "preview",
+    "sweep",
     "train",
 ]
 

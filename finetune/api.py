@@ -1,7 +1,7 @@
 """The public functions of `import finetune`. Each does what a verb of the command line does, and returns what `--json` prints."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -9,21 +9,24 @@ from typing import Any, get_args
 from finetune.api_arguments import (
     require_choice,
     require_count,
+    require_files,
     require_flag,
     require_list,
+    require_name,
+    require_number,
     require_path,
     require_text,
 )
 from finetune.check.recipes import load_recipe
 from finetune.checkpoints.finding import find_checkpoint
 from finetune.data.preview.preview import Preview, preview_rows
-from finetune.errors import ArgumentError, DataError
+from finetune.errors import ArgumentError
 from finetune.evaluation.asking.engines import read_engine
 from finetune.evaluation.pairs import PairScores, evaluate_pairs, hold_pairs
 from finetune.evaluation.tasks.run_tasks import evaluate_tasks as ask_model
 from finetune.evaluation.tasks.task_forms import Protocol
+from finetune.evaluation.tasks.task_options import read_task_settings
 from finetune.evaluation.tasks.task_results import Evaluation
-from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.evaluation.token_loss import Scores, evaluate_path
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
@@ -37,6 +40,12 @@ from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings, Keep
 from finetune.pipeline.dynamics.run_dynamics import run_dynamics
 from finetune.pipeline.dynamics.tuning import TuningSettings
 from finetune.pipeline.memory_ladder import train_on_device
+from finetune.pipeline.microanneal.anneal_plan import DEFAULT_RECIPE, AnnealRequest, TunedAfter, plan_anneal
+from finetune.pipeline.microanneal.anneal_results import AnnealReport
+from finetune.pipeline.microanneal.anneal_run import run_microanneal
+from finetune.pipeline.sweeping.sweep_grid import plan_sweep
+from finetune.pipeline.sweeping.sweep_report import SweepReport
+from finetune.pipeline.sweeping.sweep_run import run_sweep
 from finetune.planning.automatic import choose_settings
 from finetune.planning.forecast import Plan, choose_target, make_plan
 from finetune.recipe.sections import DtypeChoice
@@ -99,7 +108,7 @@ def evaluate(
     Raises:
         FinetuneError: the model or the rows cannot be used.
     """
-    name, files = _name("evaluate: model", model), _list_files(data)
+    name, files = require_name("evaluate: model", model), require_files("evaluate: data", data)
     require_count("evaluate: max_tokens", max_tokens)
     if worst is not None:
         require_count("evaluate: worst", worst)
@@ -130,9 +139,9 @@ def evaluate_tasks(
     Raises:
         FinetuneError: the model, the rows or the folder cannot be used, or code cannot be run safely.
     """
-    name = _name("evaluate_tasks: model", model)
-    options = (protocol, limit, data, exemplars, batch_size, chat, unsafe_code)
-    settings = _read_task_settings("evaluate_tasks", tasks, *options)
+    name = require_name("evaluate_tasks: model", model)
+    asked = {"protocol": protocol, "limit": limit, "data": data, "exemplars": exemplars, "batch_size": batch_size}
+    settings = read_task_settings("evaluate_tasks", tasks, {**asked, "chat": chat, "unsafe_code": unsafe_code})
     if words := require_list("evaluate_tasks: engine", engine, "a list such as ['server', 'http://localhost:8000/v1']"):
         settings = replace(settings, engine=read_engine(words))
     folder = None if output is None else require_path("evaluate_tasks: output", output)
@@ -166,11 +175,11 @@ def dynamics(
     """
     if isinstance(checkpoints, str | os.PathLike) or not isinstance(checkpoints, Sequence):
         raise ArgumentError(f"dynamics: checkpoints: must be a list of names; found {checkpoints!r}")
-    names = [_name("dynamics: checkpoints", name) for name in checkpoints]
+    names = [require_name("dynamics: checkpoints", name) for name in checkpoints]
     folder = require_path("dynamics: output", output)
-    options = (protocol, limit, data, exemplars, batch_size, False, unsafe_code)
-    settings = _read_task_settings("dynamics", tasks, *options)
-    files = tuple(_list_files(texts, "dynamics: texts")) if texts else ()
+    asked = {"protocol": protocol, "limit": limit, "data": data, "exemplars": exemplars, "batch_size": batch_size}
+    settings = read_task_settings("dynamics", tasks, {**asked, "unsafe_code": unsafe_code})
+    files = tuple(require_files("dynamics: texts", texts)) if texts else ()
     require_choice("dynamics: keep", keep, get_args(Keep))
     require_flag("dynamics: chat", chat)
     tuning = None
@@ -178,6 +187,56 @@ def dynamics(
         changes = require_list("dynamics: overrides", overrides)
         tuning = TuningSettings(require_path("dynamics: recipe", recipe), changes, chat)
     return run_dynamics(names, DynamicsSettings(settings if settings.tasks else None, keep, files, tuning), folder)
+
+
+def sweep(recipe: str | Path, output: str | Path, overrides: Sequence[str] = (), *, seeds: int = 1) -> SweepReport:
+    """Train every combination of values (`"adapter.rank=8,32"`) with each seed, on the same rows; the same call continues.
+
+    Raises:
+        FinetuneError: a recipe, its rows or the folder cannot be used, or every run failed.
+    """
+    source, folder = require_path("sweep: recipe", recipe), require_path("sweep: output", output)
+    changes = require_list("sweep: overrides", overrides)
+    return run_sweep(plan_sweep(source, changes, require_count("sweep: seeds", seeds), folder))
+
+
+def microanneal(
+    candidate: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    start: str | Path,
+    tokens: int,
+    share: float = 0.3,
+    mixture: str | None = None,
+    held_out: Sequence[str | Path] = (),
+    recipe: str | Path = DEFAULT_RECIPE,
+    overrides: Sequence[str] = (),
+    sft: str | Path | None = None,
+    sft_overrides: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_options: Mapping[str, Any] | None = None,
+    chat: bool = False,
+) -> AnnealReport:
+    """Say whether candidate data is worth it: anneal with and without it from `start`, and compare both on held-out rows and tasks.
+
+    The options are those of the command line; `task_options` holds those of `evaluate_tasks`. The same call continues after a stop.
+
+    Raises:
+        FinetuneError: the data, a recipe, the checkpoint or the folder cannot be used, or a run fails.
+    """
+    files, name = require_files("microanneal: candidate", candidate), require_name("microanneal: start", start)
+    sizes = (require_number("microanneal: share", share), require_count("microanneal: tokens", tokens))
+    phase = None if mixture is None else require_text("microanneal: mixture", mixture, "phase26")
+    held = tuple(require_files("microanneal: held_out", held_out)) if held_out else ()
+    source, folder = require_path("microanneal: recipe", recipe), require_path("microanneal: output", output)
+    texts = require_list("microanneal: overrides", overrides)
+    request = AnnealRequest(tuple(files), *sizes, name, folder, phase, held, source, texts)
+    if sft is not None:
+        changes = require_list("microanneal: sft_overrides", sft_overrides)
+        tuning = TunedAfter(require_path("microanneal: sft", sft), changes, require_flag("microanneal: chat", chat))
+        request = replace(request, tuning=tuning)
+    asked = read_task_settings("microanneal", tasks, task_options or {}) if tasks else None
+    return run_microanneal(plan_anneal(request, asks_tasks=bool(tasks)), asked)
 
 
 def export(
@@ -202,7 +261,7 @@ def export(
     folder, target = require_path("export: run", run), require_path("export: output", output)
     parse_size(require_text("export: max_shard_size", max_shard_size, "2GB"), "export: max_shard_size")
     require_flag("export: verify", verify)
-    named_base = None if base_model is None else _name("export: base_model", base_model)
+    named_base = None if base_model is None else require_name("export: base_model", base_model)
     types = require_list("export: gguf", gguf, "a list of GGUF types")
     settings = ExportSettings(dtype, max_shard_size, base, verify, types)
     verifier, prover = LogitVerifier() if verify else None, make_prover(settings)
@@ -217,7 +276,7 @@ def fold(
     Raises:
         FinetuneError: it cannot be found, read or folded, or the output folder is not empty.
     """
-    name = _name("fold: checkpoint", checkpoint)
+    name = require_name("fold: checkpoint", checkpoint)
     target = require_path("fold: output", output)
     parse_size(require_text("fold: max_shard_size", max_shard_size, "2GB"), "fold: max_shard_size")
     settings = ExportSettings(dtype, max_shard_size)
@@ -230,7 +289,7 @@ def open_model(name: str | Path) -> LoadedModel:
     Raises:
         FinetuneError: there is no such model, or its template is not the one that it was trained with.
     """
-    return open_named_model(_name("open_model: name", name))
+    return open_named_model(require_name("open_model: name", name))
 
 
 def _resolve(function: str, recipe: AnyRecipe) -> ResolvedRecipe:
@@ -238,34 +297,3 @@ def _resolve(function: str, recipe: AnyRecipe) -> ResolvedRecipe:
         return recipe
     expected = "the path or the name of a recipe (str or pathlib.Path), or what load_recipe returned"
     return load_recipe(require_path(f"{function}: recipe", recipe, expected))
-
-
-def _name(argument: str, value: object) -> str:
-    """Return what names a model as a text; a path stays as it was written."""
-    require_path(argument, value, "a run directory, an alias, a hub id or a folder (str or pathlib.Path)")
-    return str(value)
-
-
-def _list_files(data: object, argument: str = "evaluate: data") -> list[Path]:
-    if isinstance(data, str | os.PathLike) or not isinstance(data, Sequence):
-        return [require_path(argument, data, "a data file (str or pathlib.Path), or a list of files")]
-    if not data:
-        raise DataError(f"{argument.partition(':')[0]}: no data file is named; give at least one")
-    return [require_path(argument, file, "a list of data files (str or pathlib.Path)") for file in data]
-
-
-def _read_task_settings(function: str, tasks: object, *options: Any) -> TaskSettings:
-    """Check the options of tasks, in the order of the public functions."""
-    protocol, limit, data, exemplars, batch_size, chat, unsafe_code = options
-    names = require_list(f"{function}: tasks", tasks, "a list of tasks")
-    require_choice(f"{function}: protocol", protocol, get_args(Protocol))
-    return TaskSettings(
-        names,
-        protocol,
-        None if limit is None else require_count(f"{function}: limit", limit),
-        None if data is None else require_path(f"{function}: data", data),
-        None if exemplars is None else require_path(f"{function}: exemplars", exemplars),
-        None if batch_size is None else require_count(f"{function}: batch_size", batch_size),
-        require_flag(f"{function}: chat", chat),
-        require_flag(f"{function}: unsafe_code", unsafe_code),
-    )

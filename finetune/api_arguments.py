@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, DataError
 
 
 def require_path(name: str, value: object, expected: str = "a path (str or pathlib.Path)") -> Path:
@@ -17,6 +17,30 @@ def require_path(name: str, value: object, expected: str = "a path (str or pathl
     if not isinstance(text, str) or not text or "\0" in text:
         raise ArgumentError(f"{name}: must be {expected}; found {value!r}")
     return Path(text)
+
+
+def require_name(name: str, value: object) -> str:
+    """Return an argument that names a model as a text; a path stays as it was written.
+
+    Raises:
+        ArgumentError: it is neither a text nor a path.
+    """
+    require_path(name, value, "a run directory, an alias, a hub id or a folder (str or pathlib.Path)")
+    return str(value)
+
+
+def require_files(name: str, value: object) -> list[Path]:
+    """Return an argument that is a data file or a list of them.
+
+    Raises:
+        ArgumentError: it is neither.
+        DataError: it is an empty list.
+    """
+    if isinstance(value, str | os.PathLike) or not isinstance(value, Sequence):
+        return [require_path(name, value, "a data file (str or pathlib.Path), or a list of files")]
+    if not value:
+        raise DataError(f"{name.partition(':')[0]}: no data file is named; give at least one")
+    return [require_path(name, file, "a list of data files (str or pathlib.Path)") for file in value]
 
 
 def require_list(name: str, value: object, expected: str = "a list of texts") -> tuple[str, ...]:
@@ -53,6 +77,17 @@ def require_count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name}: must be a whole number of 1 or more; found {value!r}")
     return value
+
+
+def require_number(name: str, value: object) -> float:
+    """Return an argument that is a number.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ArgumentError(f"{name}: must be a number; found {value!r}")
+    return float(value)
 
 
 def require_turns(name: str, value: object) -> list[Mapping[str, str]]:

@@ -20,9 +20,11 @@ FUNCTIONS = [
     "export",
     "fold",
     "load_recipe",
+    "microanneal",
     "open_model",
     "plan",
     "preview",
+    "sweep",
     "train",
 ]
 

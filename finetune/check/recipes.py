@@ -127,6 +127,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"row_losses: must be a number of rows, or 0 to measure none; found {recipe.row_losses}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"
+    if recipe.data.seed is not None and not -(2**31) <= recipe.data.seed < 2**31:
+        yield f"data.seed: must lie between -2**31 and 2**31; found {recipe.data.seed}"
 
 
 def _check_checkpoint(model: ModelSection) -> Iterator[str]:

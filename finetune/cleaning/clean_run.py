@@ -47,7 +47,7 @@ def clean_rows(resolved: ResolvedRecipe, output: Path) -> CleanReport:
     settings, tokenizer, template = open_data(resolved)
     with write_folder(output) as folder, contextlib.closing(RowSpool(folder)) as spool:
         context = CleanContext(resolved, spool, tokenizer, template)
-        checked = read_checked_rows(settings, tokenizer, template)
+        checked = read_checked_rows(settings, tokenizer, template, resolved.recipe.clean.thresholds)
         rows = [spool.add(number, row, found) for number, (row, found) in enumerate(checked)]
         reports, alive, scores = run_steps(context, steps, rows)
         files = _write_rows(context, folder, alive, scores, [step.name for step in steps])

@@ -13,7 +13,7 @@ from finetune.cleaning.clean_run import refuse_row
 from finetune.cleaning.row_spool import add_provenance, read_checked_rows, read_content, write_content
 from finetune.cleaning.steps.text_steps import PARTS, find_shared, read_held_groups
 from finetune.data.formats.rows import hash_row
-from finetune.data.lint.near_duplicates import list_compared_groups
+from finetune.data.lint.near_duplicates import sign_text
 from finetune.data.lint.row_writer import RowWriter
 from finetune.data.reading.data_folders import list_files
 from finetune.data.settings import Source
@@ -56,7 +56,9 @@ def read_rows(recipe: str, settings: Sequence[str], rank: int, ranks: int) -> It
     data, tokenizer, template = open_data(resolved)
     parts = list_parts(data.train)
     share = tuple(parts[rank * len(parts) // ranks : (rank + 1) * len(parts) // ranks])
-    for row, found in read_checked_rows(replace(data, train=share), tokenizer, template):
+    for row, found in read_checked_rows(
+        replace(data, train=share), tokenizer, template, resolved.recipe.clean.thresholds
+    ):
         if row.fault is None:
             place = json.dumps([row.place.file, row.place.line, row.place.unit])
             yield TravellingRow(write_content(row), place, hash_row(row.row).hex(), list(found))
@@ -64,22 +66,23 @@ def read_rows(recipe: str, settings: Sequence[str], rank: int, ranks: int) -> It
             raise refuse_row(row.fault[1], row.place)
 
 
-def list_groups(content: str, part: str, size: int) -> list[str]:
-    """Return the word groups by which a part of a row is compared; none for a text that is too short."""
-    return list_compared_groups(PARTS[part](read_content(content)), size)
+def sign_part(content: str, part: str, size: int, slots: int) -> list[int]:
+    """Return the signature by which `finetune clean` compares a part of a row, of `slots` numbers; none for a text that is too short."""
+    signature = sign_text(PARTS[part](read_content(content)), size, slots)
+    return [] if signature is None else signature.digest()
 
 
 class Decontaminator:
     """Tells which rows share words with evaluation sets, which are read at the first row."""
 
-    def __init__(self, files: Sequence[str], size: int) -> None:
-        self._files, self._size = files, size
+    def __init__(self, against: Sequence[str], task_data: str, size: int) -> None:
+        self._against, self._task_data, self._size = against, task_data, size
         self._held: dict[str, Place] | None = None
 
     def is_clean(self, content: str) -> bool:
         """Return whether a row shares no group of words with an evaluation set."""
         if self._held is None:
-            self._held, _ = read_held_groups(self._files, self._size)
+            self._held, _ = read_held_groups(self._against, self._task_data, self._size)
         return find_shared(read_content(content), self._held, self._size) is None
 
 

@@ -14,7 +14,7 @@ from finetune.data.encoding.spellings import list_control_spellings
 from finetune.data.formats.messages import Message
 from finetune.data.formats.row_keys import PROVENANCE
 from finetune.data.formats.rows import hash_row
-from finetune.data.lint.findings import LintRow, LintSettings
+from finetune.data.lint.findings import LintRow, LintSettings, Thresholds
 from finetune.data.lint.lint_pass import check_row_text
 from finetune.data.lint.lint_reader import read_lint_rows
 from finetune.data.lint.row_writer import write_as_text
@@ -93,10 +93,10 @@ def add_provenance(
 
 
 def read_checked_rows(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, thresholds: Thresholds
 ) -> Iterator[tuple[LintRow, dict[str, str]]]:
     """Yield every row to train on, with what is wrong with it by itself: kinds of findings and their texts."""
-    lint_settings = LintSettings(settings.max_tokens, list_control_spellings(tokenizer))
+    lint_settings = LintSettings(settings.max_tokens, list_control_spellings(tokenizer), thresholds=thresholds)
     # The rows to evaluate on are no part of the training set; data.held_out is drawn by training itself.
     for row in read_lint_rows(replace(settings, evaluation=()), tokenizer, template):
         yield row, dict([row.fault] if row.fault else check_row_text(row, lint_settings))

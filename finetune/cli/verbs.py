@@ -29,7 +29,8 @@ from finetune.cli.looking import (
     run_preview,
     run_recipes,
 )
-from finetune.cli.measuring import measuring_arguments
+from finetune.cli.measuring import experiment_arguments, measuring_arguments
+from finetune.cli.measuring.experiments import run_microanneal, run_sweep
 from finetune.cli.measuring.measuring import run_dynamics, run_evaluate
 
 
@@ -219,6 +220,28 @@ VERBS: tuple[Verb, ...] = (
             "finetune dynamics phase5 phase10 phase15 phase20 phase25 base-4k base --published",
             "finetune dynamics phase5 phase15 phase25 base --tasks lambada,gsm8k -o dynamics/scores --keep none",
             "finetune dynamics runs/mine/checkpoint-100 runs/mine/checkpoint-200 runs/mine -o dynamics/mine",
+        ),
+    ),
+    Verb(
+        "microanneal",
+        "say whether new data is worth it: anneal with and without it from the same state, and compare",
+        experiment_arguments.add_microanneal,
+        run_microanneal,
+        (
+            "finetune microanneal --candidate my.jsonl --mixture phase26 -s data.sources.code=code.jsonl -s data.sources.web=web.jsonl "
+            "--from before-annealing --tokens 20M -o microanneal/mine",
+            "finetune microanneal --candidate my.jsonl --share 0.2 --recipe my_anneal.yaml --from runs/stable/model --tokens 500K "
+            "--held-out held.jsonl -o microanneal/mine",
+        ),
+    ),
+    Verb(
+        "sweep",
+        "train a recipe with several values and seeds, on the same rows: one table, one picture",
+        experiment_arguments.add_sweep,
+        run_sweep,
+        (
+            "finetune sweep my.yaml -s trainer.learning_rate=1e-4,2e-4,5e-4 --seeds 3 -o sweeps/rate",
+            "finetune sweep my.yaml -s adapter.rank=8,32 -s 'adapter.targets=[q_proj,v_proj],[all-linear]' -o sweeps/rank",
         ),
     ),
     Verb(

@@ -37,7 +37,9 @@ _CODE_LINE = re.compile(
 _KANA_SHARE = 0.1
 # With fewer units of prose, the shares of scripts say nothing.
 _FEWEST_QUESTION_UNITS, _FEWEST_ANSWER_UNITS = 4, 8
-_MAIN_SHARE, _SECOND_SHARE, _FEWEST_SECOND_UNITS = 0.7, 0.3, 12
+_FEWEST_SECOND_UNITS = 12
+# The share of a text by which a script is its language, and the share by which a second one makes a mixture.
+MAIN_SHARE, SECOND_SHARE = 0.7, 0.3
 _ABOUT_LANGUAGES = re.compile(
     r"translat|language|bilingual|english|chinese|mandarin|japanese|korean|french|german|spanish|italian|russian|arabic|hindi"
     r"|翻译|译成|译为|英译|汉译|译文|语言|双语|[中英日韩法德俄外汉]语|[中英日韩法德俄外]文|单词|词汇|拼音|缩写",
@@ -63,14 +65,14 @@ def count_units(text: str) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def name_language(text: str) -> str:
-    """Return the script with at least seven tenths of the units, else `mixed`, or `none` for a text without letters."""
+def name_language(text: str, share: float = MAIN_SHARE) -> str:
+    """Return the script with at least `share` of the units, else `mixed`, or `none` for a text without letters."""
     counts = count_units(text)
     total = sum(counts.values())
     if not total:
         return "none"
     name, count = max(counts.items(), key=lambda item: item[1])
-    return name if count >= _MAIN_SHARE * total else "mixed"
+    return name if count >= share * total else "mixed"
 
 
 def is_about_languages(question: str) -> bool:
@@ -78,8 +80,8 @@ def is_about_languages(question: str) -> bool:
     return _ABOUT_LANGUAGES.search(question) is not None
 
 
-def describe_language_change(question: str, answer: str) -> str | None:
-    """Return that an answer is in another language than its question, or None.
+def describe_language_change(question: str, answer: str, share: float = MAIN_SHARE) -> str | None:
+    """Return that an answer is in another language than its question, or None. A text is in a language by `share` of its units.
 
     It is None for a question that is about languages, and for texts that are too short to tell.
     """
@@ -90,17 +92,17 @@ def describe_language_change(question: str, answer: str) -> str | None:
         return None
     if sum(count_units(answered).values()) < _FEWEST_ANSWER_UNITS:
         return None
-    one, other = name_language(asked), name_language(answered)
+    one, other = name_language(asked, share), name_language(answered, share)
     if one == other or "mixed" in (one, other):
         return None
     return f"asked in {one}, answered in {other}"
 
 
-def describe_mixture(question: str, answer: str) -> str | None:
-    """Return that an answer mixes scripts, or None. A second script must have at least three tenths of its prose."""
+def describe_mixture(question: str, answer: str, share: float = SECOND_SHARE) -> str | None:
+    """Return that an answer mixes scripts, or None. A second script must have at least `share` of its prose."""
     if answer.isascii() or is_about_languages(question):
         return None
     counts = sorted(count_units(cut_prose(answer)).items(), key=lambda item: -item[1])
-    if len(counts) < 2 or counts[1][1] < max(_FEWEST_SECOND_UNITS, _SECOND_SHARE * sum(count for _, count in counts)):
+    if len(counts) < 2 or counts[1][1] < max(_FEWEST_SECOND_UNITS, share * sum(count for _, count in counts)):
         return None
     return f"mixes {counts[0][0]} and {counts[1][0]} ({counts[0][1]:,} and {counts[1][1]:,} letters or words)"

@@ -44,7 +44,9 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "synthesize.rules": (f"names with a number each; the names are {', '.join(RULES)}",),
     "synthesize.variations": VARIATIONS,
     "endpoints": ("names with a section each",),
-    "clean.decontaminate.against": ("a file", "a list of files"),
+    "clean.decontaminate.against": (*TASKS, "a file", "a list of files and tasks"),
+    "clean.decontaminate.task_data": ("a folder", "a file"),
+    "clean.mix.classifier": ("a folder",),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }
 

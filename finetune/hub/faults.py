@@ -97,6 +97,13 @@ def _is_server_fault(error: BaseException) -> bool:
     return (_read_status(error) or 0) >= 500
 
 
+def _is_offline(error: BaseException) -> bool:
+    # datasets 5.2 raises a ConnectionError in place of the hub library's error, and keeps only the name of that.
+    return isinstance(error, OfflineModeIsEnabled) or (
+        isinstance(error, ConnectionError) and OfflineModeIsEnabled.__name__ in str(error)
+    )
+
+
 def _is_cut(error: BaseException) -> bool:
     # The library compares the size of what arrived, and raises an OSError without a number.
     return type(error) is OSError and error.errno is None
@@ -105,7 +112,7 @@ def _is_cut(error: BaseException) -> bool:
 # The first row that matches counts.
 _FAULTS = (
     _Fault(
-        _is(OfflineModeIsEnabled),
+        _is_offline,
         "the network is switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE; unset it, or fetch the files on another machine",
         is_unreachable=True,
     ),

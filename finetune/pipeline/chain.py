@@ -1,7 +1,6 @@
 """Run the stages of a chain one after the other into one folder; a resumed chain continues where it was stopped."""
 
 import contextlib
-import gc
 import json
 import logging
 import shutil
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from finetune.check.chain_stages import Chain, ExportStage, SynthesizeStage, TrainStage, dump_chain
@@ -25,7 +23,7 @@ from finetune.files.json_files import read_json, write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.files.safety.locks import LOCK_FILE
 from finetune.models.precision import choose_device, choose_precision
-from finetune.pipeline.finishing import finish_training
+from finetune.pipeline.finishing import finish_training, free_memory
 from finetune.pipeline.memory_ladder import train_on_device
 from finetune.recipe.sections import to_plain
 from finetune.runs.results import open_result
@@ -110,9 +108,7 @@ def _run_stages(chain: Chain, processes: TrainingArguments, force: bool) -> list
             summaries.append(_run_synthesis(stage, chain, processes))
         else:
             summaries.append(_run_export(stage, chain, processes))
-        gc.collect()  # a trainer and its callbacks refer to each other, and keep the model alive
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     return summaries
 
 

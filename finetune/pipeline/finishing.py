@@ -1,5 +1,6 @@
 """Train a recipe that may have been trained before: take a finished run, resume a stopped one, or begin."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -7,10 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from finetune.errors import OutputError, TrainingError
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.recipe.sections import dump_recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import has_saved_result, remove_made_files
-from finetune.runs.run_files import RECORD_FILE, find_result_folder
+from finetune.runs.resuming import check_same_recipe, has_saved_result, remove_made_files
+from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 from finetune.training.run import check_finished_run
 
@@ -55,6 +60,25 @@ def finish_training(
     return FinishedTraining(json.loads(json.dumps(asdict(outcome))), False)
 
 
+def check_earlier_run(resolved: ResolvedRecipe) -> None:
+    """Check that a run of an earlier call had this recipe and, if it has finished, these rows and this base.
+
+    Raises:
+        OutputError: it had others.
+    """
+    resolved = restore_choices(resolved)
+    run, saved = resolved.output, resolved.output / RECIPE_FILE
+    if not saved.is_file():
+        return
+    try:
+        if read_summary(run) is None:
+            check_same_recipe(saved, dump_recipe(resolved.recipe), "run")
+        else:
+            check_finished_run(resolved)
+    except TrainingError as error:
+        raise OutputError(f"{error}\nor choose another folder with -o") from error
+
+
 def read_summary(run: Path) -> dict[str, Any] | None:
     """Read the summary of a finished run, or return None where it has not finished."""
     try:
@@ -63,3 +87,10 @@ def read_summary(run: Path) -> dict[str, Any] | None:
         return None
     is_finished = record["status"] == "finished" and find_result_folder(run) is not None
     return dict(record["result"]) if is_finished else None
+
+
+def free_memory() -> None:
+    """Free what the run or the model before has left: a trainer and its callbacks refer to each other, and keep the model alive."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -120,6 +120,7 @@ class DataSection:
     merge_turns: bool = False
     encoding: str = "utf-8"
     workers: int = 1
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from finetune.files.json_files import read_lines
 # Files of a run directory. The folder of a chain has a recipe as well.
 RECIPE_FILE, RECORD_FILE = "recipe.yaml", "run.json"
 METRICS_FILE, LOSS_PLOT_FILE = "metrics.jsonl", "loss.png"
+# Metrics of pre-training: the norm of the head as the model uses it, and the z term of the loss in nats a token.
+HEAD_NORM, Z_TERM = "lm_head_norm", "z_term"
 # What the scores of tasks begin with in metrics.jsonl, behind `eval_`.
 TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"

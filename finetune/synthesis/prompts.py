@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from finetune.errors import TemplateError, describe_unknown_name
 from finetune.files.resources import find_resource_folder
 
+_OPENING = re.compile(r"[\[{]")
 _FEWEST_SCORE, _HIGHEST_SCORE = 1, 5
 SCORES = ("instruction", "informativeness", "truthfulness")
 
@@ -66,17 +68,14 @@ def find_prompt(folder: str, name: str) -> Path:
 def list_json(text: str) -> Iterator[Any]:
     """Yield every JSON list or object in an answer, the outer ones only."""
     decoder, start = json.JSONDecoder(), 0
-    while (start := _find_opening(text, start)) >= 0:
+    while opening := _OPENING.search(text, start):
         try:
-            value, start = decoder.raw_decode(text, start)
+            value, start = decoder.raw_decode(text, opening.start())
             yield value
-        except (ValueError, RecursionError):
-            start += 1
-
-
-def _find_opening(text: str, start: int) -> int:
-    found = [place for sign in "[{" if (place := text.find(sign, start)) >= 0]
-    return min(found, default=-1)
+        except ValueError:
+            start = opening.end()
+        except RecursionError:
+            return  # each opening of the nest would be tried, for minutes; no answer that was asked for is nested like this
 
 
 def read_scores(text: str) -> dict[str, float] | None:

@@ -27,7 +27,7 @@ from finetune.synthesis.endpoints.budget import Spent
 from finetune.synthesis.endpoints.endpoint import open_endpoint
 from finetune.synthesis.jobs import JOBS, JobContext, JobKind, Seed, read_seed
 from finetune.synthesis.scoring import Scorer
-from finetune.training.training_rows import open_data
+from finetune.training.training_rows import find_data_seed, open_data
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _read_seeds(resolved: ResolvedRecipe, kind: JobKind, report: SynthesizeRepor
     settings, tokenizer, template = open_data(resolved)
     shape: RowShape = "prompt" if kind.needs == "prompt" else "sequence"
     settings = replace(settings, shape=shape, needs_answer=None, evaluation=())
-    reader = RowReader(settings, resolved.recipe.seed, list_rendered_thoughts(tokenizer, template))
+    reader = RowReader(settings, find_data_seed(resolved.recipe), list_rendered_thoughts(tokenizer, template))
     for source in reader.read():
         yield read_seed(kind, source.place, source.row)
     report.notes += reader.describe()

@@ -29,9 +29,10 @@ from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, l
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.held_out_loss import average_over_rows, average_over_tokens
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
+from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
-from finetune.training.journal.task_scores import include_task_scores
 from finetune.training.observing.machine import MachineWriter
+from finetune.training.observing.task_scores import include_task_scores
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import explain_refusal
 from finetune.training.preference.prepared_rows import (
@@ -142,6 +143,7 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
 
 def add_journal(trainer: Trainer, run: Path) -> None:
     """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory."""
+    guard_reporters(trainer)
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))

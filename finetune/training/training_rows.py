@@ -15,7 +15,7 @@ from finetune.files.cache import find_cache
 from finetune.files.json_files import read_json
 from finetune.mixtures.matched import match_sources
 from finetune.mixtures.published import find_mixture
-from finetune.recipe.sections import DataSection, SourceSection
+from finetune.recipe.sections import DataSection, Recipe, SourceSection
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.rewards.rules import find_reference_rule
 from finetune.runs.lineage import find_text_base
@@ -65,9 +65,14 @@ def load_rows(
     Raises:
         FinetuneError: files or rows cannot be used.
     """
-    splits = load_splits(read_data_settings(resolved), tokenizer, template, resolved.recipe.seed)
+    splits = load_splits(read_data_settings(resolved), tokenizer, template, find_data_seed(resolved.recipe))
     notes = (*splits.report.notes, *_describe_positions(resolved, base, splits.report))
     return replace(splits, report=replace(splits.report, notes=notes))
+
+
+def find_data_seed(recipe: Recipe) -> int:
+    """Return the seed that draws a recipe's rows."""
+    return recipe.seed if recipe.data.seed is None else recipe.data.seed
 
 
 def _describe_positions(resolved: ResolvedRecipe, base: Path, report: DataReport) -> tuple[str, ...]:

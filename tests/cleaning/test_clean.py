@@ -1,9 +1,11 @@
 """`finetune clean` by the command line: every planted row is found by its step, and no row is lost or counted twice."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from finetune.cleaning import clean_run
 from finetune.cleaning.step_form import Drop, StepResult
@@ -138,8 +140,9 @@ def test_a_broken_row_is_an_error_where_no_step_leaves_it_out(clean, tmp_path):
         ("clean.rulez=[mojibake]", "clean.rulez: unknown key; did you mean 'rules'?"),
         ("clean.rules=[mojibak]", "clean.rules: 'mojibak' is no rule; did you mean 'mojibake'?"),
         ("clean.rules=[duplicate]", "it is a step of its own"),
+        ("clean.near_duplicates={threshold: 0.8, compare: []}", "compare: names nothing; name at least one of trained"),
         ("clean.near_duplicates.threshold=80", "must be above 0 and at most 1, such as 0.8; found 80"),
-        ("clean.decontaminate.against=gone.jsonl", "clean.decontaminate.against: gone.jsonl does not exist"),
+        ("clean.decontaminate.against=gone.jsonl", "clean.decontaminate.against: gone.jsonl is no task"),
         ("clean.mix.shares={code: 0}", "clean.mix.shares.code: must be above 0"),
         ("seed=1", "clean: names no step; set at least one of unreadable, rules"),
         ("data.train={path: rows.jsonl, rows: 3}", "all rows are cleaned"),
@@ -159,6 +162,14 @@ def test_of_rows_that_are_nearly_the_same_the_best_stays(clean):
         1,
         None,
     ]
+
+
+def test_a_score_of_any_size_or_kind_orders_the_rows(clean):
+    """A whole number of more digits than a float takes ended in a traceback."""
+    scores = [3, "9", None, True, float("nan"), 10**400, -(10**400), [9]]
+    lines = [row(f"Story {n}?", LONG.format("quick"), quality=score) for n, score in enumerate(scores)]
+    written = clean(lines, "clean.near_duplicates={threshold: 0.8, best_by: quality}")[2]
+    assert [line["messages"][0]["content"] for line in written] == ["Story 5?", "Was ist das?"]
 
 
 def test_complexity_is_a_direct_computation_whatever_the_batch_size(clean, nano_llama, monkeypatch, tmp_path):
@@ -225,3 +236,135 @@ def test_shares_are_kept(found, shares, most, counts):
 def test_bands_find_what_is_similar(similar, slots, bands):
     assert choose_bands(similar, slots) == bands
     assert 1 - (1 - similar ** (slots // bands)) ** bands >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer", "loose", "strict"),
+    [
+        ("too_long", "word " * 90, "80", "900"),
+        ("mojibake", "It isnâ€™t so.", "1", "2"),
+        ("repeated_punctuation", "It is so!!!!", "4", "5"),
+        ("repeated_punctuation", "So it is!?!?!?", "4", "5"),
+        ("one_word", "Certainly indeed.", "2", "1"),
+        (
+            "mixed_scripts",
+            "天空是蓝色的，because short waves are scattered 所以我们看到 blue light from all sides of it 就是这样的",
+            "0.3",
+            "0.6",
+        ),
+        ("other_language", "我们都说很多不同的话，比如说这个 and that", "0.6", "0.99"),
+    ],
+)
+def test_a_rule_has_its_threshold(clean, rule, answer, loose, strict):
+    for value, left in ((loose, 1), (strict, 0)):
+        settings = (f"clean.rules=[{rule}]", f"clean.thresholds.{rule}={value}")
+        _, report, _ = clean([row("What do you say about this?", answer)], *settings, name=f"out{value}")
+        assert (value, report["steps"][0]["dropped"]) == (value, left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("clean.thresholds.one_word=3",),
+            "clean.thresholds.one_word: has no effect, because clean.rules does not name",
+        ),
+        (
+            ("clean.rules=[mojibake]", "clean.thresholds.mojibake=0"),
+            "clean.thresholds.mojibake: must lie from 1 to 1,000,000; found 0",
+        ),
+        (
+            ("clean.rules=[repeated_punctuation]", "clean.thresholds.repeated_punctuation=1"),
+            "repeated_punctuation: must lie from 2 to 1,000,000; found 1",
+        ),
+        (("clean.rules=[mixed_scripts]", "clean.thresholds.mixed_scripts=3"), "must be a share above 0 and at most 1"),
+        (
+            ("clean.decontaminate.against=gsm9k",),
+            "gsm9k is no task (lambada, gsm8k, humaneval), and no such file exists",
+        ),
+        (("clean.decontaminate={against: rows.jsonl, task_data: .}",), "has no effect, because against names no task"),
+        (("clean.mix={classifier: gone, shares: {a: 1}}",), "clean.mix.classifier: gone does not exist"),
+        (("clean.mix={classifier: ., shares: {a: 1}}",), "cannot be opened as a classifier"),
+        (("clean.mix={classifier: ., key: kind, shares: {a: 1}}",), "kinds come from clean.mix.key already"),
+    ],
+)
+def test_what_is_wrong_with_thresholds_tasks_and_classifiers_is_named(clean, settings, message):
+    status, text, _ = clean([row("a?", "b")], *settings)
+    assert status == 2 and message in text
+
+
+def test_tasks_are_named_in_place_of_files(clean, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    task = {"question": HELD, "answer": "It is 72. #### 72"}
+    (tmp_path / "tasks" / "gsm8k_test.jsonl").write_text(json.dumps(task) + "\n", encoding="utf-8")
+    lines = [row("Copy this: " + HELD, "As you wish."), row("Why so?", "Because it is.")]
+    for number, data in enumerate(("tasks", "tasks/gsm8k_test.jsonl")):
+        _, report, written = clean(
+            lines, f"clean.decontaminate={{against: [gsm8k], task_data: {data}}}", name=f"out{number}"
+        )
+        assert len(written) == 2
+    assert [line["messages"][0]["content"] for line in written] == ["Why so?", "Was ist das?"]
+    assert "shared with an evaluation set: gsm8k, row 1: natalia sold" in report["steps"][0]["examples"][0]["reason"]
+
+
+def test_a_task_that_cannot_be_fetched_is_one_message(clean, tmp_path):
+    """The machine of the tests has no network, as in a room without one."""
+    status, message, _ = clean([row("a?", "b")], "clean.decontaminate.against=gsm8k")
+    assert status == 2 and "openai/gsm8k" in message and "clean.decontaminate.task_data names a file instead" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def classifier(tmp_path, nano_llama):
+    """A folder of a small classifier of three kinds, with drawn weights."""
+    torch.manual_seed(3)
+    names = dict(enumerate(("maths", "code", "talk")))
+    config = LlamaConfig(
+        vocab_size=AutoTokenizer.from_pretrained(nano_llama).vocab_size + 64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        max_position_embeddings=64,
+    )
+    model = LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    model.save_pretrained(tmp_path / "kinds")
+    AutoTokenizer.from_pretrained(nano_llama).save_pretrained(tmp_path / "kinds")
+    return tmp_path / "kinds"
+
+
+def test_kinds_come_from_a_classifier_that_the_recipe_names(clean, classifier, monkeypatch, tmp_path):
+    """Each row alone through the library's classes is the reference; padding and the cache change nothing."""
+    monkeypatch.setattr("finetune.cleaning.steps.kinds.find_cache", lambda: tmp_path / "cache")
+    ends = ("red", "of", "seven", "The", "Paris")
+    lines = [row(f"Question {n}?", "So it is " * (n % 4 * 12) + ends[n % 5]) for n in range(24)]
+    model, tokenizer = (
+        LlamaForSequenceClassification.from_pretrained(classifier),
+        AutoTokenizer.from_pretrained(classifier),
+    )
+    expected = []
+    for line in lines:
+        text = "\n".join(turn["content"] for turn in line["messages"])
+        ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt").input_ids
+        expected.append(model.config.id2label[model(input_ids=ids).logits[0].argmax().item()])
+    (first, _), *others = Counter(expected).most_common()
+    assert others  # else nothing would be told apart
+    settings = f"clean.mix={{classifier: kinds, shares: {{{first}: 1}}}}"
+    for name in ("one", "two"):
+        written = clean(lines, settings, name=name)[2]
+        of_rows = [line["messages"][0]["content"] for line in written if "Question" in line["messages"][0]["content"]]
+        assert of_rows == [
+            line["messages"][0]["content"] for line, kind in zip(lines, expected, strict=True) if kind == first
+        ]
+        monkeypatch.setattr("finetune.cleaning.steps.kinds.Classifier.name_labels", None)  # the cache knows all labels
+    status, message, _ = clean(lines, "clean.mix={classifier: kinds, shares: {poetry: 1}}", name="three")
+    assert status == 2 and "names no label of" in message and "code, maths, talk" in message
+
+
+def test_a_checkpoint_without_a_trained_head_is_no_classifier(clean, nano_llama):
+    """The library would draw the weights of the head, and kinds would be chance."""
+    status, message, _ = clean([row("a?", "b")], f"clean.mix={{classifier: {nano_llama}, shares: {{LABEL_0: 1}}}}")
+    assert status == 2 and "score.weight, so it is no trained classifier" in message

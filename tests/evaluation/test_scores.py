@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 
 import pytest
 from reference import (
@@ -18,6 +19,8 @@ from transformers import AutoTokenizer
 
 from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada
 from finetune.evaluation.tasks.task_forms import Tools, average, average_in_percent, perplexity
+from finetune.evaluation.tasks.task_names import TASKS
+from finetune.evaluation.tasks.task_table import FORMS
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,10 @@ def test_the_prompts_of_code_are_those_of_the_harness(tools):
         row["prompt_sha256"] for row in read_reference("harness/half_memorised.json")["tasks"]["humaneval"]["samples"]
     ]
     assert [hashlib.sha256(question.prompt.encode()).hexdigest() for question in asked] == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_rows_of_every_task_are_pinned_to_a_commit(name):
+    """LAMBADA's were not: a change on the hub would have changed its scores without a word."""
+    assert re.fullmatch("[0-9a-f]{40}", str(TASKS[name].hub.revision))
+    assert [form.task for form in FORMS if form.protocol == "harness"].count(name) == 1

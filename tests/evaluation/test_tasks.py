@@ -165,7 +165,7 @@ def write(name, *rows):
 
 MISTAKES = {
     "task": (["--tasks", "lambda"], "--tasks: 'lambda' is an unknown task; did you mean 'lambada'?"),
-    "no task": (["--tasks", ","], "--tasks: names no task; known are lambada, gsm8k, humaneval"),
+    "no task": (["--tasks", ","], "--tasks: names no task; known are lambada, gsm8k, humaneval, mbpp"),
     "file": ([*LAMBADA[:3], "nosuch.jsonl"], "nosuch.jsonl: does not exist"),
     "columns": ([*GSM8K[:3], "rows.jsonl"], "rows.jsonl, line 1: has no text in question, answer; a row of gsm8k has"),
     "exemplars": (
@@ -200,6 +200,7 @@ def test_without_the_hub_the_message_says_what_to_give(call, monkeypatch):
     status, out, err = call("--tasks", "gsm8k")
     assert (status, out) == (2, "")
     assert "openai/gsm8k@740312add88f781978c0658806c59bc2815b9866/main/test: " in err
+    assert "the network is switched off by HF_HUB_OFFLINE" in err
     assert "--task-data" in err
     assert not list(Path().iterdir())
 

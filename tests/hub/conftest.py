@@ -2,6 +2,7 @@
 
 import time
 
+import datasets
 import huggingface_hub
 import pytest
 from stand_in import StandIn
@@ -27,6 +28,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "own-cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(commits, "_known", {})
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", stand_in.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     yield stand_in
     stand_in.close()
 

@@ -8,7 +8,6 @@ import huggingface_hub
 import pytest
 
 from finetune.checkpoints.finding import find_checkpoint
-from finetune.cli.main import main
 from finetune.errors import CheckpointError
 from finetune.evaluation.token_loss import evaluate_path
 from finetune.exporting.merge import export_result
@@ -107,17 +106,6 @@ def test_shards_are_those_of_the_index(hub, nano):
     find_checkpoint("someone/sharded")
     wanted = (NEEDED - {"model.safetensors"}) | set(shards) | {"model.safetensors.index.json"}
     assert hub.list_fetched() == wanted
-
-
-@pytest.mark.parametrize("verb", ["preview", "lint"])
-def test_rows_are_read_with_the_tokenizer_alone(hub, nano, make_recipe, tmp_path, verb, capsys):
-    """Issue 19, B12: these fetched and folded the weights, 4.85 GB of the real base, to show rows."""
-    hub.add_folder("someone/nano", nano, **OTHER_FORMS)
-    make_recipe("run")
-    with pytest.raises(SystemExit) as ended:
-        main([verb, str(tmp_path / "recipe.yaml"), "--set", "model.checkpoint=someone/nano"])
-    assert ended.value.code == 0, capsys.readouterr().err
-    assert hub.list_fetched() == NEEDED - {"model.safetensors"}
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

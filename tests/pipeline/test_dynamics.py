@@ -240,7 +240,7 @@ def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, no_pictures
 
 MISTAKES = {
     "task": (["one", "--tasks", "lambda"], "--tasks: 'lambda' is an unknown task; did you mean 'lambada'?"),
-    "no data": (["one", "--tasks", "lambada"], "EleutherAI/lambada_openai/default/test: "),
+    "no data": (["one", "--tasks", "lambada"], "346c4/default/test: the network is switched off by HF_HUB_OFFLINE"),
     "checkpoint": (["one", "phse5", *TASK], "'phse5' is unknown; did you mean 'phase5'?"),
     "offline": (["one", "phase5", *TASK], "phase5: the network is switched off by HF_HUB_OFFLINE"),
     "no link": (["one", "base-4k", *TASK], "base-4k: the authors' documents give no link to it"),

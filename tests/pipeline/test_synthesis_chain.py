@@ -1,15 +1,20 @@
 """SFT, pairs of the model's own answers, DPO and the export with one command."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
+from transformers import Trainer
 
 from finetune.check.chain_stages import dump_chain
 from finetune.check.chains import load_chain
-from finetune.errors import EndpointError, RecipeError
+from finetune.errors import RecipeError
+from finetune.exporting import merge
 from finetune.files.resources import find_demo_data
-from finetune.pipeline import chain as module
 from finetune.pipeline.chain import describe_chain, run_chain
+from finetune.synthesis.endpoints import endpoint
+from finetune.synthesis.endpoints.local_model import LocalModel
 
 CHAIN = """
 model: {checkpoint: nano}
@@ -21,7 +26,7 @@ trainer:
   learning_rate: 2e-3
   per_device_train_batch_size: 2
   logging_steps: 1
-  save_strategy: "no"
+  save_steps: 1
   gradient_checkpointing: false
   disable_tqdm: true
 stages:
@@ -45,24 +50,64 @@ def load(recipe, *overrides):
     return load_chain(recipe, [f"output={recipe.parent / 'out'}", *overrides])
 
 
-def test_one_command_trains_on_the_models_own_answers_and_resumes(recipe, monkeypatch):
-    write, output = module.synthesize_rows, recipe.parent / "out"
+class Killed(BaseException):
+    """Stands for the end of the process at this place."""
 
-    def stop(*_):
-        raise EndpointError("stopped here")
 
-    monkeypatch.setattr(module, "synthesize_rows", stop)
-    with pytest.raises(EndpointError):
-        run_chain(load(recipe))
-    monkeypatch.setattr(module, "synthesize_rows", write)
+@contextlib.contextmanager
+def kill_at(owner, name, number):
+    """End the process at a call of a function; give the list of its calls."""
+    calls, function = [], getattr(owner, name)
+
+    def count(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+        return function(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(owner, name, count)
+        yield calls
+
+
+def read_results(output):
+    """The bytes of what each stage leaves."""
+    files = {
+        "sft": "adapter/adapter_model.safetensors",
+        "pairs": "rows.jsonl",
+        "dpo": "adapter/adapter_model.safetensors",
+        "model": "model.safetensors",
+    }
+    return {stage: (output / stage / file).read_bytes() for stage, file in files.items()}
+
+
+def test_one_command_trains_on_the_models_own_answers_and_resumes_in_each_stage(recipe, monkeypatch):
+    """A chain that is killed once in each stage ends with the bits of one that was not."""
+    output = recipe.parent / "out"
+    monkeypatch.setattr(endpoint, "find_cache", lambda: recipe.parent / "first")
+    run_chain(load(recipe))
+    whole = read_results(output)
+    shutil.rmtree(output)
+    monkeypatch.setattr(endpoint, "find_cache", lambda: recipe.parent / "second")
+    kills = [
+        (Trainer, "training_step", 2),
+        (LocalModel, "ask", 5),
+        (Trainer, "training_step", 2),
+        (merge, "write_card", 1),
+    ]
+    for number, kill in enumerate(kills):
+        with kill_at(*kill) as calls:
+            run_chain(load(recipe), resume=number > 0)
+        assert len(calls) == kill[2]
     done = run_chain(load(recipe), resume=True)
     assert [(stage.name, stage.was_done) for stage in done.stages] == [
         ("sft", True),
-        ("pairs", False),
-        ("dpo", False),
+        ("pairs", True),
+        ("dpo", True),
         ("model", False),
     ]
-    rows = [json.loads(line) for line in (output / "pairs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert read_results(output) == whole
+    rows = [json.loads(line) for line in whole["pairs"].decode().splitlines()]
     assert rows and all(row["provenance"]["scores"]["chosen"] > row["provenance"]["scores"]["rejected"] for row in rows)
     assert {row["provenance"]["model"] for row in rows} == {str(output / "sft")}
     record = json.loads((output / "dpo" / "run.json").read_text(encoding="utf-8"))

@@ -116,6 +116,7 @@ FLIPS = (
     Flip("data.merge_turns", "true", observe_rows, ("data.train=turns.jsonl",)),
     Flip("data.encoding", "gb18030", observe_rows, ("data.train=latin.jsonl", "data.encoding=latin-1")),
     Flip("data.workers", "2", observe_workers),
+    Flip("data.seed", "43", observe_rows, ("data.eval=[]", "data.held_out=4")),
     Flip("source.path", "[{path: few.jsonl}]", observe_rows, ("data.train=[{path: rows.jsonl}]",)),
     Flip("source.weight", "[{path: rows.jsonl, weight: 3}, {path: few.jsonl, weight: 1}]", observe_rows, ("data.train=[{path: rows.jsonl, weight: 1}, {path: few.jsonl, weight: 1}]",)),
     Flip("source.rows", "[{path: rows.jsonl, rows: 5}]", observe_rows, ("data.train=[{path: rows.jsonl}]",)),

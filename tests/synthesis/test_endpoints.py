@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import sqlite3
+import time
 
 import pytest
 from scripted_server import reply
@@ -75,12 +77,79 @@ def test_answers_are_kept_and_come_again_without_a_request(make_endpoint, server
     assert len(server.bodies) == 8 and other == first[:1]
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_request_is_sent_when_the_answers_before_it_are_on_the_disk(make_endpoint, server, tmp_path, concurrency):
+    """A kill at this moment repeats no more than the answers of the other threads, and none where there is one thread."""
+    unkept = []
+
+    def script(times, body):
+        came = len(server.bodies)  # with this one
+        with contextlib.closing(sqlite3.connect(tmp_path / "cache" / "answers.sqlite")) as other:
+            unkept.append(came - other.execute("SELECT count(*) FROM texts").fetchone()[0])
+        return echo(times, body)
+
+    server.script = script
+    assert len(list(make_endpoint(concurrency=concurrency).ask_all(ask(40)))) == 40
+    assert max(unkept) <= concurrency and len(server.bodies) == 40
+
+
+def test_an_interruption_waits_for_the_answers_under_way_and_keeps_them(make_endpoint, server):
+    """The file of answers was closed first when the reader of the answers was interrupted, so that those under way were lost."""
+
+    def script(times, body):
+        time.sleep(0 if "question 0" in str(body) else 0.2)
+        return echo(times, body)
+
+    server.script = script
+    endpoint = make_endpoint()
+    answers = endpoint.ask_all(ask(40))
+    next(answers)  # the others are under way, or wait for a thread
+    endpoint.close()
+    asked = len(server.bodies)
+    assert 1 < asked < 40
+    again = make_endpoint()
+    assert len(list(again.ask_all(ask(40)))) == 40
+    assert (len(server.bodies), again.budget.spent.cached) == (40, asked)
+
+
 def test_a_refused_request_is_a_named_skip_and_the_others_are_answered(make_endpoint, server):
     server.script = lambda times, body: (400, {}, b"too long") if "question 1" in str(body) else echo(times, body)
     found = list(make_endpoint().ask_all(ask(3)))
     assert found[1] == Skip("refused", "status 400: too long")
     assert [isinstance(outcome, Written) for outcome in found] == [True, False, True]
     assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b'{"prompt_tokens": 1e400, "completion_tokens": NaN}',
+        b'{"prompt_tokens": -3, "completion_tokens": "5"}',
+        b"[1]",
+        b"null",
+    ],
+)
+def test_an_answer_without_numbers_of_tokens_counts_with_the_most_that_it_can_cost(make_endpoint, server, usage):
+    """Endless numbers were a traceback, others lost an answer that was paid for, and no limit on tokens was ever reached."""
+    server.script = lambda times, body: (
+        200,
+        {},
+        b'{"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}], "usage": ' + usage + b"}",
+    )
+    endpoint = make_endpoint(max_tokens_total=60, concurrency=1)
+    with pytest.raises(
+        EndpointError, match="max_tokens_total: the limit of 60 would be passed; so far 3 requests, 54 tokens"
+    ):
+        list(endpoint.ask_all(ask(5)))  # 10 characters and 8 tokens each
+    assert len(server.bodies) == 3
+
+
+def test_half_a_character_is_no_answer(make_endpoint, server):
+    """The rows that were made of it could not be read by training."""
+    server.script = lambda times, body: (200, {}, b'{"choices": [{"message": {"content": "x \\ud800 y"}}]}')
+    assert list(make_endpoint(retries=0).ask_all(ask(1))) == [
+        Skip("reply of another shape", "the answer holds half a character")
+    ]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -143,6 +143,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_pays_nothing_twice(call, se
         ),
         ("synthesize.job=variations", "synthesize.variations: is missing"),
         ("endpoints.teacher.base_url=localhost", "must begin with http:// or https://"),
+        (
+            "endpoints.teacher.base_url='http://[::1'",
+            "endpoints.teacher.base_url: must begin with http:// or https:// and a host",
+        ),
+        ("endpoints.teacher.base_url='http://a b/v1'", "endpoints.teacher.base_url: must begin with"),
+        ("endpoints.teacher.base_url='http://a:99999/v1'", "endpoints.teacher.base_url: must begin with"),
+        ("endpoints.teacher.concurrency=100000", "endpoints.teacher.concurrency: must be at most 1024; found 100000"),
         ("endpoints.teacher.max_cost=1", "endpoints.teacher.max_cost: needs prices"),
         ("endpoints.teacher.key_variable=sk-123", "a key itself belongs into no recipe"),
         ("endpoints.teacher.modell=m", "endpoints.teacher.modell: unknown key; did you mean 'model'?"),
@@ -204,6 +211,7 @@ def test_rows_without_scores_are_asked_again_then_stay_and_are_counted(call, ser
         ('{"instruction": 3}', None),
         ("5", None),
         ("{" * 5000, None),
+        ("[" * 200_000, None),  # each bracket was tried as a beginning, for minutes
     ],
 )
 def test_scores_are_read_from_an_object_that_holds_all(text, found):

@@ -20,7 +20,7 @@ BEST = ["trainer.load_best_model_at_end=true", *EVERY_STEP]
     [
         (["trainer.lr_scheduler_kwargs={foo: 1}"], r"trainer.lr_scheduler_kwargs: .*unexpected keyword argument 'foo'"),
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "trainer.lr_scheduler_type: .*min_lr"),
-        (["trainer.report_to=nonsense"], "trainer.report_to: nonsense is not supported"),
+        (["trainer.report_to=nonsense"], "trainer.report_to: 'nonsense' is unknown; did you mean 'none'"),
         (["trainer.torch_compile_backend=foo"], "trainer.torch_compile_backend: 'FOO' is not"),
         (["trainer.accelerator_config={foo: 1}"], "trainer.accelerator_config: "),
         (["trainer.lr_scheduler_type=reduce_lr_on_plateau"], "trainer.lr_scheduler_type: "),

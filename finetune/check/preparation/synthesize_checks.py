@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from finetune.check.data_section import find_file
 from finetune.checkpoints.checkpoint_table import find_alias, is_hub_id, list_aliases
@@ -18,6 +19,8 @@ VARIATIONS = ("easier", "harder", "more_steps", "translated")
 # Jobs that compare several answers to one prompt.
 _NEEDS_SCORES = {"pairs"}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Each request under way has a thread.
+_MOST_AT_ONCE = 1024
 
 
 def check_endpoints(endpoints: Mapping[str, EndpointSection]) -> Iterator[str]:
@@ -28,8 +31,10 @@ def check_endpoints(endpoints: Mapping[str, EndpointSection]) -> Iterator[str]:
             yield f"{where}.model: is missing; name the server's model, or a checkpoint or a run on this machine"
         elif not section.base_url:
             yield from _check_local_model(section.model, f"{where}.model")
-        if section.base_url and not section.base_url.startswith(("http://", "https://")):
-            yield f"{where}.base_url: must begin with http:// or https://, such as http://localhost:8000/v1; found {section.base_url}"
+        if section.base_url and not _is_address(section.base_url):
+            yield f"{where}.base_url: must begin with http:// or https:// and a host, such as http://localhost:8000/v1; found {section.base_url}"
+        if section.concurrency > _MOST_AT_ONCE:
+            yield f"{where}.concurrency: must be at most {_MOST_AT_ONCE}; found {section.concurrency}"
         if section.key_variable and not _VARIABLE.fullmatch(section.key_variable):
             yield f"{where}.key_variable: must be the name of an environment variable; a key itself belongs into no recipe"
         for key, least in (
@@ -47,6 +52,15 @@ def check_endpoints(endpoints: Mapping[str, EndpointSection]) -> Iterator[str]:
                 yield f"{where}.{key}: must be above 0, or null for no limit; found {limit}"
         if section.max_cost is not None and not section.prompt_price + section.answer_price:
             yield f"{where}.max_cost: needs prices; set prompt_price and answer_price, for a million tokens"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, or a port that is no port
+        return False
+    return is_valid and not any(letter.isspace() for letter in text)
 
 
 def _check_local_model(name: str, where: str) -> Iterator[str]:

@@ -111,6 +111,7 @@ _REPORT_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
+_REPORT_WORDS = (*_REPORT_PACKAGES, "kubeflow", "all", "none")
 # Variables by which a reporter is logged in or needs no login, a file in the home folder in which it keeps a login, and its command.
 _LOGINS: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "comet_ml": (("COMET_API_KEY", "COMET_OFFLINE_DIRECTORY"), ".comet.config", "comet login"),
@@ -163,6 +164,9 @@ def list_package_problems(trainer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the words of a recipe whose packages are not installed here."""
     reports = trainer.get("report_to", ())
     for word in [reports] if isinstance(reports, str) else reports if isinstance(reports, list) else ():
+        if word not in _REPORT_WORDS:
+            yield f"trainer.report_to: {word!r} is {describe_unknown_name(str(word), _REPORT_WORDS)}"
+            continue
         packages = _REPORT_PACKAGES.get(word, ())
         if packages and not any(map(_is_installed, packages)):
             yield f"trainer.report_to: {word} needs the package {packages[0]}, which is not installed; install it, or remove this key"

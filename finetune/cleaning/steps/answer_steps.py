@@ -1,10 +1,13 @@
 """The steps that look at whether answers are true, and at how many rows of each group stay."""
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from finetune.cleaning.row_spool import Candidate
 from finetune.cleaning.step_form import CleanContext, Drop, StepResult
+from finetune.cleaning.steps.kinds import name_kinds
 from finetune.data.languages import name_language
 from finetune.data.lint.text_checks import shorten
 from finetune.errors import describe_count
@@ -38,9 +41,8 @@ def drop_surplus(context: CleanContext, rows: Sequence[Candidate]) -> StepResult
     """Draw rows by the seed so that the groups have their shares, as many as there can be without repeating one."""
     section, result = context.section.mix, StepResult()
     groups: dict[str, list[int]] = {name: [] for name in section.shares}
-    for row in rows:
+    for row, kind in zip(rows, _list_kinds(context, rows), strict=True):
         content = context.spool.read(row)
-        kind = str((content.raw or {}).get(section.key, "")) if section.key else ""
         language = name_language("\n".join((content.question, content.trained)))
         name = next((name for name in (f"{kind} {language}", kind, language) if name in groups), None)
         if name is None:
@@ -57,6 +59,17 @@ def drop_surplus(context: CleanContext, rows: Sequence[Candidate]) -> StepResult
                     f"not drawn from {name}", f"{counts[name]:,} of {len(numbers):,} are drawn"
                 )
     return result
+
+
+def _list_kinds(context: CleanContext, rows: Sequence[Candidate]) -> Iterator[str]:
+    """Yield the kind of each row: what the classifier says, or what stands under the key; empty where neither is named."""
+    section = context.section.mix
+    if section.classifier:
+        yield from name_kinds(context, rows, Path(section.classifier))
+    elif section.key:
+        yield from (str((context.spool.read(row).raw or {}).get(section.key, "")) for row in rows)
+    else:
+        yield from itertools.repeat("", len(rows))
 
 
 def share_out(found: Mapping[str, int], shares: Mapping[str, float], most: int | None) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The steps that look at texts: what cannot be read, the rules of `lint`, duplicates, and rows of an evaluation set."""
 
 import math
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.data.lint.findings import KINDS
 from finetune.data.lint.near_duplicates import NearIndex, list_word_groups, sign_text
 from finetune.data.lint.text_checks import shorten
+from finetune.data.reading.arrow_rows import require_row
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import Source
-from finetune.errors import DataError, Place, describe_count
+from finetune.errors import Place, describe_count
+from finetune.evaluation.tasks.task_data import read_task_rows
+from finetune.evaluation.tasks.task_names import TASKS
 
 
 def drop_unreadable(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
@@ -86,8 +90,13 @@ def _order_by_score(context: CleanContext, rows: Sequence[Candidate]) -> Sequenc
 
 
 def _read_number(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    return float(value) if is_number else -math.inf  # type: ignore[arg-type]
+    """Return a score; what is no number comes last. A whole number may have more digits than a float takes."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        return -math.inf
+    return float(max(-_LARGEST, min(_LARGEST, value)))
+
+
+_LARGEST = sys.float_info.max
 
 
 def _read_question(row: SpooledRow) -> str:
@@ -104,7 +113,7 @@ PARTS = {"trained": _read_trained, "question": _read_question}
 def drop_contaminated(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
     """Drop rows that share `ngram` consecutive words with a row of an evaluation set."""
     section, result = context.section.decontaminate, StepResult()
-    held, short = read_held_groups(section.against, section.ngram)
+    held, short = read_held_groups(section.against, section.task_data, section.ngram)
     if short:
         result.notes.append(
             f"{describe_count(short, 'row of the evaluation sets has', 'rows of the evaluation sets have')} no text of {section.ngram} words, so nothing can share that many with them"
@@ -121,23 +130,35 @@ def find_shared(content: SpooledRow, held: Container[str], size: int) -> str | N
     return next((group for text in texts for group in list_word_groups(text, size) if group in held), None)
 
 
-def read_held_groups(files: Sequence[str], size: int) -> tuple[dict[str, Place], int]:
+def read_held_groups(against: Sequence[str], task_data: str, size: int) -> tuple[dict[str, Place], int]:
     """Return every group of words of the evaluation sets with its first place, and the number of rows that have none.
 
+    `against` names files, and tasks whose rows lie under `task_data`, or on the hub where it is empty.
+
     Raises:
-        DataError: a file or a row cannot be read.
+        DataError: a file or a row cannot be read, or the rows of a task are not there.
     """
     held, short = dict[str, Place](), 0
-    for file in files:
-        for _, rows in read_source(Source(Path(file), split="evaluation")):
-            for place, raw in rows:
-                if isinstance(raw, DataError):
-                    raise raw
-                groups = [group for text in _list_texts(raw) for group in list_word_groups(text, size)]
-                short += not groups
-                for group in groups:
-                    held.setdefault(group, place)
+    is_only_task = len(set(against) & set(TASKS)) == 1
+    for name in against:
+        for place, raw in _read_task(name, task_data, is_only_task) if name in TASKS else _read_file(name):
+            groups = [group for text in _list_texts(raw) for group in list_word_groups(text, size)]
+            short += not groups
+            for group in groups:
+                held.setdefault(group, place)
     return held, short
+
+
+def _read_task(name: str, task_data: str, is_only_task: bool) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    data = Path(task_data) if task_data else None
+    rows = read_task_rows(TASKS[name], data, is_only_task, option="clean.decontaminate.task_data")
+    return ((Place(name, number, "row"), row) for number, row in enumerate(rows, 1))
+
+
+def _read_file(name: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    for _, rows in read_source(Source(Path(name), split="evaluation")):
+        for place, raw in rows:
+            yield place, require_row(raw)
 
 
 def _list_texts(value: Any) -> Iterator[str]:

@@ -41,14 +41,14 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> int:
     from finetune.evaluation.asking.engines import read_engine
     from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 
-    settings = _read_task_settings(arguments, chat=arguments.chat)
+    settings = read_task_settings(arguments, chat=arguments.chat)
     if arguments.engine is not None:
         settings = replace(settings, engine=read_engine(arguments.engine))
     found = evaluate_tasks(arguments.model, settings, arguments.output)
     return print_result(arguments, found.to_json(), found.describe())
 
 
-def _read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
+def read_task_settings(arguments: argparse.Namespace, *, chat: bool) -> TaskSettings:
     from finetune.evaluation.tasks.task_settings import TaskSettings
 
     return TaskSettings(
@@ -88,7 +88,7 @@ def run_dynamics(arguments: argparse.Namespace) -> int:
     from finetune.pipeline.dynamics.run_dynamics import run_dynamics
     from finetune.pipeline.dynamics.tuning import TuningSettings
 
-    tasks = None if arguments.tasks is None else _read_task_settings(arguments, chat=False)
+    tasks = None if arguments.tasks is None else read_task_settings(arguments, chat=False)
     tuning = None if arguments.sft is None else TuningSettings(arguments.sft, tuple(arguments.set), arguments.chat)
     settings = DynamicsSettings(tasks, arguments.keep, tuple(arguments.rows), tuning)
     found = run_dynamics(arguments.checkpoints, settings, arguments.output)

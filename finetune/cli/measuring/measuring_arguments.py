@@ -12,7 +12,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows to evaluate on")
     what.add_argument(
-        "--tasks", type=_read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
+        "--tasks", type=read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
     )
     verb.add_argument(
         "--max-tokens",
@@ -28,7 +28,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also show the N rows of the highest loss, or pairs of the lowest margin (with --data)",
     )
-    add_option = _add_task_options(verb)
+    add_option = add_task_options(verb)
     add_option("--chat", action="store_true", help="ask in the model's chat template")
     add_option(
         "--engine",
@@ -54,7 +54,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
         help="none: remove each checkpoint's download and fold again, so that one is on the disk at a time",
     )
     verb.add_argument(
-        "--tasks", type=_read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
+        "--tasks", type=read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
     )
     verb.add_argument(
         "--rows",
@@ -64,7 +64,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="texts on which activations, attention and loss of each layer, position and source are looked at",
     )
-    _add_task_options(verb)
+    add_task_options(verb)
     tuning = verb.add_argument_group("the same fine-tuning from each checkpoint")
     tuning.add_argument("--sft", type=Path, metavar="RECIPE", help="a recipe to train from each, and evaluate")
     tuning.add_argument(
@@ -73,7 +73,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
     tuning.add_argument("--chat", action="store_true", help="ask the tuned models in their chat template")
 
 
-def _add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
+def add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     """Add the group of options that tasks have; return the function that adds another option to it."""
     tasks = verb.add_argument_group("with --tasks")
     tasks.add_argument(
@@ -86,7 +86,12 @@ def _add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     tasks.add_argument(
         "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
     )
-    tasks.add_argument("--exemplars", type=Path, metavar="FILE", help="rows that stand in the prompts as examples")
+    tasks.add_argument(
+        "--exemplars",
+        type=Path,
+        metavar="PATH",
+        help="a file with rows that stand in the prompts as examples, or a folder for several tasks",
+    )
     tasks.add_argument(
         "--batch-size", type=read_count, metavar="N", help="prompts at once (default: what memory allows)"
     )
@@ -96,6 +101,6 @@ def _add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     return tasks.add_argument
 
 
-def _read_names(text: str) -> tuple[str, ...]:
+def read_names(text: str) -> tuple[str, ...]:
     """Read names with commas between them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from finetune.data.formats.messages import Message
 from finetune.data.formats.rows import Row
+from finetune.data.languages import MAIN_SHARE, SECOND_SHARE
 from finetune.errors import Place
 
 Severity = Literal["error", "warning", "note"]
@@ -71,12 +72,30 @@ class LintRow:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """From where on a row has a finding, by the kinds that have a threshold.
+
+    `too_long` is the longest row in tokens, None for `data.max_tokens`. `mojibake` is the fewest places with wrong text in a row,
+    `repeated_punctuation` the fewest equal marks in a row, and `one_word` the most words of an answer. `other_language` is the share
+    of a text by which one script is its language, and `mixed_scripts` the share of an answer that a second script has.
+    """
+
+    too_long: int | None = None
+    mojibake: int = 1
+    other_language: float = MAIN_SHARE
+    mixed_scripts: float = SECOND_SHARE
+    repeated_punctuation: int = 4
+    one_word: int = 1
+
+
+@dataclass(frozen=True)
 class LintSettings:
-    """The longest row in tokens, the spellings of the tokenizer's control tokens, and the kinds that `--fix` leaves out."""
+    """The longest row in tokens, the spellings of the tokenizer's control tokens, the kinds that `--fix` leaves out, and thresholds."""
 
     max_tokens: int
     control_tokens: tuple[str, ...] = ()
     dropped: frozenset[str] = frozenset(name for name, kind in KINDS.items() if kind.is_dropped)
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
 
 @dataclass(frozen=True)

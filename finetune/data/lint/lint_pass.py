@@ -118,15 +118,17 @@ def check_row_text(row: LintRow, settings: LintSettings) -> Iterator[tuple[str, 
     texts = [*row.messages, *(row.rejected or ())]
     question = "\n".join(message["content"] for message in row.messages if message["role"] == "user")
     answer = "\n".join(message["content"] for message in row.messages if message["role"] == "assistant")
+    thresholds = settings.thresholds
+    longest = settings.max_tokens if thresholds.too_long is None else thresholds.too_long
     checks = {
         "equal_answers": describe_equal_answers(row.messages, row.rejected) if row.rejected else None,
-        "too_long": describe_count(row.tokens, "token") if row.tokens > settings.max_tokens else None,
-        "mojibake": describe_mojibake(texts),
+        "too_long": describe_count(row.tokens, "token") if row.tokens > longest else None,
+        "mojibake": describe_mojibake(texts, thresholds.mojibake),
         "control_token": describe_control_token(texts, settings.control_tokens),
-        "other_language": describe_language_change(question, answer),
-        "mixed_scripts": describe_mixture(question, answer),
-        "repeated_punctuation": describe_repeated_punctuation(row.messages),
-        "one_word": describe_short_answer(row.messages),
+        "other_language": describe_language_change(question, answer, thresholds.other_language),
+        "mixed_scripts": describe_mixture(question, answer, thresholds.mixed_scripts),
+        "repeated_punctuation": describe_repeated_punctuation(row.messages, thresholds.repeated_punctuation),
+        "one_word": describe_short_answer(row.messages, thresholds.one_word),
     }
     for kind, text in checks.items():
         if text is not None:

@@ -1,5 +1,7 @@
 """Check the text of one row. Each check returns a short description of what it found, or None."""
 
+import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -13,9 +15,10 @@ _SHOWN = 80
 # The replacement character, C1 controls, and common results of decoding GBK as UTF-8 or UTF-8 as GBK or Latin-1.
 _LOST_TEXT = re.compile(r"[\ufffd\x80-\x9f]|锟斤拷|烫烫烫|屯屯屯|ï»¿")
 # Dots, dashes and stars repeat in outlines, rules and tables; other punctuation only by mistake.
-_REPEATED = re.compile(
-    r"([,;:!?~，。、；：！？])\1{3,}|[!?！？]{6,}|…{5,}|(?<!\.)\.{13,}|([,;:，。、；：])(?:\s*\2){4,}"
-)
+# `LEAST` and so on stand for numbers of marks.
+_REPEATED = r"([,;:!?~，。、；：！？])\1{LEAST,}|[!?！？]{MIXED,}|…{ELLIPSES,}|(?<!\.)\.{DOTS,}|([,;:，。、；：])(?:\s*\2){SPACED,}"
+# So many more marks than equal ones without spaces between them.
+_MORE = {"LEAST": -1, "MIXED": 2, "ELLIPSES": 1, "DOTS": 9, "SPACED": 0}
 _HAN_WORD_LETTERS, _LONGEST_WORD = 2, 100
 
 
@@ -28,39 +31,56 @@ def shorten(text: str, start: int = 0) -> str:
     return f"…{cut}" if begin else cut
 
 
-def describe_short_answer(messages: Sequence[Message]) -> str | None:
-    """Look for an answer of a single word: up to two Chinese letters, or one word in a script with spaces."""
+def describe_short_answer(messages: Sequence[Message], most: int) -> str | None:
+    """Look for an answer of up to `most` words; a word has up to two Chinese letters, or stands alone in a script with spaces."""
     for message in messages:
-        if message["role"] == "assistant" and _is_one_word(message["content"]):
+        if message["role"] == "assistant" and _has_few_words(message["content"], most):
             return f"the answer is {shorten(message['content'])!r}"
     return None
 
 
-def _is_one_word(text: str) -> bool:
-    if len(text) > _LONGEST_WORD:
+def _has_few_words(text: str, most: int) -> bool:
+    if len(text) > most * _LONGEST_WORD:
         return False
     words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:[.,:/'’-][^\W\u3400-\u9fff]+)*", text)
     if all("\u3400" <= word <= "\u9fff" for word in words):
-        return len(words) <= _HAN_WORD_LETTERS
-    return len(words) == 1
+        return len(words) <= most * _HAN_WORD_LETTERS
+    return len(words) <= most
 
 
-def describe_mojibake(messages: Sequence[Message]) -> str | None:
-    """Look for text that was decoded with the wrong encoding, or has lost characters."""
-    for number, message in enumerate(messages, 1):
-        text = message["content"]
-        if not text.isascii() and (found := _LOST_TEXT.search(text) or BADNESS_RE.search(text)):
-            return f"message {number} holds {found[0]!r}: {shorten(text, found.start())}"
-    return None
+def describe_mojibake(messages: Sequence[Message], fewest: int) -> str | None:
+    """Look for text that was decoded with the wrong encoding, or has lost characters, in at least `fewest` places."""
+    texts = [(number, message["content"]) for number, message in enumerate(messages, 1)]
+    places = (
+        (number, text, found)
+        for number, text in texts
+        if not text.isascii()
+        for pattern in (_LOST_TEXT, BADNESS_RE)
+        for found in pattern.finditer(text)
+    )
+    first = list(itertools.islice(places, fewest))
+    if len(first) < fewest:
+        return None
+    number, text, found = first[0]
+    return f"message {number} holds {found[0]!r}: {shorten(text, found.start())}"
 
 
-def describe_repeated_punctuation(messages: Sequence[Message]) -> str | None:
-    """Look for an answer that repeats punctuation by mistake; code in it is ignored."""
+@functools.lru_cache
+def _compile_repeated(fewest: int) -> re.Pattern[str]:
+    pattern = _REPEATED
+    for name, more in _MORE.items():
+        pattern = pattern.replace(name, str(fewest + more))
+    return re.compile(pattern)
+
+
+def describe_repeated_punctuation(messages: Sequence[Message], fewest: int) -> str | None:
+    """Look for an answer that repeats punctuation by mistake, `fewest` times or more; code in it is ignored."""
+    repeated = _compile_repeated(fewest)
     for message in messages:
-        if message["role"] != "assistant" or not _REPEATED.search(message["content"]):
+        if message["role"] != "assistant" or not repeated.search(message["content"]):
             continue
         prose = cut_prose(message["content"])
-        if found := _REPEATED.search(prose):
+        if found := repeated.search(prose):
             return f"{found[0][:12]!r} in: {shorten(prose, found.start())}"
     return None
 

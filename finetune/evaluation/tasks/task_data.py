@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,31 @@ from finetune.evaluation.tasks.task_names import Task
 from finetune.files.folders import expand_home
 
 # In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.
+_EXEMPLAR_ENDINGS = ("_train", "-train", "_exemplars", "_prompt", "")
 _ENDINGS = ("", "_test", "-test", "_eval", "_openai", "_openai_test")
+
+# MBPP shows and runs the first three tests of a row.
+LEAST_TEXTS = 3
 
 Rows = list[dict[str, Any]]
 
 
-def read_task_rows(task: Task, data: Path | None, is_only_task: bool) -> Rows:
+def read_task_rows(task: Task, data: Path | None, is_only_task: bool, option: str = "--task-data") -> Rows:
     """Read the rows of a task from `data`, a file or a folder, or from the hub where it is None.
+
+    A message names `option`, by which a person gives `data`.
 
     Raises:
         DataError: they cannot be found or read, or a row lacks a column.
     """
     what = f"a row of {task.name}"
     if data is None:
-        return _read_hub(task.hub, task.columns, what, "--task-data")
-    return _read_rows(_find_file(task, expand_home(data), is_only_task), task.columns, what)
+        return _read_hub(task.hub, task, what, option)
+    return _read_rows(_find_file(task, expand_home(data), is_only_task), task, what)
 
 
 def read_exemplars(task: Task, shots: Shots | None, file: Path | None) -> Rows:
-    """Read the exemplars of a task from a file, or from the hub where the protocol takes them from there.
+    """Read the exemplars of a task from a file or from a folder that holds those of several tasks, or from the hub where the protocol takes them from there.
 
     Raises:
         DataError: they cannot be read, a row lacks a column, or there are too few.
@@ -43,9 +49,12 @@ def read_exemplars(task: Task, shots: Shots | None, file: Path | None) -> Rows:
     if shots is None:
         return []
     if file is not None:
-        rows = _read_rows(expand_home(file), shots.columns, "an exemplar")
+        path = expand_home(file)
+        rows = _read_rows(
+            _find_in_folder(task, path, _EXEMPLAR_ENDINGS) if path.is_dir() else path, task, "an exemplar"
+        )
     elif shots.hub_split is not None:
-        rows = _read_hub(replace(task.hub, split=shots.hub_split), shots.columns, "an exemplar", "--exemplars")
+        rows = _read_hub(replace(task.hub, split=shots.hub_split), task, "an exemplar", "--exemplars")
     else:
         return []
     if len(rows) < shots.count:
@@ -69,33 +78,44 @@ def _find_file(task: Task, data: Path, is_only_task: bool) -> Path:
                 Place(str(data)),
             )
         return data
-    wanted = [f"{task.name}{ending}" for ending in _ENDINGS]
-    files = {file.name.split(".")[0].lower(): file for file in sorted(data.iterdir()) if has_known_ending(file)}
+    return _find_in_folder(task, data, _ENDINGS)
+
+
+def _find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path:
+    wanted = [f"{task.name}{ending}" for ending in endings]
+    files = {file.name.split(".")[0].lower(): file for file in sorted(folder.iterdir()) if has_known_ending(file)}
     for stem in wanted:
         if stem in files:
             return files[stem]
-    raise DataError(
-        f"holds no file of {task.name}, such as {task.name}.jsonl or {task.name}_test.jsonl", Place(str(data))
-    )
+    raise DataError(f"holds no file of {task.name}, such as {wanted[0]}.jsonl or {wanted[1]}.jsonl", Place(str(folder)))
 
 
-def _read_hub(dataset: HubDataset, columns: Sequence[str], what: str, option: str) -> Rows:
+def _read_hub(dataset: HubDataset, task: Task, what: str, option: str) -> Rows:
     try:
-        return _read_rows(dataset, columns, what)
+        return _read_rows(dataset, task, what)
     except DataError as error:
         raise DataError(f"{error.fault}; {option} names a file instead", error.place) from error
 
 
-def _read_rows(location: Path | HubDataset, columns: Sequence[str], what: str) -> Rows:
+def _read_rows(location: Path | HubDataset, task: Task, what: str) -> Rows:
     rows: Rows = []
     for _, part in read_source(Source(location, split="evaluation")):
         for place, raw in part:
             row = require_row(raw)
-            lacks = [name for name in columns if not isinstance(row.get(name), str)]
-            if lacks:
-                found = ", ".join(map(str, row)) or "nothing"
-                raise DataError(
-                    f"has no text in {', '.join(lacks)}; {what} has {', '.join(columns)}; found {found}", place
-                )
-            rows.append({name: row[name] for name in columns})
+            _check_columns(row, task, what, place)
+            kept = {name: row[name] for name in (*task.columns, *task.lists)}
+            rows.append(kept | {name: row[name] for name in task.numbers if name in row})
     return rows
+
+
+def _check_columns(row: Mapping[str, Any], task: Task, what: str, place: Place) -> None:
+    found = ", ".join(map(str, row)) or "nothing"
+    columns = ", ".join((*task.columns, *task.lists))
+    if lacks := [name for name in task.columns if not isinstance(row.get(name), str)]:
+        raise DataError(f"has no text in {', '.join(lacks)}; {what} has {columns}; found {found}", place)
+    for name in task.lists:
+        texts = row.get(name)
+        if not isinstance(texts, list) or len(texts) < LEAST_TEXTS or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"has no list of at least {LEAST_TEXTS} texts in {name}; {what} has {columns}; found {found}", place
+            )

@@ -65,10 +65,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Shots:
-    """How many exemplars stand before a question, and the columns that they have; `hub_split` is where they come from by default."""
+    """How many exemplars stand before a question; they have its columns, and `hub_split` is where they come from by default."""
 
     count: int
-    columns: tuple[str, ...]
     hub_split: str | None
     missing: str = ""
 

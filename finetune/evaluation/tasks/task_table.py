@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from finetune.errors import FinetuneError, describe_unknown_name
 from finetune.evaluation.asking.generation import Generation
-from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada
+from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada, mbpp
 from finetune.evaluation.tasks.task_forms import (
     Measure,
     Protocol,
@@ -16,7 +16,6 @@ from finetune.evaluation.tasks.task_forms import (
 )
 from finetune.evaluation.tasks.task_names import TASKS
 
-_QUESTION_COLUMNS = ("question", "answer")
 _NO_EXEMPLARS = (
     "no exemplars are named (--exemplars FILE), so the prompts hold none; the published scores were made with 7"
 )
@@ -52,7 +51,7 @@ FORMS: tuple[TaskForm, ...] = (
             Measure("flexible", "flexible_correct", average),
         ),
         Generation(max_new_tokens=256, stops=("Question:", "</s>", "<|im_end|>")),
-        Shots(gsm8k.HARNESS_SHOTS, _QUESTION_COLUMNS, hub_split="train"),
+        Shots(gsm8k.HARNESS_SHOTS, hub_split="train"),
     ),
     TaskForm(
         "gsm8k",
@@ -61,7 +60,7 @@ FORMS: tuple[TaskForm, ...] = (
         gsm8k.score_authors,
         (Measure("accuracy", "correct", average_in_percent, percent=1.0),),
         Generation(max_new_tokens=596, stops=("\n\nQuestion", "\n\nAnswer")),
-        Shots(gsm8k.AUTHORS_SHOTS, _QUESTION_COLUMNS, hub_split=None, missing=_NO_EXEMPLARS),
+        Shots(gsm8k.AUTHORS_SHOTS, hub_split=None, missing=_NO_EXEMPLARS),
     ),
     TaskForm(
         "humaneval",
@@ -81,6 +80,16 @@ FORMS: tuple[TaskForm, ...] = (
         Generation(max_new_tokens=512, temperature=0.1, samples=20),
         runs_code=True,
     ),
+    TaskForm(
+        "mbpp",
+        "harness",
+        mbpp.ask,
+        mbpp.score,
+        (Measure("pass@1", "passed", average),),
+        Generation(max_new_tokens=256, stops=("[DONE]",)),
+        Shots(mbpp.SHOTS, hub_split="prompt"),
+        runs_code=True,
+    ),
 )
 
 
@@ -95,4 +104,8 @@ def find_forms(names: Sequence[str], protocol: Protocol) -> list[TaskForm]:
             raise FinetuneError(f"--tasks: {name!r} is {describe_unknown_name(name, TASKS, 'an unknown task')}")
     if not names:
         raise FinetuneError(f"--tasks: names no task; known are {', '.join(TASKS)}")
-    return [form for name in dict.fromkeys(names) for form in FORMS if (form.task, form.protocol) == (name, protocol)]
+    forms = {(form.task, form.protocol): form for form in FORMS}
+    for name in names:
+        if (name, protocol) not in forms:
+            raise FinetuneError(f"--tasks: {name} is no task of the protocol {protocol}; leave it or --protocol out")
+    return [forms[name, protocol] for name in dict.fromkeys(names)]

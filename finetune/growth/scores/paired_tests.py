@@ -16,14 +16,14 @@ _DRAWS, _SEED = 10_000, 20_241_223
 _NUMBERS_AT_ONCE = 1 << 23
 _NORMAL_95 = 1.959964  # 95 % of a normal distribution lie within so many standard errors
 
-TestName = Literal["McNemar, exact", "paired bootstrap", "two proportions, unpaired"]
+TestName = Literal["McNemar, exact", "paired bootstrap", "paired t", "two proportions, unpaired"]
 
 
 @dataclass(frozen=True)
 class StepTest:
     """The test of one step; `change` is later minus earlier, in the unit of the score. `p` is two-sided.
 
-    `low` and `high` bound the change at 95 %, for tests that give such bounds. `gained` and `lost` count the samples that became right and
+    `low` and `high` bound the change at 95 %, for tests that give such bounds, and `stderr` is its standard error. `gained` and `lost` count the samples that became right and
     wrong, where each is either.
     """
 
@@ -34,6 +34,7 @@ class StepTest:
     high: float | None = None
     gained: int | None = None
     lost: int | None = None
+    stderr: float | None = None
 
     @property
     def is_real(self) -> bool:
@@ -45,8 +46,10 @@ def compare_right_and_wrong(before: Sequence[bool], after: Sequence[bool]) -> St
     """Compare which samples were right, by the exact test of McNemar; the change is in percent of all samples."""
     gained = sum(new and not old for old, new in zip(before, after, strict=True))
     lost = sum(old and not new for old, new in zip(before, after, strict=True))
-    change = 100 * (gained - lost) / len(before)
-    return StepTest("McNemar, exact", change, _binomial_p(gained, lost), gained=gained, lost=lost)
+    count = len(before)
+    change = 100 * (gained - lost) / count
+    error = 100 * math.sqrt((gained + lost - (gained - lost) ** 2 / count) / count / max(1, count - 1))
+    return StepTest("McNemar, exact", change, _binomial_p(gained, lost), gained=gained, lost=lost, stderr=error)
 
 
 def _binomial_p(gained: int, lost: int) -> float:
@@ -88,7 +91,32 @@ def compare_means(change: float, before: numpy.ndarray, after: numpy.ndarray, ro
     low, high = numpy.percentile(differences, (2.5, 97.5))
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     p = min(1.0, max(2 * (min(below, above) + 1) / (len(differences) + 1), 2.0 ** (1 - rows)))
-    return StepTest("paired bootstrap", change, p, float(low), float(high))
+    return StepTest("paired bootstrap", change, p, float(low), float(high), stderr=float(differences.std()))
+
+
+def compare_pairs(before: Sequence[float], after: Sequence[float]) -> StepTest:
+    """Compare two or more pairs of numbers, such as the losses of two recipes by seed, by Student's t of their differences."""
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    count, change = len(differences), sum(differences) / len(differences)
+    squares = sum((difference - change) ** 2 for difference in differences)
+    error = math.sqrt(squares / (count - 1) / count)
+    p = _student_p(change / error, count - 1) if error else float(change == 0)
+    return StepTest("paired t", change, p, stderr=error)
+
+
+def _student_p(t: float, freedom: int) -> float:
+    """Return the two-sided probability of Student's t with `freedom` degrees of freedom.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    is_odd = freedom % 2 == 1
+    term, total = (math.cos(angle), 0.0) if is_odd else (1.0, 0.0)
+    for number in range(2 if is_odd else 1, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * number / (number + 1)
+    inside = (angle + math.sin(angle) * total) * 2 / math.pi if is_odd else math.sin(angle) * total
+    return min(1.0, max(0.0, 1.0 - inside))
 
 
 def compare_shares(before: float, after: float, rows: int) -> StepTest:

@@ -1,21 +1,15 @@
 """Measure many checkpoints the same way, one after the other, and put them side by side."""
 
-import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from finetune.checkpoints.checkpoint_table import find_published
-from finetune.errors import OutputError
 from finetune.evaluation.tasks.run_tasks import (
     ask_tasks,
     describe_evaluation,
 )
 from finetune.evaluation.tasks.task_results import make_folder
-from finetune.files.folders import check_writable
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.growth.activity import measure_activity
@@ -42,8 +36,9 @@ from finetune.pipeline.dynamics.tuning import (
     train_tuning,
 )
 from finetune.pipeline.dynamics.visits import KEPT, Visit, bring, check_visit, plan_visits, remove_brought
+from finetune.pipeline.experiment_folder import hold_experiment
+from finetune.pipeline.finishing import free_memory
 from finetune.runs.results import find_earlier
-from finetune.runs.resuming import hold_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +52,10 @@ def run_dynamics(names: Sequence[str], settings: DynamicsSettings, output: Path)
         FinetuneError: a checkpoint, the rows or the folder cannot be used.
     """
     inputs = read_inputs(settings)
-    _check_output(output)
     visits = plan_visits(names, output)
     _describe_published(names)
     # Looking at samples mends a half-written line, so that no other process may be writing.
-    with hold_folder(output), _leave_nothing_empty(output):
+    with hold_experiment(output, "checkpoints", "comparison of checkpoints"):
         for visit in visits:
             if list_missing(visit, inputs):
                 check_visit(visit, needs_tokenizer=bool(settings.tasks or settings.texts or settings.tuning))
@@ -82,31 +76,6 @@ def _describe_published(names: Sequence[str]) -> None:
     if len(known) > 1:
         for sentence in compare_published(known).sentences:
             logger.info("%s", sentence)
-
-
-def _check_output(output: Path) -> None:
-    """Check that a folder is free, or that it holds an earlier call's results.
-
-    Raises:
-        OutputError: it holds something else, or cannot be made.
-    """
-    if (output / "checkpoints").is_dir():
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists and holds no comparison of checkpoints; choose another folder with -o")
-    check_writable(output)
-
-
-@contextmanager
-def _leave_nothing_empty(output: Path) -> Iterator[None]:
-    """Remove folders in the output that a stopped call has made and left empty."""
-    try:
-        yield
-    except BaseException:
-        for folder in sorted((path for path in output.rglob("*") if path.is_dir()), reverse=True):
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
 
 
 def _measure(visit: Visit, inputs: Inputs) -> None:
@@ -139,14 +108,14 @@ def _run_model(visit: Visit, inputs: Inputs, missing: set[str], fingerprint: str
         with translate_os_errors(visit.folder, KEPT):
             write_json(visit.folder / ACTIVITY_FILE, written)
     del loaded
-    _free_memory()
+    free_memory()
 
 
 def _tune(visit: Visit, inputs: Inputs) -> None:
     assert inputs.settings.tuning is not None
     tuning = plan_tuning(visit, inputs.settings.tuning)
     fingerprint = train_tuning(tuning)
-    _free_memory()
+    free_memory()
     if inputs.prepared:
         folder = tuning.tasks_folder
         loaded = open_model(str(tuning.resolved.output))
@@ -154,10 +123,4 @@ def _tune(visit: Visit, inputs: Inputs) -> None:
         tasks = inputs.tuned_tasks
         ask_tasks(tasks.ask_with(loaded), visit.label, inputs.prepared, tasks, folder, inputs.runner)
         del loaded
-        _free_memory()
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        free_memory()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from finetune.data.lint.findings import Thresholds
+
 
 @dataclass(frozen=True)
 class NearDuplicatesSection:
@@ -17,9 +19,10 @@ class NearDuplicatesSection:
 
 @dataclass(frozen=True)
 class DecontaminateSection:
-    """Rows that share words with an evaluation set; files in `against` turn the step on."""
+    """Rows that share words with an evaluation set; files or tasks in `against` turn the step on."""
 
     against: tuple[str, ...] = ()
+    task_data: str = ""
     ngram: int = 13
 
 
@@ -61,6 +64,7 @@ class MixSection:
 
     shares: Mapping[str, float] = field(default_factory=dict)
     key: str = ""
+    classifier: str = ""
     rows: int | None = None
 
 
@@ -70,6 +74,7 @@ class CleanSection:
 
     unreadable: bool = False
     rules: tuple[str, ...] = ()
+    thresholds: Thresholds = field(default_factory=Thresholds)
     exact_duplicates: bool = False
     near_duplicates: NearDuplicatesSection = field(default_factory=NearDuplicatesSection)
     decontaminate: DecontaminateSection = field(default_factory=DecontaminateSection)

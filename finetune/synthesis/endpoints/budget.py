@@ -60,15 +60,21 @@ class Budget:
             self._held_cost += cost
 
     def settle(self, request: Request, written: Written | None) -> None:
-        """Count what a request has cost; None for one that failed."""
+        """Count what a request has cost; None for one that failed.
+
+        Where the server does not say how many tokens there were, the most that there can have been count, so that limits hold.
+        """
         tokens, cost = self._estimate(request)
         with self._lock:
             self._held_tokens -= tokens
             self._held_cost -= cost
             if written is not None:
-                self.spent.prompt_tokens += written.prompt_tokens
-                self.spent.answer_tokens += written.answer_tokens
-                self.spent.cost += self._price(written.prompt_tokens, written.answer_tokens)
+                prompt, answer = written.prompt_tokens, written.answer_tokens
+                if not prompt + answer:
+                    prompt, answer = request.characters, request.max_tokens
+                self.spent.prompt_tokens += prompt
+                self.spent.answer_tokens += answer
+                self.spent.cost += self._price(prompt, answer)
 
     def count_cached(self) -> None:
         """Count an answer that was known already."""

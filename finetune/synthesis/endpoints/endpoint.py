@@ -4,7 +4,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Protocol
 
@@ -43,6 +43,7 @@ class Endpoint:
         self._budget = Budget(section, name)
         self._store = KeyedStore(find_cache() / "answers.sqlite")
         self._faults, self._lock = 0, threading.Lock()
+        self._pool = ThreadPoolExecutor(self._model.concurrency)
 
     @property
     def budget(self) -> Budget:
@@ -60,20 +61,21 @@ class Endpoint:
         Raises:
             EndpointError: the server is down or refuses the key, or a limit is reached; the answers so far are kept.
         """
-        with ThreadPoolExecutor(self._model.concurrency) as pool:
-            waiting: deque[Future[Outcome]] = deque()
-            try:
-                for request in requests:
-                    waiting.append(pool.submit(self._answer, request))
-                    if len(waiting) >= 2 * self._model.concurrency:
-                        yield waiting.popleft().result()
-                while waiting:
+        waiting: deque[Future[Outcome]] = deque()
+        try:
+            for request in requests:
+                waiting.append(self._pool.submit(self._answer, request))
+                if len(waiting) >= 2 * self._model.concurrency:
                     yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # What was cancelled is never done, and would be waited for without end.
+            wait([future for future in waiting if not future.cancel()])
 
     def close(self) -> None:
-        """Close connections and the file of kept answers."""
+        """Wait for the answers under way, which are kept, and close connections and the file of kept answers."""
+        self._pool.shutdown(cancel_futures=True)
         self._model.close()
         self._store.close()
 
@@ -82,6 +84,7 @@ class Endpoint:
         return self._store.get(request.make_key(self._model.identity)) is not None
 
     def _answer(self, request: Request) -> Outcome:
+        """Return the outcome of a request. Its thread asks nothing else before the answer is on the disk."""
         key = request.make_key(self._model.identity)
         if (kept := self._store.get(key)) is not None:
             self._budget.count_cached()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 from finetune.errors import EndpointError
@@ -65,6 +66,7 @@ class ServerModel:
 
 
 _SHAPE = "reply of another shape"
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def _read_key(section: EndpointSection, name: str) -> str:
@@ -82,11 +84,18 @@ def read_reply(content: bytes) -> Outcome:
         reply = json.loads(content)
         choice = reply["choices"][0]
         text = choice["message"]["content"]
-        usage = reply.get("usage") or {}
-        prompt, answer = (int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
+        usage = reply.get("usage")
         is_cut = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Skip(_SHAPE, " ".join(content[:_SHOWN].decode(errors="replace").split()))
     if not isinstance(text, str):
         return Skip(_SHAPE, "the answer is no text")
-    return Written(text, prompt, answer, is_cut)
+    if _HALF.search(text):
+        return Skip(_SHAPE, "the answer holds half a character")
+    return Written(text, _read_count(usage, "prompt_tokens"), _read_count(usage, "completion_tokens"), is_cut)
+
+
+def _read_count(usage: object, key: str) -> int:
+    """Return a number of tokens, or 0 where the server gives none; the answer counts all the same."""
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0

@@ -15,10 +15,12 @@ from finetune.data.packing import PackedRows
 from finetune.errors import CheckpointError, RecipeError, describe_count
 from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.sections import Recipe
+from finetune.training.pretraining.head_watch import HeadWatch
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
 from finetune.training.pretraining.schedule import plan_schedule
 from finetune.training.pretraining.state_loading import StatesLoader
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
+from finetune.yulan.native.native_loss import ZTerms
 from finetune.yulan.states.optimizer_states import RESULT, OptimizerStates, check_parameters, open_states
 
 PRETRAINING_OPTIONS: Mapping[str, Any] = {
@@ -68,6 +70,8 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     if isinstance(model, YuLanMiniForCausalLM):
         model.skips_logits = True  # evaluation keeps losses only
+        model.z_terms = ZTerms()
+    trainer.add_callback(HeadWatch())
     config = trainer.args
     effective_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     tokens_per_step = effective_batch * recipe.data.max_tokens

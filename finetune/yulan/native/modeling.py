@@ -42,7 +42,7 @@ from finetune.yulan.native.layers import (
     make_alpha,
     multiply,
 )
-from finetune.yulan.native.native_loss import compute_fused_loss, compute_loss
+from finetune.yulan.native.native_loss import ZTerms, compute_fused_loss, compute_loss
 from finetune.yulan.tensors import open_tensors
 
 
@@ -164,6 +164,8 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         self.loss_function = functools.partial(compute_loss, z_loss=config.z_loss)
         # The default of `skip_logits` in `forward`.
         self.skips_logits = False
+        # Where it is set, training without logits adds the z terms of its tokens to it.
+        self.z_terms: ZTerms | None = None
         # A hook, because trainers with a fused head multiply the inner model's last hidden state by lm_head.weight themselves.
         self.model.register_forward_hook(self._scale_last_state)
         self.post_init()
@@ -205,7 +207,8 @@ class YuLanMiniForCausalLM(YuLanMiniPreTrainedModel, GenerationMixin):
         states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = loss = None
         if labels is not None and (self.skips_logits if skip_logits is None else skip_logits):
-            loss = compute_fused_loss(states, self.lm_head.weight, labels, self.config.z_loss, **kwargs)
+            terms = self.z_terms if self.training else None
+            loss = compute_fused_loss(states, self.lm_head.weight, labels, self.config.z_loss, z_terms=terms, **kwargs)
         else:
             logits = self.lm_head(states)
             if labels is not None:

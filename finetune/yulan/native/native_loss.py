@@ -1,5 +1,6 @@
 """The pre-training loss, cross entropy with a z term: from logits, or from hidden states without holding all logits."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,25 @@ from torch.nn import functional
 CHUNK_TOKENS = 256
 # The number of head rows whose gradient is rounded together, so that the whole gradient never exists in two types.
 _HEAD_ROWS = 16384
+
+
+@dataclass
+class ZTerms:
+    """Sums up the z terms of trained tokens, so that a log can show their mean."""
+
+    total: torch.Tensor | float = 0.0
+    tokens: torch.Tensor | int = 0
+
+    def add(self, lse: torch.Tensor, trained: torch.Tensor, z_loss: float) -> None:
+        """Add the z terms of the trained ones among some tokens; both tensors are (tokens,)."""
+        self.total = self.total + z_loss * (lse.detach().square() * trained).sum()
+        self.tokens = self.tokens + trained.sum()
+
+    def take_mean(self) -> float | None:
+        """Return the mean in nats a token, and begin anew; None where no token was added."""
+        total, tokens = float(self.total), int(self.tokens)
+        self.total, self.tokens = 0.0, 0
+        return total / tokens if tokens else None
 
 
 def compute_loss(
@@ -43,12 +63,13 @@ def compute_fused_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    z_terms: ZTerms | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """Return `compute_loss` of the logits `states @ weight.T`, holding the logits of only `CHUNK_TOKENS` tokens at a time.
 
     `states` are hidden states, (rows, tokens, width). The gradients are computed together with the loss, so that no logits are
-    computed twice.
+    computed twice. The z terms of the tokens are added to `z_terms`.
     Source: fused linear cross entropy of Liger (arXiv 2410.10989), section 3.2.
     """
     targets = _shift(labels, shift_labels, ignore_index).to(states.device)
@@ -59,7 +80,14 @@ def compute_fused_loss(
     divisor = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     divisor = torch.as_tensor(divisor, device=states.device)
     loss: torch.Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        states.reshape(len(targets), -1), weight, targets, divisor, z_loss, ignore_index, torch.is_grad_enabled()
+        states.reshape(len(targets), -1),
+        weight,
+        targets,
+        divisor,
+        z_loss,
+        ignore_index,
+        torch.is_grad_enabled(),
+        z_terms,
     )
     return loss
 
@@ -83,6 +111,7 @@ class _FusedLoss(torch.autograd.Function):
         z_loss: float,
         ignore_index: int,
         is_differentiated: bool,
+        z_terms: ZTerms | None,
     ) -> torch.Tensor:
         """Return the loss, and keep both gradients for the backward pass."""
         sums_dtype = torch.promote_types(states.dtype, torch.float32)
@@ -94,7 +123,10 @@ class _FusedLoss(torch.autograd.Function):
             for start in range(0, len(states), CHUNK_TOKENS):
                 span = slice(start, start + CHUNK_TOKENS)
                 logits = functional.linear(states[span], weight).to(sums_dtype)
-                loss += _turn_into_gradient(logits, targets[span], divisor, z_loss, ignore_index)
+                part, lse = _turn_into_gradient(logits, targets[span], divisor, z_loss, ignore_index)
+                loss += part
+                if z_terms is not None:
+                    z_terms.add(lse, targets[span] != ignore_index, z_loss)
                 gradient = logits.to(states.dtype)
                 del logits
                 if state_gradient is not None:
@@ -113,7 +145,7 @@ class _FusedLoss(torch.autograd.Function):
                 "the fused loss keeps its gradients for one backward pass; call forward again before another"
             )
         gradients, context.gradients = context.gradients, None
-        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *(None,) * 5)
+        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *(None,) * 6)
 
 
 def _make_sums(weight: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -132,8 +164,8 @@ def _join_sums(sums: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 
 def _turn_into_gradient(
     logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor, z_loss: float, ignore_index: int
-) -> torch.Tensor:
-    """Return the loss of a chunk of logits, (tokens, vocabulary), and replace the logits in place with its gradient.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a chunk of logits, (tokens, vocabulary), and its logsumexps; replace the logits in place with its gradient.
 
     The gradient of a token's loss is `softmax * (1 + 2 * z_loss * lse)`, less 1 at the target.
     """
@@ -148,7 +180,7 @@ def _turn_into_gradient(
     shares = (1 + 2 * z_loss * lse) / (sums * divisor)
     logits.mul_(shares.where(trained, 0).unsqueeze(-1))
     logits.scatter_add_(-1, places, (-trained.to(logits.dtype) / divisor).unsqueeze(-1))
-    return losses.where(trained, 0).sum() / divisor
+    return losses.where(trained, 0).sum() / divisor, lse
 
 
 def add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

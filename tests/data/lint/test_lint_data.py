@@ -250,7 +250,7 @@ def test_nothing_is_written_into_a_full_folder_or_after_an_error(lint, tmp_path,
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Why so?", "completion": "Because it is."}])
     with pytest.raises(OutputError, match="is not empty"):
         lint(path, fixed=tmp_path)
-    monkeypatch.setattr("finetune.data.lint.lint_pass.describe_mojibake", lambda messages: 1 / 0)
+    monkeypatch.setattr("finetune.data.lint.lint_pass.describe_mojibake", lambda messages, fewest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lint(path, fixed=tmp_path / "fixed")
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]

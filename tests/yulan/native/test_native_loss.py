@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.yulan.native import native_loss as losses
-from finetune.yulan.native.native_loss import compute_fused_loss, compute_loss
+from finetune.yulan.native.native_loss import ZTerms, compute_fused_loss, compute_loss
 from tests.yulan.native.test_modeling import make_ids, make_model
 
 TOKENS, WIDTH, VOCABULARY = 2 * 333, 24, 1000
@@ -41,6 +41,19 @@ def test_fused_is_the_loss_of_whole_logits(options, scale):
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_z_terms_of_trained_tokens_are_added_up(monkeypatch):
+    """Over several chunks and two batches, the mean is what the z term adds to the loss."""
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 50)
+    states, weight, labels = make_case(torch.float64)
+    terms = ZTerms()
+    for _ in range(2):
+        compute_fused_loss(states, weight, labels, Z_LOSS, num_items_in_batch=7, z_terms=terms)
+    logits = functional.linear(states, weight)
+    expected = compute_loss(logits, labels, Z_LOSS) - compute_loss(logits, labels, 0.0)
+    assert terms.take_mean() == pytest.approx(expected.item(), rel=1e-12)
+    assert terms.take_mean() is None
 
 
 def test_labels_that_are_shifted_already():
