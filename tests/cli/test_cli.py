@@ -145,7 +145,7 @@ def test_the_straight_line(call, folder):
         status, out, _ = call("evaluate", model, "--data", "rows.jsonl", "--json")
         assert status == 0
         scores[model] = json.loads(out)
-        assert set(scores[model]) == {"loss", "perplexity", "accuracy", "tokens"}
+        assert set(scores[model]) == {"loss", "perplexity", "accuracy", "tokens", "stderr", "worst"}
     assert scores["run"]["loss"] == pytest.approx(scores["exported"]["loss"], abs=1e-5)
     assert scores["run"]["loss"] != pytest.approx(scores["nano"]["loss"], abs=1e-5)
 

@@ -38,6 +38,7 @@ def test_a_run_leaves_what_later_stages_need(train, nano_llama):
         "recipe.yaml",
         "run.json",
         "metrics.jsonl",
+        "machine.jsonl",
         "loss.png",
         "report.html",
         "adapter",
