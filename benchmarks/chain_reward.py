@@ -1,6 +1,6 @@
 """Train on two styles of answers, let DPO choose between them by a rule, and measure the reward of held-out questions before and after.
 
-    python benchmarks/chain_reward.py [--seeds 5]
+    python benchmarks/chain_reward.py [--seeds 3]
 
 One command runs the chain SFT -> pairs -> DPO -> export on `nano`. The rows are sums; one half of the answers marks its result, as in
 `#### 7`, the other half says it in a sentence. After SFT the model writes both. The pairs are its own answers, the best against the
@@ -27,7 +27,7 @@ from finetune.rewards.reward_functions import judge_answer
 from finetune.rewards.rules import Answer
 
 RULES = {"format": 1.0, "length": 0.5, "truncated": 0.5}
-MOST_TOKENS, WANTED_TOKENS, DRAWS = 32, 20, 4
+MOST_TOKENS, WANTED_TOKENS, DRAWS = 32, 20, 2
 STAGES = ("sft", "dpo")
 CHAIN = """
 model: {{checkpoint: nano}}
@@ -58,7 +58,7 @@ def write_files(folder: Path, seed: int, **settings: float) -> list[str]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prompts = [{"prompt": row["prompt"]} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
-    given = {"sft_steps": 60, "dpo_steps": 30, "rate": 5e-4, "beta": 0.1, **settings}
+    given = {"sft_steps": 60, "dpo_steps": 30, "rate": 1e-4, "beta": 0.1, **settings}
     rules = json.dumps(RULES).replace('"', "")
     text = CHAIN.format(seed=seed, most=MOST_TOKENS, wanted=WANTED_TOKENS, rules=rules, **given)
     (folder / "chain.yaml").write_text(text, encoding="utf-8")
@@ -105,7 +105,7 @@ def describe_seed(seed: int, rewards: dict[str, list[float]], pairs: int) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     busy = time.process_time()
     lines, gains = [], []
@@ -117,7 +117,7 @@ def main() -> None:
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     text = (
         f"{platform.machine()}, Python {platform.python_version()}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs.\n\n"
-        "The mean reward of 48 held-out questions, 4 draws each; the most is 1.5. Errors are standard errors, in the rows over the "
+        "The mean reward of 48 held-out questions, {DRAWS} draws each; the most is 1.5. Errors are standard errors, in the rows over the "
         "questions, below the table over the seeds.\n\n"
         "| seed | pairs | after SFT | after DPO | DPO's gain |\n|---|---|---|---|---|\n"
         + "\n".join(lines)

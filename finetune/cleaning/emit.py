@@ -11,7 +11,7 @@ from finetune.cleaning.clean_run import check_clean
 from finetune.cleaning.cluster_rows import list_parts
 from finetune.cleaning.step_table import STEPS
 from finetune.data.lint.near_duplicates import choose_bands
-from finetune.errors import RecipeError
+from finetune.errors import OutputError, RecipeError
 from finetune.files.folders import write_new_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.training_rows import read_data_settings
@@ -37,8 +37,12 @@ def emit_datatrove(resolved: ResolvedRecipe, recipe: str, settings: Sequence[str
 
     Raises:
         RecipeError: the recipe has no step that a pipeline can do.
-        OutputError: the file exists, or cannot be written.
+        OutputError: the file exists, cannot be written, or has a name that Python does not import.
     """
+    if "." in output.stem or output.stem == "datatrove":
+        raise OutputError(
+            f"{output}: tasks import the pipeline by its name; choose one without further dots, such as pipeline.py"
+        )
     on = [step for step in STEPS if step.is_on(resolved.recipe.clean)]
     check_clean(resolved, on)
     section = resolved.recipe.clean

@@ -45,7 +45,7 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "synthesize.variations": VARIATIONS,
     "endpoints": ("names with a section each",),
     "clean.decontaminate.against": (*TASKS, "a file", "a list of files and tasks"),
-    "clean.decontaminate.task_data": ("a folder",),
+    "clean.decontaminate.task_data": ("a folder", "a file"),
     "clean.mix.classifier": ("a folder",),
     "optimizer.states": ("auto", "fresh", "published", "a folder"),
 }

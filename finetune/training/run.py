@@ -46,8 +46,8 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.journal.task_scores import add_task_scores, plan_tasks
 from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits
+from finetune.training.observing.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
 from finetune.training.pretraining.state_loading import save_states
@@ -85,7 +85,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
-        tasks = plan_tasks(resolved)
+        tasks = plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer)
         setup = prepare(resolved, config, precision)
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:

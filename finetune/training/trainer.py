@@ -31,8 +31,8 @@ from finetune.training.held_out_loss import average_over_rows, average_over_toke
 from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
 from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
-from finetune.training.journal.task_scores import include_task_scores
 from finetune.training.observing.machine import MachineWriter
+from finetune.training.observing.task_scores import include_task_scores
 from finetune.training.online import PromptOrder
 from finetune.training.option_trials import explain_refusal
 from finetune.training.preference.prepared_rows import (

@@ -298,7 +298,11 @@ def test_tasks_are_named_in_place_of_files(clean, tmp_path):
     task = {"question": HELD, "answer": "It is 72. #### 72"}
     (tmp_path / "tasks" / "gsm8k_test.jsonl").write_text(json.dumps(task) + "\n", encoding="utf-8")
     lines = [row("Copy this: " + HELD, "As you wish."), row("Why so?", "Because it is.")]
-    _, report, written = clean(lines, "clean.decontaminate={against: [gsm8k], task_data: tasks}")
+    for number, data in enumerate(("tasks", "tasks/gsm8k_test.jsonl")):
+        _, report, written = clean(
+            lines, f"clean.decontaminate={{against: [gsm8k], task_data: {data}}}", name=f"out{number}"
+        )
+        assert len(written) == 2
     assert [line["messages"][0]["content"] for line in written] == ["Why so?", "Was ist das?"]
     assert "shared with an evaluation set: gsm8k, row 1: natalia sold" in report["steps"][0]["examples"][0]["reason"]
 

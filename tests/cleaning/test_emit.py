@@ -71,6 +71,13 @@ def test_a_recipe_without_a_step_for_it_writes_nothing(call, tmp_path):
     assert not (tmp_path / "p.py").exists()
 
 
+@pytest.mark.parametrize("name", ["datatrove.py", "my.pipeline.py"])
+def test_a_name_that_tasks_cannot_import_is_refused(call, tmp_path, name):
+    status, shown = call("-o", name)
+    assert status == 2 and "tasks import the pipeline by its name" in shown.err
+    assert not (tmp_path / name).exists()
+
+
 def test_a_file_is_not_written_over(call, tmp_path):
     (tmp_path / "p.py").write_text("mine")
     status, shown = call()

@@ -42,6 +42,7 @@ PAIRS = [
 CASES = {"lora": [], "nf4": ["model.quantize=nf4"], "full": FULL, "dpo": PAIRS}
 EVALUATE = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.per_device_eval_batch_size=3"]
 SAVE = ["trainer.save_strategy=steps", "trainer.save_steps=2"]
+ADAPTER, MODEL = Path("adapter/adapter_model.safetensors"), Path("model/model.safetensors")
 # What DeepSpeed's own file says; everything that the recipe decides is left to it.
 DEEPSPEED = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
@@ -107,7 +108,7 @@ def export(run, folder):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", FILES)
 def test_two_processes_train_and_export_what_one_does(launch, make_recipe, tmp_path, engine, case):
-    settings = [*CASES[case], *EVALUATE, *(SAVE if case == "lora" else [])]
+    settings = [*CASES[case], *EVALUATE, *SAVE]
     run_training(make_recipe("alone", *settings))
     run, done = launch(engine, "shared", *settings)
     assert done.returncode == 0, done.stderr
@@ -121,8 +122,7 @@ def test_two_processes_train_and_export_what_one_does(launch, make_recipe, tmp_p
     print(f"\n{engine} {case}: {found}")  # the figures of docs/several-gpus.md
     assert found["loss"] <= 1e-4 and found["eval_loss"] <= 1e-4
     assert found["export"] <= 1e-3
-    if case == "lora":
-        check_resuming(launch, engine, run, settings)
+    check_resuming(launch, engine, run, settings)
 
 
 def abs_difference(first, second):
@@ -130,9 +130,10 @@ def abs_difference(first, second):
 
 
 def check_resuming(launch, engine, run, settings):
-    """Two processes continue from step 2 to the same adapter, in a folder to which the run was moved."""
-    straight = load_file(run / "adapter" / "adapter_model.safetensors")
-    for folder in ("adapter", "checkpoint-4"):
+    """Two processes continue from step 2 to the same weights, in a folder to which the run was moved."""
+    file = next(path for path in (ADAPTER, MODEL) if (run / path).is_file())
+    straight = load_file(run / file)
+    for folder in (file.parent, "checkpoint-4"):
         for path in sorted((run / folder).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         (run / folder).rmdir()
@@ -141,7 +142,7 @@ def check_resuming(launch, engine, run, settings):
     run = run.rename(run.with_name("moved"))
     _, done = launch(engine, run.name, *settings, resume=True)
     assert done.returncode == 0, done.stderr
-    resumed = load_file(run / "adapter" / "adapter_model.safetensors")
+    resumed = load_file(run / file)
     difference = max(float((straight[name] - resumed[name]).abs().max()) for name in straight)
     print(f"{engine} resumed: {difference}")
     assert difference <= 1e-6

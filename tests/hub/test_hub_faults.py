@@ -224,6 +224,30 @@ def test_a_data_set_that_cannot_be_read(hub, fault, sentence):
     assert sentence in str(refused.value)
 
 
+ROWS = b'{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "fault", "sentence"),
+    [
+        ({"train.jsonl": ROWS}, Fault("train.jsonl", "cut", method="GET"), "broke off"),
+        ({"train.jsonl": ROWS}, Fault("train.jsonl", "hang"), "does not answer"),
+        ({"train.jsonl": ROWS}, Fault("train.jsonl", "status", 500), "(status 500)"),
+        ({"train.jsonl": ROWS}, Fault("train.jsonl", "status", 429), "refuses more requests"),
+        ({"train.jsonl": ROWS + b'{"prompt": '}, None, "its files cannot be read as rows"),
+        ({"README.md": b"nothing yet"}, None, "holds no files of rows"),
+        ({"rows.py": b"raise SystemExit"}, None, "without code of its own, which is never run"),
+    ],
+)
+def test_rows_that_do_not_arrive(hub, impatient, files, fault, sentence):
+    """Rows that are damaged were a traceback, and a data set without rows was said to need a connection."""
+    hub.add("someone/rows", files, kind="datasets")
+    hub.faults = [fault] if fault else []
+    with pytest.raises(DataError, match=r"^someone/rows/train: ") as refused:
+        [list(rows) for _, rows in read_source(Source(HubDataset("someone/rows")))]
+    assert sentence in str(refused.value)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("match", [INFO, "/cdn/"])
 def test_ctrl_c_ends_a_download_at_once(hub, nano, tmp_path, match):

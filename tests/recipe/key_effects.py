@@ -29,7 +29,7 @@ from finetune.runs.export_settings import ExportSettings
 from finetune.runs.lineage import find_training_base
 from finetune.runs.results import open_result
 from finetune.runs.trained_tokens import open_tokenizer
-from finetune.training.journal.task_scores import TaskScores, plan_tasks
+from finetune.training.observing.task_scores import TaskScores, plan_tasks
 from finetune.training.run import run_training
 from finetune.training.setup import build_model, prepare
 from finetune.training.trainer import MethodInputs, build_trainer, make_config
@@ -61,8 +61,8 @@ def observe_tasks(resolved):
     trainer = MagicMock(args=SimpleNamespace(world_size=1))
     trainer.model.config.max_position_embeddings = 64
     setup = SimpleNamespace(resolved=resolved, tokenizer=tokenizer, template=template)
-    scores = TaskScores(trainer, setup, plan_tasks(resolved))
-    with patch("finetune.training.journal.task_scores.score_task", score):
+    scores = TaskScores(trainer, setup, plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer))
+    with patch("finetune.training.observing.task_scores.score_task", score):
         for step in range(1, 9):
             found.append(step)
             state = SimpleNamespace(global_step=step, max_steps=8, log_history=[], epoch=1.0)

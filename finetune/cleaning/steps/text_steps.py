@@ -139,8 +139,9 @@ def read_held_groups(against: Sequence[str], task_data: str, size: int) -> tuple
         DataError: a file or a row cannot be read, or the rows of a task are not there.
     """
     held, short = dict[str, Place](), 0
+    is_only_task = len(set(against) & set(TASKS)) == 1
     for name in against:
-        for place, raw in _read_task(name, task_data) if name in TASKS else _read_file(name):
+        for place, raw in _read_task(name, task_data, is_only_task) if name in TASKS else _read_file(name):
             groups = [group for text in _list_texts(raw) for group in list_word_groups(text, size)]
             short += not groups
             for group in groups:
@@ -148,9 +149,9 @@ def read_held_groups(against: Sequence[str], task_data: str, size: int) -> tuple
     return held, short
 
 
-def _read_task(name: str, task_data: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+def _read_task(name: str, task_data: str, is_only_task: bool) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     data = Path(task_data) if task_data else None
-    rows = read_task_rows(TASKS[name], data, is_only_task=False, option="clean.decontaminate.task_data")
+    rows = read_task_rows(TASKS[name], data, is_only_task, option="clean.decontaminate.task_data")
     return ((Place(name, number, "row"), row) for number, row in enumerate(rows, 1))
 
 

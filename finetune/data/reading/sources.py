@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
 from finetune.data.reading.arrow_rows import RawRow, list_rows
 from finetune.data.reading.data_folders import choose_files, list_files
@@ -171,31 +172,45 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
     place = Place(_name_dataset(dataset))
     asked = Asked(dataset.name, dataset.revision, "dataset")
     commit: str | None
-    away: HubError | None = None
     try:
         commit = find_listing(asked).commit
     except HubError as error:
         if not error.is_unreachable:
             raise DataError(str(error), place) from error
-        away = error
         commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
     try:
         return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
-    except DatasetNotFoundError as error:
-        raise DataError(
-            f"the hub has no such data set or revision, or it is private or gated ({_first_line(error)}); "
-            "check the name, or log in with `hf auth login`",
-            place,
-        ) from error
-    except ValueError as error:  # an unknown config or split; the library lists those that there are
-        raise DataError(f"{_first_line(error)}; name one with config: or split:", place) from error
     except Exception as error:  # those of the connection's library have no common class with the system's
-        fault = str(away) if away is not None else explain_fault(error, asked)
-        if fault is None and not isinstance(error, OSError | RuntimeError):
+        fault = _explain_refusal(error, asked)
+        if fault is None:
             raise
-        fault = fault or f"cannot be loaded from the hub ({_first_line(error)}); check the connection"
-        raise DataError(f"{fault}, or download its files and give their path", place) from error
+        raise DataError(fault, place) from error
 
 
-def _first_line(error: Exception) -> str:
+def _explain_refusal(error: Exception, asked: Asked) -> str | None:
+    """Return what is wrong with a data set of the hub, and what to do; None for an error that is no user's."""
+    # The library's own error about reading says nothing; its cause may also be a connection that broke off.
+    cause = (error.__cause__ or error) if isinstance(error, DatasetGenerationError) else error
+    text, files = _first_line(cause), "or download its files and give their path"
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            f"the hub has no such data set or revision, or it is private or gated ({text}); "
+            "check the name, or log in with `hf auth login`"
+        )
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+        return "the data set holds no files of rows; download what it holds and give its path"
+    if (fault := explain_fault(cause, asked)) is not None:
+        return f"{fault}, {files}"
+    if isinstance(error, DatasetGenerationError):
+        return f"its files cannot be read as rows ({text}); name others with config:, {files}"
+    if isinstance(error, RuntimeError):  # of a data set with a script
+        return f"cannot be read without code of its own, which is never run ({text}); {files[3:]}"
+    if isinstance(error, ValueError):  # an unknown config or split; the library lists those that there are
+        return f"{text}; name one with config: or split:"
+    return (
+        f"cannot be loaded from the hub ({text}); check the connection, {files}" if isinstance(error, OSError) else None
+    )
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.cli.main import main
 from finetune.errors import RecipeError
+from finetune.evaluation.pairs import evaluate_pairs
 from finetune.evaluation.token_loss import evaluate_path
 from finetune.runs.run_files import MEASURED_ROWS_FILE
 from finetune.training.observing.measured_rows import MEASURES, _cut_pieces
@@ -46,7 +48,7 @@ def write_planted_rows(path, seed):
     return {number + 1 for number in bad}
 
 
-def test_the_rows_of_the_highest_loss_are_the_planted_ones(train, tmp_path):
+def test_the_rows_of_the_highest_loss_are_the_planted_ones(train, tmp_path, capsys):
     bad = write_planted_rows(tmp_path / "planted.jsonl", seed=1)
     run = train(
         "run",
@@ -69,6 +71,12 @@ def test_the_rows_of_the_highest_loss_are_the_planted_ones(train, tmp_path):
     after = [content["rows"][row["number"]] for row in ranked["rows"][:3]]
     assert [row["origin"] for row in after] == [row.origin for row in score.worst]
     assert [row["after"] for row in after] == pytest.approx([row.value for row in score.worst], abs=1e-4)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), "--data", str(tmp_path / "planted.jsonl"), "--worst", "2"])
+    first, second, third = capsys.readouterr().out.split("\n\n── ")
+    assert ended.value.code == 0 and first.startswith("loss ") and " ± " in first
+    for row, shown in zip(score.worst, (second, third), strict=False):
+        assert shown.startswith(f"{row.origin}: loss {row.value:.4g}\n") and "⟦" in shown
 
 
 def test_measuring_changes_nothing_of_the_training_and_a_resumed_run_keeps_what_was_measured_before(train):
@@ -109,6 +117,9 @@ def test_pairs_are_ranked_by_how_little_their_margin_grew(make_pairs_recipe, tmp
     assert (turned["before"], turned["after"]) == pytest.approx((-other["before"], -other["after"]), abs=1e-4)
     assert other["after"] > other["before"]
     assert [side["side"] for side in ranking["rows"][0]["sides"]] == ["chosen", "rejected"]
+    (worst,) = evaluate_pairs(str(run), [tmp_path / "turned.jsonl"], 128, worst=1).worst
+    assert worst.origin == turned["origin"] and worst.value < 0
+    assert [side.side for side in worst.sides] == ["chosen", "rejected"]
 
 
 @pytest.mark.parametrize(("liked", "expected"), [(True, -6.0), (False, 6.0)])
@@ -117,13 +128,13 @@ def test_the_value_of_a_labelled_answer_has_the_sign_of_its_label(liked, expecte
 
 
 def test_long_texts_are_shortened_in_their_middle():
-    pieces = [("a" * 1000, False), ("b" * 1201, True), ("c" * 500, False)]
+    pieces = [("a" * 1000, False), ("b" * 901, True), ("c" * 500, False)]
     assert list(_cut_pieces(pieces)) == [
         (f"{'a' * 250} … {'a' * 250}", False),
-        (f"{'b' * 600} … {'b' * 600}", True),
+        (f"{'b' * 450} … {'b' * 450}", True),
         ("c" * 500, False),
     ]
-    assert next(iter(_cut_pieces(pieces * 3))) == ("… ", False) and len(list(_cut_pieces(pieces * 3))) == 9
+    assert next(iter(_cut_pieces(pieces * 3))) == ("… ", False) and len(list(_cut_pieces(pieces * 3))) == 7
 
 
 def test_a_negative_number_of_rows_is_refused(tmp_path, make_recipe):

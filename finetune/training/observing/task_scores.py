@@ -19,7 +19,6 @@ from finetune.evaluation.tasks.task_settings import TaskSettings
 from finetune.models.engine import ENGINES, find_engine
 from finetune.models.opening import LoadedModel
 from finetune.recipe.sections import TaskSection
-from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.run_files import TASK_SCORES
 from finetune.training.setup import Setup
 
@@ -47,13 +46,13 @@ class PlannedTask:
         return {f"{TASK_SCORES}{form.task}/{name}": better for name, better in scores.items()}
 
 
-def plan_tasks(resolved: ResolvedRecipe) -> list[PlannedTask]:
-    """Read the rows of the tasks that a recipe names, before the model is loaded.
+def plan_tasks(tasks: Sequence[str | TaskSection], options: Mapping[str, Any]) -> list[PlannedTask]:
+    """Read the rows of the tasks that a recipe names, before the model is loaded; `options` are its section trainer.
 
     Raises:
         FinetuneError: they cannot be read, code cannot be run safely, or this machine cannot evaluate tasks while it trains.
     """
-    sections = [section for section in resolved.recipe.data.tasks if isinstance(section, TaskSection)]
+    sections = [section for section in tasks if isinstance(section, TaskSection)]
     if sections and (engine := ENGINES[find_engine()]).shards_weights:
         problem = f"data.tasks: {engine.title} shards the weights, and one process cannot ask the model alone; remove this key"
         raise RecipeError("data", [problem])
@@ -64,24 +63,24 @@ def plan_tasks(resolved: ResolvedRecipe) -> list[PlannedTask]:
         planned += [PlannedTask(section, one) for one in prepare_tasks(settings)]
     if any(one.prepared.form.runs_code for one in planned):
         choose_runner(False)
-    _check_choice(resolved, planned)
+    _check_choice(options, planned)
     return planned
 
 
-def _check_choice(resolved: ResolvedRecipe, planned: Sequence[PlannedTask]) -> None:
+def _check_choice(options: Mapping[str, Any], planned: Sequence[PlannedTask]) -> None:
     """Check that a score by which the best checkpoint is chosen exists and is compared the right way.
 
     Raises:
         RecipeError: it does not, or is not.
     """
-    wanted = _find_choice(resolved.recipe.trainer)
+    wanted = _find_choice(options)
     if not wanted.startswith(TASK_SCORES):
         return
     better = {name: value for one in planned for name, value in one.better.items()}
     if wanted not in better:
         unknown = describe_unknown_name(wanted, better) if better else "a score of a task, and data.tasks names none"
         raise RecipeError("trainer", [f"trainer.metric_for_best_model: {wanted!r} is {unknown}"])
-    if not better[wanted] and resolved.recipe.trainer.get("greater_is_better", True):
+    if not better[wanted] and options.get("greater_is_better", True):
         problem = f"trainer.greater_is_better: less is better of {wanted}; set this key to false"
         raise RecipeError("trainer", [problem])
     if any(one.section.every is not None and wanted in one.better for one in planned):
@@ -89,8 +88,8 @@ def _check_choice(resolved: ResolvedRecipe, planned: Sequence[PlannedTask]) -> N
         raise RecipeError("data", [problem])
 
 
-def _find_choice(trainer: Mapping[str, Any]) -> str:
-    return str(trainer.get("metric_for_best_model") or "").removeprefix("eval_")
+def _find_choice(options: Mapping[str, Any]) -> str:
+    return str(options.get("metric_for_best_model") or "").removeprefix("eval_")
 
 
 class TaskScores(TrainerCallback):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from finetune.api import evaluate_tasks
 from finetune.errors import RecipeError
 from finetune.runs.run_files import read_metrics
-from finetune.training.journal.task_scores import _is_due, plan_tasks
+from finetune.training.observing.task_scores import _is_due, plan_tasks
 from finetune.training.run import run_training
 
 STEPS = ("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.logging_steps=1", "adapter.dropout=0.2")
@@ -118,6 +118,6 @@ def test_a_mistake_is_found_when_the_recipe_is_checked(make_recipe, tasks, value
 
 
 def test_sharded_weights_cannot_be_asked(make_recipe, tasks, monkeypatch):
-    monkeypatch.setattr("finetune.training.journal.task_scores.find_engine", lambda: "fsdp2")
+    monkeypatch.setattr("finetune.training.observing.task_scores.find_engine", lambda: "fsdp2")
     with pytest.raises(RecipeError, match="shards the weights, and one process cannot ask the model alone"):
-        plan_tasks(make_recipe("refused", tasks))
+        plan_tasks(make_recipe("refused", tasks).recipe.data.tasks, {})
