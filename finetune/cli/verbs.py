@@ -230,7 +230,7 @@ VERBS: tuple[Verb, ...] = (
         (
             "finetune microanneal --candidate my.jsonl --mixture phase26 -s data.sources.code=code.jsonl -s data.sources.web=web.jsonl "
             "--from before-annealing --tokens 20M -o microanneal/mine",
-            "finetune microanneal --candidate my.jsonl --share 0.2 --recipe my_anneal.yaml --from runs/stable/model --tokens 500K "
+            "finetune microanneal --candidate my.jsonl --share 0.2 --recipe my.yaml --from runs/stable/model --tokens 500K "
             "--held-out held.jsonl -o microanneal/mine",
         ),
     ),

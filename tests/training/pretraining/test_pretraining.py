@@ -108,9 +108,9 @@ def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tm
     report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
     assert report.verify.max_abs <= 1e-4
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rope_theta"] == 490000.0
-    # The logged norm of the head is that of the folded one, with its factors.
+    # The logged norm of the head is that of the folded one, with its factors, but for the rounding of the export.
     head = load_file(tmp_path / "export" / "model.safetensors")["lm_head.weight"]
-    assert read_metrics(run, "lm_head_norm")[-1] == pytest.approx(float(head.double().norm()), rel=1e-6)
+    assert read_metrics(run, "lm_head_norm")[-1] == pytest.approx(float(head.double().norm()), rel=1e-5)
     assert len(read_metrics(run, "z_term")) == len(read_metrics(run, "loss")) == 4
     rows = "\n".join(find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines()[:4])
     (tmp_path / "chats.jsonl").write_text(rows, encoding="utf-8")
