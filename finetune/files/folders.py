@@ -17,7 +17,7 @@ from finetune.files.safety.disk_errors import REASONS, translate_os_errors
 if sys.platform != "win32":
     import fcntl
 
-_PARTIAL = ".partial"
+_PARTIAL, _NEW = ".partial", ".new"
 
 
 def expand_home(path: str | Path) -> Path:
@@ -204,7 +204,7 @@ def _make_partial(folder: Path) -> tuple[Path, int | None]:
     """Make a temporary folder, with a lock that lasts as long as this process."""
     # It gets the ending `.partial` only after it is locked. Otherwise another process could take it for that of a killed process.
     # The name is chosen before, because a signal may come between making the folder and noting its name.
-    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_NEW}")
     try:
         made.mkdir(0o700)
         lock = _lock(made)
@@ -214,9 +214,17 @@ def _make_partial(folder: Path) -> tuple[Path, int | None]:
         raise
 
 
+def list_partials(folder: Path) -> list[Path]:
+    """Return the temporary folders of `folder`, those of living and of killed processes."""
+    names = (f".{glob.escape(folder.name)}.????????{ending}" for ending in (_PARTIAL, _NEW))
+    return [path for name in names for path in folder.parent.glob(name)]
+
+
 def _remove_stale_partials(folder: Path) -> None:
     """Remove the temporary folders of killed processes, which are those that no process has locked."""
-    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.????????{_PARTIAL}"):
+    for stale in list_partials(folder):
+        if stale.suffix == _NEW:  # a living process has not locked it yet
+            continue
         lock = _lock(stale)
         if lock is not None:
             shutil.rmtree(stale, ignore_errors=True)

@@ -14,9 +14,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
+def name_partial(path: Path) -> Path:
+    """Return the hidden name under which `write_text` writes a file."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text so that a reader sees the old file or the new one, never a part of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = name_partial(path)
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

@@ -12,8 +12,8 @@ from typing import Any
 from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
-from finetune.files.folders import check_output_free, check_writable
-from finetune.files.json_files import read_json, write_text
+from finetune.files.folders import check_output_free, check_writable, list_partials
+from finetune.files.json_files import name_partial, read_json, write_text
 from finetune.files.launcher import is_main_process
 from finetune.files.safety.locks import LOCK_FILE, lock_folder
 from finetune.recipe.sections import Recipe, dump_recipe
@@ -71,6 +71,7 @@ def hold_folder(output: Path) -> Iterator[None]:
 
 
 def _check_fresh(output: Path, what: str) -> None:
+    _remove_unfinished(output)
     try:
         check_output_free(output, LOCK_FILE)
     except OutputError as error:
@@ -103,8 +104,18 @@ def remove_made_files(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
     for folder in (*(run / name for name in MADE_FOLDERS), *list_trainer_checkpoints(run)):
         shutil.rmtree(folder, ignore_errors=True)
+    _remove_unfinished(run)
     if not any(path.name != LOCK_FILE for path in run.iterdir()) and not (run / LOCK_FILE).exists():
         run.rmdir()
+
+
+def _remove_unfinished(run: Path) -> None:
+    """Remove what a killed process was writing: it lies under hidden names that no reader takes for a result."""
+    for name in MADE_FILES:
+        name_partial(run / name).unlink(missing_ok=True)
+    for name in MADE_FOLDERS:
+        for folder in list_partials(run / name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_run_record(run: Path) -> dict[str, Any]:
