@@ -359,9 +359,9 @@ def test_labels_that_say_neither(refuse, label):
         ("rows.jsonl", json.dumps([ROW, ROW], indent=1)),
         ("rows.jsonl", json.dumps([ROW, ROW])),
         ("rows.ndjson", [ROW, ROW]),
-        ("rows.ndjson.gz", gzip.compress(f"{json.dumps(ROW)}\n".encode() * 2)),
+        ("rows.ndjson.gz", gzip.compress(f"{json.dumps(ROW)}\n".encode() * 2, mtime=0)),
         ("rows.tsv", f"prompt\tcompletion\n{Q}\t{A}\n\n{Q}\t{A}\n"),
-        ("rows.tsv.gz", gzip.compress(f"prompt\tcompletion\n{Q}\t{A}\n{Q}\t{A}\n".encode())),
+        ("rows.tsv.gz", gzip.compress(f"prompt\tcompletion\n{Q}\t{A}\n{Q}\t{A}\n".encode(), mtime=0)),
         ("rows.csv", f'\ufeffprompt,completion\r\n"{Q}",{A}\r\n{Q},{A}'),
         ("rows.jsonl", f"\ufeff{json.dumps(ROW)}\n{json.dumps(ROW)}"),
     ],
@@ -439,7 +439,7 @@ def test_long_cells_and_lines(read):
     for name, content in (
         ("rows.tsv", f"prompt\tcompletion\n{Q}\t{text}\n"),
         ("rows.csv", f'prompt,completion\n{Q},"{text}"\n'),
-        ("rows.csv.gz", gzip.compress(f"prompt,completion\n{Q},{text}\n".encode())),
+        ("rows.csv.gz", gzip.compress(f"prompt,completion\n{Q},{text}\n".encode(), mtime=0)),
     ):
         assert read(content, name, max_tokens=10**6)[0] == [render(chat(Q, text))]
 
