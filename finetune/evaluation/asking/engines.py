@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -21,7 +21,7 @@ from finetune.checkpoints.finding import as_llama, find_checkpoint
 from finetune.errors import ArgumentError, EndpointError, MachineError, describe_unknown_name
 from finetune.models.opening import LoadedModel
 from finetune.runs.results import find_earlier
-from finetune.servers.connection import Connection
+from finetune.servers.connection import Connection, ReplyError
 
 VLLM, SERVER = "vllm", "server"
 # The environment variable of a server's key, if it wants one.
@@ -77,9 +77,16 @@ def find_model(engine: Engine, server: Connection) -> str:
     """
     where = f"{_OPTION} {engine.describe()}"
     try:
-        names = [model.id for model in server.client.models.list().data]
+        names = _read_names(server.read(server.client.models.with_raw_response.list))
     except server.failures as error:
         raise EndpointError(f"{where}: the server gave no answer: {server.explain(error).text}") from None
+    except (ReplyError, LookupError, TypeError):
+        raise EndpointError(
+            f"{where}: {server.base_url}/models gives no list of models as OpenAI's servers do; the address of such a server usually ends "
+            "with /v1"
+        ) from None
+    if not names:
+        raise EndpointError(f"{where}: the server has no model; load one there, or name another server")
     if engine.model and engine.model not in names:
         unknown = describe_unknown_name(engine.model, names, "a model that this server does not have")
         raise EndpointError(f"{where}: {engine.model!r} is {unknown}")
@@ -88,6 +95,14 @@ def find_model(engine: Engine, server: Connection) -> str:
             f"{where}: the server has {len(names)} models ({', '.join(names)}); name one behind the address"
         )
     return engine.model or names[0]
+
+
+def _read_names(reply: Any) -> list[str]:
+    """Return the names in a list of models; any other shape raises a LookupError or a TypeError."""
+    names = [model["id"] for model in reply["data"]]
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError("a model's id is no text")
+    return names
 
 
 def choose_served_folder(model: str) -> Path:
@@ -166,7 +181,7 @@ def _wait(process: "subprocess.Popen[bytes]", server: Connection, log: IO[bytes]
     end = time.monotonic() + _MOST_SECONDS
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(*server.failures):
-            server.client.models.list()
+            server.client.models.with_raw_response.list()
             return
         time.sleep(_PAUSE)
     log.seek(0)

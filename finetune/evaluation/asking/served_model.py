@@ -1,6 +1,8 @@
 """Ask a model through a server, and compare its first answers with those of the same model here before any counts."""
 
+import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,7 @@ import torch
 from finetune.errors import EndpointError, describe_count
 from finetune.evaluation.asking.asked_model import AskedModel, Likelihood
 from finetune.evaluation.asking.generation import Generated, Generation, Prompt, cut_at_stops, trace_greedy
-from finetune.servers.connection import Connection
+from finetune.servers.connection import Connection, ReplyError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ _COARSE_TOLERANCE = 0.5
 # OpenAI's own servers take no more; the text is cut at all of them here.
 _MOST_STOPS = 4
 _CONCURRENCY = 8
+# A sum of probabilities may exceed 1 by so much.
+_ROUNDING = 1e-6
+_KEPT = "the samples so far are kept"
 # The half of a character that more than one token holds.
 _HALF = "\ufffd"
 
@@ -75,8 +80,7 @@ class ServedModel(AskedModel):
         """Tell whether the server returns the log-likelihoods of a prompt's tokens."""
         if self.has_likelihoods is None:
             try:
-                found = self._ask([1, 2, 3], max_tokens=1, echo=True, logprobs=1)
-                self.has_likelihoods = len(_read_likelihoods(found)) > 2
+                self.has_likelihoods = len(self._ask_scores([1, 2, 3])) > 2
             except (_RefusedError, _ShapeError):
                 self.has_likelihoods = False
         return self.has_likelihoods
@@ -93,12 +97,18 @@ class ServedModel(AskedModel):
         context, continuation = pair
         # One place for the token that a server must generate; as many of the last ids as fit.
         ids = (context + continuation)[-(self.max_length - 1) :]
-        scores = _read_likelihoods(self._ask(ids, max_tokens=1, echo=True, logprobs=1))[: len(ids)]
+        scores = self._ask_scores(ids)[: len(ids)]
         if len(scores) != len(ids):
             raise EndpointError(f"{self.where}: the server returned {len(scores)} likelihoods for {len(ids)} tokens")
         kept = scores[len(ids) - len(continuation) :]
         if any(score is None for score, _ in kept):
             raise EndpointError(f"{self.where}: the server returned no likelihood for a token of a continuation")
+        odd = [score for score, _ in kept if score is not None and not -math.inf < score <= _ROUNDING]
+        if odd:
+            raise EndpointError(
+                f"{self.where}: the server returned {odd[0]} as the log-likelihood of a token, which must be a finite number of at most 0; "
+                f"look at its log, and at its dtype and quantization; {_KEPT}"
+            )
         total = sum(score for score, _ in kept if score is not None)
         return Likelihood(total, all(greedy for _, greedy in kept), len(context), len(continuation))
 
@@ -111,21 +121,39 @@ class ServedModel(AskedModel):
             **({"stop": list(settings.stops[:_MOST_STOPS])} if settings.stops else {}),
         )
         try:
-            text = str(reply.choices[0].text)
-        except (LookupError, TypeError, AttributeError):
-            raise EndpointError(
-                f"{self.where}: the server's reply has another shape than OpenAI's completions"
-            ) from None
+            text = reply["choices"][0]["text"]
+        except (LookupError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise self._refuse_shape(json.dumps(reply))
         return Generated(cut_at_stops(text, settings.stops), len(prompt.ids))
+
+    def _ask_scores(self, ids: list[int]) -> list[tuple[float | None, bool]]:
+        """Return what the server says of each token of a prompt, and of one that it adds."""
+        reply = self._ask(ids, max_tokens=1, echo=True, logprobs=1)
+        try:
+            return _read_likelihoods(reply)
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise self._refuse_shape(json.dumps(reply)) from None
 
     def _ask(self, ids: list[int], **options: Any) -> Any:
         assert self.server is not None
+        create = self.server.client.completions.with_raw_response.create
         try:
-            return self.server.client.completions.create(model=self.name, prompt=ids, **options)
+            return self.server.read(create, model=self.name, prompt=ids, **options)
         except self.server.failures as error:
             fault = self.server.explain(error)
-            text = f"{self.where}: {self.server.base_url} gave no answer: {fault.text}; the samples so far are kept"
+            text = f"{self.where}: {self.server.base_url} gave no answer: {fault.text}; {_KEPT}"
             raise (_RefusedError(text) if fault.kind == "refused" else EndpointError(text)) from None
+        except ReplyError as error:
+            raise self._refuse_shape(str(error)) from None
+
+    def _refuse_shape(self, reply: str) -> "_ShapeError":
+        assert self.server is not None
+        shown = self.server.show(reply) or "nothing"
+        return _ShapeError(
+            f"{self.where}: the server's reply has another shape than OpenAI's completions: {shown}; look at its log; {_KEPT}"
+        )
 
     def _compare(self, kind: str, items: Sequence[Item], compare: Callable[[Sequence[Item]], None]) -> None:
         """Compare answers to 20 requests of a kind with those of the model here, once."""
@@ -182,18 +210,24 @@ class _RefusedError(EndpointError):
     """The server refuses this request."""
 
 
-class _ShapeError(Exception):
-    """A reply has no likelihoods."""
+class _ShapeError(EndpointError):
+    """A reply does not hold what was asked for."""
 
 
 def _read_likelihoods(reply: Any) -> list[tuple[float | None, bool]]:
-    """Return the log-likelihood of each token, and whether it is the likeliest; the first token has none."""
-    try:
-        found = reply.choices[0].logprobs
-        tops = found.top_logprobs
-        return [
-            (None if score is None else float(score), score is not None and score >= max(top.values()))
-            for score, top in zip(found.token_logprobs, tops, strict=True)
-        ]
-    except (LookupError, TypeError, AttributeError, ValueError):
-        raise _ShapeError from None
+    """Return the log-likelihood of each token, and whether it is the likeliest; the first token has none.
+
+    Another shape raises a LookupError, a TypeError, an AttributeError or a ValueError.
+    """
+    found = reply["choices"][0]["logprobs"]
+    pairs = zip(found["token_logprobs"], found["top_logprobs"], strict=True)
+    return [(None, False) if score is None else _read_score(score, top) for score, top in pairs]
+
+
+def _read_score(score: Any, top: Any) -> tuple[float, bool]:
+    numbers = [score, *top.values()]
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise TypeError("a likelihood is no number")
+    if any(math.isnan(number) for number in numbers):
+        return math.nan, False
+    return float(score), score >= max(numbers[1:])

@@ -1,7 +1,6 @@
 """What is evaluated and how, and the model that is asked."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from finetune.evaluation.asking.served_model import ServedModel
 from finetune.evaluation.tasks.task_forms import Protocol
 from finetune.files.folders import expand_home
 from finetune.models.opening import LoadedModel, open_model
-from finetune.servers.connection import Connection
+from finetune.servers.connection import Connection, read_key
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def open_asked(model: str, settings: TaskSettings) -> Iterator[AskedModel]:
         with serve_with_vllm(folder, loaded) as (server, name):
             yield settings.ask_with(loaded, server, name)
     else:
-        server = Connection(engine.url, f"--engine {engine.describe()}", key=os.environ.get(KEY_VARIABLE, ""))
+        where = f"--engine {engine.describe()}"
+        server = Connection(engine.url, where, key=read_key(KEY_VARIABLE, where))
         with contextlib.closing(server):
             name = find_model(engine, server)
             yield settings.ask_with(open_model(model), server, name)

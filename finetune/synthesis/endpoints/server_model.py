@@ -1,13 +1,12 @@
 """Ask a model on an OpenAI-compatible server. The key comes from an environment variable and stands in no message."""
 
 import json
-import os
 import re
 from typing import Any
 
 from finetune.errors import EndpointError
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.servers.connection import Connection
+from finetune.servers.connection import Connection, read_key
 from finetune.synthesis.endpoints.questioning import Outcome, Request, Skip, Written
 
 _SHOWN = 200
@@ -70,7 +69,7 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def _read_key(section: EndpointSection, name: str) -> str:
-    key = os.environ.get(section.key_variable, "") if section.key_variable else ""
+    key = read_key(section.key_variable, f"endpoints.{name}.key_variable") if section.key_variable else ""
     if section.key_variable and not key:
         raise EndpointError(
             f"endpoints.{name}.key_variable: the environment variable {section.key_variable} is not set; set it to the server's key"
