@@ -28,7 +28,8 @@ def ask_suite(
     """Yield the results of each task and of each group of tasks; answers are kept in the folder as they come."""
     library = importlib.import_module("lm_eval.evaluator")
     for name, loaded in suite.tasks.items():
-        model = make_suite_model(asked, SampleFile(folder / f"{_name_file(name)}.answers.jsonl"))
+        file = folder / f"{_name_file(name)}.answers.jsonl"
+        model = make_suite_model(asked, SampleFile(file, lambda sample: "answer" in sample))
         _set_seeds(loaded["tasks"])
         found = library.evaluate(
             model,

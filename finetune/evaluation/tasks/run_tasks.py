@@ -20,10 +20,12 @@ from finetune.evaluation.tasks.task_forms import Question, Sample, TaskForm, Too
 from finetune.evaluation.tasks.task_names import TASKS
 from finetune.evaluation.tasks.task_results import (
     RESULTS_FILE,
+    ROWS,
     Evaluation,
     SampleFile,
     TaskResult,
     check_folder,
+    holds_figures,
     make_folder,
     summarise,
     weigh_gold,
@@ -114,7 +116,7 @@ def ask_tasks(
     tools = Tools(asked.loaded.tokenizer, runner or _refuse)
     evaluation = Evaluation(model, settings.protocol, str(folder))
     for one in prepared:
-        samples = SampleFile(folder / f"{one.form.task}.jsonl")
+        samples = SampleFile(folder / f"{one.form.task}.jsonl", holds_figures(one.form.measures))
         _ask_task(asked, one, samples, tools)
         _keep_result(evaluation, _summarise(one, samples), folder)
     return evaluation
@@ -149,7 +151,7 @@ def recall_evaluation(
     check_folder(folder, described)
     evaluation = Evaluation(model, settings.protocol, str(folder))
     for one in prepared:
-        samples = SampleFile(folder / f"{one.form.task}.jsonl")
+        samples = SampleFile(folder / f"{one.form.task}.jsonl", holds_figures(one.form.measures))
         if any(row not in samples.samples for row in range(one.asked)):
             return None
         evaluation.tasks[one.form.task] = _summarise(one, samples)
@@ -164,7 +166,7 @@ def describe_evaluation(fingerprint: str, prepared: Sequence[PreparedTask], sett
     described: dict[str, Any] = {"protocol": settings.protocol, "chat": settings.chat, "model": fingerprint}
     described["engine"] = None if settings.engine is None else settings.engine.name
     for one in prepared:
-        described[f"rows of {one.form.task}"] = hash_rows(one.rows)
+        described[f"{ROWS}{one.form.task}"] = hash_rows(one.rows)
         described[f"exemplars of {one.form.task}"] = hash_rows(one.exemplars)
     return described
 

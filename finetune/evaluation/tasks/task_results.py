@@ -1,7 +1,7 @@
 """Keep what a task gave for each row in a file of JSON lines, and the figures over all rows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +13,9 @@ from finetune.files.json_files import read_json, write_json, write_text
 from finetune.files.safety.disk_errors import translate_os_errors
 
 SETTINGS_FILE, RESULTS_FILE = "evaluation.json", "results.json"
+# Begins the key of a task's rows in the settings.
+ROWS = "rows of "
+_GOLD = ("gold_bits", "gold_bytes")
 _KEPT = "the samples before it are kept; the same command continues"
 
 
@@ -65,9 +68,9 @@ class Evaluation:
 class SampleFile:
     """The samples of one task: a line for each row, written as it is known; without a file they stay in memory."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        """Read the whole lines that an earlier call wrote; half a line at the end is removed."""
-        self.file = file
+    def __init__(self, file: Path | None = None, is_whole: Callable[[Sample], bool] = bool) -> None:
+        """Read the whole lines that an earlier call wrote; half a line, and one that `is_whole` refuses, is removed."""
+        self.file, self._is_whole = file, is_whole
         self.samples: dict[int, Sample] = {}
         if file is not None:
             self._read(file)
@@ -82,9 +85,9 @@ class SampleFile:
     def _keep(self, line: str) -> bool:
         try:
             sample = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
-        if not isinstance(sample, dict) or not isinstance(sample.get("row"), int):
+        if not isinstance(sample, dict) or type(sample.get("row")) is not int or not self._is_whole(sample):
             return False
         self.samples[sample["row"]] = sample
         return True
@@ -100,6 +103,17 @@ class SampleFile:
             return
         with translate_os_errors(self.file, _KEPT), self.file.open("a", encoding="utf-8", newline="\n") as stream:
             _write_line(stream, self.samples[row])
+
+
+def holds_figures(measures: Sequence[Measure]) -> Callable[[Sample], bool]:
+    """Return the function that tells whether a sample holds the numbers of all measures, and those of its gold answer if it has them."""
+
+    def is_whole(sample: Sample) -> bool:
+        fields = [measure.field for measure in measures]
+        fields += _GOLD if any(name in sample for name in _GOLD) else ()
+        return all(isinstance(sample.get(name), int | float) for name in fields)
+
+    return is_whole
 
 
 def _write_line(stream: IO[str], sample: Sample) -> None:
@@ -131,6 +145,21 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             raise OutputError(f"{folder}: exists and holds no evaluation; choose another folder with -o")
         check_writable(folder)
         return
+    if not isinstance(written, dict):
+        raise OutputError(
+            f"{folder / SETTINGS_FILE}: holds no JSON object; the folder is damaged: choose another with -o"
+        )
+    for file in folder.glob("*.jsonl"):
+        if not file.is_file():
+            raise OutputError(
+                f"{file}: is no file, where samples should be; remove it, or choose another folder with -o"
+            )
+    held, asked = ([name.removeprefix(ROWS) for name in one if name.startswith(ROWS)] for one in (written, settings))
+    if any(task not in held for task in asked):
+        raise OutputError(
+            f"{folder}: holds an evaluation of other tasks ({', '.join(held) or 'none of these'}; now {', '.join(asked)}); choose another "
+            "folder with -o"
+        )
     differs = [name for name, value in settings.items() if written.get(name) != value]
     if differs:
         name = differs[0]
@@ -151,6 +180,8 @@ def summarise(
 
 
 def weigh_gold(samples: Sequence[Sample]) -> float | None:
-    """Return the bits of all gold answers over their bytes, or None for a task that measures none."""
+    """Return the bits of all gold answers over their bytes, or None for a task that measures none, or not those of all samples."""
+    if not all("gold_bits" in sample for sample in samples):
+        return None
     total = sum(int(sample.get("gold_bytes", 0)) for sample in samples)
     return sum(float(sample["gold_bits"]) for sample in samples) / total if total else None
