@@ -22,6 +22,12 @@ WORDS = {
     "code": "",
     "test_list": ["assert set(shared('ab', 'bc')) == set(['b'])", "assert shared('', 'a') == []", "assert shared('é', 'é') == ['é']"],
 }  # fmt: skip
+SUMS = {
+    "task_id": 126,
+    "text": "Write a function to find the sum of common divisors.",
+    "code": "def sum(a, b):\n    return __builtins__['sum'](n for n in range(1, min(a, b)) if a % n == b % n == 0)",
+    "test_list": ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93", "assert sum(4, 6) == 3"],
+}  # fmt: skip
 # As lm-evaluation-harness builds it: each shot is its description, its code and the end, and an empty line.
 SHOT = (
     "You are an expert Python programmer, and here is your task: Say {0}. Your code should pass these tests:\n\n"
@@ -55,11 +61,16 @@ def test_the_function_is_found_in_the_tests():
     assert find_function("\n".join(ROW["test_list"])) == "circle"
     assert find_function("\n".join(WORDS["test_list"])) == "shared"
     assert find_function("assert len([1]) == 1") == ""
+    # MBPP defines some names that Python has: its `sum` was not called, but Python's.
+    assert find_function("assert len(set(sum(10, 15))) == 1", "no code:", "def sum(a, b): return [a]") == "sum"
+    assert find_function("assert set(shared('ab', 'bc')) == 1", "def set(a): pass\ndef shared(a, b): pass") == "shared"
 
 
 COMPLETIONS = {
     "right": (ROW, ROW["code"]),
     "right words": (WORDS, "def helper(a):\n    return set(a)\ndef shared(a, b):\n    return sorted(helper(a) & helper(b))"),
+    "right, by the name of a built-in function": (SUMS, SUMS["code"]),
+    "wrong, by the name of a built-in function": (SUMS, "def sum(a, b):\n    return 6"),
     "wrong": (ROW, "import math\ndef circle(r):\n    return r"),
     "the module is not imported": (ROW, "def circle(r):\n    return 3.14159 * r * r"),
     "no code": (ROW, "Here is the function:"),

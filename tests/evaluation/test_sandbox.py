@@ -4,6 +4,10 @@ import os
 import shutil
 import socket
 import sys
+from collections import deque
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from reference import REFERENCE, needs_reference, read_lines, read_reference
@@ -158,6 +162,14 @@ def test_verdicts_are_those_of_code_eval():
         frozenset({1}),
         range(3),
         {},
+        deque([1, (2,)]),
+        Decimal("-1.50"),
+        Fraction(-7, 3),
+        datetime(2024, 2, 29, 12, 30, tzinfo=UTC),
+        date(2024, 2, 29),
+        time(1, 2, 3),
+        {1: "a"}.keys(),
+        {1: "a"}.items(),
     ],
 )
 def test_plain_values_cross_unchanged(value):
@@ -170,11 +182,15 @@ def test_other_values_lose_their_methods():
     assert unpack(pack(equal([7]))) == [7]
     assert isinstance(unpack(pack(object())), Opaque)
     assert list(unpack(pack(n for n in (1, 2)))) == [1, 2]
+    values = unpack(pack({1: "a", 2: "a"}.values()))
+    assert (list(values), type(values)) == (["a", "a"], type({}.values()))
     for bad in (
         {"type": "int", "value": "x"},
         {"type": "dict", "value": [[1]]},
         [1],
         {"type": "set", "value": [[]]},
+        {"type": "Decimal", "value": "x"},
+        {"type": "Fraction", "value": ["0x1", "0x0"]},
         "x",
     ):
         with pytest.raises(ValueError):

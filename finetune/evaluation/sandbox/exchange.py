@@ -4,15 +4,42 @@ Only values of the types below come out, never objects with methods of the sende
 claims to be equal to everything.
 """
 
+import collections
 import collections.abc
+import datetime
+import decimal
+import fractions
 import itertools
 import json
 import types
 from typing import IO, Any
 
 _MOST_ITEMS, _MOST_BYTES = 1_000_000, 1 << 26
-_KINDS: tuple[Any, ...] = (list, tuple, set, frozenset)
-_LISTS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter, "list": list}
+_KINDS: tuple[Any, ...] = (list, tuple, set, frozenset, collections.deque)
+_VIEWS: dict[str, Any] = {
+    "keys": collections.abc.KeysView,
+    "items": collections.abc.ItemsView,
+    "values": collections.abc.ValuesView,
+}
+# `datetime` extends `date`.
+_WRITTEN: tuple[tuple[str, Any, Any], ...] = (
+    ("Decimal", decimal.Decimal, decimal.Decimal.__str__),
+    ("Fraction", fractions.Fraction, lambda value: [hex(value.numerator), hex(value.denominator)]),
+    ("datetime", datetime.datetime, datetime.datetime.isoformat),
+    ("date", datetime.date, datetime.date.isoformat),
+    ("time", datetime.time, datetime.time.isoformat),
+)
+_LISTS: dict[str, Any] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "iterator": iter,
+    "list": list,
+    "deque": collections.deque,
+    "keys": lambda items: dict.fromkeys(items).keys(),
+    "items": lambda items: dict(items).items(),
+    "values": lambda items: dict(enumerate(items)).values(),
+}
 
 
 class Opaque:
@@ -61,8 +88,12 @@ def pack(value: Any) -> Any:
             return {"type": kind.__name__, "value": [pack(item) for item in kind.__iter__(value)]}
     if isinstance(value, types.GeneratorType | collections.abc.Iterator):
         return {"type": "iterator", "value": [pack(item) for item in itertools.islice(value, _MOST_ITEMS)]}
-    if isinstance(value, collections.abc.KeysView | collections.abc.ValuesView):
-        return {"type": "iterator", "value": [pack(item) for item in value]}
+    for name, view in _VIEWS.items():
+        if isinstance(value, view):
+            return {"type": name, "value": [pack(item) for item in value]}
+    for name, kind, write in _WRITTEN:
+        if isinstance(value, kind):
+            return {"type": name, "value": write(value)}
     if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "shape", None) == ():
         return pack(value.item())  # a scalar of numpy
     return {"type": "opaque", "value": None}
@@ -92,7 +123,7 @@ def unpack(packed: Any) -> Any:
             return {unpack(key): unpack(item) for key, item in value}
         if kind in _PLAIN:
             return _PLAIN[kind](value)
-    except (TypeError, AttributeError, OverflowError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(str(error)) from error
     return Opaque()
 
@@ -103,5 +134,11 @@ _PLAIN: dict[str, Any] = {
     "str": lambda text: str(text),
     "complex": lambda parts: complex(parts[0]),
     "bytes": bytes.fromhex,
+    "Decimal": decimal.Decimal,
+    # Not from a text, whose exponent could ask for a number of any size.
+    "Fraction": lambda parts: fractions.Fraction(*(int(text, 16) for text in parts)),
+    "datetime": datetime.datetime.fromisoformat,
+    "date": datetime.date.fromisoformat,
+    "time": datetime.time.fromisoformat,
     "range": lambda parts: range(*map(int, parts)),
 }

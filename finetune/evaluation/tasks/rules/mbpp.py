@@ -51,25 +51,43 @@ def make_program(row: Row, code: str) -> Program:
     """Return the program that tests a text for a row; the tests see the modules of Python that the text imports."""
     tests = "\n".join(row["test_list"][:3])
     imports = "".join(f"import {name}\n" for name in _list_imports(code))
-    return Program(
-        preamble=imports, given="", completion=code, tests=tests, entry_point=find_function(tests), seconds=SECONDS
-    )
+    entry_point = find_function(tests, row["code"], code)
+    return Program(preamble=imports, given="", completion=code, tests=tests, entry_point=entry_point, seconds=SECONDS)
 
 
-def find_function(tests: str) -> str:
-    """Return the function that tests call: the first name that is no built-in one, also within `set(...)`; nothing where there is none."""
+def find_function(tests: str, *programs: str) -> str:
+    """Return the function that tests call, also within `set(...)`; nothing where there is none.
+
+    It is the first name that is no built-in one; else, as `def sum(a, b)` takes the place of Python's own, the first that one of the
+    programs defines.
+    """
     try:
         nodes = list(ast.walk(ast.parse(tests)))
     except SyntaxError:
         return ""
     calls = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    return next((name for name in calls if not hasattr(builtins, name)), "")
+    defined = {name for program in programs for name in _list_defined(program)}
+    own = [name for name in calls if not hasattr(builtins, name)] + [name for name in calls if name in defined]
+    return own[0] if own else ""
+
+
+def _list_defined(code: str) -> Iterator[str]:
+    """Yield the functions and classes that a text defines at its top."""
+    for node in _parse(code):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
 
 
 def _list_imports(code: str) -> Iterator[str]:
     """Yield the modules of Python's own library that a text imports at its top under their own names."""
+    for node in _parse(code):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.asname is None]
+            yield from (name for name in names if name in sys.stdlib_module_names)
+
+
+def _parse(code: str) -> list[ast.stmt]:
+    """Return the statements of a text, or none where it is no Python."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        for node in ast.parse(code).body:
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names if alias.asname is None]
-                yield from (name for name in names if name in sys.stdlib_module_names)
+        return ast.parse(code).body
+    return []
