@@ -102,6 +102,8 @@ def test_a_server_that_cannot_be_used_is_one_message(call, server, mistake):
         (["vlm"], "'vlm' is an unknown engine; did you mean 'vllm'?"),
         (["server"], "must be vllm, or server with the address of an OpenAI-compatible server"),
         (["server", "localhost:8000"], "found server localhost:8000"),
+        (["server", "http://[::1"], "'http://[::1' is no address of a server"),
+        (["server", "http://"], "is no address of a server"),
         (["vllm"], "vLLM is not installed; install it in an environment of its own"),
         (["server", "http://127.0.0.1:9/v1"], "the server gave no answer: http://127.0.0.1:9/v1: "),
     ],

@@ -189,6 +189,15 @@ def assert_same(found, expected):
         assert found == expected
 
 
+def test_a_narrower_call_says_what_its_table_leaves_out(call, phases, no_pictures):
+    # The narrower table took the place of the wider one without a word.
+    assert call("one", "two", *TASK, "--limit", 1, "-o", "out")[0] == 0
+    assert json.loads(Path("out/dynamics.json").read_text(encoding="utf-8"))["notes"] == []
+    status, out, _ = call("one", "-o", "out")
+    note = "note: the folder also holds results that are not in this table, of the checkpoints two and of the tasks lambada; they are kept"
+    assert (status, out.count(note)) == (0, 1)
+
+
 def test_without_tasks_the_weights_alone_are_compared(call, phases):
     status, out, _ = call("one", "two", "-o", "out")
     assert status == 0

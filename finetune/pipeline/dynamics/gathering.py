@@ -14,9 +14,16 @@ from finetune.growth.scores.score_lines import (
 )
 from finetune.growth.tokens_seen import find_tokens_seen
 from finetune.growth.weights.weight_changes import read_weights
-from finetune.pipeline.dynamics.dynamics_inputs import WEIGHTS, Inputs, recall_activity, recall_tasks, recall_tuned
+from finetune.pipeline.dynamics.dynamics_inputs import (
+    TASKS,
+    WEIGHTS,
+    Inputs,
+    recall_activity,
+    recall_tasks,
+    recall_tuned,
+)
 from finetune.pipeline.dynamics.tuning import describe_tuning, plan_tuning
-from finetune.pipeline.dynamics.visits import Visit
+from finetune.pipeline.dynamics.visits import Visit, list_other_checkpoints
 from finetune.runs.results import find_earlier
 
 
@@ -43,7 +50,21 @@ def gather(visits: Sequence[Visit], inputs: Inputs, output: Path) -> Growth:
         notes.append(
             f"the published scores are taken to come from the protocol {PUBLISHED_PROTOCOL}, not from {protocol}"
         )
+    notes += _describe_left_out(visits, inputs, output)
     return Growth(str(output), protocol, tuple(entries), lines, tuple(dict.fromkeys(notes)))
+
+
+def _describe_left_out(visits: Sequence[Visit], inputs: Inputs, output: Path) -> Iterator[str]:
+    """Say which checkpoints and tasks of an earlier, wider call the folder still holds, since this table takes the place of theirs."""
+    asked = {one.form.task for one in inputs.prepared}
+    tasks = {file.stem for visit in visits for file in visit.folder.glob(f"{TASKS}/*.jsonl")} - asked
+    held = {"checkpoints": list_other_checkpoints(visits, output), "tasks": sorted(tasks)}
+    parts = [f"{kind} {', '.join(names)}" for kind, names in held.items() if names]
+    if parts:
+        yield (
+            f"the folder also holds results that are not in this table, of the {' and of the '.join(parts)}; they are kept: name them "
+            "again to have them in it"
+        )
 
 
 def _compare(visits: Sequence[Visit], inputs: Inputs) -> Iterator[ScoreLine]:

@@ -92,6 +92,15 @@ def plan_visits(names: Sequence[str], output: Path) -> list[Visit]:
     ]
 
 
+def list_other_checkpoints(visits: Sequence[Visit], output: Path) -> list[str]:
+    """Return the names of the checkpoints that a folder holds results of, and that are not visited."""
+    visited = {visit.folder for visit in visits}
+    records = [
+        read_json(file) for file in sorted(output.glob(f"checkpoints/*/{_RECORD_FILE}")) if file.parent not in visited
+    ]
+    return [str(record.get("name")) for record in records if isinstance(record, dict)]
+
+
 def find_earlier_folder(name: str) -> Path | None:
     """Return the folder that a name stands for where it is a run or a folder, or None for an alias or a hub id."""
     path = expand_home(name)
