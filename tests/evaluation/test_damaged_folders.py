@@ -49,7 +49,7 @@ def test_a_folder_in_the_place_of_samples_is_one_message(tmp_path):
     (tmp_path / SETTINGS_FILE).write_text(json.dumps(SETTINGS), encoding="utf-8")
     check_folder(tmp_path, SETTINGS)
     (tmp_path / "lambada.jsonl").mkdir()
-    with pytest.raises(OutputError, match=r"lambada.jsonl: is no file, where samples should be"):
+    with pytest.raises(OutputError, match=r"lambada.jsonl: is a folder, where samples should be"):
         check_folder(tmp_path, SETTINGS)
 
 

@@ -150,9 +150,9 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder / SETTINGS_FILE}: holds no JSON object; the folder is damaged: choose another with -o"
         )
     for file in folder.glob("*.jsonl"):
-        if not file.is_file():
+        if file.is_dir():
             raise OutputError(
-                f"{file}: is no file, where samples should be; remove it, or choose another folder with -o"
+                f"{file}: is a folder, where samples should be; remove it, or choose another folder with -o"
             )
     held, asked = ([name.removeprefix(ROWS) for name in one if name.startswith(ROWS)] for one in (written, settings))
     if any(task not in held for task in asked):
