@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.errors import OutputError
 from finetune.files.safety.disk_errors import REASONS, translate_os_errors
+from finetune.files.safety.syncing import sync_folder, sync_path
 
 if sys.platform != "win32":
     import fcntl
@@ -109,7 +110,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
         with translate_os_errors(folder):
             yield partial
             partial.chmod(0o777 & ~_read_umask())
-            _sync_folder(partial)
+            sync_folder(partial)
             if os.name == "nt" and folder.is_dir():  # Windows does not rename over a folder, not even an empty one
                 folder.rmdir()
             # Renaming over an empty folder is atomic. Over a folder with content it fails, so no files are lost.
@@ -147,7 +148,7 @@ def write_files_together(files: Sequence[Path]) -> Iterator[Path]:
     try:
         with translate_os_errors(first):
             yield partial
-            _sync_folder(partial)
+            sync_folder(partial)
             for file in files:
                 moved.append(file)
                 (partial / file.name).rename(file)
@@ -286,21 +287,3 @@ def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync_path(path)
-    sync_path(folder)
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder to sync it
-        return
-    # Windows syncs only files that are open for writing.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

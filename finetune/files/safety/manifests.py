@@ -10,8 +10,8 @@ from typing import Any
 
 import xxhash
 
-from finetune.files.folders import sync_path
 from finetune.files.json_files import write_json
+from finetune.files.safety.syncing import sync_path
 
 MANIFEST_FILE = "manifest.json"
 _checked: dict[tuple[str, int, int], str | None] = {}
