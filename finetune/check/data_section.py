@@ -166,7 +166,12 @@ def _suggest_file(name: str, folder: Path) -> str:
             names = [entry.name for entry in parent.iterdir() if entry.is_file()]
             if matches := difflib.get_close_matches(path.name, names, n=1):
                 return f"; {(path.parent / matches[0]).as_posix()} does"
-    return f" (looked in {folder.resolve()} and {Path.cwd()})"
+    return f" ({describe_places(folder)})"
+
+
+def describe_places(folder: Path) -> str:
+    """Say where `find_file` has looked: the recipe's folder and the current one, which may be the same."""
+    return f"looked in {' and '.join(dict.fromkeys(map(str, (folder.resolve(), Path.cwd()))))}"
 
 
 def resolve_source(source: str | SourceSection, folder: Path) -> str | SourceSection:

@@ -110,7 +110,11 @@ def run_steps(
 
 
 def _check_readable(context: CleanContext, rows: Sequence[Candidate]) -> None:
-    """Refuse rows that are no rows, unless a step leaves them out."""
+    """Refuse files of which nothing can be read, and rows that are no rows, unless a step leaves these out."""
+    counts = Counter(row.place.file for row in rows)
+    for row in rows:
+        if row.fault is not None and row.place.line is None and counts[row.place.file] == 1:
+            raise DataError(f"{row.found[row.fault]}; mend the file, or take it out of data.train", row.place)
     bad = None if context.section.unreadable else next((row for row in rows if row.fault is not None), None)
     if bad is not None and bad.fault is not None:
         raise refuse_row(bad.found[bad.fault], bad.place)

@@ -18,8 +18,9 @@ from finetune.recipe.batches import AUTO, DEFAULT_GLOBAL_BATCH, EARLY_STOPPING
 from finetune.recipe.key_texts import KEYS
 from finetune.recipe.methods import METHODS
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.recipe.recipe_file import GLOBAL_BATCH, TYPE_NAMES
+from finetune.recipe.recipe_file import GLOBAL_BATCH
 from finetune.recipe.sections import LINEAR_LAYERS, WHOLE_MODULES, Recipe, SourceSection, TaskSection
+from finetune.recipe.yaml_loader import TYPE_NAMES
 from finetune.rewards.rules import RULES
 from finetune.runs.export_settings import ExportSettings
 

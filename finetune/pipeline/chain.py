@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from finetune.check.chain_stages import Chain, ExportStage, SynthesizeStage, TrainStage, dump_chain
 from finetune.check.chains import resolve_stage
 from finetune.data.reading.sources import hash_source
-from finetune.errors import describe_count
+from finetune.errors import DataError, describe_count
 from finetune.exporting.gguf.llama_cpp import make_prover
 from finetune.exporting.merge import export_result
 from finetune.exporting.verify import LogitVerifier
@@ -170,7 +170,10 @@ def _run_synthesis(stage: SynthesizeStage, chain: Chain, processes: TrainingArgu
     processes.distributed_state.wait_for_everyone()
     if processes.process_index == 0 and not is_done:
         shutil.rmtree(stage.output, ignore_errors=True)
-        report = synthesize_rows(resolved, stage.output).to_json()
+        try:
+            report = synthesize_rows(resolved, stage.output).to_json()
+        except DataError as error:
+            raise DataError(f"stage {stage.name}: {error}") from error
         record = {**record, stage.name: {"identity": identity, "report": report}}
         write_json(record_file, record)
     processes.distributed_state.wait_for_everyone()

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.sections import Recipe
 from finetune.recipe.trl_options import read_trainer_options
-from finetune.recipe.yaml_loader import describe_value, load_recipe_file, read_override
+from finetune.recipe.yaml_loader import TYPE_NAMES, describe_value, load_recipe_file, read_override
 
 # transformers' options for the micro-batch size and the accumulation steps.
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -222,15 +222,6 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     if section is not None and isinstance(value, dict):
         return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
     return _convert_scalar(value, members[0])
-
-
-TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-}
 
 
 def _convert_scalar(value: Any, member: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import MachineError
+from finetune.recipe.yaml_loader import TYPE_NAMES
 
 # The base class of TRL's configuration classes. TRL imports it lazily, so its file cannot be found by following imports.
 _ROOT_CLASS = ("TrainingArguments", "transformers", "training_args.py")
@@ -48,7 +49,11 @@ class TrainerOption:
         if members - known:
             allowed = (*allowed, str)
         fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
-        return None if fits else self.annotation
+        if fits:
+            return None
+        # The last type of a kind is its own; the others are what Python takes for it.
+        kinds = [_SCALARS[member.split("[")[0]][-1] for member in _split_union(self.annotation) if member in known]
+        return " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in (*kinds, *([str] if members - known else []))))
 
 
 @cache

@@ -161,6 +161,17 @@ def _suggest_neighbour(source: Path) -> str:
     return f"; {folder} holds {own or 'no recipes (`finetune recipes` lists the shipped ones)'}"
 
 
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "a section of keys and values",
+    list: "a list",
+    type(None): "null",
+}
+
+
 def describe_value(value: Any) -> str:
     """Return a value for a message: lists and sections by their kind, others as they are written in YAML."""
     if isinstance(value, dict):

@@ -50,12 +50,16 @@ class Made:
 
 @dataclass(frozen=True)
 class JobKind:
-    """One job: the kind of rows it needs, the first requests for a seed, and the rows for several seeds."""
+    """One job: the kind of rows it needs, the first requests for a seed, and the rows for several seeds.
+
+    `advice` says what helps where it made no row.
+    """
 
     name: str
     needs: Literal["prompt", "text", "conversation"]
     ask: Callable[[SynthesizeSection, Seed], Iterator[Request]]
     make: Callable[[JobContext, Sequence[Seed]], list[Made]]
+    advice: str
 
 
 def _ask_answers(section: SynthesizeSection, seed: Seed) -> Iterator[Request]:
@@ -246,12 +250,23 @@ def read_seed(kind: JobKind, place: Place, row: Row) -> Seed:
     return Seed(place, row)
 
 
+_PAIRS_ADVICE = (
+    "raise synthesize.samples or synthesize.temperature, so that answers differ more, lower synthesize.margin, or score them by other "
+    "synthesize.rules"
+)
+_READING_ADVICE = "raise synthesize.attempts or synthesize.max_tokens, or take a stronger model"
 JOBS: Mapping[str, JobKind] = {
     kind.name: kind
     for kind in (
-        JobKind("answers", "prompt", _ask_answers, _make_answers),
-        JobKind("pairs", "prompt", _ask_answers, _make_pairs),
-        JobKind("questions", "text", _ask_questions, _make_questions),
-        JobKind("variations", "conversation", _ask_variations, _make_variations),
+        JobKind(
+            "answers",
+            "prompt",
+            _ask_answers,
+            _make_answers,
+            "raise synthesize.samples, or set synthesize.keep to another word",
+        ),
+        JobKind("pairs", "prompt", _ask_answers, _make_pairs, _PAIRS_ADVICE),
+        JobKind("questions", "text", _ask_questions, _make_questions, _READING_ADVICE),
+        JobKind("variations", "conversation", _ask_variations, _make_variations, _READING_ADVICE),
     )
 }

@@ -99,8 +99,9 @@ def synthesize_rows(resolved: ResolvedRecipe, output: Path) -> SynthesizeReport:
         _make_rows(resolved, JobContext(section, endpoint, scorer), kind, folder, report)
         if not report.rows:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.left_out.items())
+            cure = kind.advice if reasons else "give rows in data.train"
             raise DataError(
-                f"synthesize: no row was made ({reasons or 'there are no rows to read'}); nothing was written"
+                f"synthesize: no row was made ({reasons or 'there are no rows to read'}), and nothing was written; {cure}"
             )
         write_json(folder / RECORD, _make_record(resolved, report))
         judge = [scorer.judge.budget.spent] if scorer.judge is not None else []

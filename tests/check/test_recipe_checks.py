@@ -38,6 +38,14 @@ def list_problems(path, *overrides):
     return caught.value.problems
 
 
+def test_a_folder_that_was_looked_in_is_named_once(write, tmp_path):
+    """The recipe's folder is the current one here."""
+    (problem,) = list_problems(write("data: {train: nowhere.txt}"))
+    assert problem.endswith(f"nowhere.txt does not exist (looked in {tmp_path})")
+    own = list_problems(write("data: {train: pairs.jsonl}\nclean: {mix: {classifier: gone, shares: {a: 1}}}"))
+    assert own[0].endswith(f"gone does not exist (looked in {tmp_path}); give a folder")
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_shipped_recipes_are_fine(name):
     path = list_recipes()[name]
@@ -124,8 +132,9 @@ def test_files_are_found_beside_the_recipe_first(write, tmp_path, monkeypatch):
             "trainer: {max_length: 12}",
             "trainer.max_length: set data.max_tokens instead; the kit sets this option itself",
         ),
-        ("trainer: {learning_rate: fast}", "trainer.learning_rate: must be float; found 'fast'"),
-        ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be float; found True"),
+        ("trainer: {learning_rate: fast}", "trainer.learning_rate: must be a number; found 'fast'"),
+        ("trainer: {learning_rate: }", "trainer.learning_rate: must be a number; found nothing"),
+        ("trainer: {num_train_epochs: true}", "trainer.num_train_epochs: must be a number; found true"),
         ("trainer: {lr_scheduler_type: cosin}", "trainer.lr_scheduler_type: must be one of linear, cosine,"),
         ("trainer: {optim: adam8}", "trainer.optim: must be one of "),
         ("trainer: {loss_type: dpo}", "trainer.loss_type: 'dpo' is unknown; known are dft, nll"),

@@ -120,6 +120,25 @@ def test_the_same_rows_are_cleaned_to_the_same_bytes(clean, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_a_group_without_rows_is_an_error_that_names_what_was_found(clean, tmp_path):
+    """It emptied the set, with status 0."""
+    lines = [row("Why so?", "Because it is.", kind="talk")] * 3 + [row("为什么？", "因为是这样。", kind="talk")]
+    status, text, _ = clean(lines, "clean.mix={key: kind, shares: {talk: 1, code: 1}}")
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert "clean.mix.shares: no row is of the group code" in text
+    assert "found are talk Latin (3), talk Chinese (1), Latin (1); take it out" in text
+
+
+@pytest.mark.parametrize("unreadable", ["true", "false"])
+def test_a_file_without_rows_is_an_error_and_no_row(clean, tmp_path, unreadable):
+    """It counted as one row, and the message spoke of what follows in it."""
+    (tmp_path / "none.jsonl").touch()
+    settings = ("data.train=[rows.jsonl, none.jsonl]", f"clean={{exact_duplicates: true, unreadable: {unreadable}}}")
+    status, text, _ = clean([row("a?", "b")], *settings)
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert "none.jsonl: the file holds no rows; mend the file, or take it out of data.train" in text
+
+
 def test_training_reads_what_was_cleaned_and_says_nothing_of_its_provenance(clean, tmp_path, capsys):
     clean([row("Why so?", "Because it is.")] * 2, "clean.exact_duplicates=true")
     with pytest.raises(SystemExit):
@@ -166,7 +185,7 @@ def test_of_rows_that_are_nearly_the_same_the_best_stays(clean):
 
 def test_a_score_of_any_size_or_kind_orders_the_rows(clean):
     """A whole number of more digits than a float takes ended in a traceback."""
-    scores = [3, "9", None, True, float("nan"), 10**400, -(10**400), [9]]
+    scores = [3, "9", None, True, "nan", 10**400, -(10**400), [9]]
     lines = [row(f"Story {n}?", LONG.format("quick"), quality=score) for n, score in enumerate(scores)]
     written = clean(lines, "clean.near_duplicates={threshold: 0.8, best_by: quality}")[2]
     assert [line["messages"][0]["content"] for line in written] == ["Story 5?", "Was ist das?"]

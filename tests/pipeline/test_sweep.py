@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from finetune.cli.main import main
 from finetune.errors import RecipeError, TrainingError
+from finetune.pipeline.sweeping import sweep_run
 from finetune.pipeline.sweeping.sweep_grid import plan_sweep, split_values
 from finetune.pipeline.sweeping.sweep_report import Outcome, SweepReport
 from finetune.recipe.sections import dump_recipe
@@ -65,6 +66,10 @@ def test_every_combination_is_trained_with_every_seed_on_the_same_rows(make_reci
     # Folders keep their names when values are added, so that nothing is trained again.
     more = plan(make_recipe, tmp_path, f"{RATE}=5e-3,1e-3,2e-3", *overrides[1:], seeds=3)
     assert {run.resolved.output for run in runs} < {run.resolved.output for run in more}
+    # So they do when values are taken away, also where one is left: such a run was trained again under another name.
+    one = plan(make_recipe, tmp_path, f"{RATE}=2e-3", *overrides[1:], seeds=2)
+    assert {run.resolved.output for run in one} < {run.resolved.output for run in runs}
+    assert {run.setting for run in one} == {"targets=[q_proj,v_proj]", "targets=[all-linear]"}
 
 
 def test_the_held_out_rows_of_all_seeds_are_those_of_the_first(make_recipe, tmp_path):
@@ -80,6 +85,7 @@ def test_the_held_out_rows_of_all_seeds_are_those_of_the_first(make_recipe, tmp_
         ([f"{RATE}=1e-3,0.001"], "learning_rate=1e-3 and learning_rate=0.001 are the same recipe"),
         ([f"{RATE}=1e-3,,2e-3"], "a value between two commas is empty"),
         ([f"{RATE}=1e-3,2e-3", f"{RATE}=5e-3"], "is given twice"),
+        ([f"{RATE}=1e-3", f"{RATE}=5e-3"], f"is given twice; write all its values in one: {RATE}=1e-3,5e-3"),
         (["seed=1,2"], "--seeds says how many"),
         (["output=elsewhere"], "below that of -o; leave it out"),
         (["data.eval=[]"], "a sweep compares held-out losses"),
@@ -212,6 +218,24 @@ def test_nothing_is_called_best_where_the_held_out_rows_differ():
     report = SweepReport("r", "o", (make_outcome("x", 0, 1.0), make_outcome("y", 0, 2.0)), ("they differ",), 2)
     assert report.verdict == "none is called best, since their held-out rows differ"
     assert "note: they differ" in report.describe()
+
+
+def test_finished_runs_of_other_values_are_named_and_change_no_verdict(call, make_recipe, tmp_path, monkeypatch):
+    """They were left out of the new table without a word."""
+    for name, status in (("rate=9-1-seed42", "finished"), ("rate=8-1-seed42", "failed")):
+        folder = tmp_path / "out" / "runs" / name / "adapter"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder.parent / "run.json").write_text(json.dumps({"status": status, "result": {}}))
+    monkeypatch.setattr(sweep_run, "_compare_rows", lambda runs: ())
+    monkeypatch.setattr(
+        sweep_run, "_train", lambda run: (Outcome(run.setting, run.values, run.seed, "r", final=1.0, best=1.0), False)
+    )
+    note = "1 finished run in this folder is not in the table: rate=9-1-seed42"
+    status, out, _ = call("-o", "out")
+    assert status == 0 and f"note: {note}" in out and "as the recipe says: held-out loss 1.0000" in out
+    assert note in Path("out/report.md").read_text(encoding="utf-8")
+    assert json.loads(Path("out/sweep.json").read_text(encoding="utf-8"))["notes"] == [note]
 
 
 def test_one_seed_gives_no_verdict_about_chance():

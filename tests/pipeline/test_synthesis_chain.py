@@ -9,12 +9,16 @@ from transformers import Trainer
 
 from finetune.check.chain_stages import dump_chain
 from finetune.check.chains import load_chain
-from finetune.errors import RecipeError
+from finetune.errors import DataError, RecipeError
 from finetune.exporting import merge
 from finetune.files.resources import find_demo_data
+from finetune.models.opening import LoadedModel, Reply
 from finetune.pipeline.chain import describe_chain, run_chain
+from finetune.recipe.preparation.synthesize_section import EndpointSection
 from finetune.synthesis.endpoints import endpoint
 from finetune.synthesis.endpoints.local_model import LocalModel
+from finetune.synthesis.endpoints.questioning import Request, Skip, Written
+from finetune.training.training_rows import prepare_rows
 
 CHAIN = """
 model: {checkpoint: nano}
@@ -118,6 +122,36 @@ def test_one_command_trains_on_the_models_own_answers_and_resumes_in_each_stage(
     saved = recipe.parent / "saved.yaml"
     saved.write_text(dump_chain(load(recipe)), encoding="utf-8")
     assert dump_chain(load_chain(saved)) == dump_chain(load(recipe))
+
+
+def test_rows_that_nobody_has_seen_are_left_out_where_they_are_too_long(recipe):
+    """The pairs that stand for the rows were refused as too long, and ended the chain before stage 1."""
+    dpo = load(recipe, "data.max_tokens=64").trainings[-1]
+    report = prepare_rows(dpo.resolved)[1].report
+    assert "23 rows are longer than data.max_tokens: 64 and left out (data.overflow: drop)" in report.notes
+    assert dpo.run_recipe.data.overflow == "drop"  # so are the written ones
+    assert load(recipe, "data.overflow=error").trainings[-1].recipe.data.overflow == "error"
+    assert load(recipe).trainings[0].recipe.data.overflow == "error"
+
+
+def test_a_stage_without_a_row_is_named_with_what_to_do(recipe, monkeypatch):
+    monkeypatch.setattr(endpoint, "find_cache", lambda: recipe.parent / "first")
+    monkeypatch.setattr(LocalModel, "ask", lambda self, request: Written("Yes.", 1, 1, False))
+    with pytest.raises(DataError) as error:
+        run_chain(load(recipe, "trainer.max_steps=1"))
+    assert str(error.value).startswith(
+        "stage pairs: synthesize: no row was made (6 tie), and nothing was written; raise"
+    )
+    assert "synthesize.temperature" in str(error.value) and not (recipe.parent / "out" / "pairs").exists()
+
+
+def test_an_answer_that_spells_a_control_token_is_left_out(nano_llama, monkeypatch):
+    """Its letters are other tokens than those that were drawn."""
+    model = LocalModel(EndpointSection(model=str(nano_llama)))
+    replies = iter(["It is <|eot_id|> so.", "It is so."])
+    monkeypatch.setattr(LoadedModel, "answer", lambda self, *arguments: Reply(next(replies), 4, "max_tokens"))
+    found = [model.ask(Request((("user", "Why?"),), 8, 1.0, number)) for number in range(2)]
+    assert found == [Skip("control token as text", "It is <|eot_id|> so."), Written("It is so.", 0, 4, True)]
 
 
 @pytest.mark.parametrize(

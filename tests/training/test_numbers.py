@@ -45,7 +45,9 @@ def test_a_loss_between_two_logged_steps_stops_the_run(make_recipe, monkeypatch)
 
     poison(monkeypatch, change)
     recipe = make_recipe("run", *SAVES, "trainer.logging_steps=50")
-    with pytest.raises(TrainingError, match=r"step 3: the training loss is nan; lower trainer.learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: the training loss is nan; lower trainer.* from before this step$"
+    ):
         run_training(recipe)
     names = {path.name for path in recipe.output.iterdir()}
     assert {"checkpoint-1", "checkpoint-2"} <= names

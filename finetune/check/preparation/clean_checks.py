@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.check.data_section import find_file
+from finetune.check.data_section import describe_places, find_file
 from finetune.data.lint.findings import KINDS, Thresholds
 from finetune.errors import describe_unknown_name
 from finetune.evaluation.tasks.task_names import TASKS
@@ -76,10 +76,10 @@ def _check_decontaminate(section: DecontaminateSection, folder: Path) -> Iterato
         if name not in TASKS and find_file(name, folder) is None:
             yield (
                 f"clean.decontaminate.against: {name} is no task ({', '.join(TASKS)}), and no such file exists "
-                f"(looked in {folder.resolve()} and {Path.cwd()})"
+                f"({describe_places(folder)})"
             )
     if section.task_data and find_file(section.task_data, folder) is None:
-        yield f"clean.decontaminate.task_data: {section.task_data} does not exist (looked in {folder.resolve()} and {Path.cwd()})"
+        yield f"clean.decontaminate.task_data: {section.task_data} does not exist ({describe_places(folder)})"
     if section.task_data and not set(section.against) & set(TASKS):
         yield f"clean.decontaminate.task_data: has no effect, because against names no task ({', '.join(TASKS)}); remove this key"
     if section.ngram < 1:
@@ -91,7 +91,7 @@ def _check_mix(section: CleanSection, folder: Path) -> Iterator[str]:
     if mix.classifier and mix.key:
         yield "clean.mix.classifier: kinds come from clean.mix.key already; remove one of the two"
     if mix.classifier and find_file(mix.classifier, folder) is None:
-        yield f"clean.mix.classifier: {mix.classifier} does not exist (looked in {folder.resolve()} and {Path.cwd()}); give a folder"
+        yield f"clean.mix.classifier: {mix.classifier} does not exist ({describe_places(folder)}); give a folder"
     if mix.classifier and not mix.shares:
         yield "clean.mix.shares: is missing; give the kinds of clean.mix.classifier their shares"
     for name, share in section.mix.shares.items():

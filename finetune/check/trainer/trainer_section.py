@@ -9,6 +9,7 @@ from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.methods import Method
 from finetune.recipe.sections import DataSection
 from finetune.recipe.trl_options import read_trainer_options
+from finetune.recipe.yaml_loader import describe_value
 
 
 def check_trainer(trainer: Mapping[str, object], method: Method, data: DataSection) -> Iterator[str]:
@@ -26,7 +27,7 @@ def check_trainer(trainer: Mapping[str, object], method: Method, data: DataSecti
         elif key in method.words:
             yield from _check_words(key, value, method.words[key])
         elif expected := options[key].describe_mismatch(value):
-            yield f"trainer.{key}: must be {expected}; found {value!r}"
+            yield f"trainer.{key}: must be {expected}; found {describe_value(value)}"
         else:
             sound[key] = value
     yield from list_range_problems(sound, method)

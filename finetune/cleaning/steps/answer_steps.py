@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from finetune.cleaning.step_form import CleanContext, Drop, StepResult
 from finetune.cleaning.steps.kinds import name_kinds
 from finetune.data.languages import name_language
 from finetune.data.lint.text_checks import shorten
-from finetune.errors import describe_count
+from finetune.errors import DataError, describe_count
 from finetune.rewards.rules import Answer, judge_final_answer
+
+_MOST_GROUPS = 12
 
 
 def drop_wrong_answers(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
@@ -38,18 +41,25 @@ def drop_wrong_answers(context: CleanContext, rows: Sequence[Candidate]) -> Step
 
 
 def drop_surplus(context: CleanContext, rows: Sequence[Candidate]) -> StepResult:
-    """Draw rows by the seed so that the groups have their shares, as many as there can be without repeating one."""
+    """Draw rows by the seed so that the groups have their shares, as many as there can be without repeating one.
+
+    Raises:
+        DataError: a group has no row, so that no number of rows has the shares.
+    """
     section, result = context.section.mix, StepResult()
     groups: dict[str, list[int]] = {name: [] for name in section.shares}
+    seen = Counter[str]()
     for row, kind in zip(rows, _list_kinds(context, rows), strict=True):
         content = context.spool.read(row)
         language = name_language("\n".join((content.question, content.trained)))
+        group = f"{kind} {language}".strip()
+        seen[group] += 1
         name = next((name for name in (f"{kind} {language}", kind, language) if name in groups), None)
         if name is None:
-            group = f"{kind} {language}".strip()
             result.dropped[row.number] = Drop("in no group", f"{group}: {shorten(content.question)}")
         else:
             groups[name].append(row.number)
+    _check_groups(groups, seen)
     counts = share_out({name: len(found) for name, found in groups.items()}, section.shares, section.rows)
     for name, numbers in groups.items():
         drawn = set(random.Random(f"{context.resolved.recipe.seed} {name}").sample(numbers, counts[name]))
@@ -59,6 +69,16 @@ def drop_surplus(context: CleanContext, rows: Sequence[Candidate]) -> StepResult
                     f"not drawn from {name}", f"{counts[name]:,} of {len(numbers):,} are drawn"
                 )
     return result
+
+
+def _check_groups(groups: Mapping[str, list[int]], seen: Counter[str]) -> None:
+    """Refuse groups without rows."""
+    if empty := [name for name, numbers in groups.items() if not numbers]:
+        found = ", ".join(f"{name} ({count:,})" for name, count in seen.most_common(_MOST_GROUPS)) or "no rows at all"
+        raise DataError(
+            f"clean.mix.shares: no row is of the group {' or of '.join(empty)}, so no row could stay; found are {found}; take it out of "
+            "the shares, or give rows of it"
+        )
 
 
 def _list_kinds(context: CleanContext, rows: Sequence[Candidate]) -> Iterator[str]:

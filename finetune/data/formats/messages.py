@@ -23,6 +23,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 MARKS = ("train", "training", "weight", "loss_weight", "loss", "loss_mask")
 # Under these keys a message holds what the assistant thought before its answer. Few chat templates render it.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
+NO_FINITE_NUMBER = "holds a number that is no JSON, such as NaN or Infinity; write null, another number or a text"
 # CSV files hold every value as text.
 _MARK_TEXTS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
@@ -246,8 +247,7 @@ def check_json(value: object, name: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        fault = "a number that is no JSON, such as NaN or Infinity; write null, another number or a text"
-        raise RowError(f"{name} holds {fault}") from error
+        raise RowError(f"{name} {NO_FINITE_NUMBER}") from error
     except TypeError as error:
         raise RowError(f"{name} holds a value that is no JSON ({error}); write it as a text") from error
     check_characters(text, name)

@@ -55,8 +55,10 @@ def _read_rows(
 ) -> Iterator[_ReadRow]:
     """Yield the rows of a file. Where the file cannot be read on, the last row yielded says so in its fault."""
     entry: Format | None = None
+    is_begun = False
     try:
         for place, raw in raw_rows:
+            is_begun = True
             if isinstance(raw, DataError):
                 yield _ReadRow(LintRow(place, split, fault=(raw.kind, raw.fault)))
                 continue
@@ -69,7 +71,9 @@ def _read_rows(
             messages = _list_messages(row, settings.system)
             yield _ReadRow(LintRow(place, split, messages, row.rejected or None, raw=raw, row=row), row)
     except DataError as error:
-        fault = ("unreadable", f"{error.fault}; what follows it was not read")
+        # Of a file that is empty, or that cannot be opened, nothing follows.
+        more = "; what follows it was not read" if is_begun or (error.place and error.place.line is not None) else ""
+        fault = ("unreadable", f"{error.fault}{more}")
         yield _ReadRow(LintRow(error.place or Place(file), split, fault=fault))
 
 

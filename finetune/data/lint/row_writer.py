@@ -24,7 +24,7 @@ class RowWriter:
     def write(self, split: Split, source: str, raw: Mapping[str, Any] | None) -> None:
         """Write a row into the file for its source."""
         file = self._files.get((split, source)) or self._open(split, source)
-        file.write(json.dumps(raw, ensure_ascii=False, default=write_as_text) + "\n")
+        file.write(_write_row(raw) + "\n")
         self.counts[Path(file.name).name] += 1
 
     def close(self) -> None:
@@ -42,6 +42,16 @@ class RowWriter:
         file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
         self._files[split, source] = file
         return file
+
+
+def _write_row(raw: Mapping[str, Any] | None) -> str:
+    """Return a row as JSON. Numbers that are not finite, which Parquet can hold and JSON cannot, become null."""
+    try:
+        return json.dumps(raw, ensure_ascii=False, default=write_as_text, allow_nan=False)
+    except ValueError:
+        text = json.dumps(raw, ensure_ascii=False, default=write_as_text)
+        plain = json.loads(text, parse_constant=lambda _: None)
+        return json.dumps(plain, ensure_ascii=False)
 
 
 def write_as_text(value: Any) -> str:

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from finetune.data.reading.json_lists import ROW_DECODER
 from finetune.errors import DataError, Place
 
 # A row with its place, or the error that says why it cannot be read.
@@ -130,6 +131,6 @@ def _parse(value: Any, place: Place) -> Any:
     if not isinstance(value, str | bytes):
         return value
     try:
-        return json.loads(value)
+        return ROW_DECODER.decode(value if isinstance(value, str) else value.decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"holds a value that is stored as JSON and is none ({error})", place) from error

@@ -1,11 +1,13 @@
 """Read a JSON list one row at a time, so that the file may be larger than memory."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune.data.formats.messages import NO_FINITE_NUMBER
 from finetune.errors import DataError, Place
 
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -13,25 +15,37 @@ _BLOCK_CHARACTERS = 1 << 20
 HUGE_NUMBER = "holds a number of more digits than Python reads (4,300); write it as text, or leave it out"
 
 
-class RepeatedKeyError(ValueError):
-    """A JSON object has the same key twice; Python would keep the last value without a word."""
+class UnusableJsonError(ValueError):
+    """Python reads what no row may hold: the same key twice in an object, or a number that is not finite."""
 
 
-def read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _read_finite(text: str) -> float:
+    """Return a number, also of one of the words NaN and Infinity, which are no JSON.
+
+    Raises:
+        UnusableJsonError: it is not finite, as `1e400`; written again it would be no JSON.
+    """
+    number = float(text)
+    if not math.isfinite(number):
+        raise UnusableJsonError(NO_FINITE_NUMBER)
+    return number
+
+
+def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make the object of its keys and values.
 
     Raises:
-        RepeatedKeyError: a key stands twice.
+        UnusableJsonError: a key stands twice; Python would keep the last value without a word.
     """
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise RepeatedKeyError(f"the key {repeated!r} stands twice in an object; only one of the two could be used")
+        raise UnusableJsonError(f"the key {repeated!r} stands twice in an object; only one of the two could be used")
     return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=read_once)
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=_read_once, parse_float=_read_finite, parse_constant=_read_finite)
 
 
 class JsonList:
@@ -93,8 +107,8 @@ class JsonList:
         while True:
             fault = None
             try:
-                value, end = _DECODER.raw_decode(self._text, self._position)
-            except RepeatedKeyError as error:
+                value, end = ROW_DECODER.raw_decode(self._text, self._position)
+            except UnusableJsonError as error:
                 raise DataError(str(error), Place(self._file, self._line)) from error
             except RecursionError as error:
                 raise DataError("is nested too deeply", Place(self._file)) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.reading.arrow_rows import RawRow, read_arrow, read_parquet
-from finetune.data.reading.json_lists import HUGE_NUMBER, JsonList, RepeatedKeyError, read_once
+from finetune.data.reading.json_lists import HUGE_NUMBER, ROW_DECODER, JsonList, UnusableJsonError
 from finetune.data.reading.text_lines import COMPRESSIONS, UTF8, NumberedLine, read_lines, read_lines_or_faults
 from finetune.errors import DataError, Place
 
@@ -128,8 +128,8 @@ def _read_text_file(path: Path, encoding: str) -> Iterator[RawRow]:
 
 def _parse_json(line: str, place: Place) -> dict[str, Any] | DataError:
     try:
-        return _check_object(json.loads(line, object_pairs_hook=read_once), place)
-    except RepeatedKeyError as error:
+        return _check_object(ROW_DECODER.decode(line), place)
+    except UnusableJsonError as error:
         return DataError(str(error), place)
     except RecursionError:
         return DataError("is nested too deeply", place)

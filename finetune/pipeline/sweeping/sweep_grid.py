@@ -46,13 +46,15 @@ def plan_sweep(recipe: Path, overrides: Sequence[str], seeds: int, output: Path)
     varied = {key: values for key, values in map(_read_override, overrides) if len(values) > 1}
     _check_overrides(recipe, overrides, varied)
     fixed = [text for text in overrides if _read_override(text)[0] not in varied]
-    names = _name_keys(tuple(varied))
+    given = {key: ",".join(values) for key, values in map(_read_override, overrides) if key != "seed"}
+    names = _name_keys(tuple(given))
     runs: list[SweptRun] = []
     for combination in itertools.product(*varied.values()):
         values = dict(zip(varied, combination, strict=True))
-        setting = ", ".join(f"{names[key]}={_shorten(value)}" for key, value in values.items()) or "as the recipe says"
+        setting = _name_setting(values, _name_keys(tuple(varied))) or "as the recipe says"
         own = [*fixed, *(f"{key}={value}" for key, value in values.items())]
-        folder = output / RUNS_FOLDER / _name_folder(setting, values)
+        # Keys of one value are part of the name: a sweep with fewer values then finds the runs of one with more.
+        folder = output / RUNS_FOLDER / _name_folder({**given, **values}, names)
         runs += _repeat(recipe, setting, values, own, seeds, folder)
     _check_differences(recipe, runs)
     return Sweep(str(recipe), output, tuple(runs))
@@ -123,9 +125,10 @@ def _check_overrides(recipe: Path, overrides: Sequence[str], varied: dict[str, l
         problems.append("--set output: each run of a sweep has a folder of its own, below that of -o; leave it out")
     if "seed" in varied:
         problems.append("--set seed: give one, the first; --seeds says how many there are")
+    for key in dict.fromkeys(key for key in keys if keys.count(key) > 1):
+        values = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == key]
+        problems.append(f"--set {key}: is given twice; write all its values in one: {key}={','.join(values)}")
     for key, values in varied.items():
-        if keys.count(key) > 1:
-            problems.append(f"--set {key}: is given twice; write all its values in one: {key}={','.join(values)},…")
         if "" in values:
             problems.append(
                 f"--set {key}={','.join(values)}: a value between two commas is empty; a comma within a value needs quotes or brackets"
@@ -155,10 +158,14 @@ def _shorten(value: str) -> str:
     return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 1]}…"
 
 
-def _name_folder(setting: str, values: dict[str, str]) -> str:
-    """Return a name that stays when values are added to the sweep, and that no other setting has."""
+def _name_setting(values: dict[str, str], names: dict[str, str]) -> str:
+    return ", ".join(f"{names[key]}={_shorten(value)}" for key, value in values.items())
+
+
+def _name_folder(values: dict[str, str], names: dict[str, str]) -> str:
+    """Return a name that stays when values are added to the sweep or taken away, and that no other setting has."""
     if not values:
         return "recipe"
-    plain = re.sub(r"[^\w.=+-]+", "-", setting)[:_LONGEST_FOLDER].strip("-.")
+    plain = re.sub(r"[^\w.=+-]+", "-", _name_setting(values, names))[:_LONGEST_FOLDER].strip("-.")
     content = "\n".join(f"{key}={value}" for key, value in sorted(values.items()))
     return f"{plain}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"

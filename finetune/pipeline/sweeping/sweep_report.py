@@ -70,13 +70,17 @@ class SettingResult:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """The runs of a sweep so far, of `planned` ones. `notes` say why they cannot be compared; there are none where they can."""
+    """The runs of a sweep so far, of `planned` ones. `notes` say why they cannot be compared; there are none where they can.
+
+    `others` names finished runs in the same folder that are none of this sweep's.
+    """
 
     recipe: str
     output: str
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...]
     planned: int
+    others: tuple[str, ...] = ()
 
     @property
     def measure(self) -> str:
@@ -164,7 +168,7 @@ class SweepReport:
             "planned": self.planned,
             "settings": [asdict(one) for one in self.list_settings()],
             "runs": [asdict(one) for one in self.outcomes],
-            "notes": list(self.notes),
+            "notes": self._list_notes(),
         }
 
     def describe(self) -> str:
@@ -177,8 +181,14 @@ class SweepReport:
         blocks.append("\n".join([self.verdict, about]))
         if len(self.outcomes) < self.planned:
             blocks.append(f"{len(self.outcomes)} of {self.planned} runs so far")
-        blocks += ["\n".join([*self.failures, *(f"note: {text}" for text in self.notes)])]
+        blocks += ["\n".join([*self.failures, *(f"note: {text}" for text in self._list_notes())])]
         return "\n\n".join([*(block for block in blocks if block), f"written: {self.output}"])
+
+    def _list_notes(self) -> list[str]:
+        if not self.others:
+            return list(self.notes)
+        count = describe_count(len(self.others), "finished run in this folder is", "finished runs in this folder are")
+        return [*self.notes, f"{count} not in the table: {', '.join(self.others)}"]
 
     def _tabulate(self) -> Iterator[list[str]]:
         yield ["setting", "seeds", self.measure, "±", "best in run", "±", "difference", "±", "p", "seconds"]

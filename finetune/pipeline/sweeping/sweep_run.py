@@ -15,7 +15,7 @@ from finetune.errors import FinetuneError, MachineError, TrainingError
 from finetune.files.launcher import is_launched
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.pipeline.experiment_folder import hold_experiment
-from finetune.pipeline.finishing import check_earlier_run, finish_training, free_memory
+from finetune.pipeline.finishing import check_earlier_run, finish_training, free_memory, read_summary
 from finetune.pipeline.sweeping.sweep_grid import RUNS_FOLDER, Sweep, SweptRun
 from finetune.pipeline.sweeping.sweep_plot import draw_sweep
 from finetune.pipeline.sweeping.sweep_report import Outcome, SweepReport, write_sweep
@@ -44,13 +44,14 @@ def run_sweep(sweep: Sweep) -> SweepReport:
         for run in sweep.runs:
             check_earlier_run(run.resolved)
         notes = _compare_rows(sweep.runs)
+        others = _list_others(sweep)
         outcomes: list[Outcome] = []
         for number, run in enumerate(sweep.runs, 1):
             logger.info("run %d of %d: %s, seed %d", number, len(sweep.runs), run.setting, run.seed)
             outcome, was_done = _train(run)
             outcomes.append(outcome)
             free_memory()
-            report = SweepReport(sweep.recipe, str(sweep.output), tuple(outcomes), notes, len(sweep.runs))
+            report = SweepReport(sweep.recipe, str(sweep.output), tuple(outcomes), notes, len(sweep.runs), others)
             if was_done and number < len(sweep.runs):
                 continue
             with translate_os_errors(sweep.output, _KEPT):
@@ -60,6 +61,13 @@ def run_sweep(sweep: Sweep) -> SweepReport:
     if len(failed) == len(outcomes):
         raise TrainingError(f"{sweep.output}: every run failed; the first: {failed[0].name}: {failed[0].failed}")
     return report
+
+
+def _list_others(sweep: Sweep) -> tuple[str, ...]:
+    """Return the names of finished runs in the sweep's folder that this call does not make."""
+    folder, own = sweep.output / RUNS_FOLDER, {run.resolved.output.name for run in sweep.runs}
+    found = folder.iterdir() if folder.is_dir() else ()
+    return tuple(sorted(run.name for run in found if run.name not in own and read_summary(run) is not None))
 
 
 def _compare_rows(runs: Sequence[SweptRun]) -> tuple[str, ...]:

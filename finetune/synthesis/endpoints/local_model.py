@@ -2,9 +2,10 @@
 
 import torch
 
+from finetune.data.encoding.spellings import list_control_spellings
 from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 from finetune.recipe.preparation.synthesize_section import EndpointSection
-from finetune.synthesis.endpoints.questioning import Outcome, Request, Written
+from finetune.synthesis.endpoints.questioning import Outcome, Request, Skip, Written
 
 _SEED_DIGITS = 15
 
@@ -26,6 +27,9 @@ class LocalModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reply = self._loaded.answer(turns, request.max_tokens, request.temperature)
+        # Training reads such a text as plain letters, which are other tokens, and more of them, than those that were drawn.
+        if any(spelling in reply.text for spelling in list_control_spellings(self._loaded.tokenizer)):
+            return Skip("control token as text", reply.text)
         return Written(reply.text, 0, reply.tokens, is_cut=reply.stopped_by == "max_tokens")
 
     def close(self) -> None:

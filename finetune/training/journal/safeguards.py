@@ -23,7 +23,6 @@ from finetune.runs.trainer_checkpoints import read_token_count
 logger = logging.getLogger(__name__)
 
 _ADVICE = "lower trainer.learning_rate, or set model.dtype: bfloat16 (float32 on a CPU) if it was float16"
-_KEPT = "the checkpoints in the run directory are from before this step"
 
 
 def add_safeguards(trainer: Trainer) -> None:
@@ -62,11 +61,15 @@ class FiniteNumbers(TrainerCallback):
         # The loss is computed from the gradients' weights, so a NaN in it tells more about the cause.
         loss = float(torch.stack(losses).sum()) if losses else 0.0
         if not math.isfinite(loss):
-            raise TrainingError(f"step {state.global_step + 1}: the training loss is {loss}; {_ADVICE}; {_KEPT}")
+            raise TrainingError(
+                f"step {state.global_step + 1}: the training loss is {loss}; {_ADVICE}; {_describe_kept(args)}"
+            )
         # float16 scales its loss until gradients overflow, and then skips the step.
         is_scaled = self._trainer.accelerator.scaler is not None
         if norm is not None and not is_scaled and not math.isfinite(norm := float(norm)):
-            raise TrainingError(f"step {state.global_step + 1}: the gradient norm is {norm}; {_ADVICE}; {_KEPT}")
+            raise TrainingError(
+                f"step {state.global_step + 1}: the gradient norm is {norm}; {_ADVICE}; {_describe_kept(args)}"
+            )
 
     def on_evaluate(
         self,
@@ -84,6 +87,12 @@ class FiniteNumbers(TrainerCallback):
         for name, value in (metrics or {}).items():
             if name.endswith("_loss") and not math.isfinite(value):
                 raise TrainingError(f"step {state.global_step}: the loss on held-out rows is {value}; {_ADVICE}")
+
+
+def _describe_kept(args: TrainingArguments) -> str:
+    if list_trainer_checkpoints(Path(args.output_dir)):
+        return "the checkpoints in the run directory are from before this step"
+    return "the run has saved no checkpoint yet"
 
 
 class CheckpointSeal(TrainerCallback):
