@@ -123,7 +123,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
-    if recipe.row_losses < 0:
+    if recipe.row_losses is not None and recipe.row_losses < 0:
         yield f"row_losses: must be a number of rows, or 0 to measure none; found {recipe.row_losses}"
     if not -(2**31) <= recipe.seed < 2**31:
         yield f"seed: must lie between -2**31 and 2**31; found {recipe.seed}"

@@ -226,7 +226,8 @@ class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
     `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
-    `row_losses` is the most training rows whose loss is measured before and after the training; 0 measures none.
+    `row_losses` is the most training rows whose loss is measured before and after the training: 0 measures none, None follows from how long
+    the run is.
     `clean` and `synthesize` belong to the verbs of these names, with their `endpoints`; training reads none of them.
     """
 
@@ -242,7 +243,7 @@ class Recipe:
     synthesize: SynthesizeSection = field(default_factory=SynthesizeSection)
     endpoints: Mapping[str, EndpointSection] = field(default_factory=dict)
     answers: int = 64
-    row_losses: int = 256
+    row_losses: int | None = None
     output: str = ""
     seed: int = 42
 

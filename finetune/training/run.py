@@ -46,7 +46,7 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
-from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits
+from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits, count_measured
 from finetune.training.observing.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
 from finetune.training.preflight import EvaluationCheck, check_first_batch, check_packed_batch
@@ -186,7 +186,7 @@ def _check_rows(trainer: Trainer, setup: Setup, scores: Sequence[str]) -> None:
 def _open_sheets(setup: Setup, trainer: Trainer) -> list[AnswerSheet | RowSheet]:
     """Return what is written before and after the training: the answers and the losses of rows, where the model can give them."""
     resolved, recipe = setup.resolved, setup.resolved.recipe
-    if not (recipe.answers or recipe.row_losses) or resolved.method.trains_reward_model:
+    if not (recipe.answers or recipe.row_losses != 0) or resolved.method.trains_reward_model:
         return []
     if (engine := ENGINES[find_engine()]).shards_weights:
         logger.info(
@@ -198,9 +198,11 @@ def _open_sheets(setup: Setup, trainer: Trainer) -> list[AnswerSheet | RowSheet]
     if recipe.answers:
         rows = setup.sample_rows
         sheets.append(AnswerSheet(resolved.output, setup.tokenizer, setup.template, rows, recipe.answers))
-    if recipe.row_losses and resolved.method.shape in MEASURES:
+    if recipe.row_losses != 0 and resolved.method.shape in MEASURES:
         batch = trainer.args.per_device_train_batch_size
-        limits = SheetLimits(recipe.row_losses, recipe.data.max_tokens, batch, trainer.accelerator.autocast)
+        limits = SheetLimits(
+            count_measured(recipe.row_losses, trainer), recipe.data.max_tokens, batch, trainer.accelerator.autocast
+        )
         sheets.append(RowSheet(resolved.output, setup.splits.train, setup.tokenizer, resolved.method.shape, limits))
     return sheets
 
