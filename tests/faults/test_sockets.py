@@ -12,7 +12,8 @@ from finetune.files.resources import find_demo_data
 
 # The demo strings train, export, evaluate and chat together, and takes a minute.
 # `push` sends what it is told to; tests/hub watches what.
-NOT_RUN = {"demo", "push"}
+# `microanneal` trains twice and compares, all by the code of `train`, `fold` and `evaluate`.
+NOT_RUN = {"demo", "push", "microanneal"}
 # One process runs all command lines. The guard is an audit hook: it also sees what libraries do, and cannot be taken off.
 SCRIPT = """
 import json, sys
@@ -68,6 +69,7 @@ def test_no_verb_opens_a_connection(nano_llama, tmp_path):
         ["plan", str(recipe)],
         ["doctor"],
         ["train", str(recipe)],
+        ["sweep", str(recipe), "-s", "data.held_out=0.5", "-o", str(tmp_path / "sweep")],
         ["watch", str(run), "-o", str(tmp_path / "page.html")],
         ["export", str(run), "-o", str(tmp_path / "export")],
         ["average", str(run), "nano", "-o", str(tmp_path / "averaged")],

@@ -1,6 +1,7 @@
 """Mixtures: which rows are taken of which source, and data sets of the hub."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, load_from_disk
@@ -154,6 +155,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, sentence):
     def fail(*arguments, **options):
         raise error
 
+    monkeypatch.setattr("finetune.data.reading.sources.find_listing", lambda asked: SimpleNamespace(commit="c" * 40))
     monkeypatch.setattr("finetune.data.reading.sources.load_dataset", fail)
     with pytest.raises(DataError) as raised:
         [list(rows) for _, rows in read_source(Source(HubDataset(f"someone/{type(error).__name__}")))]
