@@ -197,9 +197,9 @@ KEYS: Mapping[str, str] = {
         "0 keeps none."
     ),
     "row_losses": (
-        "The run measures the loss of at most so many training rows before and after the training, spread evenly, so that report.html can "
-        "show the rows of the highest loss; nothing of the training changes. Empty takes one row for 32 that are trained on, 4 to 256, "
-        "which costs about 2 % of the run's time. 0 measures none."
+        "The run measures the loss of so many training rows before and after the training, spread evenly, so that report.html can show "
+        "the rows of the highest loss. Empty takes one row for 32 that are trained on, 4 to 256, about 2 % of the run's time. 0 "
+        "measures none."
     ),
     "output": "The run directory; empty means runs/NAME in the current folder, where NAME is that of the recipe file.",
     "seed": "The seed for held-out rows, drawn rows, the order of the rows, and new weights.",

@@ -66,7 +66,7 @@ REFUSED = {
     "cases/rows/mixed.jsonl": "line 4: has no 'messages'",
     "cases/rows/reasoning.jsonl": "message 2 has 'reasoning_content', which the chat template does not render there",
     "cases/rows/same_speaker.jsonl": "message 2 is of the user; turns must alternate",
-    "cases/rows/tool_nan.jsonl": "a tool call of message 2 holds a number that is no JSON",
+    "cases/rows/tool_nan.jsonl": "line 1: holds a number that is no JSON, such as NaN or Infinity",
     "cases/rows/weight_half.jsonl": "weight of message 2 is 0.5",
     "cases/pairs/orca.jsonl": "has no question before its answers",
 }
