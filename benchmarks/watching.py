@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safety import Costs
 from transformers import TrainerCallback
 
 from finetune.check.recipes import load_recipe
@@ -34,25 +35,6 @@ from finetune.watching.run_view import read_board
 _LOGGED = 10_000
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _WRITERS = (MetricsWriter, MachineWriter)
-
-
-class Costs:
-    """CPU seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def watch(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that does the same and notes its CPU time."""
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            started = time.process_time()
-            try:
-                return work(*arguments, **options)
-            finally:
-                self.seconds.setdefault(name, []).append(time.process_time() - started)
-
-        return call
 
 
 class StepClock(TrainerCallback):

@@ -40,7 +40,7 @@ from finetune.pipeline.dynamics.dynamics_inputs import DynamicsSettings, Keep
 from finetune.pipeline.dynamics.run_dynamics import run_dynamics
 from finetune.pipeline.dynamics.tuning import TuningSettings
 from finetune.pipeline.memory_ladder import train_on_device
-from finetune.pipeline.microanneal.anneal_plan import DEFAULT_RECIPE, AnnealRequest, TunedAfter, plan_anneal
+from finetune.pipeline.microanneal.anneal_plan import DEFAULT_RECIPE, AnnealRequest, plan_anneal
 from finetune.pipeline.microanneal.anneal_results import AnnealReport
 from finetune.pipeline.microanneal.anneal_run import run_microanneal
 from finetune.pipeline.sweeping.sweep_grid import plan_sweep
@@ -233,7 +233,7 @@ def microanneal(
     request = AnnealRequest(tuple(files), *sizes, name, folder, phase, held, source, texts)
     if sft is not None:
         changes = require_list("microanneal: sft_overrides", sft_overrides)
-        tuning = TunedAfter(require_path("microanneal: sft", sft), changes, require_flag("microanneal: chat", chat))
+        tuning = TuningSettings(require_path("microanneal: sft", sft), changes, require_flag("microanneal: chat", chat))
         request = replace(request, tuning=tuning)
     asked = read_task_settings("microanneal", tasks, task_options or {}) if tasks else None
     return run_microanneal(plan_anneal(request, asks_tasks=bool(tasks)), asked)

@@ -21,6 +21,9 @@ from finetune.training.run import check_finished_run
 
 logger = logging.getLogger(__name__)
 
+# What experiments of several runs report of each.
+REPORTED = ("run", "steps", "tokens", "train_loss", "eval_loss", "seconds")
+
 
 @dataclass(frozen=True)
 class FinishedTraining:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from finetune.data.account import DataReport
 from finetune.data.dataset import Splits, load_splits
@@ -73,6 +73,11 @@ def load_rows(
 def find_data_seed(recipe: Recipe) -> int:
     """Return the seed that draws a recipe's rows."""
     return recipe.seed if recipe.data.seed is None else recipe.data.seed
+
+
+def count_step_rows(config: TrainingArguments) -> int:
+    """Return how many rows an optimizer step takes from all processes."""
+    return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
 
 
 def _describe_positions(resolved: ResolvedRecipe, base: Path, report: DataReport) -> tuple[str, ...]:

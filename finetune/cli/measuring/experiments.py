@@ -22,7 +22,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
 
 
 def run_microanneal(arguments: argparse.Namespace) -> int:
-    from finetune.pipeline.microanneal.anneal_plan import AnnealRequest, TunedAfter, plan_anneal
+    from finetune.pipeline.dynamics.tuning import TuningSettings
+    from finetune.pipeline.microanneal.anneal_plan import AnnealRequest, plan_anneal
 
     if arguments.sft is None and (arguments.chat or arguments.sft_set):
         raise RecipeError(
@@ -30,7 +31,7 @@ def run_microanneal(arguments: argparse.Namespace) -> int:
         )
     tuning = None
     if arguments.sft is not None:
-        tuning = TunedAfter(arguments.sft, tuple(arguments.sft_set), arguments.chat)
+        tuning = TuningSettings(arguments.sft, tuple(arguments.sft_set), arguments.chat)
     request = AnnealRequest(
         candidate=tuple(arguments.candidate),
         share=arguments.share,

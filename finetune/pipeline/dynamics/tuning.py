@@ -16,7 +16,7 @@ from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.opening import fingerprint_model
 from finetune.pipeline.dynamics.visits import KEPT, Visit, find_earlier_folder
-from finetune.pipeline.finishing import finish_training
+from finetune.pipeline.finishing import REPORTED, finish_training
 from finetune.recipe.sections import to_plain
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.run_files import MADE_FOLDERS, list_trainer_checkpoints
@@ -24,7 +24,6 @@ from finetune.training.training_rows import read_data_settings
 
 _RECORD_FILE = "tuned.json"
 _OWNED = ("model.checkpoint=", "output=", "model=")
-_REPORTED = ("run", "steps", "tokens", "train_loss", "eval_loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def train_tuning(tuning: Tuning) -> str:
         FinetuneError: see `finish_training`.
     """
     finished = finish_training(tuning.resolved)
-    record = {name: finished.summary.get(name) for name in _REPORTED}
+    record = {name: finished.summary.get(name) for name in REPORTED}
     fingerprint = fingerprint_model(str(tuning.resolved.output))
     with translate_os_errors(tuning.folder, KEPT):
         write_json(
@@ -112,7 +111,7 @@ def remove_tuned_weights(tuning: Tuning) -> None:
 def describe_tuning(tuning: Tuning) -> dict[str, Any]:
     """Return what is reported of a finished run."""
     record = tuning.read_record() or {}
-    return {name: record.get(name) for name in _REPORTED}
+    return {name: record.get(name) for name in REPORTED}
 
 
 def _hash_inputs(resolved: ResolvedRecipe) -> str:

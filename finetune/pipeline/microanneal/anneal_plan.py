@@ -1,7 +1,7 @@
 """Check what a micro-annealing asks for, and make the recipes of its two runs, which differ in their rows alone. Never imports torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from finetune.check.data_section import find_file
 from finetune.check.recipes import load_recipe
 from finetune.errors import FinetuneError, RecipeError
 from finetune.files.folders import expand_home
+from finetune.pipeline.dynamics.tuning import TuningSettings
 from finetune.recipe.batches import read_accumulation, read_batch
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
@@ -19,15 +20,6 @@ ARMS: Mapping[str, str] = {OLD: "old mixture", NEW: "with candidate"}
 _OWNED = ("output", "model.checkpoint", "schedule.length", "schedule.unit", "trainer.max_steps", "data.mixture")
 # The trainer evaluates, logs and saves so often in a run, unless the recipe says how often.
 _LOGS, _SAVES = 50, 4
-
-
-@dataclass(frozen=True)
-class TunedAfter:
-    """The fine-tuning of both results: its recipe and overrides; `chat` asks the tuned models in their template."""
-
-    recipe: Path
-    overrides: Sequence[str] = ()
-    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class AnnealRequest:
     held_out: tuple[Path, ...] = ()
     recipe: Path = DEFAULT_RECIPE
     overrides: tuple[str, ...] = ()
-    tuning: TunedAfter | None = None
+    tuning: TuningSettings | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.growth.scores.score_lines import make_measured_lines
 from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 from finetune.pipeline.experiment_folder import hold_experiment
-from finetune.pipeline.finishing import check_earlier_run, finish_training, free_memory
+from finetune.pipeline.finishing import REPORTED, check_earlier_run, finish_training, free_memory
 from finetune.pipeline.microanneal.anneal_plan import ARMS, NEW, OLD, ROWS_FOLDER, RUNS_FOLDER, AnnealPlan
 from finetune.pipeline.microanneal.anneal_plot import draw_anneal
 from finetune.pipeline.microanneal.anneal_report import write_anneal
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _KEPT = "what was trained and measured is kept; the same command continues"
 _CURVES = ("step", "loss", "eval_loss", "learning_rate", HEAD_NORM, Z_TERM)
-_REPORTED = ("run", "steps", "tokens", "train_loss", "eval_loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _train(name: str, title: str, resolved: ResolvedRecipe) -> dict[str, Any]:
     logger.info("%s: %s", name, title)
     summary = finish_training(resolved).summary
     free_memory()
-    return {key: summary[key] for key in _REPORTED}
+    return {key: summary[key] for key in REPORTED}
 
 
 def _read_curve(resolved: ResolvedRecipe) -> list[dict[str, Any]]:

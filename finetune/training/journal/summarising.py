@@ -12,6 +12,7 @@ from finetune.errors import describe_count
 from finetune.models.engine import ENGINES, find_engine
 from finetune.runs.run_files import count_tokens_seen
 from finetune.runs.summary import RunSummary
+from finetune.training.training_rows import count_step_rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _EQUAL_REWARDS = "frac_reward_zero_std"
 def describe_work(trainer: Trainer, report: DataReport) -> None:
     """Log the rows, the effective batch size and the number of trained parameters."""
     config = trainer.args
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    batch = count_step_rows(config)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     logger.info("rows: %s", report.describe())
     logger.info(

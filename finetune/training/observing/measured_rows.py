@@ -21,6 +21,7 @@ from finetune.data.settings import RowShape
 from finetune.files.json_files import read_json, write_json
 from finetune.models.row_loss import MarkedTokens, measure_losses
 from finetune.runs.run_files import MEASURED_ROWS_FILE
+from finetune.training.training_rows import count_step_rows
 
 _RANKED_ROWS, _PREVIEWED_ROWS = 20, 3
 # What the page shows of a row, so that a report stays far below 2 MB: letters of a piece that is trained or not, and pieces.
@@ -39,9 +40,8 @@ def count_measured(asked: int | None, trainer: Trainer) -> int:
     if asked is not None:
         return asked
     config = trainer.args
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps, epochs = config.max_steps, config.num_train_epochs
-    trained = steps * batch if steps > 0 else int(len(trainer.train_dataset) * epochs)
+    trained = steps * count_step_rows(config) if steps > 0 else int(len(trainer.train_dataset) * epochs)
     return min(_MOST_ROWS, max(_LEAST_ROWS, trained // _TRAINED_PER_ROW))
 
 

@@ -19,6 +19,7 @@ from finetune.training.pretraining.head_watch import HeadWatch
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
 from finetune.training.pretraining.schedule import plan_schedule
 from finetune.training.pretraining.state_loading import StatesLoader
+from finetune.training.training_rows import count_step_rows
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 from finetune.yulan.native.native_loss import ZTerms
 from finetune.yulan.states.optimizer_states import RESULT, OptimizerStates, check_parameters, open_states
@@ -73,7 +74,7 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
         model.z_terms = ZTerms()
     trainer.add_callback(HeadWatch())
     config = trainer.args
-    effective_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    effective_batch = count_step_rows(config)
     tokens_per_step = effective_batch * recipe.data.max_tokens
     steps_of_data = math.ceil(len(trainer.train_dataset) / effective_batch)
     schedule = plan_schedule(recipe.schedule, tokens_per_step, steps_of_data, states.step if states else 0)
