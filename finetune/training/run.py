@@ -104,8 +104,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()
-                for sheet in sheets if checkpoint is None else ():
-                    sheet.write_before(trained.model)
+                with translate_os_errors(resolved.output):
+                    for sheet in sheets if checkpoint is None else ():
+                        sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
         summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
