@@ -96,7 +96,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
-            add_journal(trainer, resolved.output)
+            add_journal(trainer, resolved.output, chooses_interval="logging_steps" not in resolved.recipe.trainer)
             _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
             record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)

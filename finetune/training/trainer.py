@@ -28,7 +28,7 @@ from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.held_out_loss import average_over_rows, average_over_tokens
-from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
+from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar, ShortRunLogging
 from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.observing.machine import MachineWriter
@@ -137,9 +137,14 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
             trainer.add_callback(PromptOrder())
 
 
-def add_journal(trainer: Trainer, run: Path) -> None:
-    """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory."""
+def add_journal(trainer: Trainer, run: Path, *, chooses_interval: bool = False) -> None:
+    """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory.
+
+    `chooses_interval`: the recipe does not say how often to log, so that a short run may log more often.
+    """
     guard_reporters(trainer)
+    if chooses_interval:
+        trainer.add_callback(ShortRunLogging())
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))

@@ -105,7 +105,9 @@ def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch
     monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
-        training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))
+        training,
+        "add_journal",
+        lambda trainer, run, **given: (build(trainer, run, **given), trainer.add_callback(Stop())),
     )
     assert call("--candidate", "sums.jsonl", *COMMON, "-o", "win")[0] == 130
     monkeypatch.setattr(training, "add_journal", build)

@@ -150,7 +150,9 @@ def test_a_stopped_sweep_continues_to_the_same_table_and_a_failed_run_is_named(
     monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
-        training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))
+        training,
+        "add_journal",
+        lambda trainer, run, **given: (build(trainer, run, **given), trainer.add_callback(Stop())),
     )
     assert call(*arguments)[0] == 130
     monkeypatch.setattr(training, "add_journal", build)
