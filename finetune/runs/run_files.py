@@ -15,6 +15,8 @@ HEAD_NORM, Z_TERM = "lm_head_norm", "z_term"
 # What the scores of tasks begin with in metrics.jsonl, behind `eval_`.
 TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
+# The answers to the same prompts at each evaluation.
+EVALUATED_ANSWERS_FILE = "answers_by_step.jsonl"
 REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"
 # What the page shows beside the metrics: single rows with their losses, and the machine's state at each logged step.
@@ -39,6 +41,7 @@ MADE_FILES = (
     LOSS_PLOT_FILE,
     ANSWERS_FILE,
     ANSWERS_PAGE,
+    EVALUATED_ANSWERS_FILE,
     REPORT_FILE,
     COMPLETIONS_FILE,
     MEASURED_ROWS_FILE,

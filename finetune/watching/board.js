@@ -112,16 +112,44 @@ function drawTable(head, rows) {
   return make("div", { class: "card" }, make("table", {}, make("thead", {}, line(head, "th")), body));
 }
 
-function drawAnswers(title, answers, names) {
+function drawSpoken(name, text) {
+  return make("div", {}, make("div", { class: "quiet" }, name), make("div", { class: "text" }, text || "(nothing)"));
+}
+
+function nameSteps(stretch) {
+  const [first, last] = [stretch.first, stretch.last].map((step) => step.toLocaleString("en"));
+  return first === last ? `step ${first}` : `steps ${first} to ${last}`;
+}
+
+// The answers at the evaluations, one line for equal ones in a row.
+function drawCourse(answer) {
+  const rows = answer.course.map((stretch) => {
+    const text = stretch.like ? make("td", { class: "quiet" }, `as ${stretch.like}`) : make("td", { class: "text" }, stretch.text || "(nothing)");
+    return make("tr", {}, make("th", {}, nameSteps(stretch)), text);
+  });
+  const rest = answer.unshown ? [make("p", { class: "quiet" }, `${answer.unshown.toLocaleString("en")} more are in answers_by_step.jsonl.`)] : [];
+  return make("div", {}, make("div", { class: "quiet" }, "at the evaluations"), make("table", { class: "course" }, make("tbody", {}, ...rows)), ...rest);
+}
+
+// Before and after stand side by side; while the run trains, the newest evaluation takes the place of the end.
+function drawAnswers(title, answers) {
   if (!answers.length) return [];
   const cards = answers.map((answer) => {
-    const card = make("article", { class: "card" }, make("h3", {}, answer.origin));
-    for (const [name, text] of [["asked", answer.prompt], [names[0], answer.before], [names[1], answer.after]]) {
-      if (text === null || !name) continue;
-      card.append(make("div", { class: "quiet" }, name), make("div", { class: "text" }, text || "(nothing)"));
-    }
-    return card;
+    const newest = answer.course.at(-1);
+    const pair = [drawSpoken("before", answer.before)];
+    if (answer.after !== null) pair.push(drawSpoken("after", answer.after));
+    else if (newest) pair.push(drawSpoken(`now, step ${newest.last.toLocaleString("en")}`, newest.like ? answer[newest.like] : newest.text));
+    const course = answer.course.length ? [drawCourse(answer)] : [];
+    return make("article", { class: "card" }, make("h3", {}, answer.origin), drawSpoken("asked", answer.prompt),
+      make("div", { class: "pair" }, ...pair), ...course);
   });
+  return [make("h2", {}, title), make("div", { class: "stack" }, ...cards)];
+}
+
+function drawCompletions(title, answers) {
+  if (!answers.length) return [];
+  const cards = answers.map((answer) => make("article", { class: "card" }, make("h3", {}, answer.origin),
+    drawSpoken("asked", answer.prompt), drawSpoken("answer", answer.before)));
   return [make("h2", {}, title), make("div", { class: "grid" }, ...cards)];
 }
 
@@ -176,8 +204,8 @@ function draw(board) {
   else parts.push(make("p", { class: "quiet" }, "Nothing was logged yet."));
   for (const run of board.runs) {
     const of = isAlone ? "" : ` of ${run.name}`;
-    parts.push(...drawAnswers(`Answers before and after${of}`, run.answers, ["before", "after"]));
-    parts.push(...drawAnswers(`The newest answers${of}`, run.completions, ["answer", ""]));
+    parts.push(...drawAnswers(`Answers before, during and after the training${of}`, run.answers));
+    parts.push(...drawCompletions(`The newest answers${of}`, run.completions));
     parts.push(...drawRows(run.rows, of));
   }
   if (isAlone) parts.push(make("h2", {}, "Recipe"), drawTable(["key", "value"], Object.entries(board.runs[0].recipe)));

@@ -8,9 +8,9 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
-from finetune.files.json_files import read_json, read_lines
-from finetune.files.terminal import escape_controls
-from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
+from finetune.files.json_files import read_json
+from finetune.runs.run_files import RECORD_FILE, read_metrics
+from finetune.watching.answers_view import Answer, cut_text, read_answers, read_completions
 from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
 from finetune.watching.machine_view import list_machine_figures, read_machine
 from finetune.watching.panels import list_panels
@@ -19,8 +19,6 @@ from finetune.watching.rows_view import RowsView, read_rows_view
 # More points than a curve has pixels show nothing more.
 _MOST_POINTS = 600
 _FEWEST_FOR_TREND, _TREND_POINTS = 120, 40
-_MOST_COMPLETIONS = 8
-_MOST_LETTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class Chart:
 
     title: str
     curves: Mapping[str, Curve]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prompt with the answers before and after the training; `after` is None while the run trains."""
-
-    origin: str
-    prompt: str
-    before: str
-    after: str | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ def read_run(folder: Path) -> RunView:
     data = record.get("data") or {}
     machine = read_machine(folder, record.get("planned_bytes"))
     return RunView(
-        name=_cut(folder.resolve().name),
+        name=cut_text(folder.resolve().name),
         status=str(record.get("status", "")),
         step=max(step, int(result.get("steps", 0))),
         share=1.0 if result else _find_share(recipe, lines),
@@ -127,9 +115,9 @@ def read_run(folder: Path) -> RunView:
         },
         charts=tuple(_draw_charts([*lines, *machine])),
         cautions=list_cautions(lines),
-        notes=tuple(_cut(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
-        answers=tuple(_read_answers(folder)),
-        completions=tuple(_read_completions(folder)),
+        notes=tuple(cut_text(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
+        answers=tuple(read_answers(folder)),
+        completions=tuple(read_completions(folder)),
         rows=read_rows_view(folder, data),
         recipe=recipe,
     )
@@ -140,7 +128,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         elif value not in (None, [], {}, ""):
-            yield f"{prefix}{key}", _cut(str(value))
+            yield f"{prefix}{key}", cut_text(str(value))
 
 
 def _find_share(recipe: Mapping[str, str], lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -235,23 +223,3 @@ def find_trend(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def _split(points: Sequence[tuple[int, float]], count: int) -> list[Sequence[tuple[int, float]]]:
     """Split points into so many stretches of nearly the same length."""
     return [points[place * len(points) // count : (place + 1) * len(points) // count] for place in range(count)]
-
-
-def _read_answers(folder: Path) -> Iterator[Answer]:
-    for sample in read_json(folder / ANSWERS_FILE) or ():
-        after = sample.get("after")
-        origin, prompt, before = (_cut(str(sample.get(key, ""))) for key in ("origin", "prompt", "before"))
-        yield Answer(origin, prompt, before, None if after is None else _cut(str(after)))
-
-
-def _read_completions(folder: Path) -> Iterator[Answer]:
-    """Yield the newest answers of an online method with their rewards."""
-    for _, line in list(read_lines(folder / COMPLETIONS_FILE))[-_MOST_COMPLETIONS:]:
-        rewards = ", ".join(f"{name} {value:.3g}" for name, value in (line.get("rewards") or {}).items())
-        origin = f"step {line['step']:,}, {line.get('origin', '')}: {rewards}"
-        yield Answer(_cut(origin), _cut(str(line.get("question", ""))), _cut(str(line.get("text", ""))), None)
-
-
-def _cut(text: str) -> str:
-    text = escape_controls(text)
-    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"

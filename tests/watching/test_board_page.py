@@ -11,7 +11,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.errors import FinetuneError
-from finetune.runs.run_files import REPORT_FILE
+from finetune.runs.run_files import EVALUATED_ANSWERS_FILE, REPORT_FILE
 from finetune.watching.board_page import render_board
 from finetune.watching.run_view import find_trend, read_board, read_run, thin_out
 
@@ -86,11 +86,18 @@ def test_a_browser_draws_it(write_run, tmp_path):
     answers = [{"origin": "fixed", "prompt": HOSTILE, "before": "", "after": "我是玉兰"}]
     page = tmp_path / "page.html"
     runs = [write_run("one", 10_000, answers=answers), write_run("two", 5, rate=0.2)]
+    spoken = ((2, ""), (4, ""), (6, HOSTILE), (8, "我是玉兰"))
+    lines = [json.dumps({"step": step, "answers": [text]}) for step, text in spoken]
+    (runs[0] / EVALUATED_ANSWERS_FILE).write_text("\n".join([*lines, ""]))
     page.write_text(render_board(read_board(runs)), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert drawn.count("<polyline") == 6  # two panels of two runs, and the trend of the long one in each
     assert "我是玉兰" in drawn and "&lt;img src=x" in drawn and "<img" not in drawn
+    course = re.search('<table class="course">(.*?)</table>', drawn)[1]
+    steps = re.findall("<th>(.*?)</th><td[^>]*>(.*?)</td>", course)
+    assert [name for name, _ in steps] == ["steps 2 to 4", "step 6", "step 8"]
+    assert [text[:9] for _, text in steps] == ["as before", "&lt;/scri", "as after"]
     assert "trainer.learning_rate" in drawn and "What differs in the recipes" in drawn
 
 

@@ -1,4 +1,4 @@
-"""Record the model's answers to a few prompts before step 1 and after the last step."""
+"""Record the model's answers to a few prompts before step 1, at each evaluation and after the last step."""
 
 import json
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ class AnswerSheet:
 
     def write_before(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers before step 1 and write them."""
-        answers = self._ask(model)
+        answers = self.ask(model)
         samples = [
             Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
             for prompt, answer in zip(self._prompts, answers, strict=True)
@@ -135,12 +135,13 @@ class AnswerSheet:
     def write_after(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers after the last step and write them beside those from before."""
         kept = json.loads((self._run / ANSWERS_FILE).read_text(encoding="utf-8"))
-        answers = self._ask(model)
+        answers = self.ask(model)
         samples = [replace(Sample(**one), after=answer) for one, answer in zip(kept, answers, strict=True)]
         write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
         (self._run / ANSWERS_PAGE).write_text(_render_page(samples, self._max_tokens), encoding="utf-8")
 
-    def _ask(self, model: PreTrainedModel | PeftModel) -> list[str]:
+    def ask(self, model: PreTrainedModel | PeftModel) -> list[str]:
+        """Return the model's answers to the prompts, in their order."""
         answers = answer_prompts(model, self._tokenizer, self._stop_tokens, self._prompts, self._max_tokens)
         return [self._decode(answer) for answer in answers]
 
