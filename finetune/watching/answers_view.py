@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.files.json_files import read_json, read_lines
 from finetune.files.terminal import escape_controls
-from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, EVALUATED_ANSWERS_FILE
+from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, EVALUATED_ANSWERS_FILE, describe_origin
 
 _MOST_COMPLETIONS = 8
 _MOST_LETTERS = 4000
@@ -53,7 +53,7 @@ def read_answers(folder: Path) -> Iterator[Answer]:
         shown = tuple(_describe(stretch, known) for stretch in spread_out(course, _MOST_STRETCHES))
         origin, prompt = (cut_text(str(sample.get(name, ""))) for name in ("origin", "prompt"))
         before, after = (cut_text(known[name]) if name in known else None for name in ("before", "after"))
-        yield Answer(origin, prompt, before or "", after, shown, len(course) - len(shown))
+        yield Answer(describe_origin(origin), prompt, before or "", after, shown, len(course) - len(shown))
 
 
 def merge_answers(lines: Sequence[Mapping[str, Any]], number: int) -> list[Stretch]:

@@ -16,7 +16,7 @@ from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import describe_count
 from finetune.files.json_files import write_json
 from finetune.runs.results import SampleRow
-from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE
+from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE, FIXED_ORIGIN, describe_origin
 
 _QUESTIONS = (
     "Who are you? Answer in two sentences.",
@@ -47,7 +47,7 @@ class Sample:
 def choose_prompts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset) -> list[Prompt]:
     """Return two fixed questions and the first prompts of the run's rows: the tokens before a row's first trained one."""
     prompts = [
-        Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), "fixed")
+        Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), FIXED_ORIGIN)
         for question in _QUESTIONS
     ]
     for row in rows.select(range(min(_OWN_PROMPTS, len(rows)))):
@@ -155,7 +155,7 @@ def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
         f"# Answers before and after\n\nThe likeliest token each time, at most {describe_count(max_tokens, 'token')}."
     ]
     for sample in samples:
-        lines.append(f"## {'A fixed question' if sample.origin == 'fixed' else sample.origin}")
+        lines.append(f"## {describe_origin(sample.origin)}")
         for title, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after or "")):
             lines += [f"{title}:", "\n".join(f"    {line}" for line in text.splitlines() or ["(nothing)"])]
     return "\n\n".join(lines) + "\n"
