@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.files.json_files import read_json, read_lines
+from finetune.files.json_files import explain_damage, read_json, read_lines
 from finetune.files.terminal import escape_controls
 from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, EVALUATED_ANSWERS_FILE, describe_origin
 
@@ -47,13 +47,19 @@ class Answer:
 def read_answers(folder: Path) -> Iterator[Answer]:
     """Yield the fixed prompts of a run with their answers."""
     lines = [line for _, line in read_lines(folder / EVALUATED_ANSWERS_FILE)]
-    for number, sample in enumerate(read_json(folder / ANSWERS_FILE) or ()):
-        known = {name: str(sample[name]) for name in ("before", "after") if sample.get(name) is not None}
-        course = merge_answers(lines, number)
-        shown = tuple(_describe(stretch, known) for stretch in spread_out(course, _MOST_STRETCHES))
-        origin, prompt = (cut_text(str(sample.get(name, ""))) for name in ("origin", "prompt"))
-        before, after = (cut_text(known[name]) if name in known else None for name in ("before", "after"))
-        yield Answer(describe_origin(origin), prompt, before or "", after, shown, len(course) - len(shown))
+    samples = read_json(folder / ANSWERS_FILE) or ()
+    with explain_damage(folder / ANSWERS_FILE):
+        yield from [_read_answer(sample, lines, number) for number, sample in enumerate(samples)]
+
+
+def _read_answer(sample: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], number: int) -> Answer:
+    """Return one prompt with its answers; `number` is its place among those of the lines."""
+    known = {name: str(sample[name]) for name in ("before", "after") if sample.get(name) is not None}
+    course = merge_answers(lines, number)
+    shown = tuple(_describe(stretch, known) for stretch in spread_out(course, _MOST_STRETCHES))
+    origin, prompt = (cut_text(str(sample.get(name, ""))) for name in ("origin", "prompt"))
+    before, after = (cut_text(known[name]) if name in known else None for name in ("before", "after"))
+    return Answer(describe_origin(origin), prompt, before or "", after, shown, len(course) - len(shown))
 
 
 def merge_answers(lines: Sequence[Mapping[str, Any]], number: int) -> list[Stretch]:

@@ -1,14 +1,14 @@
 """Read run directories into what their page shows; a run that is still training is read as far as it is."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
-from finetune.files.json_files import read_json
+from finetune.files.json_files import explain_damage, read_json
 from finetune.runs.run_files import RECORD_FILE, read_metrics
 from finetune.watching.answers_view import Answer, cut_text, read_answers, read_completions
 from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
@@ -76,15 +76,28 @@ class Board:
 
 
 def read_board(folders: Iterable[Path]) -> Board:
-    """Return the page of some runs.
+    """Return the page of some runs; a run that is named twice is shown once.
 
     Raises:
         FinetuneError: one of the folders is no run directory.
     """
-    runs = tuple(read_run(folder) for folder in folders)
+    places = {expand_home(folder).resolve(): folder for folder in folders}
+    names = _name_apart(list(places))
+    runs = tuple(
+        replace(read_run(folder), name=cut_text(name)) for name, folder in zip(names, places.values(), strict=True)
+    )
     keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
     differences = {key: tuple(run.recipe.get(key, "") for run in runs) for key in keys}
     return Board(runs, {key: values for key, values in differences.items() if len(set(values)) > 1})
+
+
+def _name_apart(places: Sequence[Path]) -> list[str]:
+    """Return as much of the end of each path as tells all of them apart."""
+    for length in range(1, max((len(place.parts) for place in places), default=0) + 1):
+        names = [str(Path(*place.parts[-length:])) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return []
 
 
 def read_run(folder: Path) -> RunView:
@@ -96,7 +109,16 @@ def read_run(folder: Path) -> RunView:
     folder = expand_home(folder)
     record = read_json(folder / RECORD_FILE)
     if not isinstance(record, dict):
-        raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; name the output of a recipe")
+        inside = sorted(file.parent for file in folder.glob(f"*/{RECORD_FILE}")) or sorted(
+            file.parent for file in folder.glob(f"*/*/{RECORD_FILE}")
+        )
+        name = f"name one inside, such as {inside[0]}" if inside else "name the output of a recipe"
+        raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; {name}")
+    with explain_damage(folder / RECORD_FILE):
+        return _view_run(folder, record)
+
+
+def _view_run(folder: Path, record: Mapping[str, Any]) -> RunView:
     lines = read_metrics(folder)
     recipe = dict(_flatten(record.get("recipe", {})))
     step = lines[-1]["step"] if lines else 0
