@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from finetune.runs.run_files import METRICS_FILE
 
 _FEWEST_LINES = 20
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
+
+
+def is_preflight(logs: Mapping[str, Any]) -> bool:
+    """Tell whether logs or metrics are those of the evaluation before step 1."""
+    return any(name.startswith(PREFLIGHT) for name in logs)
 
 
 class ProgressBar(TrainerCallback):
@@ -98,7 +104,7 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Write one line."""
         line = logs or {}
-        if "train_loss" in line or any(name.startswith(PREFLIGHT) for name in line):
+        if "train_loss" in line or is_preflight(line):
             return
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:
@@ -117,5 +123,5 @@ class EarlyStopping(EarlyStoppingCallback):
         **kwargs: object,
     ) -> None:
         """Count an evaluation."""
-        if not any(name.startswith(PREFLIGHT) for name in metrics):
+        if not is_preflight(metrics):
             super().on_evaluate(args, state, control, metrics, **kwargs)
