@@ -159,7 +159,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
         try:
             values[key] = _convert(value, hints[key], name, problems)
         except _MismatchError as mismatch:
-            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}")
+            problems.append(f"{name}: must be {mismatch}; found {mismatch.found or describe_value(value)}")
     return section(**values)
 
 
@@ -169,7 +169,11 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 class _MismatchError(Exception):
-    """A value does not have the type of its key; the text names that type."""
+    """A value does not have the type of its key; the text names that type, and `found` the part of the value that does not have it."""
+
+    def __init__(self, expected: str, found: str = "") -> None:
+        super().__init__(expected)
+        self.found = found
 
 
 def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
@@ -203,13 +207,14 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
     # One file or one module need not be written as a list.
-    values = value if isinstance(value, list) else [value]
-    try:
-        return tuple(
-            _convert_item(item, member, f"{name}[{number}].", problems) for number, item in enumerate(values, 1)
-        )
-    except _MismatchError as mismatch:
-        raise _MismatchError(f"{mismatch}, or a list of such") from None
+    values, converted = value if isinstance(value, list) else [value], []
+    for number, item in enumerate(values, 1):
+        try:
+            converted.append(_convert_item(item, member, f"{name}[{number}].", problems))
+        except _MismatchError as mismatch:
+            found = f"{describe_value(item)} as entry {number} of the list" if isinstance(value, list) else ""
+            raise _MismatchError(f"{mismatch}, or a list of such", found) from None
+    return tuple(converted)
 
 
 def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) -> dict[str, Any]:
@@ -232,7 +237,10 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     if section is not None and isinstance(value, dict):
         return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
-    return _convert_scalar(value, members[0])
+    try:
+        return _convert_scalar(value, members[0])
+    except _MismatchError as mismatch:
+        raise _MismatchError(f"{mismatch} or {TYPE_NAMES[dict]}" if section is not None else str(mismatch)) from None
 
 
 def _convert_scalar(value: Any, member: Any) -> Any:

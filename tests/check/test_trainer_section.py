@@ -37,7 +37,9 @@ def find_problem(make_recipe, tmp_path):
         ("trainer.gradient_accumulation_steps=0", "must be at least 1; found 0"),
         ("trainer.learning_rate=-1e-4", "must be at least 0; found -0.0001"),
         ("trainer.adam_beta1=1.5", "must be at least 0 and below 1; found 1.5"),
-        ("trainer.save_steps=0", "must be above 0; found 0"),
+        ("trainer.save_steps=0", "must be a whole number of steps, or a share of the run below 1; found 0"),
+        ("trainer.eval_steps=1.5", "must be a whole number of steps, or a share of the run below 1; found 1.5"),
+        ("trainer.dataloader_prefetch_factor=2", "set dataloader_num_workers too"),
         ("trainer.pad_to_multiple_of=0", "must be at least 1; found 0"),
         ("trainer.log_level=loud", "'loud' is unknown"),
         ("trainer.gradient_checkpointing_kwargs={foo: 1}", "foo: unknown key"),
@@ -53,7 +55,9 @@ def find_problem(make_recipe, tmp_path):
 )
 def test_values_that_no_run_can_have(find_problem, setting, expected):
     overrides = (
-        ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=epoch"] if setting.endswith("patience=0") else []
+        ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch"]
+        if setting.endswith("patience=0")
+        else []
     )
     key = setting.partition("=")[0]
     problem = find_problem(setting, *overrides)

@@ -53,8 +53,13 @@ _RANGES: Mapping[str, Range] = {
         ),
         _COUNT,
     ),
+    **dict.fromkeys(("temperature", "repetition_penalty", "discopop_tau"), _POSITIVE),
     **dict.fromkeys(
-        ("logging_steps", "eval_steps", "save_steps", "temperature", "repetition_penalty", "discopop_tau"), _POSITIVE
+        ("logging_steps", "eval_steps", "save_steps"),
+        Range(
+            "a whole number of steps, or a share of the run below 1",
+            lambda value: value > 0 and (value < 1 or value % 1 == 0),
+        ),
     ),
     **dict.fromkeys(
         (
