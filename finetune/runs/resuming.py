@@ -25,7 +25,7 @@ from finetune.runs.run_files import (
     find_result_folder,
     list_trainer_checkpoints,
 )
-from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.runs.trainer_checkpoints import check_name, find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
         raise TrainingError(
             f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without {name_option('--resume')}"
         )
+    check_name(checkpoint)
     logger.info("resuming %s from %s", run, checkpoint.name)
     return checkpoint
 

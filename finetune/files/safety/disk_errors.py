@@ -22,6 +22,7 @@ REASONS = {
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.ENOTEMPTY: "another process wrote it at the same time",
     errno.EEXIST: "another process wrote it at the same time",
+    errno.EISDIR: "a folder has the name of a file",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file is larger than this system allows",
 }
@@ -77,6 +78,10 @@ def translate_damaged_states(checkpoint: Path) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, EOFError, IsADirectoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_READER.search(repr(error)) is None:
+            raise
+        if (
+            isinstance(error, OSError) and Path(error.filename or checkpoint).parent != checkpoint
+        ):  # of another file of the run
             raise
         raise TrainingError(
             f"{checkpoint}: the states of its optimizer, scheduler or random numbers cannot be read ({type(error).__name__}); "

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from finetune.compat import count_tokens, watch_numbers
 from finetune.errors import TrainingError
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.manifests import find_damage, write_manifest
 from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints, read_step
-from finetune.runs.trainer_checkpoints import read_token_count
+from finetune.runs.trainer_checkpoints import read_token_count, remove_checkpoint, remove_older_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +118,7 @@ class CheckpointSeal(TrainerCallback):
         for checkpoint in list_trainer_checkpoints(run) if args.should_save else ():
             if read_step(checkpoint) > step:
                 logger.warning("%s: removed, because it is damaged", checkpoint)
-                shutil.rmtree(checkpoint)
+                remove_checkpoint(checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Seal the checkpoint that every process has written its part of.
@@ -139,7 +137,7 @@ class CheckpointSeal(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / COUNTS_FILE, {"num_tokens": count_tokens(self._trainer)})
             write_manifest(checkpoint)
-            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint, use_mtime=True)
+            remove_older_checkpoints(Path(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -149,7 +147,7 @@ class CheckpointSeal(TrainerCallback):
         if args.should_save and args.load_best_model_at_end and best is not None and self._limit == 1:
             for checkpoint in list_trainer_checkpoints(Path(args.output_dir)):
                 if checkpoint.name != Path(best).name:
-                    shutil.rmtree(checkpoint, ignore_errors=True)
+                    remove_checkpoint(checkpoint)
 
 
 def _find_best(run: Path, step: int) -> str | None:
