@@ -26,6 +26,7 @@ from finetune.check.recipes import load_recipe
 from finetune.files.resources import find_demo_data
 from finetune.runs.run_files import MACHINE_FILE, METRICS_FILE
 from finetune.training import run
+from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.progress import MetricsWriter
 from finetune.training.observing.machine import MachineWriter
 from finetune.training.observing.measured_rows import RowSheet
@@ -57,14 +58,15 @@ def train(folder: Path, steps: int) -> tuple[StepClock, Costs]:
     (folder / "rows.jsonl").write_text(f"{line}\n" * 64, encoding="utf-8")
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        f"model: {{checkpoint: nano}}\ndata: {{train: {folder / 'rows.jsonl'}, max_tokens: 512}}\nanswers: 0\nrow_losses: 64\n"
+        f"model: {{checkpoint: nano}}\ndata: {{train: {folder / 'rows.jsonl'}, eval: {folder / 'rows.jsonl'}, max_tokens: 512}}\nanswers: 64\nrow_losses: 64\n"
         f"adapter: {{rank: 8, alpha: 16}}\noutput: {folder / 'run'}\ntrainer: {{max_steps: {steps}, per_device_train_batch_size: 1, "
-        "learning_rate: 1e-4, logging_steps: 1, save_strategy: 'no', eval_strategy: 'no', gradient_checkpointing: false, "
-        "disable_tqdm: true}\n",
+        f"learning_rate: 1e-4, logging_steps: 1, save_strategy: 'no', eval_strategy: steps, eval_steps: {max(1, steps // 4)}, "
+        "gradient_checkpointing: false, disable_tqdm: true}\n",
         encoding="utf-8",
     )
     clock, costs, add_journal = StepClock(), Costs(), run.add_journal
     watched = [(one, "on_log") for one in _WRITERS] + [(RowSheet, "write_before"), (RowSheet, "write_after")]
+    watched.append((AnswerSheet, "ask"))
     before = [(owner, name, getattr(owner, name)) for owner, name in watched]
 
     def add_clock(trainer: Any, place: Path) -> None:
@@ -126,6 +128,7 @@ def main() -> None:
         step = statistics.median(clock.steps)
         writers = {one.__name__: statistics.median(costs.seconds[f"{one.__name__}.on_log"]) for one in _WRITERS}
         passes = sum(sum(costs.seconds[f"RowSheet.{part}"]) for part in ("write_before", "write_after"))
+        asking = statistics.median(costs.seconds["AnswerSheet.ask"])
         make_long(folder / "run")
         board = read_board([folder / "run"])
         reading = measure(lambda: write_board(read_board([folder / "run"])))
@@ -141,6 +144,10 @@ def main() -> None:
             (
                 "the losses of 64 rows before and after",
                 f"{1e3 * passes:.0f} ms, as much as {passes / step:.1f} steps of one row",
+            ),
+            (
+                "the answers at one evaluation, four prompts of up to 64 tokens",
+                f"{1e3 * asking:.0f} ms, as much as {asking / step:.1f} steps of one row",
             ),
             (
                 f"reading a run of {_LOGGED:,} logged steps for a live page",

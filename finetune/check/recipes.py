@@ -1,8 +1,9 @@
 """Check a recipe against the things that it names: methods, options, files, formats, templates. Never imports torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.api_arguments import require_list, require_path
 from finetune.check.adapter_section import check_adapter_section
@@ -27,7 +28,7 @@ from finetune.files.resources import find_recipe, list_templates
 from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.methods import METHODS, name_methods
 from finetune.recipe.recipe_file import Draft, draft_recipe
-from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
+from finetune.recipe.sections import ModelSection, Recipe, RewardsSection, to_plain
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
@@ -72,7 +73,22 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
         draft = adopt_earlier_run(draft, earlier, draft.given)
     if problems := list_problems(draft, earlier):
         raise RecipeError(name, problems)
-    return resolve_names(settle_recipe(draft), earlier, draft.given)
+    settled = settle_recipe(draft)
+    if problems := list(_list_unwritable(to_plain(settled))):
+        raise RecipeError(name, problems)
+    return resolve_names(settled, earlier, draft.given)
+
+
+def _list_unwritable(content: Any, key: str = "") -> Iterator[str]:
+    """Yield a problem for each text that is no UTF-8: Python reads such a file name, and no record could hold it."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _list_unwritable(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _list_unwritable(value, key)
+    elif isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+        yield f"{key}: {content!a} is no UTF-8; rename the file or the folder"
 
 
 def resolve_names(recipe: Recipe, earlier: Result | None = None, given: frozenset[str] = frozenset()) -> ResolvedRecipe:
@@ -119,7 +135,7 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"rewards: has no effect on {method.name}; remove it, or set method: {online}"
     if str(expand_home(recipe.output)).startswith("~"):
         yield f"output: there is no user of this name; found {recipe.output}"
-    if any(len(part.encode()) > _LONGEST_NAME for part in Path(recipe.output).parts):
+    if any(len(part.encode(errors="surrogatepass")) > _LONGEST_NAME for part in Path(recipe.output).parts):
         yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
     if recipe.answers < 0:
         yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"

@@ -154,8 +154,9 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 
 def add_watch(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
-    verb.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
-    verb.add_argument(
+    way = verb.add_mutually_exclusive_group()
+    way.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
+    way.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
     )
     verb.add_argument(

@@ -101,6 +101,7 @@ def run_watch(arguments: argparse.Namespace) -> int:
         if arguments.until_input_ends:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             sys.stdin.read()
+            server.let_page_catch_up()
             server.shutdown()
         else:
             print("Press Ctrl-C to end it.", file=sys.stderr)

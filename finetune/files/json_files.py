@@ -1,5 +1,6 @@
 """Write JSON files completely or not at all, and read them with a clear error."""
 
+import contextlib
 import errno
 import json
 from collections.abc import Iterator
@@ -54,6 +55,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise FinetuneError(f"{path}: is not valid JSON ({error}); the folder is damaged") from error
+
+
+@contextlib.contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Say where a block finds JSON of another shape than it was written in that its file is damaged.
+
+    Raises:
+        FinetuneError: the block raised an error of a wrong type, key or value.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise FinetuneError(f"{path}: is not as it was written ({detail}); the file is damaged; restore it") from error
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Iterator
 from types import FrameType
 
-# C0 and C1 control characters but tab and newline, DEL, and the characters that reorder text (embeddings, overrides, isolates).
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]")
+# C0 and C1 control characters but tab and newline, DEL, the characters that reorder text (embeddings, overrides, isolates), and halves
+# of characters, which cannot be written: Python reads a file name that is no UTF-8 into them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 COLOUR, PLAIN_TEXT = "\x1b[32m", "\x1b[0m"  # the only sequences that the kit prints itself
 _OWN = re.compile(f"({re.escape(COLOUR)}|{re.escape(PLAIN_TEXT)})")
 

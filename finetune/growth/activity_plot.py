@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from finetune.files.pictures.labels import write_label
 from finetune.growth.growth_report import CheckpointEntry, Growth
 
 # Figures of a layer, and the titles of their panels.
@@ -43,18 +44,13 @@ def _read(entry: CheckpointEntry) -> Any:
 
 def _draw(panel: Axes, entries: Sequence[CheckpointEntry], places: Sequence[Any], curves: Sequence[Any]) -> None:
     for number, (entry, place, curve) in enumerate(zip(entries, places, curves, strict=True)):
-        panel.plot(place, curve, "o-", markersize=3, label=escape_math(entry.name), color=shade(number, len(entries)))
+        panel.plot(place, curve, "o-", markersize=3, label=write_label(entry.name), color=shade(number, len(entries)))
 
 
 def shade(number: int, count: int) -> tuple[float, float, float]:
     """Return a colour from light to dark blue."""
     share = (number + 1) / count
     return (0.75 - 0.63 * share, 0.85 - 0.5 * share, 0.9 - 0.4 * share)
-
-
-def escape_math(text: str) -> str:
-    """Return a name that matplotlib shows as it is: between two dollars it would read a formula, and may fail."""
-    return text.replace("$", r"\$")
 
 
 def _draw_positions(panel: Axes, entries: Sequence[CheckpointEntry]) -> None:
@@ -72,5 +68,5 @@ def _draw_sources(panel: Axes, entries: Sequence[CheckpointEntry]) -> None:
         sources = _read(entry)["sources"]
         places = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
         panel.bar(places, [sources[name]["loss"] for name in names], width, color=shade(number, len(entries)))
-    panel.set_xticks(range(len(names)), [escape_math(name) for name in names])
+    panel.set_xticks(range(len(names)), [write_label(name) for name in names])
     panel.set(title="loss by source, nats per token")

@@ -1,6 +1,5 @@
 """Draw checkpoints side by side: their scores, and what is inside them, over the tokens that they have seen."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.evaluation.tasks.task_forms import Figure as ScoreFigure
-from finetune.growth.activity_plot import draw_activity, escape_math
+from finetune.files.pictures.labels import render_png, use_fonts, write_label
+from finetune.growth.activity_plot import draw_activity
 from finetune.growth.growth_report import CheckpointEntry, Growth, describe_tokens, group_lines
 from finetune.growth.layer_plot import draw_layers
 from finetune.growth.scores.score_lines import Origin, ScoreLine
@@ -45,6 +45,7 @@ _PANELS: tuple[tuple[str, Sequence[str], Callable[[TensorEntry], float | None]],
 )
 
 
+@use_fonts()
 def draw_growth(growth: Growth, folder: Path) -> list[str]:
     """Write the pictures for which there are numbers, and return their names."""
     drawn = []
@@ -62,9 +63,7 @@ def draw_growth(growth: Growth, folder: Path) -> list[str]:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=140)
-    file.write_bytes(image.getvalue())
+    file.write_bytes(render_png(figure))
 
 
 def find_places(checkpoints: Sequence[CheckpointEntry]) -> tuple[list[float], bool]:
@@ -88,7 +87,7 @@ def _make_panels(count: int, growth: Growth, title: str) -> tuple[Figure, list[A
         spare.set_visible(False)
     places, are_tokens = find_places(growth.checkpoints)
     labels = [
-        escape_math(entry.name) + (f"\n{describe_tokens(entry.tokens)}" if are_tokens else "")
+        write_label(entry.name) + (f"\n{describe_tokens(entry.tokens)}" if are_tokens else "")
         for entry in growth.checkpoints
     ]
     every = -(-len(labels) // _MOST_NAMES)

@@ -5,7 +5,8 @@ from itertools import product
 
 from matplotlib.figure import Figure
 
-from finetune.growth.activity_plot import escape_math, shade
+from finetune.files.pictures.labels import write_label
+from finetune.growth.activity_plot import shade
 from finetune.growth.growth_report import CheckpointEntry, Growth
 from finetune.growth.weights.weight_statistics import KINDS, TensorStatistics
 
@@ -27,7 +28,7 @@ def draw_layers(growth: Growth) -> Figure:
         panel = panels[row, column]
         for number, entry in enumerate(entries):
             points = _list_points(entry, kind, read)
-            style = {"color": shade(number, len(entries)), "label": escape_math(entry.name)}
+            style = {"color": shade(number, len(entries)), "label": write_label(entry.name)}
             panel.plot(*zip(*points, strict=True) if points else ([], []), "o-", markersize=2.5, **style)
         panel.set_title(f"{kind}: {title}", fontsize=9)
         panel.grid(alpha=0.3)

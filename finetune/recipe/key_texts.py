@@ -193,8 +193,8 @@ KEYS: Mapping[str, str] = {
         "rows; trainer.metric_for_best_model names what is compared, the held-out loss by default. A resumed run counts anew."
     ),
     "answers": (
-        "The run answers a few prompts before and after the training and keeps the answers; this is the most tokens of each. "
-        "0 keeps none."
+        "The run answers a few prompts before the training, at each evaluation and after the training, and keeps the answers; this is the "
+        "most tokens of each. 0 keeps none."
     ),
     "row_losses": (
         "The run measures the loss of so many training rows before and after the training, spread evenly, so that report.html can show "

@@ -19,6 +19,17 @@ from finetune.recipe.yaml_loader import TYPE_NAMES, describe_value, load_recipe_
 
 # transformers' options for the micro-batch size and the accumulation steps.
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+# transformers' options for gradient checkpointing; of the second one, the key for every n-th layer.
+CHECKPOINTING, CHECKPOINTING_OPTIONS, EVERY_N_LAYERS = (
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "every_n_layers",
+)
+# The names that transformers 5 gave these options; recipes use those that people know, and may use these.
+NEWER_NAMES: Mapping[str, str] = {
+    CHECKPOINTING: "activation_checkpointing",
+    CHECKPOINTING_OPTIONS: "activation_checkpointing_kwargs",
+}
 # The kit's own option for the effective batch size.
 GLOBAL_BATCH = "global_batch"
 # The source of content that stands in no recipe file.
@@ -132,7 +143,7 @@ def _open_split(trainer: dict[str, Any]) -> None:
         return  # the check of the trainer's options reports it
     if {BATCH, ACCUMULATION} & set(trainer):
         trainer.setdefault(GLOBAL_BATCH, batch * accumulation)
-    for key in (BATCH, ACCUMULATION, "gradient_checkpointing"):
+    for key in (BATCH, ACCUMULATION, CHECKPOINTING, CHECKPOINTING_OPTIONS):
         trainer.pop(key, None)
 
 

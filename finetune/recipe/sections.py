@@ -225,7 +225,7 @@ class ScheduleSection:
 class Recipe:
     """One run; `trainer` holds options of the configuration class of the method's trainer.
 
-    `answers` is the most tokens of each answer that the run keeps from before and after the training; 0 keeps no answers.
+    `answers` is the most tokens of each answer that the run keeps from before, during and after the training; 0 keeps no answers.
     `row_losses` is the most training rows whose loss is measured before and after the training: 0 measures none, None follows from how long
     the run is.
     `clean` and `synthesize` belong to the verbs of these names, with their `endpoints`; training reads none of them.

@@ -15,6 +15,10 @@ HEAD_NORM, Z_TERM = "lm_head_norm", "z_term"
 # What the scores of tasks begin with in metrics.jsonl, behind `eval_`.
 TASK_SCORES = "task/"
 ANSWERS_FILE, ANSWERS_PAGE = "answers.json", "answers.md"
+# The answers to the same prompts at each evaluation.
+EVALUATED_ANSWERS_FILE = "answers_by_step.jsonl"
+# Where a prompt comes from that every run asks, in place of a row.
+FIXED_ORIGIN = "fixed"
 REPORT_FILE = "report.html"
 COMPLETIONS_FILE = "completions.jsonl"
 # What the page shows beside the metrics: single rows with their losses, and the machine's state at each logged step.
@@ -39,6 +43,7 @@ MADE_FILES = (
     LOSS_PLOT_FILE,
     ANSWERS_FILE,
     ANSWERS_PAGE,
+    EVALUATED_ANSWERS_FILE,
     REPORT_FILE,
     COMPLETIONS_FILE,
     MEASURED_ROWS_FILE,
@@ -47,6 +52,11 @@ MADE_FILES = (
 )
 MADE_FOLDERS = (PISSA_START_FOLDER, ADAPTER_FOLDER, MODEL_FOLDER)
 _MOST_DIGITS = 18  # longer names are not from a trainer
+
+
+def describe_origin(origin: str) -> str:
+    """Return where a prompt in a run's answers comes from, for a person."""
+    return "A fixed question" if origin == FIXED_ORIGIN else origin
 
 
 def find_result_folder(run: Path) -> Path | None:

@@ -46,6 +46,7 @@ from finetune.training.journal.processes import (
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
 from finetune.training.journal.summarising import describe_work, summarise_run
+from finetune.training.observing.evaluated_answers import AnswerWriter
 from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits, count_measured
 from finetune.training.observing.task_scores import add_task_scores, plan_tasks
 from finetune.training.option_trials import check_optimizer
@@ -96,7 +97,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
             trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
-            add_journal(trainer, resolved.output)
+            add_journal(trainer, resolved.output, chooses_interval="logging_steps" not in resolved.recipe.trainer)
             _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
             record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
@@ -104,8 +105,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()
-                for sheet in sheets if checkpoint is None else ():
-                    sheet.write_before(trained.model)
+                with translate_os_errors(resolved.output):
+                    for sheet in sheets if checkpoint is None else ():
+                        sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
         summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
@@ -184,20 +186,24 @@ def _check_rows(trainer: Trainer, setup: Setup, scores: Sequence[str]) -> None:
 
 
 def _open_sheets(setup: Setup, trainer: Trainer) -> list[AnswerSheet | RowSheet]:
-    """Return what is written before and after the training: the answers and the losses of rows, where the model can give them."""
+    """Return what is written before and after the training: the answers and the losses of rows, where the model can give them.
+
+    The trainer also writes the answers at each of its evaluations.
+    """
     resolved, recipe = setup.resolved, setup.resolved.recipe
     if not (recipe.answers or recipe.row_losses != 0) or resolved.method.trains_reward_model:
         return []
     if (engine := ENGINES[find_engine()]).shards_weights:
         logger.info(
-            "no answers and no losses of rows are written before and after: %s shards the weights, and one process cannot compute alone",
+            "no answers and no losses of rows are written: %s shards the weights, and one process cannot compute alone",
             engine.title,
         )
         return []
     sheets: list[AnswerSheet | RowSheet] = []
     if recipe.answers:
-        rows = setup.sample_rows
-        sheets.append(AnswerSheet(resolved.output, setup.tokenizer, setup.template, rows, recipe.answers))
+        answers = AnswerSheet(resolved.output, setup.tokenizer, setup.template, setup.sample_rows, recipe.answers)
+        trainer.add_callback(AnswerWriter(resolved.output, answers, trainer.model))
+        sheets.append(answers)
     if recipe.row_losses != 0 and resolved.method.shape in MEASURES:
         batch = trainer.args.per_device_train_batch_size
         limits = SheetLimits(

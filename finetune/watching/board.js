@@ -19,12 +19,12 @@ function shape(tag, attributes) {
 function write(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(4)).toLocaleString("en");
+  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
 }
 
 function listTicks(low, high) {
-  const rough = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const rough = (high - low) / 5 || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((one) => one * power).find((one) => one >= rough);
   const ticks = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) ticks.push(tick);
   return ticks;
@@ -112,16 +112,44 @@ function drawTable(head, rows) {
   return make("div", { class: "card" }, make("table", {}, make("thead", {}, line(head, "th")), body));
 }
 
-function drawAnswers(title, answers, names) {
+function drawSpoken(name, text) {
+  return make("div", {}, make("div", { class: "quiet" }, name), make("div", { class: "text" }, text || "(nothing)"));
+}
+
+function nameSteps(stretch) {
+  const [first, last] = [stretch.first, stretch.last].map((step) => step.toLocaleString("en"));
+  return first === last ? `step ${first}` : `steps ${first} to ${last}`;
+}
+
+// The answers at the evaluations, one line for equal ones in a row.
+function drawCourse(answer) {
+  const rows = answer.course.map((stretch) => {
+    const text = stretch.like ? make("td", { class: "quiet" }, `as ${stretch.like}`) : make("td", { class: "text" }, stretch.text || "(nothing)");
+    return make("tr", {}, make("th", {}, nameSteps(stretch)), text);
+  });
+  const rest = answer.unshown ? [make("p", { class: "quiet" }, `${answer.unshown.toLocaleString("en")} more are in answers_by_step.jsonl.`)] : [];
+  return make("div", {}, make("div", { class: "quiet" }, "at the evaluations"), make("table", { class: "course" }, make("tbody", {}, ...rows)), ...rest);
+}
+
+// Before and after stand side by side; while the run trains, the newest evaluation takes the place of the end.
+function drawAnswers(title, answers) {
   if (!answers.length) return [];
   const cards = answers.map((answer) => {
-    const card = make("article", { class: "card" }, make("h3", {}, answer.origin));
-    for (const [name, text] of [["asked", answer.prompt], [names[0], answer.before], [names[1], answer.after]]) {
-      if (text === null || !name) continue;
-      card.append(make("div", { class: "quiet" }, name), make("div", { class: "text" }, text || "(nothing)"));
-    }
-    return card;
+    const newest = answer.course.at(-1);
+    const pair = [drawSpoken("before", answer.before)];
+    if (answer.after !== null) pair.push(drawSpoken("after", answer.after));
+    else if (newest) pair.push(drawSpoken(`now, step ${newest.last.toLocaleString("en")}`, newest.like ? answer[newest.like] : newest.text));
+    const course = answer.course.length ? [drawCourse(answer)] : [];
+    return make("article", { class: "card" }, make("h3", {}, answer.origin), drawSpoken("asked", answer.prompt),
+      make("div", { class: "pair" }, ...pair), ...course);
   });
+  return [make("h2", {}, title), make("div", { class: "stack" }, ...cards)];
+}
+
+function drawCompletions(title, answers) {
+  if (!answers.length) return [];
+  const cards = answers.map((answer) => make("article", { class: "card" }, make("h3", {}, answer.origin),
+    drawSpoken("asked", answer.prompt), drawSpoken("answer", answer.before)));
   return [make("h2", {}, title), make("div", { class: "grid" }, ...cards)];
 }
 
@@ -150,6 +178,10 @@ function drawRows(rows, of) {
   return parts;
 }
 
+function drawRecipe(recipe) {
+  return [make("h2", {}, "Recipe"), drawTable(["key", "value"], Object.entries(recipe))];
+}
+
 function drawRun(run, isAlone) {
   const parts = isAlone ? [] : [make("h2", {}, run.name)];
   if (run.share !== null && run.share < 1)
@@ -164,6 +196,23 @@ function drawRun(run, isAlone) {
   return parts;
 }
 
+// What has not changed stays as it is in the page, with the place to which a person has scrolled it and the text that is selected.
+const kept = new Map();
+
+function keep(key, data, drawPart) {
+  const text = JSON.stringify(data);
+  if (kept.get(key)?.text !== text) kept.set(key, { text, nodes: drawPart() });
+  return kept.get(key).nodes;
+}
+
+function show(parts) {
+  const main = document.getElementById("main");
+  for (const node of [...main.childNodes]) if (!parts.includes(node)) node.remove();
+  parts.forEach((node, place) => {
+    if (main.childNodes[place] !== node) main.insertBefore(node, main.childNodes[place] ?? null);
+  });
+}
+
 function draw(board) {
   const isAlone = board.runs.length === 1;
   const parts = board.runs.flatMap((run) => drawRun(run, isAlone));
@@ -174,14 +223,14 @@ function draw(board) {
   }
   if (board.runs.some((run) => run.charts.length)) parts.push(make("h2", {}, "Curves"), drawCharts(board.runs));
   else parts.push(make("p", { class: "quiet" }, "Nothing was logged yet."));
-  for (const run of board.runs) {
+  board.runs.forEach((run, place) => {
     const of = isAlone ? "" : ` of ${run.name}`;
-    parts.push(...drawAnswers(`Answers before and after${of}`, run.answers, ["before", "after"]));
-    parts.push(...drawAnswers(`The newest answers${of}`, run.completions, ["answer", ""]));
-    parts.push(...drawRows(run.rows, of));
-  }
-  if (isAlone) parts.push(make("h2", {}, "Recipe"), drawTable(["key", "value"], Object.entries(board.runs[0].recipe)));
-  document.getElementById("main").replaceChildren(...parts);
+    parts.push(...keep(`answers ${place}`, [of, run.answers], () => drawAnswers(`Answers before, during and after the training${of}`, run.answers)));
+    parts.push(...keep(`completions ${place}`, [of, run.completions], () => drawCompletions(`The newest answers${of}`, run.completions)));
+    parts.push(...keep(`rows ${place}`, [of, run.rows], () => drawRows(run.rows, of)));
+  });
+  if (isAlone) parts.push(...keep("recipe", board.runs[0].recipe, () => drawRecipe(board.runs[0].recipe)));
+  show(parts);
 }
 
 const state = document.getElementById("state");
@@ -200,7 +249,7 @@ async function refresh() {
     if (text !== shown) draw(board);
     shown = text;
   } catch {
-    state.textContent = "the server has ended; this is the last state that it sent";
+    state.textContent = "the server has ended; this is the last state that it sent, and report.html in the run directory shows a finished run";
   } finally {
     // Reading a long run takes a moment of the machine that trains it: at most one part in fifty goes there.
     setTimeout(refresh, Math.max(1000 * Number(document.body.dataset.live), 50 * (performance.now() - began)));

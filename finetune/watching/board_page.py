@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from finetune.errors import FinetuneError
 from finetune.files.folders import write_new_file
 from finetune.files.json_files import write_text
 from finetune.files.terminal import escape_json
@@ -52,8 +53,9 @@ def write_board_page(folders: Sequence[Path], file: Path) -> None:
 
 
 def write_report(run: Path) -> None:
-    """Write `report.html` into a run directory; a full disk is told and does not end the run."""
+    """Write `report.html` into a run directory; a full disk or a damaged file is told and does not end the run."""
     try:
         write_text(run / REPORT_FILE, render_board(read_board([run])))
-    except OSError as error:
-        logger.warning("%s: was not written: %s", run / REPORT_FILE, error.strerror)
+    except (OSError, FinetuneError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        logger.warning("%s: was not written: %s", run / REPORT_FILE, reason)

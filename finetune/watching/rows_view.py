@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.files.json_files import read_json
+from finetune.files.json_files import explain_damage, read_json
 from finetune.files.terminal import escape_controls
 from finetune.runs.run_files import MEASURED_ROWS_FILE
 
@@ -45,12 +45,11 @@ def read_rows_view(folder: Path, data: Mapping[str, Any]) -> RowsView:
     """Return what the page shows of the rows; `data` is the report of the run's record."""
     measured = read_json(folder / MEASURED_ROWS_FILE) or {}
     train = data.get("train") or {}
-    return RowsView(
-        tuple(_list_groups(measured)),
-        tuple((upper, rows) for upper, rows in train.get("histogram", ())),
-        {escape_controls(reason): count for reason, count in _count_left_out(data).items()},
-        tuple(_describe_sources(train.get("sources") or {}, measured)),
-    )
+    lengths = tuple((upper, rows) for upper, rows in train.get("histogram", ()))
+    left_out = {escape_controls(reason): count for reason, count in _count_left_out(data).items()}
+    sources = {name: (int(count), int(tokens)) for name, (count, tokens) in (train.get("sources") or {}).items()}
+    with explain_damage(folder / MEASURED_ROWS_FILE):
+        return RowsView(tuple(_list_groups(measured)), lengths, left_out, tuple(_describe_sources(sources, measured)))
 
 
 def _list_groups(measured: Mapping[str, Any]) -> Iterator[RowGroup]:

@@ -1,16 +1,16 @@
 """Read run directories into what their page shows; a run that is still training is read as far as it is."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
-from finetune.files.json_files import read_json, read_lines
-from finetune.files.terminal import escape_controls
-from finetune.runs.run_files import ANSWERS_FILE, COMPLETIONS_FILE, RECORD_FILE, read_metrics
+from finetune.files.json_files import explain_damage, read_json
+from finetune.runs.run_files import RECORD_FILE, read_metrics
+from finetune.watching.answers_view import Answer, cut_text, read_answers, read_completions
 from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
 from finetune.watching.machine_view import list_machine_figures, read_machine
 from finetune.watching.panels import list_panels
@@ -19,8 +19,6 @@ from finetune.watching.rows_view import RowsView, read_rows_view
 # More points than a curve has pixels show nothing more.
 _MOST_POINTS = 600
 _FEWEST_FOR_TREND, _TREND_POINTS = 120, 40
-_MOST_COMPLETIONS = 8
-_MOST_LETTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class Chart:
 
     title: str
     curves: Mapping[str, Curve]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prompt with the answers before and after the training; `after` is None while the run trains."""
-
-    origin: str
-    prompt: str
-    before: str
-    after: str | None
 
 
 @dataclass(frozen=True)
@@ -88,15 +76,28 @@ class Board:
 
 
 def read_board(folders: Iterable[Path]) -> Board:
-    """Return the page of some runs.
+    """Return the page of some runs; a run that is named twice is shown once.
 
     Raises:
         FinetuneError: one of the folders is no run directory.
     """
-    runs = tuple(read_run(folder) for folder in folders)
+    places = {expand_home(folder).resolve(): folder for folder in folders}
+    names = _name_apart(list(places))
+    runs = tuple(
+        replace(read_run(folder), name=cut_text(name)) for name, folder in zip(names, places.values(), strict=True)
+    )
     keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
     differences = {key: tuple(run.recipe.get(key, "") for run in runs) for key in keys}
     return Board(runs, {key: values for key, values in differences.items() if len(set(values)) > 1})
+
+
+def _name_apart(places: Sequence[Path]) -> list[str]:
+    """Return as much of the end of each path as tells all of them apart."""
+    for length in range(1, max((len(place.parts) for place in places), default=0) + 1):
+        names = [str(Path(*place.parts[-length:])) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return []
 
 
 def read_run(folder: Path) -> RunView:
@@ -108,7 +109,16 @@ def read_run(folder: Path) -> RunView:
     folder = expand_home(folder)
     record = read_json(folder / RECORD_FILE)
     if not isinstance(record, dict):
-        raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; name the output of a recipe")
+        inside = sorted(file.parent for file in folder.glob(f"*/{RECORD_FILE}")) or sorted(
+            file.parent for file in folder.glob(f"*/*/{RECORD_FILE}")
+        )
+        name = f"name one inside, such as {inside[0]}" if inside else "name the output of a recipe"
+        raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; {name}")
+    with explain_damage(folder / RECORD_FILE):
+        return _view_run(folder, record)
+
+
+def _view_run(folder: Path, record: Mapping[str, Any]) -> RunView:
     lines = read_metrics(folder)
     recipe = dict(_flatten(record.get("recipe", {})))
     step = lines[-1]["step"] if lines else 0
@@ -116,7 +126,7 @@ def read_run(folder: Path) -> RunView:
     data = record.get("data") or {}
     machine = read_machine(folder, record.get("planned_bytes"))
     return RunView(
-        name=_cut(folder.resolve().name),
+        name=cut_text(folder.resolve().name),
         status=str(record.get("status", "")),
         step=max(step, int(result.get("steps", 0))),
         share=1.0 if result else _find_share(recipe, lines),
@@ -127,9 +137,9 @@ def read_run(folder: Path) -> RunView:
         },
         charts=tuple(_draw_charts([*lines, *machine])),
         cautions=list_cautions(lines),
-        notes=tuple(_cut(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
-        answers=tuple(_read_answers(folder)),
-        completions=tuple(_read_completions(folder)),
+        notes=tuple(cut_text(str(note)) for note in (*data.get("notes", ()), *result.get("warnings", ()))),
+        answers=tuple(read_answers(folder)),
+        completions=tuple(read_completions(folder)),
         rows=read_rows_view(folder, data),
         recipe=recipe,
     )
@@ -140,7 +150,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         elif value not in (None, [], {}, ""):
-            yield f"{prefix}{key}", _cut(str(value))
+            yield f"{prefix}{key}", cut_text(str(value))
 
 
 def _find_share(recipe: Mapping[str, str], lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -235,23 +245,3 @@ def find_trend(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def _split(points: Sequence[tuple[int, float]], count: int) -> list[Sequence[tuple[int, float]]]:
     """Split points into so many stretches of nearly the same length."""
     return [points[place * len(points) // count : (place + 1) * len(points) // count] for place in range(count)]
-
-
-def _read_answers(folder: Path) -> Iterator[Answer]:
-    for sample in read_json(folder / ANSWERS_FILE) or ():
-        after = sample.get("after")
-        origin, prompt, before = (_cut(str(sample.get(key, ""))) for key in ("origin", "prompt", "before"))
-        yield Answer(origin, prompt, before, None if after is None else _cut(str(after)))
-
-
-def _read_completions(folder: Path) -> Iterator[Answer]:
-    """Yield the newest answers of an online method with their rewards."""
-    for _, line in list(read_lines(folder / COMPLETIONS_FILE))[-_MOST_COMPLETIONS:]:
-        rewards = ", ".join(f"{name} {value:.3g}" for name, value in (line.get("rewards") or {}).items())
-        origin = f"step {line['step']:,}, {line.get('origin', '')}: {rewards}"
-        yield Answer(_cut(origin), _cut(str(line.get("question", ""))), _cut(str(line.get("text", ""))), None)
-
-
-def _cut(text: str) -> str:
-    text = escape_controls(text)
-    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"

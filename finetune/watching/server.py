@@ -1,7 +1,11 @@
 """Serve the page of runs to this machine alone, read-only, under an address that nobody can guess."""
 
+import contextlib
+import math
 import secrets
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +31,7 @@ class BoardServer(ThreadingHTTPServer):
             FinetuneError: a folder is no run directory, or the port is taken.
         """
         self._folders, self._waits = folders, waits
+        self._asked, self._ends, self._caught_up = -math.inf, False, threading.Event()
         self.read()
         self.token = secrets.token_urlsafe(16)
         try:
@@ -42,6 +47,20 @@ class BoardServer(ThreadingHTTPServer):
         """
         begun = [folder for folder in self._folders if not self._waits or (folder / RECORD_FILE).is_file()]
         return read_board(begun)
+
+    @contextlib.contextmanager
+    def serve_page(self) -> Iterator[None]:
+        """Note within the block that an open page asks for the newest state."""
+        self._asked, is_last = time.monotonic(), self._ends
+        yield
+        if is_last:
+            self._caught_up.set()
+
+    def let_page_catch_up(self, seconds: float = 10) -> None:
+        """Wait until a page that has asked in the last seconds has asked once more, so that it shows how the runs ended."""
+        self._ends = True
+        if time.monotonic() - self._asked < seconds:
+            self._caught_up.wait(seconds)
 
     @property
     def address(self) -> str:
@@ -62,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") != f"{_HOST}:{self.server.server_port}" or self.path not in pages:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        kind, make = pages[self.path]
+        with self.server.serve_page():
+            self._send(*pages[self.path])
+
+    def _send(self, kind: str, make: Callable[[], str]) -> None:
         try:
             content = make().encode("utf-8", errors="replace")
         except (FinetuneError, OSError) as error:  # such as a run that was removed

@@ -237,3 +237,11 @@ def test_states_are_found_beside_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "sub" / "recipe.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert load_recipe(Path("sub/recipe.yaml")).recipe.optimizer.states == str(tmp_path / "sub" / "states")
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path, make_recipe):
+    """Python reads such a file name into halves of characters; `check` was fine, and the training a traceback."""
+    with pytest.raises(RecipeError) as raised:
+        make_recipe("run\udcff", "data.system=x")
+    (problem,) = raised.value.problems
+    assert problem.startswith("output: ") and problem.endswith("\\udcff' is no UTF-8; rename the file or the folder")

@@ -43,6 +43,10 @@ def find_problem(make_recipe, tmp_path):
         ("trainer.pad_to_multiple_of=0", "must be at least 1; found 0"),
         ("trainer.log_level=loud", "'loud' is unknown"),
         ("trainer.gradient_checkpointing_kwargs={foo: 1}", "foo: unknown key"),
+        (
+            "trainer.gradient_checkpointing_kwargs={every_n_layers: 0}",
+            "every_n_layers: must be a whole number above 0; found 0",
+        ),
         ("trainer.accelerator_config=gone.json", "there is no file gone.json"),
         ("trainer.load_best_model_at_end=true", "needs evaluations"),
         ("trainer.early_stopping_patience=2", "needs load_best_model_at_end: true"),

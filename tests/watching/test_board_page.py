@@ -11,8 +11,8 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.errors import FinetuneError
-from finetune.runs.run_files import REPORT_FILE
-from finetune.watching.board_page import render_board
+from finetune.runs.run_files import EVALUATED_ANSWERS_FILE, REPORT_FILE
+from finetune.watching.board_page import render_board, write_board_page, write_report
 from finetune.watching.run_view import find_trend, read_board, read_run, thin_out
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u202egnp\x1b[31m"
@@ -86,11 +86,18 @@ def test_a_browser_draws_it(write_run, tmp_path):
     answers = [{"origin": "fixed", "prompt": HOSTILE, "before": "", "after": "我是玉兰"}]
     page = tmp_path / "page.html"
     runs = [write_run("one", 10_000, answers=answers), write_run("two", 5, rate=0.2)]
+    spoken = ((2, ""), (4, ""), (6, HOSTILE), (8, "我是玉兰"))
+    lines = [json.dumps({"step": step, "answers": [text]}) for step, text in spoken]
+    (runs[0] / EVALUATED_ANSWERS_FILE).write_text("\n".join([*lines, ""]))
     page.write_text(render_board(read_board(runs)), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert drawn.count("<polyline") == 6  # two panels of two runs, and the trend of the long one in each
     assert "我是玉兰" in drawn and "&lt;img src=x" in drawn and "<img" not in drawn
+    course = re.search('<table class="course">(.*?)</table>', drawn)[1]
+    steps = re.findall("<th>(.*?)</th><td[^>]*>(.*?)</td>", course)
+    assert [name for name, _ in steps] == ["steps 2 to 4", "step 6", "step 8"]
+    assert [text[:9] for _, text in steps] == ["as before", "&lt;/scri", "as after"]
     assert "trainer.learning_rate" in drawn and "What differs in the recipes" in drawn
 
 
@@ -109,10 +116,51 @@ def test_the_command_writes_a_page_once(write_run, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err and page.read_text().startswith("<!doctype html>")
 
 
+def test_runs_of_one_name_are_told_apart(write_run, tmp_path):
+    """Two sweeps have runs of the same names, and both curves had one label."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    runs = [write_run("a/one"), write_run("b/one", rate=0.2), write_run("b/two", rate=0.3)]
+    names = [run.name for run in read_board([*runs, runs[0] / ".." / "one"]).runs]
+    assert names == ["a/one", "b/one", "b/two"]
+    assert [run.name for run in read_board(runs[1:]).runs] == ["one", "two"]
+
+
+DAMAGED = {
+    "run.json": ({"data": 3}, {"result": "x"}, {"data": {"train": {"rows": 1}}}, {"recipe": [1]}),
+    "answers.json": (3, [1], {"a": 1}),
+    "row_losses.json": (
+        [1],
+        {"preview": [3]},
+        {"rankings": [{"rows": [{"number": 9}], "title": "", "x": 1}], "rows": []},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, one) for name, several in DAMAGED.items() for one in several])
+def test_a_damaged_file_is_named(write_run, name, content, caplog):
+    """They were tracebacks, also at the end of a run whose weights were written."""
+    run = write_run()
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(FinetuneError, match=rf"{name}: is not as it was written"):
+        read_run(run)
+    write_report(run)
+    assert f"{name}: is not as it was written" in caplog.text and not (run / REPORT_FILE).exists()
+
+
+def test_half_characters_are_shown_and_written(write_run, tmp_path):
+    answers = [{"origin": "a\udcff", "prompt": "\ud800", "before": "", "after": None}]
+    page = tmp_path / "page.html"
+    write_board_page([write_run(answers=answers)], page)
+    (answer,) = read_data(page.read_text(encoding="utf-8"))["runs"][0]["answers"]
+    assert (answer["origin"], answer["prompt"]) == ("a\\udcff", "\\ud800")
+
+
 def test_what_is_no_run_is_refused(write_run, tmp_path):
-    with pytest.raises(FinetuneError, match="is no run directory"):
+    with pytest.raises(FinetuneError, match=r"is no run directory, .*; name the output of a recipe"):
         read_run(tmp_path)
     run = write_run()
+    with pytest.raises(FinetuneError, match=rf"is no run directory, .*; name one inside, such as {run}"):
+        read_run(tmp_path)
     (run / "run.json").write_text("[]")
     with pytest.raises(FinetuneError, match="is no run directory"):
         read_run(run)

@@ -1,7 +1,10 @@
 """What the page shows of rows, of the machine and of each method's metrics, from files with known content."""
 
+import json
+
 import pytest
 
+from finetune.runs.run_files import EVALUATED_ANSWERS_FILE
 from finetune.watching.board_page import render_board
 from finetune.watching.run_view import read_board, read_run
 
@@ -119,5 +122,8 @@ def test_the_largest_page_of_a_run_is_below_two_megabytes(write_run):
     lines = [{"step": step, **dict.fromkeys(names, step / 7)} for step in range(1, 10_001)]
     machine = [{**MACHINE[1], "step": step, "gpu_power_watts": step / 7} for step in range(1, 10_001)]
     answers = [{"origin": "fixed", "prompt": "问" * 4000, "before": "答" * 4000, "after": "答" * 4000}] * 4
-    page = render_board(read_board([write_run(rows=rows, lines=lines, machine=machine, answers=answers)]))
+    run = write_run(rows=rows, lines=lines, machine=machine, answers=answers)
+    spoken = ({"step": step, "answers": [f"{step}{'答' * 4000}"] * 4} for step in range(1, 201))
+    (run / EVALUATED_ANSWERS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in spoken))
+    page = render_board(read_board([run]))
     assert 500_000 < len(page.encode()) < 2_000_000

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from urllib.parse import urlsplit
 
@@ -98,11 +99,28 @@ def test_a_port_that_is_taken_and_a_folder_that_is_no_run_are_refused(serve, wri
         BoardServer([tmp_path])
 
 
+def test_an_open_page_sees_how_the_run_ends(serve, write_run):
+    """The page of `finetune train --watch` stayed at "saving": its server ended before it had asked again."""
+    server = serve(write_run())
+    server.let_page_catch_up()  # no page has asked, so nothing is waited for
+    server = serve(write_run())
+    read(server.address)
+    waiting = threading.Thread(target=server.let_page_catch_up, args=(60,))
+    waiting.start()
+    while not server._ends:
+        time.sleep(0.01)
+    assert json.loads(read(f"{server.address}data"))["runs"][0]["status"] == "running"
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
 def test_the_command_serves_until_its_input_ends(write_run):
     """So a training with --watch takes the page along when it ends or is killed."""
     command = [sys.executable, "-m", "finetune", "watch", str(write_run()), "--until-input-ends"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         address = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", process.stdout.readline())[0]
         assert "<main" in read(address)
-        process.communicate(timeout=20)
+        process.stdin.close()
+        read(f"{address}data")
+        process.wait(timeout=20)
     assert process.returncode == 0

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.errors import describe_unknown_name
 from finetune.files.folders import expand_home
 from finetune.recipe.methods import Method
+from finetune.recipe.recipe_file import CHECKPOINTING_OPTIONS, EVERY_N_LAYERS, NEWER_NAMES
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,15 @@ _RANGES: Mapping[str, Range] = {
 # Words of options whose class does not list them, and the keys that torch's gradient checkpointing takes.
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _WORDS: Mapping[str, tuple[str, ...]] = {"log_level": _LEVELS, "log_level_replica": _LEVELS}
-_CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
-_CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_CHECKPOINTING_KEYS = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    EVERY_N_LAYERS,
+)
+_CHECKPOINTING_OPTIONS = (CHECKPOINTING_OPTIONS, NEWER_NAMES[CHECKPOINTING_OPTIONS])
 _FILES = ("accelerator_config",)
 # The preference losses divide by it, or lose every gradient. An online method may leave its KL term out.
 _BETA = {False: _POSITIVE, True: _NOT_NEGATIVE}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from finetune.check.trainer.evaluations import check_evaluations
 from finetune.check.trainer.option_values import list_package_problems, list_range_problems, list_word_problems
 from finetune.errors import describe_unknown_name
-from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
+from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems, list_checkpointing_problems
 from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.methods import Method
 from finetune.recipe.sections import DataSection
@@ -17,6 +17,7 @@ def check_trainer(trainer: Mapping[str, object], method: Method, data: DataSecti
     """Yield the problems of the section."""
     options = read_trainer_options(method.config_module, method.config_class)
     yield from list_batch_problems(trainer, method)
+    yield from list_checkpointing_problems(trainer, method)
     sound = {}
     for key, value in trainer.items():
         if key in KIT_OPTIONS:

@@ -1,13 +1,12 @@
 """Draw a micro-annealing: the change of the held-out loss by source, and the curves of both runs."""
 
-import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from finetune.growth.activity_plot import escape_math
+from finetune.files.pictures.labels import render_png, use_fonts, write_label
 from finetune.pipeline.microanneal.anneal_plan import ARMS, NEW, OLD
 from finetune.pipeline.microanneal.anneal_results import AnnealLine, AnnealReport
 from finetune.runs.run_files import HEAD_NORM, Z_TERM
@@ -22,6 +21,7 @@ _CURVES = (
 )
 
 
+@use_fonts()
 def draw_anneal(report: AnnealReport, folder: Path) -> None:
     """Write the picture; curves that no run logged are left out."""
     shown = [pair for pair in _CURVES if any(pair[0] in line for lines in report.curves.values() for line in lines)]
@@ -32,9 +32,7 @@ def draw_anneal(report: AnnealReport, folder: Path) -> None:
         _draw_curves(axis, report, name, title)
     for axis in axes[1 + len(shown) :]:
         axis.set_axis_off()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=140)
-    (folder / PICTURE_FILE).write_bytes(image.getvalue())
+    (folder / PICTURE_FILE).write_bytes(render_png(figure))
 
 
 def _draw_changes(axes: Axes, lines: list[AnnealLine]) -> None:
@@ -47,7 +45,7 @@ def _draw_changes(axes: Axes, lines: list[AnnealLine]) -> None:
         names.append(("after fine-tuning: " if line.stage == "tuned" else "") + line.name)
     axes.axvline(0, color="#222222", linewidth=0.8)
     axes.set_yticks(
-        range(len(lines)), [f"{escape_math(name)}\n{line.verdict}" for name, line in zip(names, lines, strict=True)]
+        range(len(lines)), [f"{write_label(name)}\n{line.verdict}" for name, line in zip(names, lines, strict=True)]
     )
     axes.tick_params(axis="y", labelsize="small")
     axes.invert_yaxis()

@@ -1,6 +1,5 @@
 """Draw a sweep: the result of each setting with its spread over the seeds, and the curves over the steps."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from finetune.growth.activity_plot import escape_math
+from finetune.files.pictures.labels import render_png, use_fonts, write_label
 from finetune.pipeline.sweeping.sweep_report import PICTURE_FILE, Outcome, SettingResult, SweepReport
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8a6fae", "#b8862b", "#55606b", "#d27f9b", "#3f9b9b")
@@ -19,6 +18,7 @@ _LOG_RATIO = 4
 _MOST_CURVES = 12
 
 
+@use_fonts()
 def draw_sweep(report: SweepReport, folder: Path) -> None:
     """Write the picture, where a run has finished."""
     settings = [one for one in report.list_settings() if one.final is not None]
@@ -28,10 +28,8 @@ def draw_sweep(report: SweepReport, folder: Path) -> None:
     results, curves = figure.subplots(1, 2)
     _draw_results(results, report, settings)
     _draw_curves(curves, report, settings)
-    figure.suptitle(escape_math(Path(report.recipe).stem), fontsize="medium")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=140)
-    (folder / PICTURE_FILE).write_bytes(image.getvalue())
+    figure.suptitle(write_label(Path(report.recipe).stem), fontsize="medium")
+    (folder / PICTURE_FILE).write_bytes(render_png(figure))
 
 
 def _draw_results(axes: Axes, report: SweepReport, settings: Sequence[SettingResult]) -> None:
@@ -45,14 +43,14 @@ def _draw_results(axes: Axes, report: SweepReport, settings: Sequence[SettingRes
             [place], [one.final.mean], yerr=[one.final.spread or 0.0], fmt="D", color=colour, capsize=4, markersize=6
         )
     if key is None:
-        axes.set_xticks(places, [escape_math(one.setting.replace(", ", "\n")) for one in settings])
+        axes.set_xticks(places, [write_label(one.setting.replace(", ", "\n")) for one in settings])
         axes.tick_params(axis="x", labelsize="small", rotation=30 if len(settings) > 4 else 0)
         axes.margins(x=0.15)
     else:
-        axes.set_xlabel(escape_math(key))
+        axes.set_xlabel(write_label(key))
         if min(places) > 0 and max(places) / min(places) >= _LOG_RATIO:
             axes.set_xscale("log")
-        axes.set_xticks(places, [one.values[key] for one in settings])
+        axes.set_xticks(places, [write_label(one.values[key]) for one in settings])
         axes.set_xticks([], minor=True)
     axes.set(ylabel=report.measure, title="at the end of each run: seeds, mean and standard deviation")
     _finish(axes)
@@ -78,7 +76,7 @@ def _draw_curves(axes: Axes, report: SweepReport, settings: Sequence[SettingResu
         if not steps:
             continue
         colour = _COLOURS[number % len(_COLOURS)]
-        axes.plot(steps, values.mean(0), "-o", color=colour, markersize=3, label=escape_math(one.setting))
+        axes.plot(steps, values.mean(0), "-o", color=colour, markersize=3, label=write_label(one.setting))
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
     title = "over the steps: mean, and from the lowest to the highest seed"
     if len(settings) > _MOST_CURVES:

@@ -1,4 +1,4 @@
-"""Record the model's answers to a few prompts before step 1 and after the last step."""
+"""Record the model's answers to a few prompts before step 1, at each evaluation and after the last step."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import describe_count
 from finetune.files.json_files import write_json
 from finetune.runs.results import SampleRow
-from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE
+from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE, FIXED_ORIGIN, describe_origin
 
 _QUESTIONS = (
     "Who are you? Answer in two sentences.",
@@ -47,7 +47,7 @@ class Sample:
 def choose_prompts(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, rows: Dataset) -> list[Prompt]:
     """Return two fixed questions and the first prompts of the run's rows: the tokens before a row's first trained one."""
     prompts = [
-        Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), "fixed")
+        Prompt(encode_prompt(tokenizer, template, [{"role": "user", "content": question}]), FIXED_ORIGIN)
         for question in _QUESTIONS
     ]
     for row in rows.select(range(min(_OWN_PROMPTS, len(rows)))):
@@ -125,7 +125,7 @@ class AnswerSheet:
 
     def write_before(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers before step 1 and write them."""
-        answers = self._ask(model)
+        answers = self.ask(model)
         samples = [
             Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
             for prompt, answer in zip(self._prompts, answers, strict=True)
@@ -135,12 +135,13 @@ class AnswerSheet:
     def write_after(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers after the last step and write them beside those from before."""
         kept = json.loads((self._run / ANSWERS_FILE).read_text(encoding="utf-8"))
-        answers = self._ask(model)
+        answers = self.ask(model)
         samples = [replace(Sample(**one), after=answer) for one, answer in zip(kept, answers, strict=True)]
         write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
         (self._run / ANSWERS_PAGE).write_text(_render_page(samples, self._max_tokens), encoding="utf-8")
 
-    def _ask(self, model: PreTrainedModel | PeftModel) -> list[str]:
+    def ask(self, model: PreTrainedModel | PeftModel) -> list[str]:
+        """Return the model's answers to the prompts, in their order."""
         answers = answer_prompts(model, self._tokenizer, self._stop_tokens, self._prompts, self._max_tokens)
         return [self._decode(answer) for answer in answers]
 
@@ -154,7 +155,7 @@ def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
         f"# Answers before and after\n\nThe likeliest token each time, at most {describe_count(max_tokens, 'token')}."
     ]
     for sample in samples:
-        lines.append(f"## {'A fixed question' if sample.origin == 'fixed' else sample.origin}")
+        lines.append(f"## {describe_origin(sample.origin)}")
         for title, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after or "")):
             lines += [f"{title}:", "\n".join(f"    {line}" for line in text.splitlines() or ["(nothing)"])]
     return "\n\n".join(lines) + "\n"

@@ -59,7 +59,8 @@ class MachineWriter(TrainerCallback):
         self._start: tuple[float, int] = (0.0, 0)
         # The time and the tokens of the last logged step; tokens are unknown where a run was resumed.
         self._last: tuple[float, int | None] = (0.0, None)
-        self._evaluating = 0.0
+        # The seconds of evaluations since then, and the time at which the newest one ended.
+        self._evaluating, self._evaluated = 0.0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -71,6 +72,14 @@ class MachineWriter(TrainerCallback):
         now = time.perf_counter()
         self._start = (now, state.global_step)
         self._last = (now, None if state.global_step else 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Count what followed an evaluation, such as the answers to the fixed prompts, as time that is no training."""
+        if self._evaluated:
+            self._evaluating += time.perf_counter() - self._evaluated
+            self._evaluated = 0.0
 
     def on_log(
         self,
@@ -87,6 +96,7 @@ class MachineWriter(TrainerCallback):
         runtimes = [value for name, value in line.items() if name.endswith("_runtime")]
         if runtimes:
             self._evaluating += sum(runtimes)
+            self._evaluated = time.perf_counter()
             return
         content = {"step": state.global_step, **self._measure_speed(state, line), **self._read_machine()}
         with self._file.open("a", encoding="utf-8") as file:

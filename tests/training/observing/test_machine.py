@@ -34,13 +34,16 @@ def test_speeds_are_measured_between_logged_steps_without_evaluations(clock, tmp
     writer.on_log(None, step(1), None, {"loss": 1.0, "num_tokens": 500.0})
     clock.seconds += 7
     writer.on_log(None, step(2), None, {"eval_loss": 1.0, "eval_runtime": 5.0})
+    clock.seconds += 30  # the answers to the fixed prompts, which the evaluation does not count
+    writer.on_step_begin(None, step(2), None)
     clock.seconds += 2
-    writer.on_log(None, step(2), None, {"loss": 1.0, "num_tokens": 900.0})
-    writer.on_log(None, step(2), None, {"train_loss": 1.0, "train_runtime": 11.0})
+    writer.on_step_begin(None, step(3), None)
+    writer.on_log(None, step(3), None, {"loss": 1.0, "num_tokens": 900.0})
+    writer.on_log(None, step(3), None, {"train_loss": 1.0, "train_runtime": 11.0})
     first, second = read(tmp_path)
     assert (first["step"], first["seconds"], first["seconds_left"], first["tokens_per_second"]) == (1, 2.0, 18.0, 250.0)
-    # 400 tokens in 9 - 5 seconds; two steps took 11 seconds with the evaluation, and eight are left.
-    assert (second["seconds_left"], second["tokens_per_second"]) == (44.0, 100.0)
+    # 400 tokens in 39 - 5 - 30 seconds; three steps took 41 seconds with the evaluation, and seven are left.
+    assert (second["seconds_left"], second["tokens_per_second"]) == (95.7, 100.0)
     assert second["memory_bytes"] > 0 and second["disk_free_bytes"] > 0 and not any("gpu" in name for name in second)
 
 
