@@ -100,6 +100,8 @@ def _make_folders(output: Path) -> list[Path]:
 
 def remove_made_files(run: Path) -> None:
     """Remove what a run has made in its directory, and the directory where nothing else is left; a user's files stay."""
+    if not run.is_dir():  # somebody removed or renamed it
+        return
     for name in MADE_FILES:
         (run / name).unlink(missing_ok=True)
     for folder in (*(run / name for name in MADE_FOLDERS), *list_trainer_checkpoints(run)):

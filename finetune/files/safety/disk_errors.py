@@ -48,6 +48,8 @@ def translate_os_errors(folder: Path, left: str = "nothing was left there") -> I
         raise
     except Exception as error:
         number = find_number(error, folder)
+        if number == errno.ENOENT and not folder.exists():
+            raise OutputError(f"{folder}: was removed or renamed while it was written to") from error
         if number not in REASONS:
             raise
         where = f" (at {error.filename})" if isinstance(error, OSError) and error.filename else ""
