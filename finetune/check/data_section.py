@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check.trainer.option_values import MOST_PROCESSES
 from finetune.checkpoints.checkpoint_table import is_hub_id
 from finetune.data.formats.row_formats import FORMATS
 from finetune.data.reading.patterns import expand_pattern, has_signs
@@ -54,6 +55,8 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.encoding: {data.encoding!r} is no encoding that Python knows; name one such as gb18030 or utf-16"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
+    if data.workers > MOST_PROCESSES:
+        yield f"data.workers: must be at most {MOST_PROCESSES:,}; found {data.workers}"
 
 
 def _check_tasks(data: DataSection, folder: Path) -> Iterator[str]:

@@ -29,6 +29,10 @@ class Range:
 _POSITIVE = Range("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 _COUNT = Range("at least 1", lambda value: value >= 1)
+# What no machine can hold: beyond it, the first loss or the start of the processes takes all memory before anything is said.
+MOST_PROCESSES = 1024
+_ROWS = Range("at least 1 and at most 1,048,576", lambda value: 1 <= value <= 1 << 20)
+_PROCESSES = Range(f"at least 0 and at most {MOST_PROCESSES:,}", lambda value: 0 <= value <= MOST_PROCESSES)
 _MOMENT = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 _SHARE = Range("between 0 and 1", lambda value: 0 <= value <= 1)
 _TOP_P = Range("above 0, at most 1", lambda value: 0 < value <= 1)
@@ -37,8 +41,6 @@ _RANGES: Mapping[str, Range] = {
     "max_steps": Range("at least 1, or -1 to count epochs", lambda value: value >= 1 or value == -1),
     **dict.fromkeys(
         (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "eval_accumulation_steps",
             "save_total_limit",
@@ -53,6 +55,8 @@ _RANGES: Mapping[str, Range] = {
         ),
         _COUNT,
     ),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ROWS),
+    "dataloader_num_workers": _PROCESSES,
     **dict.fromkeys(("temperature", "repetition_penalty", "discopop_tau"), _POSITIVE),
     **dict.fromkeys(
         ("logging_steps", "eval_steps", "save_steps"),
@@ -68,7 +72,6 @@ _RANGES: Mapping[str, Range] = {
             "adam_epsilon",
             "max_grad_norm",
             "warmup_steps",
-            "dataloader_num_workers",
             "neftune_noise_alpha",
             "eval_delay",
             "dataloader_timeout",
