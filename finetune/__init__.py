@@ -4,6 +4,7 @@ The public functions are imported at their first use, so importing this package 
 """
 
 import importlib
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 # it is imported, transformers when a model is built. Whoever wants that sets USE_HUB_KERNELS=YES; else importing `kernels` fails.
 if os.environ.setdefault("USE_HUB_KERNELS", "NO").upper() not in ("1", "ON", "YES", "TRUE"):
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    # bitsandbytes then advises to install the package, which would not help.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in str(record.msg))
 # torch keeps freed GPU memory in blocks of fixed size, of which a quarter lay idle at 28,672 tokens (benchmarks/gpu.md). Blocks that
 # can grow leave next to nothing idle. Windows has none.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

@@ -1,6 +1,7 @@
 """Nothing is sent anywhere: every verb runs while a guard watches all connections and look-ups of names."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -102,3 +103,10 @@ def test_the_package_that_fetches_native_code_is_not_found_by_programs_that_use_
         env={**environment, **choice, "PYTHONPATH": str(tmp_path)},
     )
     assert done.stdout.strip() == str(is_found), done.stderr
+
+
+def test_nobody_is_told_to_install_a_package_that_is_kept_out(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load %s. Please make sure you already `pip install kernels`", "CPU gemm_4bit_forward")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
