@@ -6,6 +6,9 @@ from finetune.errors import describe_unknown_name
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import LINEAR_LAYERS, TOKEN_TABLES, WHOLE_MODULES, AdapterSection, ModelSection
 
+# Far above the width of any layer; torch fails to take the memory for larger ones in words of its own.
+_MOST_RANK = 1 << 16
+
 
 def check_adapter_section(adapter: AdapterSection, model: ModelSection, head: Head = "language") -> Iterator[str]:
     """Yield the problems of the section, for a base model that is held as `model` says and has the head of the method."""
@@ -36,6 +39,8 @@ def check_adapter_section(adapter: AdapterSection, model: ModelSection, head: He
 def _check_lora(adapter: AdapterSection) -> Iterator[str]:
     if adapter.rank < 1:
         yield f"adapter.rank: must be at least 1; found {adapter.rank}"
+    if adapter.rank > _MOST_RANK:
+        yield f"adapter.rank: must be at most {_MOST_RANK:,}; found {adapter.rank}"
     if adapter.alpha <= 0:
         yield f"adapter.alpha: must be above 0; found {adapter.alpha}"
     if not 0 <= adapter.dropout < 1:

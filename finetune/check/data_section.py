@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.check.trainer.option_values import MOST_PROCESSES
 from finetune.checkpoints.checkpoint_table import is_hub_id
 from finetune.data.formats.row_formats import FORMATS
 from finetune.data.reading.patterns import expand_pattern, has_signs
 from finetune.errors import describe_unknown_name
-from finetune.evaluation.tasks.task_names import TASKS
+from finetune.evaluation.tasks.task_names import (
+    EXEMPLAR_ENDINGS,
+    ROW_ENDINGS,
+    TASKS,
+    describe_unknown_task,
+    describe_wanted,
+    find_in_folder,
+)
 from finetune.files.folders import expand_home
 from finetune.files.resources import list_templates
 from finetune.mixtures.matched import list_unknown_sources
@@ -47,6 +55,8 @@ def check_data_section(data: DataSection, folder: Path) -> Iterator[str]:
         yield f"data.encoding: {data.encoding!r} is no encoding that Python knows; name one such as gb18030 or utf-16"
     if data.workers < 1:
         yield f"data.workers: must be at least 1; found {data.workers}"
+    if data.workers > MOST_PROCESSES:
+        yield f"data.workers: must be at most {MOST_PROCESSES:,}; found {data.workers}"
 
 
 def _check_tasks(data: DataSection, folder: Path) -> Iterator[str]:
@@ -54,7 +64,7 @@ def _check_tasks(data: DataSection, folder: Path) -> Iterator[str]:
     for number, task in enumerate(tasks, 1):
         key = f"data.tasks[{number}]"
         if task.name not in TASKS:
-            yield f"{key}.name: {task.name!r} is {describe_unknown_name(task.name, TASKS, 'an unknown task')}"
+            yield f"{key}.name: {task.name!r} is {describe_unknown_task(task.name)}"
         if task.name in [earlier.name for earlier in tasks[: number - 1]]:
             yield f"{key}.name: {task.name} is named twice; its scores would have one name"
         if task.limit is not None and task.limit < 1:
@@ -64,6 +74,32 @@ def _check_tasks(data: DataSection, folder: Path) -> Iterator[str]:
         for name, file in (("path", task.path), ("exemplars", task.exemplars)):
             if file and find_file(file, folder) is None:
                 yield f"{key}.{name}: {file} does not exist{_suggest_file(file, folder)}"
+        yield from _check_task_folders(task, key, folder)
+
+
+def _check_task_folders(task: TaskSection, key: str, folder: Path) -> Iterator[str]:
+    """Yield a problem for each folder that is named for a task and holds no file of it."""
+    row = TASKS.get(task.name)
+    for name, file, endings in (("path", task.path, ROW_ENDINGS), ("exemplars", task.exemplars, EXEMPLAR_ENDINGS)):
+        found = find_file(file, folder) if file else None
+        if row is None or found is None or not found.is_dir() or (name == "exemplars" and row.shots is None):
+            continue
+        if find_in_folder(row, list(found.iterdir()), endings) is None:
+            yield f"{key}.{name}: {file} {describe_wanted(row, endings)}"
+
+
+def describe_task_sources(data: DataSection) -> Iterator[str]:
+    """Yield a sentence for each task whose rows or exemplars come from the hub, because the recipe names no file of them."""
+    for number, task in enumerate(map(as_task, data.tasks), 1):
+        row = TASKS[task.name]
+        absent = ["path"] * (not task.path) + ["exemplars"] * (not task.exemplars and row.shots is not None)
+        if absent:
+            parts = {
+                "path": "the rows",
+                "exemplars": f"the {row.shots.count if row.shots else 0} exemplars of each prompt",
+            }
+            what = " and ".join(parts[name] for name in absent)
+            yield f"data.tasks[{number}]: {what} of {task.name} are read from the hub ({row.hub.name}); {' and '.join(absent)} would name files"
 
 
 def as_task(task: str | TaskSection) -> TaskSection:

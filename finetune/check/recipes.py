@@ -34,6 +34,8 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
 
 _LONGEST_NAME = 255
+# More than any published checkpoint reads; without a limit an answer that never stops would never end.
+_MOST_ANSWER_TOKENS = 1 << 17
 
 
 def load_recipe(source: str | Path, overrides: str | Sequence[str] = ()) -> ResolvedRecipe:
@@ -137,8 +139,8 @@ def _check_recipe(draft: Draft, earlier: Result | None) -> Iterator[str]:
         yield f"output: there is no user of this name; found {recipe.output}"
     if any(len(part.encode(errors="surrogatepass")) > _LONGEST_NAME for part in Path(recipe.output).parts):
         yield f"output: a name in it is longer than {_LONGEST_NAME} bytes, the most that file systems take; found {recipe.output}"
-    if recipe.answers < 0:
-        yield f"answers: must be a number of tokens, or 0 to keep no answers; found {recipe.answers}"
+    if not 0 <= recipe.answers <= _MOST_ANSWER_TOKENS:
+        yield f"answers: must be a number of tokens, or 0 to keep no answers, at most {_MOST_ANSWER_TOKENS:,}; found {recipe.answers}"
     if recipe.row_losses is not None and recipe.row_losses < 0:
         yield f"row_losses: must be a number of rows, or 0 to measure none; found {recipe.row_losses}"
     if not -(2**31) <= recipe.seed < 2**31:

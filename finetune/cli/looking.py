@@ -57,7 +57,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             raise
         print(escape_json(json.dumps({"ok": False, "problems": error.problems, "recipe": None}, ensure_ascii=False)))
         return USER_ERROR
-    notes = "".join(_describe_mixture(stage.recipe) for stage in chain.trainings)
+    notes = "".join(_describe_mixture(stage.recipe) + _describe_tasks(stage.recipe) for stage in chain.trainings)
     result = {"ok": True, "problems": [], "recipe": to_plain_chain(chain)}
     return print_result(arguments, result, f"{dump_chain(chain)}\n{notes}{arguments.recipe}: fine")
 
@@ -68,6 +68,12 @@ def _describe_mixture(recipe: Recipe) -> str:
 
     mixture = find_mixture(recipe.data.mixture) if recipe.data.mixture else None
     return f"{match_sources(mixture, recipe.data.sources).describe()}\n" if mixture else ""
+
+
+def _describe_tasks(recipe: Recipe) -> str:
+    from finetune.check.data_section import describe_task_sources
+
+    return "".join(f"{line}\n" for line in describe_task_sources(recipe.data))
 
 
 def run_preview(arguments: argparse.Namespace) -> int:

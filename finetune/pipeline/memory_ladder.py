@@ -15,10 +15,10 @@ from finetune.models.engine import find_engine
 from finetune.models.precision import choose_device
 from finetune.planning.apart import plan_apart
 from finetune.planning.automatic import DECIDED, choose_settings, describe_choices
-from finetune.planning.changes import Change, apply_change
+from finetune.planning.changes import Change, apply_change, checkpoint_every_layer
 from finetune.planning.forecast import Plan, check_fits, find_target, make_plan
 from finetune.recipe.batches import AUTO, read_accumulation, read_batch
-from finetune.recipe.recipe_file import ACCUMULATION, BATCH
+from finetune.recipe.recipe_file import ACCUMULATION, BATCH, CHECKPOINTING, CHECKPOINTING_OPTIONS
 from finetune.recipe.sections import Recipe, dump_recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import remove_made_files
@@ -103,8 +103,8 @@ def list_steps_down(resolved: ResolvedRecipe) -> Iterator[Change]:
         yield Change(
             settings, f"a smaller micro-batch size; the effective batch size stays {describe_count(rows, 'row')}"
         )
-    if not recipe.trainer.get("gradient_checkpointing", True):
-        yield Change({"trainer.gradient_checkpointing": True}, "gradient checkpointing")
+    if (more := checkpoint_every_layer(recipe.trainer)) is not None:
+        yield Change(more, "gradient checkpointing of every layer")
     if not recipe.trainer.get("activation_offloading") and torch.cuda.is_available():
         yield Change({"trainer.activation_offloading": True}, "activations wait in the host's memory")
 
@@ -133,7 +133,9 @@ def restore_choices(resolved: ResolvedRecipe) -> ResolvedRecipe:
     if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
         split = {BATCH: read_batch(before), ACCUMULATION: read_accumulation(before)}
         restored = replace(restored, trainer={**restored.trainer, **split})
-    steps = {key: True for key in ("gradient_checkpointing", "activation_offloading") if chosen.get(key) is True}
+    steps = {key: True for key in (CHECKPOINTING, "activation_offloading") if chosen.get(key) is True}
+    if CHECKPOINTING_OPTIONS in chosen:
+        steps[CHECKPOINTING_OPTIONS] = chosen[CHECKPOINTING_OPTIONS]
     return resolved.change(trainer={**restored.trainer, **steps})
 
 

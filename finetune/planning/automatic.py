@@ -1,8 +1,8 @@
 """Choose the settings that `trainer.auto` leaves open, so that a recipe fits the device's memory.
 
 The effective batch size stays as it is. With the smallest micro-batch size, the first of these levels that fits is taken: no
-gradient checkpointing, gradient checkpointing, activation offloading, an 8-bit paged optimizer. Then the micro-batch size is
-raised as far as it fits.
+gradient checkpointing, gradient checkpointing of every fourth, every second and every layer, activation offloading, an 8-bit paged
+optimizer. Then the micro-batch size is raised as far as it fits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,24 +11,34 @@ from typing import Any
 
 from finetune.api_arguments import name_option
 from finetune.errors import MachineError, RecipeError, TrainingError, describe_count
-from finetune.planning.changes import Change
+from finetune.planning.changes import Change, write_setting
 from finetune.planning.forecast import Plan, Target, describe_verdict, make_plan
 from finetune.recipe.batches import AUTO, read_global_batch
-from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH
+from finetune.recipe.recipe_file import (
+    ACCUMULATION,
+    BATCH,
+    CHECKPOINTING,
+    CHECKPOINTING_OPTIONS,
+    EVERY_N_LAYERS,
+    GLOBAL_BATCH,
+)
 from finetune.recipe.trl_options import read_trainer_options
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
-_NO_CHECKPOINTING = {"gradient_checkpointing": False}
-_CHECKPOINTING = {"gradient_checkpointing": True}
+_NO_CHECKPOINTING = {CHECKPOINTING: False}
+_CHECKPOINTING = {CHECKPOINTING: True}
+_FOURTH, _SECOND = ({**_CHECKPOINTING, CHECKPOINTING_OPTIONS: {EVERY_N_LAYERS: every}} for every in (4, 2))
 _OFFLOAD = {**_CHECKPOINTING, "activation_offloading": True}
 _PAGED = {**_OFFLOAD, "optim": "paged_adamw_8bit"}
 _LEVELS: tuple[tuple[Mapping[str, Any], str], ...] = (
     (_NO_CHECKPOINTING, "all activations stay in memory"),
+    (_FOURTH, "gradient checkpointing of every fourth layer"),
+    (_SECOND, "gradient checkpointing of every second layer"),
     (_CHECKPOINTING, "gradient checkpointing"),
     (_OFFLOAD, "activations wait in the host's memory"),
     (_PAGED, "optimizer moments in 8 bits, which rounds them, and paged to the host's memory"),
 )
-DECIDED = (BATCH, ACCUMULATION, *_PAGED)
+DECIDED = (BATCH, ACCUMULATION, CHECKPOINTING_OPTIONS, *_PAGED)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Choice:
 
     def describe(self) -> str:
         """Return the choice as one line for a person."""
-        settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in self.settings.items())
+        settings = ", ".join(f"{key}: {write_setting(value)}" for key, value in self.settings.items())
         saved = f", saves {self.saves_bytes / 1e9:.2f} GB" if self.saves_bytes > 0 else ""
         return f"{settings}: {self.reason}; peak {self.peak_bytes / 1e9:.2f} GB{saved}"
 
@@ -153,6 +163,7 @@ def _list_levels(resolved: ResolvedRecipe, target: Target) -> Iterator[tuple[Map
         if all(said.get(key, value) == value for key, value in settings.items())
         and ("activation_offloading" not in settings or (target.is_gpu and "activation_offloading" in known))
         and (target.engine != "fsdp2" or "optim" not in settings)
+        and not (CHECKPOINTING_OPTIONS in settings and method.toggles_checkpointing)
     ]
     yield from usable or [({}, "as the recipe says")]
 

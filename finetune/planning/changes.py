@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.recipe.batches import read_accumulation, read_batch
+from finetune.recipe.batches import read_accumulation, read_batch, read_checkpointing, read_checkpointing_options
+from finetune.recipe.recipe_file import CHECKPOINTING, CHECKPOINTING_OPTIONS, EVERY_N_LAYERS
 from finetune.recipe.sections import Recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
@@ -21,20 +22,38 @@ class Change:
 
     def describe(self) -> str:
         """Return the change as options of the command line, with its reason."""
-        return f"{' '.join(f'-s {key}={_write(value)}' for key, value in self.settings.items())}: {self.reason}"
+        return f"{' '.join(f'-s {_write(key, value)}' for key, value in self.settings.items())}: {self.reason}"
 
     def describe_effect(self) -> str:
         """Return the change as options with its reason, marked where it alters the training."""
         return f"{self.describe()}{'' if self.keeps_training else ' (alters the training)'}"
 
 
-def _write(value: Any) -> str:
+def write_setting(value: Any) -> str:
+    """Return a value as a recipe and `--set` write it on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {write_setting(inner)}" for key, inner in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool | list) else str(value)
+
+
+def _write(key: str, value: Any) -> str:
+    text = f"{key}={write_setting(value)}"
+    return f"'{text}'" if " " in text else text
 
 
 def is_packed(resolved: ResolvedRecipe) -> bool:
     """Tell whether a row of a batch may hold several documents; attention then needs a mask."""
     return bool(resolved.recipe.trainer.get("packing")) or resolved.method.is_pretraining
+
+
+def checkpoint_every_layer(trainer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the settings that give every layer gradient checkpointing, or None where every layer has it."""
+    every = read_checkpointing(trainer)
+    if every == 0:
+        return {f"trainer.{CHECKPOINTING}": True}
+    if every == 1:
+        return None
+    return {f"trainer.{CHECKPOINTING_OPTIONS}": {**read_checkpointing_options(trainer), EVERY_N_LAYERS: 1}}
 
 
 def list_changes(resolved: ResolvedRecipe, *, has_gpu: bool, can_stream: bool) -> Iterator[Change]:
@@ -49,11 +68,8 @@ def list_changes(resolved: ResolvedRecipe, *, has_gpu: bool, can_stream: bool) -
         yield Change(
             {f"trainer.{key}": value for key, value in rows.items()}, "micro-batch size 1, same effective batch size"
         )
-    if not trainer.get("gradient_checkpointing", True):
-        yield Change(
-            {"trainer.gradient_checkpointing": True},
-            "stores one tensor per layer; the backward pass computes the other activations again",
-        )
+    if (more := checkpoint_every_layer(trainer)) is not None:
+        yield Change(more, "stores one tensor per layer; the backward pass computes the other activations again")
     if method.is_online:
         half = max(int(resolved.read_option("max_completion_length")) // 2, _SHORTEST_ROW)
         yield Change({"trainer.max_completion_length": half}, "shorter answers", keeps_training=False)

@@ -1,11 +1,12 @@
 """Estimate how long a step takes: its floating point operations, divided by a card's published rate times an assumed utilisation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.planning.hardware import UTILISATION, Card
-from finetune.recipe.batches import read_accumulation, read_batch
+from finetune.recipe.batches import read_accumulation, read_batch, read_checkpointing
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 
@@ -34,17 +35,17 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
     """Count the tokens and floating point operations of one step; `scorings` are forward passes beyond those of its method.
 
     A matrix of n weights costs 2n operations a token in the forward pass, 2n for the gradient of its input, and 2n for the
-    gradient of its weights where they are trained. With gradient checkpointing, layers run forward twice. Attention over rows of
+    gradient of its weights where they are trained. With gradient checkpointing, layers run forward twice, or every n-th of them. Attention over rows of
     s tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The loss computes its
     logits a second time for their gradient. A pair is two texts. A reference model adds one forward pass over every text.
 
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """
     recipe, trains_all = resolved.recipe, resolved.trains_all_weights
-    checkpointed = 1 if recipe.trainer.get("gradient_checkpointing", True) else 0
-    length = recipe.data.max_tokens
+    length, every = recipe.data.max_tokens, read_checkpointing(recipe.trainer)
     linear, table, width = count_matrix_weights(sizes)
     layers = int(sizes["num_hidden_layers"])
+    checkpointed = math.ceil(layers / every) / layers if every else 0.0
     trained_rows = trains_all or recipe.adapter.trains_tables
     for_linear = 2 * linear * (2 + checkpointed + (1 if trains_all else 0))
     for_attention = 2 * length * width * layers * (1 + checkpointed + 2.5)

@@ -4,9 +4,19 @@ With `trainer.auto: true` the kit picks the first two, and other settings that d
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from finetune.recipe.methods import Method
-from finetune.recipe.recipe_file import ACCUMULATION, BATCH, GLOBAL_BATCH, read_split_option
+from finetune.recipe.recipe_file import (
+    ACCUMULATION,
+    BATCH,
+    CHECKPOINTING,
+    CHECKPOINTING_OPTIONS,
+    EVERY_N_LAYERS,
+    GLOBAL_BATCH,
+    NEWER_NAMES,
+    read_split_option,
+)
 from finetune.recipe.sections import Recipe
 
 # Keys of the section trainer that belong to the kit and not to the trainer's configuration class. In the resolved recipe the
@@ -15,6 +25,33 @@ AUTO = "auto"
 EARLY_STOPPING = "early_stopping_patience"
 KIT_OPTIONS = (AUTO, GLOBAL_BATCH, EARLY_STOPPING)
 DEFAULT_GLOBAL_BATCH = 32
+
+
+def read_checkpointing(trainer: Mapping[str, Any]) -> int:
+    """Return n where every n-th layer has gradient checkpointing, and 0 where none has."""
+    if not _read_by_either_name(trainer, CHECKPOINTING, True):
+        return 0
+    return int(read_checkpointing_options(trainer).get(EVERY_N_LAYERS, 1))
+
+
+def read_checkpointing_options(trainer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return transformers' options for gradient checkpointing; a value of another type is a problem that others find."""
+    options = _read_by_either_name(trainer, CHECKPOINTING_OPTIONS)
+    return options if isinstance(options, Mapping) else {}
+
+
+def _read_by_either_name(trainer: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    return trainer.get(name, trainer.get(NEWER_NAMES[name], default))
+
+
+def list_checkpointing_problems(trainer: Mapping[str, Any], method: Method) -> Iterator[str]:
+    """Yield the problems with gradient checkpointing of every n-th layer."""
+    every = read_checkpointing_options(trainer).get(EVERY_N_LAYERS, 1)
+    key = f"trainer.{CHECKPOINTING_OPTIONS}.{EVERY_N_LAYERS}"
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        yield f"{key}: must be a whole number above 0; found {every!r}"
+    elif every > 1 and method.toggles_checkpointing:
+        yield f"{key}: {method.name} has gradient checkpointing of all layers or none; remove this key"
 
 
 def read_batch(recipe: Recipe) -> int:

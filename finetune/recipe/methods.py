@@ -81,6 +81,11 @@ class Method:
         """Whether the model writes the answers that it is trained on, so that a row is only a prompt."""
         return self.shape == "prompt"
 
+    @property
+    def toggles_checkpointing(self) -> bool:
+        """Whether the trainer switches gradient checkpointing off, and on for all layers (TRL 1.16: disable_gradient_checkpointing)."""
+        return self.has_reference or self.is_online
+
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
     # Two checkpoints are enough to resume from, and do not fill a laptop's disk.

@@ -19,6 +19,17 @@ from finetune.recipe.yaml_loader import TYPE_NAMES, describe_value, load_recipe_
 
 # transformers' options for the micro-batch size and the accumulation steps.
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+# transformers' options for gradient checkpointing; of the second one, the key for every n-th layer.
+CHECKPOINTING, CHECKPOINTING_OPTIONS, EVERY_N_LAYERS = (
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "every_n_layers",
+)
+# The names that transformers 5 gave these options; recipes use those that people know, and may use these.
+NEWER_NAMES: Mapping[str, str] = {
+    CHECKPOINTING: "activation_checkpointing",
+    CHECKPOINTING_OPTIONS: "activation_checkpointing_kwargs",
+}
 # The kit's own option for the effective batch size.
 GLOBAL_BATCH = "global_batch"
 # The source of content that stands in no recipe file.
@@ -132,7 +143,7 @@ def _open_split(trainer: dict[str, Any]) -> None:
         return  # the check of the trainer's options reports it
     if {BATCH, ACCUMULATION} & set(trainer):
         trainer.setdefault(GLOBAL_BATCH, batch * accumulation)
-    for key in (BATCH, ACCUMULATION, "gradient_checkpointing"):
+    for key in (BATCH, ACCUMULATION, CHECKPOINTING, CHECKPOINTING_OPTIONS):
         trainer.pop(key, None)
 
 
@@ -148,7 +159,7 @@ def read_section(section: type[Any], content: Mapping[str, Any], prefix: str, pr
         try:
             values[key] = _convert(value, hints[key], name, problems)
         except _MismatchError as mismatch:
-            problems.append(f"{name}: must be {mismatch}; found {describe_value(value)}")
+            problems.append(f"{name}: must be {mismatch}; found {mismatch.found or describe_value(value)}")
     return section(**values)
 
 
@@ -158,7 +169,11 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 class _MismatchError(Exception):
-    """A value does not have the type of its key; the text names that type."""
+    """A value does not have the type of its key; the text names that type, and `found` the part of the value that does not have it."""
+
+    def __init__(self, expected: str, found: str = "") -> None:
+        super().__init__(expected)
+        self.found = found
 
 
 def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
@@ -192,13 +207,14 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 def _convert_tuple(value: Any, member: Any, name: str, problems: list[str]) -> tuple[Any, ...]:
     # One file or one module need not be written as a list.
-    values = value if isinstance(value, list) else [value]
-    try:
-        return tuple(
-            _convert_item(item, member, f"{name}[{number}].", problems) for number, item in enumerate(values, 1)
-        )
-    except _MismatchError as mismatch:
-        raise _MismatchError(f"{mismatch}, or a list of such") from None
+    values, converted = value if isinstance(value, list) else [value], []
+    for number, item in enumerate(values, 1):
+        try:
+            converted.append(_convert_item(item, member, f"{name}[{number}].", problems))
+        except _MismatchError as mismatch:
+            found = f"{describe_value(item)} as entry {number} of the list" if isinstance(value, list) else ""
+            raise _MismatchError(f"{mismatch}, or a list of such", found) from None
+    return tuple(converted)
 
 
 def _convert_mapping(value: Any, member: Any, name: str, problems: list[str]) -> dict[str, Any]:
@@ -221,7 +237,10 @@ def _convert_item(value: Any, member: Any, prefix: str, problems: list[str]) -> 
     section = next((kind for kind in members if dataclasses.is_dataclass(kind)), None)
     if section is not None and isinstance(value, dict):
         return read_section(section, value, prefix, problems)  # type: ignore[arg-type]
-    return _convert_scalar(value, members[0])
+    try:
+        return _convert_scalar(value, members[0])
+    except _MismatchError as mismatch:
+        raise _MismatchError(f"{mismatch} or {TYPE_NAMES[dict]}" if section is not None else str(mismatch)) from None
 
 
 def _convert_scalar(value: Any, member: Any) -> Any:

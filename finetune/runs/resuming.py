@@ -25,7 +25,7 @@ from finetune.runs.run_files import (
     find_result_folder,
     list_trainer_checkpoints,
 )
-from finetune.runs.trainer_checkpoints import find_complete_checkpoint
+from finetune.runs.trainer_checkpoints import check_name, find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def _make_folders(output: Path) -> list[Path]:
 
 def remove_made_files(run: Path) -> None:
     """Remove what a run has made in its directory, and the directory where nothing else is left; a user's files stay."""
+    if not run.is_dir():  # somebody removed or renamed it
+        return
     for name in MADE_FILES:
         (run / name).unlink(missing_ok=True)
     for folder in (*(run / name for name in MADE_FOLDERS), *list_trainer_checkpoints(run)):
@@ -160,6 +162,7 @@ def find_resume_point(recipe: Recipe, run: Path) -> Path:
         raise TrainingError(
             f"{run}: this run was stopped before its first checkpoint; remove the folder and start again without {name_option('--resume')}"
         )
+    check_name(checkpoint)
     logger.info("resuming %s from %s", run, checkpoint.name)
     return checkpoint
 

@@ -68,7 +68,8 @@ def find_result_folder(run: Path) -> Path | None:
 def list_trainer_checkpoints(run: Path) -> list[Path]:
     """Return the folders `checkpoint-<step>` of a run, the newest first, complete or not."""
     return sorted(
-        (path for path in run.glob("checkpoint-*") if read_step(path) >= 0), key=lambda path: -read_step(path)
+        (path for path in run.glob("checkpoint-*") if read_step(path) >= 0 and path.is_dir()),
+        key=lambda path: -read_step(path),
     )
 
 

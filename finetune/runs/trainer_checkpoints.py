@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any
 from finetune.errors import TrainingError
 from finetune.files.json_files import read_regular_text
 from finetune.files.safety.manifests import find_damage
-from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints
+from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints, read_step
 
 # Reading more than this again would delay the start of a large run; the manifest has compared it already.
 _MOST_STATE_BYTES = 1 << 30
@@ -32,6 +33,42 @@ def find_complete_checkpoint(run: Path) -> Path | None:
             return checkpoint
         logger.warning("%s is not whole (%s); trying an earlier checkpoint", checkpoint.name, damage)
     return None
+
+
+def remove_older_checkpoints(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the checkpoints of a run with the lowest steps, so that `limit` are left; the newest and the best ones stay.
+
+    The trainer goes by the time of each folder: where a clock is late or a folder was copied, it removes what it has just saved,
+    and it counts every folder `checkpoint-…`, also one that a person made. Source: `rotate_checkpoints`, transformers 5.23.
+    """
+    found = list_trainer_checkpoints(run)
+    kept = {checkpoint.name for checkpoint in found[:1]} | ({Path(best).name} if best else set())
+    spare = [checkpoint for checkpoint in found if checkpoint.name not in kept]
+    if limit is not None and limit > 0:
+        for checkpoint in spare[max(0, limit - (len(found) - len(spare))) :]:
+            remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint of a run; of one that lies elsewhere, only the link to it."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def check_name(checkpoint: Path) -> None:
+    """Check that a whole checkpoint is the one that its name says.
+
+    Raises:
+        TrainingError: it was renamed, or is a copy of another.
+    """
+    step, _ = read_last_step(checkpoint)
+    if step != read_step(checkpoint):
+        raise TrainingError(
+            f"{checkpoint}: holds step {step}, so it was renamed, or is a copy of another; give it the name checkpoint-{step}, or another "
+            "name if there is such a folder"
+        )
 
 
 def read_last_step(checkpoint: Path) -> tuple[int, int]:

@@ -45,6 +45,7 @@ from finetune.training.journal.processes import (
     list_state_files,
 )
 from finetune.training.journal.run_record import RunRecord, complete_record, leave_nothing_before_step_one
+from finetune.training.journal.safeguards import BaseWatch
 from finetune.training.journal.summarising import describe_work, summarise_run
 from finetune.training.observing.evaluated_answers import AnswerWriter
 from finetune.training.observing.measured_rows import MEASURES, RowSheet, SheetLimits, count_measured
@@ -88,6 +89,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
         tasks = plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer)
         setup = prepare(resolved, config, precision)
+        watch = BaseWatch(setup.base) if device.type == "cpu" or resolved.recipe.model.stream_layers else None
         check_same_rows(setup.rows_fingerprint, setup.base_fingerprint)
         if checkpoint is not None:
             _check_same_run(setup)
@@ -96,8 +98,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
                 trained = build_model(setup, config, device, resumes=checkpoint is not None)
             inputs = MethodInputs(setup.states, trained.judge)
             trainer = build_trainer(resolved, trained.model, trained.tokenizer, setup.splits, precision, inputs)
-            trainer.add_callback(CheckpointOrigin(setup))  # before a checkpoint is sealed
-            add_journal(trainer, resolved.output)
+            for callback in (CheckpointOrigin(setup), *([watch] if watch else [])):  # before a checkpoint is sealed
+                trainer.add_callback(callback)
+            add_journal(trainer, resolved.output, chooses_interval="logging_steps" not in resolved.recipe.trainer)
             _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
             record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
@@ -105,8 +108,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()
-                for sheet in sheets if checkpoint is None else ():
-                    sheet.write_before(trained.model)
+                with translate_os_errors(resolved.output):
+                    for sheet in sheets if checkpoint is None else ():
+                        sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
         summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)

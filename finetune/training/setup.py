@@ -1,7 +1,6 @@
 """Prepare what a run needs before its trainer is built: base checkpoint, tokenizer, template, rows, and the model to train."""
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from finetune.training.online import bind_template, set_stop_tokens
 from finetune.training.pretraining.packed_training import find_states
 from finetune.training.training_rows import load_rows
 from finetune.yulan.states.optimizer_states import OptimizerStates
-from finetune.yulan.tokenizer_files import copy_tokenizer, describe_lost_legacy
+from finetune.yulan.tokenizer_files import describe_lost_legacy, make_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +99,9 @@ def prepare(resolved: ResolvedRecipe, config: TrainingArguments, precision: Prec
     folder = find_tokenizer_folder(resolved.earlier, base)
     if (lost := describe_lost_legacy(folder)) is not None:
         logger.warning("%s: %s", folder, lost)
-    files = _read_tokenizer(folder, template)
-    return Setup(resolved, precision, base, tokenizer, template, splits, states, fingerprint, files)
-
-
-def _read_tokenizer(folder: Path, template: ChatTemplate) -> dict[str, bytes]:
-    """Return the files of a tokenizer with the run's template, as they are written into a result."""
     check_links(folder)
-    with tempfile.TemporaryDirectory() as copy:
-        copy_tokenizer(folder, Path(copy), template.source)
-        return {file.name: file.read_bytes() for file in Path(copy).iterdir()}
+    files = make_tokenizer_files(folder, template.source)  # as they are written into a result
+    return Setup(resolved, precision, base, tokenizer, template, splits, states, fingerprint, files)
 
 
 def build_model(

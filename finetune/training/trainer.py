@@ -23,12 +23,12 @@ from finetune.models.precision import Precision
 from finetune.models.reference_model import settle_reference
 from finetune.recipe.batches import EARLY_STOPPING, KIT_OPTIONS
 from finetune.recipe.methods import Method
-from finetune.recipe.recipe_file import BATCH, read_split_option
+from finetune.recipe.recipe_file import BATCH, NEWER_NAMES, read_split_option
 from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.held_out_loss import average_over_rows, average_over_tokens
-from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar
+from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar, ShortRunLogging
 from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.observing.machine import MachineWriter
@@ -48,10 +48,6 @@ from finetune.yulan.states.optimizer_states import OptimizerStates
 # What TRL and transformers raise about their options. Other errors are faults of a program.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AssertionError)
 _BETAS = frozenset({"adam_beta1", "adam_beta2"})
-_RENAMED_OPTIONS = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,14 @@ def _set_callbacks(trainer: Trainer, resolved: ResolvedRecipe, rewards: AnswerRe
             trainer.add_callback(PromptOrder())
 
 
-def add_journal(trainer: Trainer, run: Path) -> None:
-    """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory."""
+def add_journal(trainer: Trainer, run: Path, *, chooses_interval: bool = False) -> None:
+    """Let the trainer show a progress bar, keep the run safe, and write every logged step into the run directory.
+
+    `chooses_interval`: the recipe does not say how often to log, so that a short run may log more often.
+    """
     guard_reporters(trainer)
+    if chooses_interval:
+        trainer.add_callback(ShortRunLogging())
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
@@ -158,8 +159,8 @@ def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision)
     """
     recipe, method = resolved.recipe, resolved.method
     options = {key: value for key, value in recipe.trainer.items() if key not in KIT_OPTIONS}
-    # Recipes use the names that people know. transformers 5 renamed these options, and warns where TRL's defaults use the old name.
-    for old, new in _RENAMED_OPTIONS.items():
+    # transformers warns where TRL's defaults use the old name.
+    for old, new in NEWER_NAMES.items():
         if old in options:
             options[new] = options.pop(old)
     for name in _BETAS.intersection(options):  # torch refuses a whole number, which YAML makes of `0`

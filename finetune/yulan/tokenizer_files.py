@@ -35,9 +35,19 @@ _BLANK = re.compile(r"\s*")
 
 
 def copy_tokenizer(source: Path, folder: Path, template: str | None = None) -> None:
-    """Copy a checkpoint's tokenizer files, without the references to code that some carry.
+    """Copy a checkpoint's tokenizer files, as `make_tokenizer_files` makes them.
 
-    With a `template`, it is the only one that is written, in both places where programs look for it: whatever templates the
+    Raises:
+        CheckpointError: `tokenizer_config.json` is damaged.
+    """
+    for name, content in make_tokenizer_files(source, template).items():
+        (folder / name).write_bytes(content)
+
+
+def make_tokenizer_files(source: Path, template: str | None = None) -> dict[str, bytes]:
+    """Return a checkpoint's tokenizer files by name, without the references to code that some carry.
+
+    With a `template`, it is the only one that they hold, in both places where programs look for it: whatever templates the
     checkpoint has are left out.
 
     Raises:
@@ -48,12 +58,11 @@ def copy_tokenizer(source: Path, folder: Path, template: str | None = None) -> N
         files[TEMPLATE_FILE] = template.encode()
         if _CONFIG_FILE in files:
             files[_CONFIG_FILE] = add_keys(files[_CONFIG_FILE].decode(), {_TEMPLATE_KEY: template}).encode()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    return files
 
 
 def read_tokenizer_files(folder: Path, *, keeps_template: bool = False) -> dict[str, bytes]:
-    """Return the content of a folder's tokenizer files by name, as `copy_tokenizer` writes them.
+    """Return the content of a folder's tokenizer files by name, as they are copied.
 
     Raises:
         CheckpointError: `tokenizer_config.json` is damaged.

@@ -157,7 +157,7 @@ MIXTURES = {
     ),
     "sources: {web: pairs.jsonl}": "data.mixture: is missing; data.sources needs a published mixture, such as phase25",
     "mixture: phase1, sources: {web: pair.jsonl}": "data.sources.web: pair.jsonl does not exist; pairs.jsonl does",
-    "mixture: phase1, sources: {web: 3}": "data.sources.web: must be text; found 3",
+    "mixture: phase1, sources: {web: 3}": "data.sources.web: must be text or a section of keys and values; found 3",
     "mixture: phase1, sources: {wbe: pairs.jsonl}": "data.sources.wbe: unknown; did you mean 'web'?",
     "mixture: phase1, sources: {ioccc: pairs.jsonl}": "data.sources.ioccc: phase1 has no such data; it is in phase25",
     "mixture: phase1, sources: {web: {path: pairs.jsonl, weight: 2}}": "data.sources.web: takes no weight and no number",

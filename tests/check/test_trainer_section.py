@@ -37,10 +37,24 @@ def find_problem(make_recipe, tmp_path):
         ("trainer.gradient_accumulation_steps=0", "must be at least 1; found 0"),
         ("trainer.learning_rate=-1e-4", "must be at least 0; found -0.0001"),
         ("trainer.adam_beta1=1.5", "must be at least 0 and below 1; found 1.5"),
-        ("trainer.save_steps=0", "must be above 0; found 0"),
+        ("trainer.save_steps=0", "must be a whole number of steps, or a share of the run below 1; found 0"),
+        (
+            "trainer.per_device_train_batch_size=999999999999999",
+            "must be at least 1 and at most 1,048,576; found 999999999999999",
+        ),
+        ("trainer.dataloader_num_workers=100000", "must be at least 0 and at most 1,024; found 100000"),
+        ("data.workers=100000", "must be at most 1,024; found 100000"),
+        ("adapter.rank=99999999999999999999", "must be at most 65,536; found 99999999999999999999"),
+        ("answers=99999999999999999999", "at most 131,072; found 99999999999999999999"),
+        ("trainer.eval_steps=1.5", "must be a whole number of steps, or a share of the run below 1; found 1.5"),
+        ("trainer.dataloader_prefetch_factor=2", "set dataloader_num_workers too"),
         ("trainer.pad_to_multiple_of=0", "must be at least 1; found 0"),
         ("trainer.log_level=loud", "'loud' is unknown"),
         ("trainer.gradient_checkpointing_kwargs={foo: 1}", "foo: unknown key"),
+        (
+            "trainer.gradient_checkpointing_kwargs={every_n_layers: 0}",
+            "every_n_layers: must be a whole number above 0; found 0",
+        ),
         ("trainer.accelerator_config=gone.json", "there is no file gone.json"),
         ("trainer.load_best_model_at_end=true", "needs evaluations"),
         ("trainer.early_stopping_patience=2", "needs load_best_model_at_end: true"),
@@ -49,7 +63,9 @@ def find_problem(make_recipe, tmp_path):
 )
 def test_values_that_no_run_can_have(find_problem, setting, expected):
     overrides = (
-        ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=epoch"] if setting.endswith("patience=0") else []
+        ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch"]
+        if setting.endswith("patience=0")
+        else []
     )
     key = setting.partition("=")[0]
     problem = find_problem(setting, *overrides)

@@ -21,6 +21,7 @@ from finetune.files.safety import manifests
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.files.safety.locks import LOCK_FILE, lock_folder
 from finetune.files.safety.manifests import MANIFEST_FILE, find_damage, write_manifest
+from finetune.runs.resuming import remove_made_files
 
 # Holds the lock of a folder until its standard input ends.
 HOLD = """
@@ -265,6 +266,16 @@ def test_libraries_that_hide_the_number_of_an_error_are_understood(tmp_path, siz
         pytest.skip("no /dev/full on this system")
     with pytest.raises(OutputError, match="cannot be written"), translate_os_errors(tmp_path):
         torch.save({"a": torch.zeros(size)}, "/dev/full")
+
+
+def test_a_folder_that_somebody_removes_is_one_message(tmp_path):
+    """A run whose folder was removed or renamed ended in a traceback, out of the removal of what it had written."""
+    gone = tmp_path / "run"
+    with pytest.raises(OutputError, match="was removed or renamed while it was written to"), translate_os_errors(gone):
+        (gone / "metrics.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError), translate_os_errors(tmp_path):
+        (tmp_path / "gone" / "metrics.jsonl").write_text("")
+    remove_made_files(gone)
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(tmp_path):

@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
@@ -222,6 +223,19 @@ def test_a_data_set_that_cannot_be_read(hub, fault, sentence):
     with pytest.raises(DataError) as refused:
         [list(rows) for _, rows in read_source(Source(HubDataset("someone/rows", fault.error or "x")))]
     assert sentence in str(refused.value)
+
+
+def test_a_data_set_of_a_hub_that_is_away_costs_the_tries_of_the_kit_only(hub, monkeypatch, no_waiting):
+    """The library then tried again six times on its own, for 20 seconds, with eleven lines on standard error."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:1 cannot be reached .* or download its files"):
+        [list(rows) for _, rows in read_source(Source(HubDataset("someone/rows", revision="a" * 40)))]
+    assert no_waiting == [1, 3]
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n'

@@ -105,7 +105,9 @@ def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch
     monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
-        training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))
+        training,
+        "add_journal",
+        lambda trainer, run, **given: (build(trainer, run, **given), trainer.add_callback(Stop())),
     )
     assert call("--candidate", "sums.jsonl", *COMMON, "-o", "win")[0] == 130
     monkeypatch.setattr(training, "add_journal", build)
@@ -210,6 +212,17 @@ def test_held_out_rows_in_the_candidate_are_not_trained(texts):
     held_ids = {tuple(row.token_ids) for row in rows.held_out}
     assert not held_ids & {tuple(ids) for ids in read_rows(rows.find_file("new"))}
     assert [row.source for row in rows.held_out] == ["stories"] * 12 + ["sums"] * 12
+
+
+def test_a_text_of_two_sources_is_held_out_of_both(texts):
+    """The first source was trained on what was held out of the second, which was drawn later."""
+    write_texts("both.jsonl", [f"x = {number}; print(x)" for number in range(200)])
+    Path("twin.jsonl").write_bytes(Path("both.jsonl").read_bytes())
+    sources = "data.train=[{path: both.jsonl}, {path: twin.jsonl}]"
+    rows = prepare_anneal_rows(plan_anneal(request(overrides=(sources, "data.held_out=3"))))
+    held = {tuple(row.token_ids) for row in rows.held_out if row.counted}
+    assert len(held) > 3  # other texts are drawn of each
+    assert not held & {tuple(ids) for ids in read_rows(rows.find_file("old"))}
 
 
 def test_a_source_that_is_used_up_is_read_again_and_not_without_end(texts):

@@ -72,6 +72,18 @@ def test_every_combination_is_trained_with_every_seed_on_the_same_rows(make_reci
     assert {run.setting for run in one} == {"targets=[q_proj,v_proj]", "targets=[all-linear]"}
 
 
+def test_long_values_that_begin_alike_are_two_settings(make_recipe, tmp_path):
+    """Both were cut to one name, and their seeds were averaged as those of one setting."""
+    lists = [
+        "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj]",
+        "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+    ]
+    runs = plan(make_recipe, tmp_path, f"adapter.targets={','.join(lists)}")
+    assert [run.setting for run in runs] == [f"targets={value}" for value in lists]
+    runs = plan(make_recipe, tmp_path, f"adapter.targets=[q_proj],{lists[1]}")
+    assert [run.setting for run in runs] == ["targets=[q_proj]", "targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,…"]
+
+
 def test_the_held_out_rows_of_all_seeds_are_those_of_the_first(make_recipe, tmp_path):
     runs = plan(make_recipe, tmp_path, "data.eval=[]", "data.held_out=4", seeds=2)
     held = [prepare_rows(run.resolved)[1].evaluation["origin"] for run in runs]
@@ -138,7 +150,9 @@ def test_a_stopped_sweep_continues_to_the_same_table_and_a_failed_run_is_named(
     monkeypatch.setattr(training, "write_report", lambda run: None)
     build = training.add_journal
     monkeypatch.setattr(
-        training, "add_journal", lambda trainer, run: (build(trainer, run), trainer.add_callback(Stop()))
+        training,
+        "add_journal",
+        lambda trainer, run, **given: (build(trainer, run, **given), trainer.add_callback(Stop())),
     )
     assert call(*arguments)[0] == 130
     monkeypatch.setattr(training, "add_journal", build)

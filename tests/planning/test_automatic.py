@@ -13,10 +13,13 @@ from finetune.errors import MachineError, RecipeError, TrainingError
 from finetune.pipeline.memory_ladder import list_steps_down, restore_choices, train_within_memory
 from finetune.planning import automatic
 from finetune.planning.automatic import choose_settings
+from finetune.planning.changes import apply_change
 from finetune.planning.forecast import Plan, Target
+from finetune.recipe.batches import read_checkpointing
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, read_recipe
 from finetune.recipe.sections import dump_recipe
 
+EVERY_4TH, EVERY_2ND = ({"gradient_checkpointing_kwargs": {"every_n_layers": every}} for every in (4, 2))
 AUTO = ("sft_lora", "adapter.train_tokens=[]", "trainer.auto=true", "trainer.global_batch=12")
 
 
@@ -32,11 +35,12 @@ def make_auto(make_recipe):
 
 @pytest.fixture
 def plan_by_formula(monkeypatch):
-    """Plan 100 bytes, and a row's: 80 kept, 20 where layers run twice, 5 where they are offloaded; less for 8-bit states."""
+    """Plan 100 bytes, and a row's: 80 kept, 20 where all layers run twice, 5 where they are offloaded; less for 8-bit states."""
 
     def plan(recipe, target):
         trainer = recipe.recipe.trainer
-        a_row = 5 if trainer.get("activation_offloading") else 20 if trainer["gradient_checkpointing"] else 80
+        every = read_checkpointing(trainer)
+        a_row = 5 if trainer.get("activation_offloading") else 80 - (60 // every if every else 0)
         fixed = 50 if "8bit" in str(trainer.get("optim", "")) else 100
         peak = fixed + a_row * trainer["per_device_train_batch_size"]
         values = dict.fromkeys(Plan.__dataclass_fields__, None)
@@ -55,7 +59,9 @@ def plan_by_formula(monkeypatch):
         ),
         (430, {"gradient_checkpointing": False, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
         (180, {"gradient_checkpointing": False, "per_device_train_batch_size": 1}),
-        (179, {"gradient_checkpointing": True, "per_device_train_batch_size": 3}),
+        (179, {"gradient_checkpointing": True, **EVERY_4TH, "per_device_train_batch_size": 1}),
+        (164, {"gradient_checkpointing": True, **EVERY_2ND, "per_device_train_batch_size": 1}),
+        (149, {"gradient_checkpointing": True, "per_device_train_batch_size": 2}),
         (119, {"activation_offloading": True, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}),
         (104, {"activation_offloading": True, "optim": "paged_adamw_8bit", "per_device_train_batch_size": 6}),
     ],
@@ -152,8 +158,15 @@ def test_a_split_that_the_recipe_makes_is_kept(make_auto, plan_by_formula):
     assert (recipe.recipe.trainer[BATCH], recipe.recipe.trainer[ACCUMULATION]) == (2, 6)
     assert [choice.settings for choice in choices] == [
         {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True, **EVERY_4TH},
+        {"gradient_checkpointing": True, **EVERY_2ND},
         {"gradient_checkpointing": True},
     ]
+    assert (
+        choices[1]
+        .describe()
+        .startswith("gradient_checkpointing: true, gradient_checkpointing_kwargs: {every_n_layers: 4}: ")
+    )
     with pytest.raises(
         RecipeError, match=r"global_batch: is 12, but .* make an effective batch size of 24 with 2 processes"
     ):
@@ -239,6 +252,12 @@ def test_a_run_that_stepped_down_goes_on_as_it_is(make_recipe, tmp_path):
     saved = recipe.change_trainer(**smaller)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(saved.recipe), encoding="utf-8")
     assert restore_choices(recipe) == saved
+    some = recipe.change_trainer(gradient_checkpointing=True, **EVERY_2ND)
+    (step,) = (change for change in list_steps_down(some) if "checkpointing" in change.reason)
+    assert step.describe().startswith("-s 'trainer.gradient_checkpointing_kwargs={every_n_layers: 1}': ")
+    saved = apply_change(some, step).change_trainer(**{BATCH: 2, ACCUMULATION: 4})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(saved.recipe), encoding="utf-8")
+    assert restore_choices(some) == saved
     other = recipe.change_trainer(**{ACCUMULATION: 3})
     assert restore_choices(other).recipe.trainer[ACCUMULATION] == 3  # another number of rows is another run
 

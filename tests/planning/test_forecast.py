@@ -104,6 +104,8 @@ def test_work_follows_what_is_trained(make_recipe):
     assert full.flops == int(tokens * (6 * linear + 3.5 * attention + 8 * table))
     lora = count("sft_lora", "adapter.train_tokens=[]")
     assert lora.flops == int(tokens * (6 * linear + 4.5 * attention + 6 * table))  # layers again, weights not
+    some = count("sft_lora", "adapter.train_tokens=[]", "trainer.gradient_checkpointing_kwargs={every_n_layers: 4}")
+    assert some.flops == int(tokens * (4.5 * linear + 3.75 * attention + 6 * table))  # a quarter of the layers again
     time = estimate_time(full, find_card("A100"))
     assert time.seconds_per_step == pytest.approx(full.flops / (312e12 * UTILISATION))
     assert time.tokens_per_second == pytest.approx(tokens / time.seconds_per_step)

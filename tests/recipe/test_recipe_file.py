@@ -81,9 +81,27 @@ def test_every_problem_is_listed_at_once(write):
         "data: must be a section of keys and values; found 3",
         "adapter.rank: must be a whole number; found 1.5",
         "adapter.dora: must be true or false; found 'yes'",
-        "adapter.train_tokens: must be a whole number, or a list of such; found a list of 2",
+        "adapter.train_tokens: must be a whole number, or a list of such; found 'x' as entry 2 of the list",
         "adapter.alpha: must be a number; found true",
         "seed: must be a whole number; found '7'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tasks", "found"),
+    [
+        ("[null]", "nothing as entry 1 of the list"),
+        ("[lambada, 3]", "3 as entry 2 of the list"),
+        ("[[lambada]]", "a list of 1 as entry 1 of the list"),
+        ("null", "nothing"),
+        ("true", "true"),
+    ],
+)
+def test_a_wrong_entry_of_a_list_is_named(write, tasks, found):
+    """`tasks: [null]` was refused with "found a list of 1", and the form with keys was not named."""
+    draft = read_recipe(write(f"data: {{train: a.jsonl, tasks: {tasks}}}\n"))
+    assert draft.problems == (
+        f"data.tasks: must be text or a section of keys and values, or a list of such; found {found}",
     )
 
 

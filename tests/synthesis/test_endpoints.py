@@ -155,10 +155,11 @@ def test_half_a_character_is_no_answer(make_endpoint, server):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_is_one_message_without_the_key(make_endpoint, server, monkeypatch, status):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
-    server.script = lambda times, body: (status, {}, b"Incorrect key: sk-very-secret")
+    server.script = lambda times, body: (status, {}, b"Incorrect key: sk-very-secret" + b" \x1b[31m" * 2000)
     with pytest.raises(EndpointError, match=rf"answered with status {status}: Incorrect key: \*\*\*") as error:
         list(make_endpoint(key_variable="MY_KEY").ask_all(ask(3)))
     assert "secret" not in str(error.value)
+    assert len(str(error.value)) < 400  # of a long reply the beginning is shown
     assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
 
 

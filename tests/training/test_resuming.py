@@ -20,6 +20,7 @@ from finetune.runs.results import open_result
 from finetune.runs.resuming import check_same_recipe
 from finetune.runs.trainer_checkpoints import check_states, find_complete_checkpoint
 from finetune.training import run as run_module
+from finetune.training.journal import safeguards
 from finetune.training.journal.safeguards import SignalWatch
 from finetune.training.pretraining.packed_training import find_states
 from finetune.training.run import run_training
@@ -259,6 +260,38 @@ def test_a_base_that_vanishes_during_the_run_does_not_cost_the_result(make_recip
     run_training(recipe)
     assert open_result(recipe.output).lineage.base == str(base)
     assert (recipe.output / "adapter" / "tokenizer.json").read_bytes() == (nano_llama / "tokenizer.json").read_bytes()
+
+
+def test_a_base_that_is_written_over_during_the_run_ends_it(make_recipe, nano_llama, tmp_path, monkeypatch):
+    """Weights are read from their file when they are needed: the run went on with other ones, and ended with exit 0."""
+    base = shutil.copytree(nano_llama, tmp_path / "base")
+    weights = base / "model.safetensors"
+    saves = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.max_steps=3", "answers=0", "row_losses=0"]
+    recipe = make_recipe("run", f"model.checkpoint={base}", *saves)
+    seal = safeguards.CheckpointSeal.on_save
+
+    def seal_then_write_over(callback, args, state, control, **kwargs):
+        seal(callback, args, state, control, **kwargs)
+        if state.global_step == 1:
+            weights.touch()  # the content is as before, so the run goes on
+        if state.global_step == 2:
+            weights.write_bytes(bytes(weights.stat().st_size))
+
+    monkeypatch.setattr(safeguards.CheckpointSeal, "on_save", seal_then_write_over)
+    with pytest.raises(TrainingError, match=r"model\.safetensors: was written over while the run read it"):
+        run_training(recipe)
+    assert find_complete_checkpoint(recipe.output).name == "checkpoint-2"
+    assert not (recipe.output / "adapter").exists()
+
+
+def test_a_base_that_is_replaced_by_another_file_stays_as_it_was(nano_llama, tmp_path):
+    base = shutil.copytree(nano_llama, tmp_path / "base")
+    watch = safeguards.BaseWatch(base)
+    (tmp_path / "new").write_bytes(b"other weights")
+    (tmp_path / "new").replace(base / "model.safetensors")
+    watch.on_save(None, None, None)
+    shutil.rmtree(base)
+    watch.on_train_end(None, None, None)
 
 
 def test_a_second_run_into_one_output_is_refused_and_removes_nothing(make_recipe, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.errors import describe_unknown_name
 from finetune.files.folders import expand_home
 from finetune.recipe.methods import Method
+from finetune.recipe.recipe_file import CHECKPOINTING_OPTIONS, EVERY_N_LAYERS, NEWER_NAMES
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Range:
 _POSITIVE = Range("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 _COUNT = Range("at least 1", lambda value: value >= 1)
+# What no machine can hold: beyond it, the first loss or the start of the processes takes all memory before anything is said.
+MOST_PROCESSES = 1024
+_ROWS = Range("at least 1 and at most 1,048,576", lambda value: 1 <= value <= 1 << 20)
+_PROCESSES = Range(f"at least 0 and at most {MOST_PROCESSES:,}", lambda value: 0 <= value <= MOST_PROCESSES)
 _MOMENT = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 _SHARE = Range("between 0 and 1", lambda value: 0 <= value <= 1)
 _TOP_P = Range("above 0, at most 1", lambda value: 0 < value <= 1)
@@ -36,8 +41,6 @@ _RANGES: Mapping[str, Range] = {
     "max_steps": Range("at least 1, or -1 to count epochs", lambda value: value >= 1 or value == -1),
     **dict.fromkeys(
         (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "eval_accumulation_steps",
             "save_total_limit",
@@ -52,8 +55,15 @@ _RANGES: Mapping[str, Range] = {
         ),
         _COUNT,
     ),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _ROWS),
+    "dataloader_num_workers": _PROCESSES,
+    **dict.fromkeys(("temperature", "repetition_penalty", "discopop_tau"), _POSITIVE),
     **dict.fromkeys(
-        ("logging_steps", "eval_steps", "save_steps", "temperature", "repetition_penalty", "discopop_tau"), _POSITIVE
+        ("logging_steps", "eval_steps", "save_steps"),
+        Range(
+            "a whole number of steps, or a share of the run below 1",
+            lambda value: value > 0 and (value < 1 or value % 1 == 0),
+        ),
     ),
     **dict.fromkeys(
         (
@@ -62,7 +72,6 @@ _RANGES: Mapping[str, Range] = {
             "adam_epsilon",
             "max_grad_norm",
             "warmup_steps",
-            "dataloader_num_workers",
             "neftune_noise_alpha",
             "eval_delay",
             "dataloader_timeout",
@@ -89,8 +98,15 @@ _RANGES: Mapping[str, Range] = {
 # Words of options whose class does not list them, and the keys that torch's gradient checkpointing takes.
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _WORDS: Mapping[str, tuple[str, ...]] = {"log_level": _LEVELS, "log_level_replica": _LEVELS}
-_CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
-_CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_CHECKPOINTING_KEYS = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    EVERY_N_LAYERS,
+)
+_CHECKPOINTING_OPTIONS = (CHECKPOINTING_OPTIONS, NEWER_NAMES[CHECKPOINTING_OPTIONS])
 _FILES = ("accelerator_config",)
 # The preference losses divide by it, or lose every gradient. An online method may leave its KL term out.
 _BETA = {False: _POSITIVE, True: _NOT_NEGATIVE}

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from finetune.check.trainer.evaluations import check_evaluations
 from finetune.check.trainer.option_values import list_package_problems, list_range_problems, list_word_problems
 from finetune.errors import describe_unknown_name
-from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems
+from finetune.recipe.batches import KIT_OPTIONS, list_batch_problems, list_checkpointing_problems
 from finetune.recipe.foreign_names import describe_unknown_option
 from finetune.recipe.methods import Method
 from finetune.recipe.sections import DataSection
@@ -16,6 +17,7 @@ def check_trainer(trainer: Mapping[str, object], method: Method, data: DataSecti
     """Yield the problems of the section."""
     options = read_trainer_options(method.config_module, method.config_class)
     yield from list_batch_problems(trainer, method)
+    yield from list_checkpointing_problems(trainer, method)
     sound = {}
     for key, value in trainer.items():
         if key in KIT_OPTIONS:
@@ -33,38 +35,9 @@ def check_trainer(trainer: Mapping[str, object], method: Method, data: DataSecti
     yield from list_range_problems(sound, method)
     yield from list_word_problems(sound)
     yield from list_package_problems(sound)
-    yield from _check_best(trainer, data)
-
-
-def _check_best(trainer: Mapping[str, object], data: DataSection) -> Iterator[str]:
-    """Yield why the best checkpoint cannot be chosen: there is nothing to measure, or nothing to go back to."""
-    wants = [key for key in ("load_best_model_at_end", "early_stopping_patience") if trainer.get(key)]
-    if wants and not data.eval and not data.held_out:
-        yield f"trainer.{wants[0]}: needs held-out rows to measure; set data.eval or data.held_out"
-    if trainer.get("load_best_model_at_end") and trainer.get("eval_strategy") == "no":
-        yield "trainer.load_best_model_at_end: needs evaluations; set eval_strategy and save_strategy to steps or epoch, or remove this key"
-    if trainer.get("load_best_model_at_end") and (steps := _find_uneven_steps(trainer)) is not None:
-        yield (
-            "trainer.load_best_model_at_end: the best step can be one whose weights are not saved, since evaluations come every {} steps "
-            "and checkpoints every {}; set eval_steps and save_steps to the same number".format(*steps)
-        )
-    if "early_stopping_patience" in trainer and not trainer.get("load_best_model_at_end"):
-        yield (
-            "trainer.early_stopping_patience: needs load_best_model_at_end: true, so that the run ends with its best weights; set "
-            "that, and eval_strategy and save_strategy to the same word"
-        )
-
-
-def _find_uneven_steps(trainer: Mapping[str, object]) -> tuple[object, object] | None:
-    """Return how often a run evaluates and how often it saves, where it does both by steps and not at the same ones.
-
-    Source of the defaults: `SFTConfig` of TRL, and `TrainingArguments` of transformers, where evaluations follow `logging_steps`.
-    """
-    if (trainer.get("eval_strategy"), trainer.get("save_strategy", "steps")) != ("steps", "steps"):
-        return None
-    evaluates = trainer.get("eval_steps", trainer.get("logging_steps", 10))
-    saves = trainer.get("save_steps", 500)
-    return None if evaluates == saves else (evaluates, saves)
+    yield from check_evaluations(trainer, data)
+    if "dataloader_prefetch_factor" in sound and not trainer.get("dataloader_num_workers"):
+        yield "trainer.dataloader_prefetch_factor: has no effect without processes that load rows; set dataloader_num_workers too, or remove this key"
 
 
 def _check_words(key: str, value: object, known: Sequence[object]) -> Iterator[str]:

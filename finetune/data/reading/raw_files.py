@@ -10,7 +10,15 @@ from typing import Any
 
 from finetune.data.reading.arrow_rows import RawRow, read_arrow, read_parquet
 from finetune.data.reading.json_lists import HUGE_NUMBER, ROW_DECODER, JsonList, UnusableJsonError
-from finetune.data.reading.text_lines import COMPRESSIONS, UTF8, NumberedLine, read_lines, read_lines_or_faults
+from finetune.data.reading.text_lines import (
+    COMPRESSIONS,
+    OLD_LINE_ENDS,
+    UTF8,
+    NumberedLine,
+    ends_as_on_old_macs,
+    read_lines,
+    read_lines_or_faults,
+)
 from finetune.errors import DataError, Place
 
 
@@ -134,7 +142,8 @@ def _parse_json(line: str, place: Place) -> dict[str, Any] | DataError:
     except RecursionError:
         return DataError("is nested too deeply", place)
     except json.JSONDecodeError as error:
-        return DataError(f"broken JSON ({error.msg}, column {error.colno})", place)
+        hint = f"; {OLD_LINE_ENDS}" if ends_as_on_old_macs(line) else ""
+        return DataError(f"broken JSON ({error.msg}, column {error.colno}){hint}", place)
     except ValueError:
         return DataError(HUGE_NUMBER, place)
 
@@ -156,7 +165,9 @@ def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRo
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"broken CSV ({error})", place) from error
+            # A cell may hold carriage returns; that the reader stops at one means that nothing quotes it.
+            fault = OLD_LINE_ENDS if "new-line character" in str(error) else f"broken CSV ({error})"
+            raise DataError(fault, place) from error
         if cells is None:
             return
         if not cells:

@@ -12,6 +12,7 @@ from datasets import Dataset, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
+from finetune.compat import read_cache_only
 from finetune.data.reading.arrow_rows import RawRow, list_rows
 from finetune.data.reading.data_folders import choose_files, list_files
 from finetune.data.reading.raw_files import read_file
@@ -181,7 +182,8 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
         away = f"{error}, or download its files and give their path"
         commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
     try:
-        return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
+        with read_cache_only(bool(away)):
+            return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
     except Exception as error:  # those of the connection's library have no common class with the system's
         fault = away or _explain_refusal(error, asked)  # the library says less about a hub that is away
         if fault is None:

@@ -19,6 +19,19 @@ _MOST_UNPACKED, _MOST_TIMES = 1 << 28, 200
 # The first that fits is most often right; a person sees the text and decides.
 _OTHER_ENCODINGS = ("gb18030", "big5", "shift_jis", "euc_kr")
 _SHOWN = 16
+# The marks of UTF-32 come first, because one of them begins as one of UTF-16.
+_MARKS: Mapping[str, tuple[bytes, ...]] = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+# Encodings of two and four bytes a character, with the bytes of its unit that are zero where a character is ASCII.
+_WIDE: Mapping[str, tuple[int, tuple[int, ...]]] = {
+    "utf-32-le": (4, (1, 2, 3)),
+    "utf-32-be": (4, (0, 1, 2)),
+    "utf-16-le": (2, (1,)),
+    "utf-16-be": (2, (0,)),
+}
+OLD_LINE_ENDS = "its lines end with CR only, as on old Macs; save the file with LF or CRLF as line ends"
 
 NumberedLine = tuple[int, str | DataError]
 
@@ -47,7 +60,14 @@ def read_lines_or_faults(path: Path, encoding: str = UTF8, most: int | None = No
             yield from enumerate(_split_lines(_decode_blocks(path, encoding), "\n", path, most), 1)
             return
         offset = 0
-        for number, line in enumerate(_split_lines(_read_blocks(path), b"\n", path, most), 1):
+        blocks = _read_blocks(path)
+        first = next(blocks, b"")
+        if wide := _find_wide(first):
+            raise DataError(
+                f"looks like {wide} text without a byte-order mark; set data.encoding: {wide}, or save the file as UTF-8",
+                Place(str(path)),
+            )
+        for number, line in enumerate(_split_lines(itertools.chain([first], blocks), b"\n", path, most), 1):
             yield number, _decode(line, path, number, offset)
             offset += len(line) + 1
     except (pyarrow.ArrowInvalid, OSError, EOFError) as error:
@@ -101,6 +121,24 @@ def _decode_blocks(path: Path, encoding: str) -> Iterator[str]:
         is_first = False
 
 
+def _find_wide(head: bytes) -> str | None:
+    """Return the encoding of several bytes a character that a text without a mark has, by the zero bytes of its first two.
+
+    A row begins with two ASCII characters, and so does nearly every other text. In UTF-8 a zero byte is no part of a text.
+    """
+    for name, (size, zeros) in _WIDE.items():
+        units = head[: 2 * size]
+        has_zeros = all((byte == 0) == (place % size in zeros) for place, byte in enumerate(units))
+        if len(units) == 2 * size and has_zeros and _fits(head, name):
+            return name
+    return None
+
+
+def ends_as_on_old_macs(line: str) -> bool:
+    """Tell whether what was read as one line holds several that end with a carriage return alone."""
+    return "\r" in line.rstrip("\r\n")
+
+
 def _decode(line: bytes, path: Path, number: int, offset: int) -> str | DataError:
     try:
         return line.decode("utf-8-sig" if number == 1 else UTF8)
@@ -134,8 +172,8 @@ def _list_encodings(path: Path) -> tuple[str, ...]:
     compression = COMPRESSIONS.get(path.suffix.lower())
     with pyarrow.input_stream(str(path), compression=compression) as stream:
         head = stream.read(_BLOCK_BYTES)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return ("utf-16",)
+    if marked := next((name for name, marks in _MARKS.items() if head.startswith(marks)), None):
+        return (marked,)
     lost = head.decode(UTF8, "replace")
     if lost.count("\ufffd") < sum(not character.isascii() for character in lost) / 2:
         return ()  # a few bytes are wrong in a file that is UTF-8

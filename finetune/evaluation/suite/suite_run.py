@@ -11,8 +11,9 @@ import numpy
 
 from finetune.evaluation.asking.asked_model import AskedModel
 from finetune.evaluation.suite.suite_model import make_suite_model
-from finetune.evaluation.suite.suite_tasks import PREFIX, Suite
+from finetune.evaluation.suite.suite_tasks import Suite
 from finetune.evaluation.tasks.task_forms import Protocol
+from finetune.evaluation.tasks.task_names import SUITE_PREFIX
 from finetune.evaluation.tasks.task_results import SampleFile, TaskResult
 from finetune.files.json_files import write_text
 from finetune.files.safety.disk_errors import translate_os_errors
@@ -79,7 +80,7 @@ def _read_result(label: str, found: Mapping[str, Any], protocol: Protocol, file:
     counts = found["n-samples"]
     inside = found["group_subtasks"].get(label, [label])
     n = sum(int(counts[one]["effective"]) for one in _list_leaves(inside, found["group_subtasks"]) if one in counts)
-    return TaskResult(f"{PREFIX}{label}", protocol, n, metric, stderr, None, str(file) if file.is_file() else "")
+    return TaskResult(f"{SUITE_PREFIX}{label}", protocol, n, metric, stderr, None, str(file) if file.is_file() else "")
 
 
 def _list_leaves(names: list[str], groups: Mapping[str, list[str]]) -> list[str]:

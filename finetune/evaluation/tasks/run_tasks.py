@@ -88,8 +88,10 @@ def _check_likelihoods(asked: AskedModel, prepared: Sequence[PreparedTask]) -> N
         raise EndpointError(f"--tasks: {needing[0]}: {NO_LIKELIHOODS}")
 
 
-def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
-    """Read the rows and the exemplars of all tasks.
+def prepare_tasks(
+    settings: TaskSettings, options: tuple[str, str] = ("--task-data", "--exemplars")
+) -> list[PreparedTask]:
+    """Read the rows and the exemplars of all tasks. A message names the `options` by which a person gives these files.
 
     Raises:
         FinetuneError: a task is unknown, or its rows cannot be used.
@@ -97,8 +99,8 @@ def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
     prepared = []
     for form in find_forms(settings.tasks, settings.protocol):
         task = TASKS[form.task]
-        rows = read_task_rows(task, settings.data, len(settings.tasks) == 1)
-        exemplars = read_exemplars(task, form.shots, settings.exemplars)
+        rows = read_task_rows(task, settings.data, len(settings.tasks) == 1, options[0])
+        exemplars = read_exemplars(task, form.shots, settings.exemplars, options[1])
         notes = (form.shots.missing,) if form.shots and not exemplars else ()
         prepared.append(PreparedTask(form, rows, exemplars, min(len(rows), settings.limit or len(rows)), notes))
     return prepared

@@ -12,13 +12,15 @@ from finetune.data.reading.raw_files import has_known_ending
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import HubDataset, Source
 from finetune.errors import DataError, Place
-from finetune.evaluation.tasks.task_forms import Shots
-from finetune.evaluation.tasks.task_names import Task
+from finetune.evaluation.tasks.task_names import (
+    EXEMPLAR_ENDINGS,
+    ROW_ENDINGS,
+    Shots,
+    Task,
+    describe_wanted,
+    find_in_folder,
+)
 from finetune.files.folders import expand_home
-
-# In a folder, the rows of a task lie in a file of its name, alone or with one of these behind it.
-_EXEMPLAR_ENDINGS = ("_train", "-train", "_exemplars", "_prompt", "")
-_ENDINGS = ("", "_test", "-test", "_eval", "_openai", "_openai_test")
 
 # MBPP shows and runs the first three tests of a row.
 LEAST_TEXTS = 3
@@ -40,8 +42,10 @@ def read_task_rows(task: Task, data: Path | None, is_only_task: bool, option: st
     return _read_rows(_find_file(task, expand_home(data), is_only_task), task, what)
 
 
-def read_exemplars(task: Task, shots: Shots | None, file: Path | None) -> Rows:
+def read_exemplars(task: Task, shots: Shots | None, file: Path | None, option: str = "--exemplars") -> Rows:
     """Read the exemplars of a task from a file or from a folder that holds those of several tasks, or from the hub where the protocol takes them from there.
+
+    A message names `option`, by which a person gives `file`.
 
     Raises:
         DataError: they cannot be read, a row lacks a column, or there are too few.
@@ -50,11 +54,9 @@ def read_exemplars(task: Task, shots: Shots | None, file: Path | None) -> Rows:
         return []
     if file is not None:
         path = expand_home(file)
-        rows = _read_rows(
-            _find_in_folder(task, path, _EXEMPLAR_ENDINGS) if path.is_dir() else path, task, "an exemplar"
-        )
+        rows = _read_rows(_find_in_folder(task, path, EXEMPLAR_ENDINGS) if path.is_dir() else path, task, "an exemplar")
     elif shots.hub_split is not None:
-        rows = _read_hub(replace(task.hub, split=shots.hub_split), task, "an exemplar", "--exemplars")
+        rows = _read_hub(replace(task.hub, split=shots.hub_split), task, "an exemplar", option)
     else:
         return []
     if len(rows) < shots.count:
@@ -78,16 +80,14 @@ def _find_file(task: Task, data: Path, is_only_task: bool) -> Path:
                 Place(str(data)),
             )
         return data
-    return _find_in_folder(task, data, _ENDINGS)
+    return _find_in_folder(task, data, ROW_ENDINGS)
 
 
 def _find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path:
-    wanted = [f"{task.name}{ending}" for ending in endings]
-    files = {file.name.split(".")[0].lower(): file for file in sorted(folder.iterdir()) if has_known_ending(file)}
-    for stem in wanted:
-        if stem in files:
-            return files[stem]
-    raise DataError(f"holds no file of {task.name}, such as {wanted[0]}.jsonl or {wanted[1]}.jsonl", Place(str(folder)))
+    found = find_in_folder(task, [file for file in folder.iterdir() if has_known_ending(file)], endings)
+    if found is None:
+        raise DataError(describe_wanted(task, endings), Place(str(folder)))
+    return found
 
 
 def _read_hub(dataset: HubDataset, task: Task, what: str, option: str) -> Rows:

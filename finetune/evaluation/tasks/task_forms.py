@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.evaluation.asking.generation import Generation
 from finetune.evaluation.sandbox.programs import Program, Verdict
+from finetune.evaluation.tasks.task_names import Shots
 
 Protocol = Literal["harness", "authors"]
 Row = Mapping[str, Any]
@@ -61,15 +62,6 @@ class Measure:
     percent: float | None = 100.0
     is_right_or_wrong: bool = True
     is_published: bool = True
-
-
-@dataclass(frozen=True)
-class Shots:
-    """How many exemplars stand before a question; they have its columns, and `hub_split` is where they come from by default."""
-
-    count: int
-    hub_split: str | None
-    missing: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 
-from finetune.errors import FinetuneError, describe_unknown_name
+from finetune.errors import FinetuneError
 from finetune.evaluation.asking.generation import Generation
 from finetune.evaluation.tasks.rules import gsm8k, humaneval, lambada, mbpp
 from finetune.evaluation.tasks.task_forms import (
     Measure,
     Protocol,
-    Shots,
     TaskForm,
     average,
     average_in_percent,
     perplexity,
 )
-from finetune.evaluation.tasks.task_names import TASKS
+from finetune.evaluation.tasks.task_names import GSM8K_SHOTS, MBPP_SHOTS, TASKS, Shots, describe_unknown_task
 
 _NO_EXEMPLARS = (
     "no exemplars are named (--exemplars FILE), so the prompts hold none; the published scores were made with 7"
@@ -51,7 +50,7 @@ FORMS: tuple[TaskForm, ...] = (
             Measure("flexible", "flexible_correct", average),
         ),
         Generation(max_new_tokens=256, stops=("Question:", "</s>", "<|im_end|>")),
-        Shots(gsm8k.HARNESS_SHOTS, hub_split="train"),
+        GSM8K_SHOTS,
     ),
     TaskForm(
         "gsm8k",
@@ -87,7 +86,7 @@ FORMS: tuple[TaskForm, ...] = (
         mbpp.score,
         (Measure("pass@1", "passed", average),),
         Generation(max_new_tokens=256, stops=("[DONE]",)),
-        Shots(mbpp.SHOTS, hub_split="prompt"),
+        MBPP_SHOTS,
         runs_code=True,
     ),
 )
@@ -101,7 +100,7 @@ def find_forms(names: Sequence[str], protocol: Protocol) -> list[TaskForm]:
     """
     for name in names:
         if name not in TASKS:
-            raise FinetuneError(f"--tasks: {name!r} is {describe_unknown_name(name, TASKS, 'an unknown task')}")
+            raise FinetuneError(f"--tasks: {name!r} is {describe_unknown_task(name)}")
     if not names:
         raise FinetuneError(f"--tasks: names no task; known are {', '.join(TASKS)}")
     forms = {(form.task, form.protocol): form for form in FORMS}

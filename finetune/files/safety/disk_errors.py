@@ -22,6 +22,7 @@ REASONS = {
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.ENOTEMPTY: "another process wrote it at the same time",
     errno.EEXIST: "another process wrote it at the same time",
+    errno.EISDIR: "a folder has the name of a file",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EFBIG: "the file is larger than this system allows",
 }
@@ -47,6 +48,8 @@ def translate_os_errors(folder: Path, left: str = "nothing was left there") -> I
         raise
     except Exception as error:
         number = find_number(error, folder)
+        if number == errno.ENOENT and not folder.exists():
+            raise OutputError(f"{folder}: was removed or renamed while it was written to") from error
         if number not in REASONS:
             raise
         where = f" (at {error.filename})" if isinstance(error, OSError) and error.filename else ""
@@ -77,6 +80,10 @@ def translate_damaged_states(checkpoint: Path) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, EOFError, IsADirectoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_READER.search(repr(error)) is None:
+            raise
+        if (
+            isinstance(error, OSError) and Path(error.filename or checkpoint).parent != checkpoint
+        ):  # of another file of the run
             raise
         raise TrainingError(
             f"{checkpoint}: the states of its optimizer, scheduler or random numbers cannot be read ({type(error).__name__}); "

@@ -122,34 +122,32 @@ def hash_content(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@dataclass
+class _Drawn:
+    """The texts of a source: `held` of them are kept apart, `texts` are trained on, so many tokens in each run as `wanted` says."""
+
+    named: NamedSource
+    name: str
+    counted: bool
+    share: float
+    wanted: Mapping[str, int]
+    held: list[Tokens]
+    texts: list[Tokens]
+
+
 def _write_rows(
     plan: AnnealPlan, old: Sequence[NamedSource], new: Sequence[NamedSource], folder: Path, identity: str
 ) -> None:
     """Draw and write all rows: every source gives its tokens to the run of the old mixture, to that with the candidate, or to both."""
     drawer, share = SourceDrawer.open(plan), plan.request.share
     held = [HeldOutRow(source, ids) for source, ids in drawer.read_held_out()]
-    quotas = [(named, True, {OLD: named.share, NEW: named.share * (1 - share)}) for named in old]
-    quotas += [(named, False, {NEW: named.share * share}) for named in new]
+    shares = [(named, True, {OLD: named.share, NEW: named.share * (1 - share)}) for named in old]
+    shares += [(named, False, {NEW: named.share * share}) for named in new]
+    drawn = [_draw(plan, drawer, *one) for one in shares]
+    held += [HeldOutRow(one.name, ids, one.counted) for one in drawn for ids in one.held]
     rows: dict[str, list[Tokens]] = {OLD: [], NEW: []}
-    accounts = []
-    for named, counted, shares in quotas:
-        wanted = {arm: math.ceil(plan.tokens * part) for arm, part in shares.items()}
-        texts = drawer.draw(named, math.ceil(max(wanted.values()) * (1 + _share_held_out(plan))))
-        count = 0
-        if not drawer.settings.evaluation:
-            count = _count_held_out(plan, texts)
-            name = named.name if counted else CANDIDATE
-            held += [HeldOutRow(name, ids, counted) for ids in texts[:count]]
-            texts = texts[count:]
-        kept = _leave_out_held(texts, held)
-        tokens = sum(map(len, kept))
-        for arm, number in wanted.items():
-            _check_epochs(named, tokens, number, kept_apart=count)
-            rows[arm] += _repeat(kept, number, drawer.seed)
-        epochs = {arm: number / tokens for arm, number in wanted.items()}
-        own = sum(row.source == (named.name if counted else CANDIDATE) for row in held)
-        part = named.share if counted else named.share * share
-        accounts.append(SourceAccount(named.name, part, len(kept), tokens, own, len(texts) - len(kept), epochs))
+    # Only when all sources are drawn it is known which texts are held out; a text may stand in several sources.
+    accounts = [_share_out(one, held, rows, drawer.seed) for one in drawn]
     limit = plan.reading.recipe.data.max_tokens
     cut = sum(len(row.token_ids) > limit for row in held)
     held = [HeldOutRow(row.source, row.token_ids[:limit], row.counted) for row in held if len(row.token_ids) > 1]
@@ -164,6 +162,34 @@ def _write_rows(
         "held_out": [asdict(row) for row in held],
     }
     write_json(folder / _REPORT_FILE, written)
+
+
+def _draw(
+    plan: AnnealPlan, drawer: SourceDrawer, named: NamedSource, counted: bool, shares: Mapping[str, float]
+) -> _Drawn:
+    """Draw the texts of a source, and keep some apart where the recipe names no held-out rows."""
+    wanted = {arm: math.ceil(plan.tokens * part) for arm, part in shares.items()}
+    texts = drawer.draw(named, math.ceil(max(wanted.values()) * (1 + _share_held_out(plan))))
+    count = 0 if drawer.settings.evaluation else _count_held_out(plan, texts)
+    name = named.name if counted else CANDIDATE
+    part = named.share if counted else named.share * plan.request.share
+    return _Drawn(named, name, counted, part, wanted, texts[:count], texts[count:])
+
+
+def _share_out(drawn: _Drawn, held: Sequence[HeldOutRow], rows: Mapping[str, list[Tokens]], seed: int) -> SourceAccount:
+    """Append the tokens of a source to the rows of the runs, without any text that is held out.
+
+    Raises:
+        DataError: the source holds too little.
+    """
+    kept = _leave_out_held(drawn.texts, held)
+    tokens = sum(map(len, kept))
+    for arm, number in drawn.wanted.items():
+        _check_epochs(drawn.named, tokens, number, kept_apart=len(drawn.held))
+        rows[arm].extend(_repeat(kept, number, seed))
+    epochs = {arm: number / tokens for arm, number in drawn.wanted.items()}
+    own = sum(row.source == drawn.name for row in held)
+    return SourceAccount(drawn.named.name, drawn.share, len(kept), tokens, own, len(drawn.texts) - len(kept), epochs)
 
 
 def _share_held_out(plan: AnnealPlan) -> float:

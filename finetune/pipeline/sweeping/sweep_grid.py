@@ -55,9 +55,8 @@ def plan_sweep(recipe: Path, overrides: Sequence[str], seeds: int, output: Path)
     given = {key: ",".join(values) for key, values in map(_read_override, overrides) if key != "seed"}
     names = _name_keys(tuple(given))
     runs: list[SweptRun] = []
-    for combination in itertools.product(*varied.values()):
-        values = dict(zip(varied, combination, strict=True))
-        setting = _name_setting(values, _name_keys(tuple(varied))) or "as the recipe says"
+    combinations = [dict(zip(varied, one, strict=True)) for one in itertools.product(*varied.values())]
+    for values, setting in zip(combinations, _name_settings(combinations), strict=True):
         own = [*fixed, *(f"{key}={value}" for key, value in values.items())]
         # Keys of one value are part of the name: a sweep with fewer values then finds the runs of one with more.
         folder = output / RUNS_FOLDER / _name_folder({**given, **values}, names)
@@ -162,6 +161,15 @@ def _name_keys(keys: Sequence[str]) -> dict[str, str]:
 
 def _shorten(value: str) -> str:
     return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 1]}…"
+
+
+def _name_settings(combinations: Sequence[dict[str, str]]) -> list[str]:
+    """Return a name of each combination; long values are cut, unless two names would then be the same."""
+    names = _name_keys(tuple(combinations[0]))
+    settings = [_name_setting(values, names) or "as the recipe says" for values in combinations]
+    if len(set(settings)) == len(settings):
+        return settings
+    return [", ".join(f"{names[key]}={value}" for key, value in values.items()) for values in combinations]
 
 
 def _name_setting(values: dict[str, str], names: dict[str, str]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.errors import MachineError
-from finetune.files.resources import find_launch_file
+from finetune.errors import MachineError, describe_unknown_name
+from finetune.files.resources import find_launch_file, list_launch_files
 from finetune.models.engine import ENGINES, ZERO_STAGES, Engine
 from finetune.models.engines.zero_stage import check_stage
 from finetune.planning.step import tracker as phase
@@ -131,14 +131,22 @@ def read_sharing(path: Path) -> tuple[Engine, int]:
     Raises:
         MachineError: the file cannot be read, or names an engine that this kit does not train with.
     """
-    path = find_launch_file(path)
+    name, path = str(path), find_launch_file(path)
+    if not path.is_file():
+        known = [shipped.removeprefix("accelerate/") for shipped in list_launch_files()]
+        raise MachineError(
+            f"--accelerate: there is no file {name}, and it is {describe_unknown_name(name, known, 'no shipped configuration')}"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise MachineError(f"{path}: cannot be read as accelerate's configuration ({error})") from error
     if not isinstance(content, Mapping):
         raise MachineError(f"{path}: must be a mapping of keys to values, as in recipes/accelerate/fsdp2.yaml")
-    return _read_engine(path, content), int(content.get("num_processes") or 1)
+    count = content.get("num_processes") or 1
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise MachineError(f"{path}: num_processes: must be a whole number of at least 1; found {count!r}")
+    return _read_engine(path, content), count
 
 
 def _read_engine(path: Path, content: Mapping[str, Any]) -> Engine:

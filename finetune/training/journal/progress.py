@@ -18,6 +18,7 @@ from transformers import (
 from finetune.files.json_files import remove_later_lines
 from finetune.runs.run_files import METRICS_FILE
 
+_FEWEST_LINES = 20
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
 
 
@@ -67,6 +68,16 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class ShortRunLogging(TrainerCallback):
+    """Lets a short run log so often that its curve has 20 points, or one for each step; a run of 200 steps logs as TRL's default says."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Choose the interval."""
+        state.logging_steps = min(state.logging_steps, max(1, state.max_steps // _FEWEST_LINES))
 
 
 class MetricsWriter(TrainerCallback):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
+from finetune.api_arguments import name_option
 from finetune.compat import count_tokens, watch_numbers
 from finetune.errors import TrainingError
+from finetune.files.cache import hash_file
 from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.manifests import find_damage, write_manifest
 from finetune.runs.run_files import COUNTS_FILE, TRAINER_STATE_FILE, list_trainer_checkpoints, read_step
-from finetune.runs.trainer_checkpoints import read_token_count
+from finetune.runs.trainer_checkpoints import read_token_count, remove_checkpoint, remove_older_checkpoints
+from finetune.yulan.tensors import list_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,51 @@ def _describe_kept(args: TrainingArguments) -> str:
     return "the run has saved no checkpoint yet"
 
 
+class BaseWatch(TrainerCallback):
+    """Ends a run whose base weights were written over while it trained, before another checkpoint or the result is saved.
+
+    On a CPU frozen weights are read from their file each time they are needed, so that the run would go on with others. A file that was
+    removed, or replaced by another of its name, stays as it was for this process.
+    """
+
+    def __init__(self, base: Path) -> None:
+        """Note the files of a base before they are read."""
+        self._seen = {file: (file.stat(), hash_file(file)) for file in list_weight_files(base)}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Check the files before the checkpoint is sealed.
+
+        Raises:
+            TrainingError: one was written over.
+        """
+        self._check()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Check the files before the result is written.
+
+        Raises:
+            TrainingError: one was written over.
+        """
+        self._check()
+
+    def _check(self) -> None:
+        for file, (before, digest) in self._seen.items():
+            try:
+                now = file.stat()
+            except OSError:
+                continue
+            if now.st_ino != before.st_ino or (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+                continue
+            if hash_file(file) != digest:
+                raise TrainingError(
+                    f"{file}: was written over while the run read it, so the steps since the last checkpoint may be those of other "
+                    f"weights; restore it, and continue with {name_option('--resume')}"
+                )
+            self._seen[file] = (now, digest)
+
+
 class CheckpointSeal(TrainerCallback):
     """Writes a manifest into every checkpoint when all its files are on the disk, and only then removes older checkpoints."""
 
@@ -120,7 +166,7 @@ class CheckpointSeal(TrainerCallback):
         for checkpoint in list_trainer_checkpoints(run) if args.should_save else ():
             if read_step(checkpoint) > step:
                 logger.warning("%s: removed, because it is damaged", checkpoint)
-                shutil.rmtree(checkpoint)
+                remove_checkpoint(checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Seal the checkpoint that every process has written its part of.
@@ -139,7 +185,7 @@ class CheckpointSeal(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / COUNTS_FILE, {"num_tokens": count_tokens(self._trainer)})
             write_manifest(checkpoint)
-            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint, use_mtime=True)
+            remove_older_checkpoints(Path(args.output_dir), self._limit, state.best_model_checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -149,7 +195,7 @@ class CheckpointSeal(TrainerCallback):
         if args.should_save and args.load_best_model_at_end and best is not None and self._limit == 1:
             for checkpoint in list_trainer_checkpoints(Path(args.output_dir)):
                 if checkpoint.name != Path(best).name:
-                    shutil.rmtree(checkpoint, ignore_errors=True)
+                    remove_checkpoint(checkpoint)
 
 
 def _find_best(run: Path, step: int) -> str | None:

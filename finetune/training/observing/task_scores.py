@@ -57,14 +57,18 @@ def plan_tasks(tasks: Sequence[str | TaskSection], options: Mapping[str, Any]) -
         problem = f"data.tasks: {engine.title} shards the weights, and one process cannot ask the model alone; remove this key"
         raise RecipeError("data", [problem])
     planned = []
-    for section in sections:
+    for number, section in enumerate(sections, 1):
         path, exemplars = (Path(file) if file else None for file in (section.path, section.exemplars))
         settings = TaskSettings((section.name,), limit=section.limit, data=path, exemplars=exemplars, chat=section.chat)
-        planned += [PlannedTask(section, one) for one in prepare_tasks(settings)]
+        planned += [PlannedTask(section, one) for one in prepare_tasks(settings, _name_keys(number))]
     if any(one.prepared.form.runs_code for one in planned):
         choose_runner(False)
     _check_choice(options, planned)
     return planned
+
+
+def _name_keys(number: int) -> tuple[str, str]:
+    return f"data.tasks[{number}].path", f"data.tasks[{number}].exemplars"
 
 
 def _check_choice(options: Mapping[str, Any], planned: Sequence[PlannedTask]) -> None:

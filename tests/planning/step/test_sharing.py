@@ -1,6 +1,7 @@
 """What one of several processes holds: shares by formula, and as torch really cuts them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,12 +130,27 @@ def test_engine_is_read_from_accelerates_file(name, engine):
         ("distributed_type: TPU", "TPU is unknown"),
         ("- a list", "must be a mapping of keys to values"),
         ("a: [", "cannot be read"),
+        (
+            "distributed_type: MULTI_CPU\nnum_processes: many",
+            "num_processes: must be a whole number of at least 1; found 'many'",
+        ),
     ],
 )
 def test_files_that_no_plan_can_be_made_for(tmp_path, text, message):
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(MachineError, match=message):
         read_sharing(tmp_path / "config.yaml")
+
+
+def test_an_unknown_configuration_is_refused_with_the_known_names(tmp_path):
+    """The message was the system's own about a missing file, and a pipe was waited on for ever."""
+    with pytest.raises(MachineError, match=r"there is no file nosuch, .*known are cpu, ddp, fsdp2, zero2, zero3"):
+        read_sharing(Path("nosuch"))
+    with pytest.raises(MachineError, match="did you mean 'fsdp2'"):
+        read_sharing(Path("fsdp"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(MachineError, match="there is no file"):
+        read_sharing(tmp_path / "pipe.yaml")
 
 
 def test_plan_takes_accelerates_file(capsys):

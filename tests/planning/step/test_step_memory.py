@@ -35,6 +35,11 @@ CASES = {
     "lora": (*LORA, "trainer.gradient_accumulation_steps=1"),
     "lora-accumulated": (*LORA, "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=2"),
     "lora-keeps-activations": (*LORA, "trainer.gradient_accumulation_steps=1", "trainer.gradient_checkpointing=false"),
+    "lora-every-third": (
+        *LORA,
+        "trainer.gradient_accumulation_steps=1",
+        "trainer.gradient_checkpointing_kwargs={every_n_layers: 3}",
+    ),
     "lora-trains-tokens": ("sft_lora", SHORT, "trainer.gradient_accumulation_steps=2"),
     "nf4": ("sft_qlora", SHORT, "adapter.train_tokens=[]", "trainer.gradient_accumulation_steps=2"),
     "nf4-keeps-activations": ("demo", "trainer.per_device_train_batch_size=2"),

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.cli.main import main
-from finetune.errors import RecipeError
+from finetune.errors import OutputError, RecipeError
 from finetune.evaluation.pairs import evaluate_pairs
 from finetune.evaluation.token_loss import evaluate_path
 from finetune.runs.run_files import MEASURED_ROWS_FILE
+from finetune.training.observing import measured_rows
 from finetune.training.observing.measured_rows import MEASURES, _cut_pieces
 from finetune.training.run import run_training
 
@@ -77,6 +78,18 @@ def test_the_rows_of_the_highest_loss_are_the_planted_ones(train, tmp_path, caps
     assert ended.value.code == 0 and first.startswith("loss ") and " ± " in first
     for row, shown in zip(score.worst, (second, third), strict=False):
         assert shown.startswith(f"{row.origin}: loss {row.value:.4g}\n") and "⟦" in shown
+
+
+def test_losses_that_cannot_be_written_are_one_message_and_leave_nothing(train, tmp_path, monkeypatch):
+    """It was a traceback: the only one of 269 refused operations."""
+
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(measured_rows, "write_json", refuse)
+    with pytest.raises(OutputError, match=r"permission denied .*row_losses\.json.*nothing was left there"):
+        train("run", "row_losses=2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_measuring_changes_nothing_of_the_training_and_a_resumed_run_keeps_what_was_measured_before(train):

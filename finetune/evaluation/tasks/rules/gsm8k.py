@@ -11,8 +11,9 @@ import numpy
 
 from finetune.evaluation.asking.generation import Generated
 from finetune.evaluation.tasks.task_forms import Question, Row, Sample, Tools
+from finetune.evaluation.tasks.task_names import GSM8K_SHOTS
 
-HARNESS_SHOTS, AUTHORS_SHOTS = 5, 7
+AUTHORS_SHOTS = 7
 _HARNESS_SEED, _AUTHORS_SEED = 1234, 2023
 # Shots that do not fit into so many tokens are left out whole.
 _AUTHORS_TOKENS = 3_500
@@ -30,7 +31,7 @@ _ZEROS = re.compile(r"(?<=\d)\.0*$")
 def ask_harness(rows: Sequence[Row], exemplars: Sequence[Row], tools: Tools) -> list[Question]:
     """Put shots before each question, drawn anew for every row by one generator, so that they depend on the row's place."""
     generator = random.Random(_HARNESS_SEED)
-    return [_ask(row, generator.sample(exemplars, HARNESS_SHOTS) if exemplars else ()) for row in rows]
+    return [_ask(row, generator.sample(exemplars, GSM8K_SHOTS.count) if exemplars else ()) for row in rows]
 
 
 def _ask(row: Row, shots: Sequence[Row]) -> Question:

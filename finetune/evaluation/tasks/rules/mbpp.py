@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from finetune.evaluation.asking.generation import Generated
 from finetune.evaluation.sandbox.programs import Program
 from finetune.evaluation.tasks.task_forms import Question, Row, Sample, Tools
+from finetune.evaluation.tasks.task_names import MBPP_SHOTS
 
-SHOTS, SECONDS = 3, 3.0
+SECONDS = 3.0
 # The harness shows these rows of the split `prompt`.
 _SHOWN_IDS = (2, 3, 4)
 _END = "\n[DONE]"
@@ -29,7 +30,7 @@ def choose_shots(exemplars: Sequence[Row]) -> list[Row]:
     """Return the rows that the harness shows, or the first three of a file that lacks them."""
     numbered = {row.get("task_id"): row for row in exemplars}
     shown = [numbered[number] for number in _SHOWN_IDS if number in numbered]
-    return shown if len(shown) == SHOTS else list(exemplars[:SHOTS])
+    return shown if len(shown) == MBPP_SHOTS.count else list(exemplars[: MBPP_SHOTS.count])
 
 
 def _describe(row: Row) -> str:
