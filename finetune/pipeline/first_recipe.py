@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.check.adoption import FORM_KEYS
 from finetune.check.recipes import resolve_draft
 from finetune.checkpoints.checkpoint_table import find_alias
 from finetune.data.formats.row_formats import choose_format
@@ -23,6 +24,7 @@ from finetune.planning.hardware import find_card
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, draft_recipe
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.results import find_earlier
 from finetune.training.training_rows import prepare_rows
 
 THIS_MACHINE, CPU = "auto", "cpu"
@@ -158,7 +160,8 @@ def write_first_recipe(facts: DataFacts, goal: Goal, checkpoint: str, target: Ta
             f"{describe_count(dropped, 'row is', 'rows are')} longer than {describe_count(most, 'token')}, the most that fit the device, and left out",
         )
     head = _write_head(facts, checkpoint, plan, output)
-    write_new_file(output, write_commented(content, head))
+    written = {key: value for key, value in content.items() if value != {}}
+    write_new_file(output, write_commented(written, head))
     return FirstRecipe(output, content["method"], checkpoint, facts.format, facts.rows, longest, plan, notes)
 
 
@@ -175,6 +178,12 @@ def _start_content(facts: DataFacts, goal: Goal, checkpoint: str, target: Target
     row = find_alias(checkpoint)
     if row is None or row.stage == _KNOWS_CHAT:  # only the pre-trained checkpoints never saw the tokens of a chat
         content["adapter"] = {key: value for key, value in shipped["adapter"].items() if key != "train_tokens"}
+    earlier = find_earlier(checkpoint)
+    if earlier is not None and earlier.is_adapter:  # which fixes its own form and that of its base model
+        for section in ("model", "adapter"):
+            content[section] = {
+                key: value for key, value in content[section].items() if f"{section}.{key}" not in FORM_KEYS
+            }
     if facts.rows < _FEWEST_TO_HOLD_OUT:
         del content["data"]["held_out"]
     if not target.is_gpu:

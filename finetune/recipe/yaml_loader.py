@@ -82,7 +82,11 @@ def load_recipe_file(source: Path) -> dict[str, Any]:
     """
     try:
         text = read_regular_text(source)
-    except (FileNotFoundError, IsADirectoryError):
+    except IsADirectoryError:
+        inside = next(iter(sorted(source.glob("*.yaml"))), None)
+        example = "" if inside is None else f", such as {inside}"
+        raise RecipeError(str(source), [f"is a folder; name a recipe{example}"]) from None
+    except FileNotFoundError:
         raise RecipeError(str(source), [f"there is no such file{_suggest_neighbour(source)}"]) from None
     except UnicodeDecodeError as error:
         raise RecipeError(str(source), [f"is not UTF-8 text (byte {error.start})"]) from error

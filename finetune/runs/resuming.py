@@ -195,13 +195,21 @@ def check_same_recipe(saved: Path, current: str, what: str) -> None:
 
 
 def _move_paths(saved: str, current: str) -> str:
-    """Return a saved recipe with the paths beside its output as they are after a move; lines that both recipes have stay."""
-    before, now = (str(Path(_read_output(text)).parent / "_")[:-1] for text in (saved, current))
+    """Return a saved recipe with paths as they are after a move of a folder around its output; lines that both recipes have stay."""
+    before, now = _find_move(Path(_read_output(saved)), Path(_read_output(current)))
     known = set(current.splitlines())
     return "\n".join(
         line if line in known else re.sub(rf"(?<=[ '\"]){re.escape(before)}", lambda _: now, line)
         for line in saved.splitlines()
     )
+
+
+def _find_move(before: Path, now: Path) -> tuple[str, str]:
+    """Return how the paths below the outermost folder that was moved or renamed began and begin, given two paths of one output."""
+    before, now = before.parent, now.parent
+    while before.name and before.name == now.name and before != now:
+        before, now = before.parent, now.parent
+    return str(before / "_")[:-1], str(now / "_")[:-1]
 
 
 def _read_output(recipe: str) -> str:

@@ -461,7 +461,7 @@ def test_nf4_where_bitsandbytes_cannot_run(call, folder, monkeypatch):
         (["evaluate", "nosuch", "--data", "rows.jsonl"], "'nosuch' is unknown"),
         (["chat", ".", "--prompt", "hi"], "holds no config.json, so it is not a checkpoint"),
         (["train", "recipe.yam"], "there is no such file; . holds recipe.yaml"),
-        (["train", "."], "there is no such file"),
+        (["train", "."], "is a folder; name a recipe, such as recipe.yaml"),
         (["tran", "recipe.yaml"], "invalid choice: 'tran'"),
     ],
 )

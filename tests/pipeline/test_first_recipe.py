@@ -70,9 +70,13 @@ def test_the_recipe_trains(call, folder, capsys):
     write_rows(folder / "rows.jsonl", ROWS["chat"], 3)
     assert call("--data", "rows.jsonl", "--base", "nano", "--device", "cpu", "--yes")[0] == 0
     with pytest.raises(SystemExit) as ended:
-        main(["train", "my.yaml", "-s", "trainer.max_steps=2"])
+        main(["train", "my.yaml", "-s", "trainer.max_steps=2", "-s", "adapter.rank=4"])
     assert ended.value.code == 0
     assert "runs/my: 2 steps" in capsys.readouterr().out
+    # A run may be continued; the shipped recipe's adapter contradicted its own, and nothing was written.
+    assert call("--data", "rows.jsonl", "--base", "runs/my", "--device", "cpu", "--yes", "-o", "next.yaml")[0] == 0
+    assert load_recipe("next.yaml").recipe.adapter.rank == 4
+    assert "adapter" not in load_recipe_file(folder / "next.yaml")
 
 
 @pytest.mark.parametrize(("rows", "accumulation", "held_out"), [(39, 1, 0), (40, 2, 0.05), (320, 16, 0.05)])

@@ -237,6 +237,9 @@ def test_a_source_that_is_used_up_is_read_again_and_not_without_end(texts):
             plan_anneal(request(candidate=few, held_out=(Path("held.jsonl"),), tokens=80_000, output=Path("o")))
         )
     assert list(Path("o").iterdir()) == []
+    # "holds 0 tokens" did not say why.
+    with pytest.raises(DataError, match=r"few: nothing is left to train on: each of its rows is also a held-out row"):
+        prepare_anneal_rows(plan_anneal(request(candidate=few, held_out=few, output=Path("o"))))
 
 
 def test_the_standard_error_is_that_of_paired_rows():

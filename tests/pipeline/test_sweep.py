@@ -265,3 +265,17 @@ def test_a_reward_is_better_where_it_is_higher():
         for seed in (0, 1)
     ]
     assert SweepReport("r", "o", tuple(outcomes), (), 4).verdict.startswith("best is y")
+
+
+def test_a_typing_error_makes_no_recipes_without_end(make_recipe, tmp_path):
+    """`--seeds 99999999999` filled the memory for minutes without a word."""
+    with pytest.raises(RecipeError, match=r"make 20,000,000,000 runs; a sweep takes at most 1,000"):
+        plan(make_recipe, tmp_path, f"{RATE}=1e-3,2e-3", seeds=10**10)
+
+
+def test_long_chinese_values_are_names_of_folders(make_recipe, tmp_path):
+    """A name of 80 Chinese letters has 240 bytes; with rarer ones or a long seed it was longer than file systems take."""
+    values = [f"'{letter * 100}'" for letter in ("学", "\U00020000")]
+    runs = plan(make_recipe, tmp_path, f"data.system={values[0]},{values[1]}", "adapter.rank=4", "seed=123456789")
+    names = [run.resolved.output.name for run in runs]
+    assert len(set(names)) == 2 and all(len(name.encode()) <= 80 + len("-123456-seed123456789") for name in names)

@@ -188,6 +188,7 @@ def test_numbers_are_finite(write, key, value):
         ("sft-qlora.yaml", "there is no such file; did you mean the shipped recipe 'sft_qlora'?"),
         ("recipes/sft_qlra.yaml", "there is no such file; did you mean the shipped recipe 'sft_qlora'?"),
         ("tiers/8g", "there is no such file; did you mean the shipped recipe 'tiers/8gb'?"),
+        (".", "is a folder; name a recipe"),
         ("my_recipe", "there is no such file; . holds no recipes (`finetune recipes` lists the shipped ones)"),
         ("nowhere/zzz.yaml", "there is no such file (the folder nowhere does not exist either)"),
     ],
@@ -204,6 +205,9 @@ def test_ones_own_recipes_are_named_beside_the_shipped_one(write, tmp_path, monk
     write("seed: 1\n")
     with pytest.raises(RecipeError, match=r"did you mean the shipped recipe 'sft_qlora'\? \. holds recipe.yaml$"):
         read_recipe(Path("sft_qlra"))
+    # A run directory holds a recipe; "there is no such file" was said of it.
+    with pytest.raises(RecipeError, match=r"is a folder; name a recipe, such as .*recipe\.yaml$"):
+        read_recipe(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["adapter:\n", "adapter:\n  # rank: 8\n", "rewards:\n  judge:\n", "trainer:\n"])

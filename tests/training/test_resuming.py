@@ -223,6 +223,18 @@ def test_a_moved_run_ends_with_its_best_weights(train, tmp_path, make_recipe):
         run_training(make_recipe("moved", *BEST), resume=True)
 
 
+def test_a_moved_experiment_may_name_files_beside_its_runs(tmp_path):
+    """The runs of a micro-annealing lie two folders below it and name its rows; after a move they were called another recipe."""
+    file = tmp_path / "recipe.yaml"
+    saved = "data:\n  eval:\n  - /a/exp/rows/held.parquet\n  train: '/a/mine.jsonl'\noutput: /a/exp/runs/old\n"
+    file.write_text(saved)
+    moved = saved.replace("/a/exp/", "/a/new/")
+    check_same_recipe(file, moved, "run")
+    assert file.read_text() == moved
+    with pytest.raises(TrainingError, match="the recipe has changed"):
+        check_same_recipe(file, moved.replace("held", "other"), "run")
+
+
 def test_one_process_of_a_moved_launch_writes_the_recipe(tmp_path, monkeypatch):
     """Two processes wrote it at the same time, under one name; the slower one did not find its file."""
     file = tmp_path / "recipe.yaml"

@@ -214,6 +214,11 @@ def _check_epochs(named: NamedSource, tokens: int, wanted: int, kept_apart: int)
     Raises:
         DataError: it would be read too often.
     """
+    if not tokens and not kept_apart:
+        raise DataError(
+            f"{named.name}: nothing is left to train on: each of its rows is also a held-out row, or has no token to predict; give other "
+            "rows, or other rows with --held-out"
+        )
     if tokens * _MOST_EPOCHS < wanted:
         held = f" beside {describe_count(kept_apart, 'held-out text')}" if kept_apart else ""
         raise DataError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from finetune.recipe.sections import to_plain
 from finetune.runs.resolved_recipe import ResolvedRecipe
 
 RUNS_FOLDER = "runs"
-_LONGEST_VALUE, _LONGEST_FOLDER = 40, 80
+_LONGEST_VALUE, _LONGEST_FOLDER_BYTES = 40, 80
+_MOST_RUNS = 1000  # a typing error must not fill the memory with recipes
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ def plan_sweep(recipe: Path, overrides: Sequence[str], seeds: int, output: Path)
     """
     varied = {key: values for key, values in map(_read_override, overrides) if len(values) > 1}
     _check_overrides(recipe, overrides, varied)
+    count = math.prod(map(len, varied.values())) * seeds
+    if count > _MOST_RUNS:
+        problem = f"--seeds and the values of --set make {count:,} runs; a sweep takes at most {_MOST_RUNS:,}"
+        raise RecipeError(str(recipe), [problem])
     fixed = [text for text in overrides if _read_override(text)[0] not in varied]
     given = {key: ",".join(values) for key, values in map(_read_override, overrides) if key != "seed"}
     names = _name_keys(tuple(given))
@@ -174,6 +180,6 @@ def _name_folder(values: dict[str, str], names: dict[str, str]) -> str:
     """Return a name that stays when values are added to the sweep or taken away, and that no other setting has."""
     if not values:
         return "recipe"
-    plain = re.sub(r"[^\w.=+-]+", "-", _name_setting(values, names))[:_LONGEST_FOLDER].strip("-.")
+    plain = re.sub(r"[^\w.=+-]+", "-", _name_setting(values, names)).encode()[:_LONGEST_FOLDER_BYTES]
     content = "\n".join(f"{key}={value}" for key, value in sorted(values.items()))
-    return f"{plain}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+    return f"{plain.decode(errors='ignore').strip('-.')}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
