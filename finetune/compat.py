@@ -112,6 +112,12 @@ def copy_rows(dataset_class: type[Any], rows: Any) -> Any:
     return dataset_class(rows.data, info=rows.info, indices_table=rows._indices, fingerprint=rows._fingerprint)
 
 
+def read_cache_only(is_away: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep datasets from asking a hub that is away, six times in 30 seconds; what its cache holds, it finds without."""
+    config = _load("datasets.config")
+    return replace_attribute(config, "HF_HUB_OFFLINE", is_away or config.HF_HUB_OFFLINE)
+
+
 # --- transformers 5.23 ------------------------------------------------------------------------------------------------
 
 
@@ -142,11 +148,9 @@ def skip_steps(trainer: Any) -> contextlib.AbstractContextManager[None]:
     return replace_attribute(trainer, "_run_epoch", do_nothing)
 
 
-@contextlib.contextmanager
-def build_masks_as_in_run() -> Iterator[None]:
+def build_masks_as_in_run() -> contextlib.AbstractContextManager[None]:
     """Let transformers build or skip attention masks as in a run; for tensors without content it would always build them."""
-    with replace_attribute(_load("transformers.masking_utils"), "is_tracing", lambda tensor=None: False):
-        yield
+    return replace_attribute(_load("transformers.masking_utils"), "is_tracing", lambda tensor=None: False)
 
 
 # --- PEFT 0.21 --------------------------------------------------------------------------------------------------------
@@ -160,12 +164,10 @@ def complete_head(tuned: Any) -> Any:
     return tuned
 
 
-@contextlib.contextmanager
-def leave_adapters_in_place() -> Iterator[None]:
+def leave_adapters_in_place() -> contextlib.AbstractContextManager[None]:
     """Let PEFT add an adapter without moving it to the device of its layer: tensors without content cannot be moved."""
     layer = _load("peft.tuners.tuners_utils").BaseTunerLayer
-    with replace_attribute(layer, "_move_adapter_to_device_of_base_layer", do_nothing):
-        yield
+    return replace_attribute(layer, "_move_adapter_to_device_of_base_layer", do_nothing)
 
 
 # --- bitsandbytes 0.50 ------------------------------------------------------------------------------------------------
@@ -220,11 +222,11 @@ def shard_on_cpu(precision: str) -> None:
     state.distributed_type = shared["distributed_type"] = utils.DistributedType.FSDP
 
 
-@contextlib.contextmanager
-def wrap_backward(trainer: Any, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+def wrap_backward(
+    trainer: Any, wrap: Callable[[Callable[..., None]], Callable[..., None]]
+) -> contextlib.AbstractContextManager[None]:
     """Wrap the function with which a trainer starts its backward passes; there is no callback for that moment."""
-    with replace_attribute(trainer.accelerator, "backward", wrap(trainer.accelerator.backward)):
-        yield
+    return replace_attribute(trainer.accelerator, "backward", wrap(trainer.accelerator.backward))
 
 
 # --- torch 2.13 -------------------------------------------------------------------------------------------------------

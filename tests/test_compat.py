@@ -26,6 +26,7 @@ NAMES = {
         "trl.trainer.kto_trainer:KTOTrainer._prepare_dataset",
     ],
     "copy_rows": ["datasets:Dataset"],
+    "read_cache_only": ["datasets:config.HF_HUB_OFFLINE"],
     "replace_chat_template": ["transformers:PreTrainedTokenizerBase.apply_chat_template"],
     "replace_offloading": [],
     "run_losses_in_place": [
@@ -73,6 +74,7 @@ NOTICED_BY = {
     "narrow_logit_tiles": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",
     "skip_row_preparation": "training/preference/test_preference.py",
     "copy_rows": "training/preference/test_preference.py",
+    "read_cache_only": "hub/test_hub_faults.py::test_a_data_set_of_a_hub_that_is_away_costs_the_tries_of_the_kit_only",
     "replace_chat_template": "training/test_online.py",
     "replace_offloading": "planning/step/test_step_memory.py",
     "run_losses_in_place": "planning/step/test_preference_steps.py::test_dpo_holds_no_logits_whole",

@@ -25,7 +25,7 @@ from paid import ASKING, Asking, kill_and_finish
 from scripted_server import ScriptedServer
 from tries import Tally, fail_everywhere, kill_everywhere, race
 
-KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "chain", "export", "fold", "cold", *ASKING)
+KINDS = ("lora", "nf4", "full", "dpo", "pretrain", "evaluated", "chain", "export", "fold", "cold", *ASKING)
 # A kill of work that asks a server takes two runs, and the server runs along; so many moments are drawn, whatever --kills says.
 _KILLS_OF_PAID_WORK, _SEED = 10, 21
 
@@ -131,7 +131,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "and paths that differ in numbers and random names only (the blocks of one file, the same file of two checkpoints, the states of two",
         "parameters), the first, the middle and the last were tried; a few rows have a number of places that are spread evenly. Errors are",
         "only given to calls that can fail, which does not include removing a file. `short` is `lora` with two steps and a checkpoint at each,",
-        "`cold` is `lora` without a cache, `chain` is two stages and an export.",
+        "`cold` is `lora` without a cache, `evaluated` is `lora` with evaluations, whose best checkpoint is taken, `chain` is two stages and an export.",
         "",
         f"On `nano`, {platform.system()}, Python {platform.python_version()}: {sum(row['tries'] for row in rows):,} faults in "
         f"{sum(row['minutes'] for row in rows):.0f} minutes on a machine that other work shared. Bits are flipped at places chosen by a",

@@ -103,6 +103,11 @@ def make_kinds(work: Path) -> dict[str, Callable[[], Kind]]:
         .replace("save_steps: 2", "save_steps: 1")
         .replace("answers: 4", "answers: 0")
     )
+    evaluated = lora.replace("max_tokens: 128}", "max_tokens: 128, held_out: 4}").replace(
+        "eval_strategy: 'no'", "eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true"
+    )
+    kept = ("**/*.safetensors", "answers_by_step.jsonl")
+    makers["evaluated"] = lambda: make_training("evaluated", work, evaluated, kept)
     reward = dpo.replace("method: dpo", "method: reward")
     makers["judge"] = lambda: make_training("judge", work, reward)
     makers["short"] = lambda: make_training("short", work, short)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import datasets
 from datasets import Dataset, load_dataset
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
-from finetune.compat import replace_attribute
+from finetune.compat import read_cache_only
 from finetune.data.reading.arrow_rows import RawRow, list_rows
 from finetune.data.reading.data_folders import choose_files, list_files
 from finetune.data.reading.raw_files import read_file
@@ -183,8 +182,7 @@ def _load_dataset(dataset: HubDataset) -> Dataset:
         away = f"{error}, or download its files and give their path"
         commit = find_commit(asked) or dataset.revision  # the library may have the data set in a cache of its own
     try:
-        # The library would ask a hub that is away six times more, for 30 seconds; what it has in its cache, it finds without.
-        with replace_attribute(datasets.config, "HF_HUB_OFFLINE", bool(away) or datasets.config.HF_HUB_OFFLINE):
+        with read_cache_only(bool(away)):
             return load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
     except Exception as error:  # those of the connection's library have no common class with the system's
         fault = away or _explain_refusal(error, asked)  # the library says less about a hub that is away
