@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import errno
 import io
+import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +24,8 @@ from finetune.files.terminal import escape_controls
 
 # What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
 _OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# Seconds before a signal is sent again whose exception was dropped, and within which an error is taken for its doing.
+_AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
     arguments = make_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    signals = _Signals()
     try:
+        signals.watch()
         _check_current_folder()
         if is_launched():
             atexit.register(leaving.leave)  # the first to be registered runs last
@@ -62,6 +68,13 @@ def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
             raise
         _print_fault(arguments.verb, f"{error.filename}: {error.strerror}")
         return USER_ERROR
+    except Exception:
+        if signals.just_stopped is None:
+            raise
+        print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
+        return 128 + signals.just_stopped
+    finally:
+        signals.leave()
     return status
 
 
@@ -102,6 +115,52 @@ class _Leaving:
         os._exit(self.status)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Exit by an exception, so that partly written folders are removed."""
-    sys.exit(128 + number)
+class _Signals:
+    """Ends a verb at Ctrl-C and at SIGTERM by an exception, so that partly written folders are removed.
+
+    Python drops an exception that is raised in a finalizer or in a callback of the garbage search, where a signal that came during a
+    long operation of torch is handled most often; then the signal is sent again. A library in C++ may turn it into an error of its own.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._time = -math.inf
+        self._before = sys.unraisablehook
+
+    def watch(self) -> None:
+        """Handle both signals. Ctrl-C stays ignored where it was, as in the background of a shell."""
+        signal.signal(signal.SIGTERM, self._stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._stop)
+        sys.unraisablehook = self._send_again
+
+    def leave(self) -> None:
+        """Give back Ctrl-C and the report of dropped exceptions."""
+        sys.unraisablehook = self._before
+        if signal.getsignal(signal.SIGINT) == self._stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def just_stopped(self) -> int | None:
+        """The number of a signal that came within the last seconds, so that an error is its doing."""
+        return self._number if time.monotonic() - self._time < _AFTER_SIGNAL else None
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._number, self._time = number, time.monotonic()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def _send_again(self, dropped: sys.UnraisableHookArgs) -> None:
+        if self.just_stopped is None or not issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):
+            self._before(dropped)
+            return
+        # Raised here it would be dropped as well.
+        timer = threading.Timer(_AGAIN, _send, (self._number,))
+        timer.daemon = True
+        timer.start()
+
+
+def _send(number: int) -> None:
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        os.kill(os.getpid(), number)

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.errors import OutputError
+from finetune.evaluation.tasks.run_tasks import evaluate_tasks
 from finetune.evaluation.tasks.task_results import SETTINGS_FILE, SampleFile, check_folder, holds_figures, weigh_gold
+from finetune.evaluation.tasks.task_settings import TaskSettings
+from finetune.files.safety.locks import lock_folder
 
 SETTINGS = {"protocol": "harness", "rows of lambada": "7ee"}
 MEASURES = [SimpleNamespace(field="correct")]
@@ -62,3 +65,18 @@ def test_a_task_that_the_folder_lacks_is_named(tmp_path):
     check_folder(tmp_path, {"protocol": "harness"})
     with pytest.raises(OutputError, match=r"with another rows of lambada \(7ee; now 8ff\)"):
         check_folder(tmp_path, SETTINGS | {"rows of lambada": "8ff"})
+
+
+def test_a_second_evaluation_into_one_folder_waits_for_the_first(nano_llama, tmp_path):
+    """Both asked all rows and appended their answers: each row stood twice in the samples, and both wrote the results."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "evaluation"
+    rows.write_text('{"text": "one two three four"}\n', encoding="utf-8")
+    settings = TaskSettings(("lambada",), data=rows)
+    evaluate_tasks(str(nano_llama), settings, folder)
+    samples = (folder / "lambada.jsonl").read_bytes()
+    (folder / "lambada.jsonl").unlink()
+    with lock_folder(folder), pytest.raises(OutputError, match="is using this folder; wait until it has ended"):
+        evaluate_tasks(str(nano_llama), settings, folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["evaluation.json", "results.json"]
+    evaluate_tasks(str(nano_llama), settings, folder)
+    assert (folder / "lambada.jsonl").read_bytes() == samples

@@ -34,6 +34,7 @@ from finetune.evaluation.tasks.task_settings import TaskSettings, choose_folder,
 from finetune.evaluation.tasks.task_table import find_forms
 from finetune.files.json_files import write_json
 from finetune.files.safety.disk_errors import translate_os_errors
+from finetune.files.safety.locks import lock_folder
 from finetune.models.opening import fingerprint_model
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,11 @@ def evaluate_tasks(model: str, settings: TaskSettings, folder: Path | None = Non
     with open_asked(model, settings) as asked:
         _check_likelihoods(asked, prepared)
         make_folder(folder, described)
-        evaluation = ask_tasks(asked, model, prepared, settings, folder, runner)
-        if suite is not None:
-            for result in ask_suite(suite, asked, settings.protocol, folder, settings.limit, settings.unsafe_code):
-                _keep_result(evaluation, result, folder)
+        with lock_folder(folder):
+            evaluation = ask_tasks(asked, model, prepared, settings, folder, runner)
+            if suite is not None:
+                for result in ask_suite(suite, asked, settings.protocol, folder, settings.limit, settings.unsafe_code):
+                    _keep_result(evaluation, result, folder)
     return evaluation
 
 
