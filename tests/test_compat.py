@@ -207,6 +207,10 @@ def find_root(node):
     return node.id if isinstance(node, ast.Name) else None
 
 
+# Python documents both: a way to end at once, and a hook that is there to be set.
+DOCUMENTED = ("os._exit", "sys.unraisablehook")
+
+
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
@@ -221,10 +225,11 @@ def list_patches(tree):
             names = [*str(module).split("."), *(part for alias in node.names for part in alias.name.split("."))]
             yield from (name for name in names if is_private(name) or name == "mock")
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
-            if not is_own(node.value) and ast.unparse(node) != "os._exit":  # which is documented
+            if not is_own(node.value) and ast.unparse(node) not in DOCUMENTED:
                 yield ast.unparse(node)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and find_root(node) in foreign:
-            yield ast.unparse(node)
+            if ast.unparse(node) not in DOCUMENTED:
+                yield ast.unparse(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
             value = node.value
             is_function = isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
