@@ -158,7 +158,7 @@ def test_nothing_to_resume_is_said(make_recipe, tmp_path):
         (["data.max_tokens=8"], FinetuneError, "are longer than data.max_tokens: 8"),
         (["data.max_tokens=8", "data.overflow=drop"], FinetuneError, "no row is left for training"),
         (["adapter.train_tokens=[5000]"], TrainingError, r"\[5000\] lie outside the embedding table of 1,312 tokens"),
-        (["trainer.save_strategy=best"], RecipeError, "trainer: 1 problem"),
+        (["trainer.save_strategy=best"], RecipeError, r"trainer\.save_strategy: needs evaluations"),
         (
             ["model.quantize=int8", "adapter.dora=true"],
             RecipeError,

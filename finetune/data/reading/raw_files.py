@@ -164,10 +164,10 @@ def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRo
         place = Place(str(path), reader.line_num + 1)  # a row begins after the last line of the row before
         try:
             cells = next(reader, None)
-        except csv.Error as error:
+        except csv.Error as refusal:
             # A cell may hold carriage returns; that the reader stops at one means that nothing quotes it.
-            fault = OLD_LINE_ENDS if "new-line character" in str(error) else f"broken CSV ({error})"
-            raise DataError(fault, place) from error
+            fault = OLD_LINE_ENDS if "new-line character" in str(refusal) else f"broken CSV ({refusal})"
+            raise DataError(fault, place) from refusal
         if cells is None:
             return
         if not cells:
