@@ -1,7 +1,7 @@
 """Check a recipe against the things that it names: methods, options, files, formats, templates. Never imports torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from finetune.files.resources import find_recipe, list_templates
 from finetune.models.adapter_config import read_adapter_config
 from finetune.recipe.methods import METHODS, name_methods
 from finetune.recipe.recipe_file import Draft, draft_recipe
-from finetune.recipe.sections import ModelSection, Recipe, RewardsSection, to_plain
+from finetune.recipe.sections import ModelSection, Recipe, RewardsSection
 from finetune.recipe.yaml_loader import load_recipe_file
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.results import Result, find_earlier
@@ -76,7 +76,7 @@ def resolve_draft(draft: Draft, name: str) -> ResolvedRecipe:
     if problems := list_problems(draft, earlier):
         raise RecipeError(name, problems)
     settled = settle_recipe(draft)
-    if problems := list(_list_unwritable(to_plain(settled))):
+    if problems := list(_list_unwritable(asdict(settled))):
         raise RecipeError(name, problems)
     return resolve_names(settled, earlier, draft.given)
 

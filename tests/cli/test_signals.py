@@ -19,7 +19,9 @@ class Thing:
 
 @pytest.fixture
 def run(monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell's background job, in which tests may run, ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run_verb(work):
         class Parser:
@@ -32,7 +34,8 @@ def run(monkeypatch):
         return left.value.code
 
     yield run_verb
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def work_on():
