@@ -114,8 +114,8 @@ def measure_steps(steps: int, batch: int, repeats: int) -> tuple[float, float, f
     clock = StepClock(costs)
     add_journal = run.add_journal
 
-    def add_clock(trainer: Any, folder: Path) -> None:
-        add_journal(trainer, folder)
+    def add_clock(trainer: Any, folder: Path, **options: bool) -> None:
+        add_journal(trainer, folder, **options)
         trainer.add_callback(clock)
 
     before = {(owner, name): getattr(owner, name) for owner, names in _CHECKED.items() for name in names}

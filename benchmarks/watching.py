@@ -69,8 +69,8 @@ def train(folder: Path, steps: int) -> tuple[StepClock, Costs]:
     watched.append((AnswerSheet, "ask"))
     before = [(owner, name, getattr(owner, name)) for owner, name in watched]
 
-    def add_clock(trainer: Any, place: Path) -> None:
-        add_journal(trainer, place)
+    def add_clock(trainer: Any, place: Path, **options: bool) -> None:
+        add_journal(trainer, place, **options)
         trainer.add_callback(clock)
 
     run.add_journal = add_clock
