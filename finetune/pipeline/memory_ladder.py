@@ -133,9 +133,8 @@ def restore_choices(resolved: ResolvedRecipe) -> ResolvedRecipe:
     if _count_rows(before) == _count_rows(restored) and read_batch(before) < read_batch(restored):
         split = {BATCH: read_batch(before), ACCUMULATION: read_accumulation(before)}
         restored = replace(restored, trainer={**restored.trainer, **split})
-    steps = {key: True for key in (CHECKPOINTING, "activation_offloading") if chosen.get(key) is True}
-    if CHECKPOINTING_OPTIONS in chosen:
-        steps[CHECKPOINTING_OPTIONS] = chosen[CHECKPOINTING_OPTIONS]
+    keys = (CHECKPOINTING, CHECKPOINTING_OPTIONS, "activation_offloading")
+    steps = {key: chosen[key] for key in keys if chosen.get(key)}
     return resolved.change(trainer={**restored.trainer, **steps})
 
 

@@ -35,9 +35,10 @@ def count_work(resolved: ResolvedRecipe, sizes: Mapping[str, Any], scorings: int
     """Count the tokens and floating point operations of one step; `scorings` are forward passes beyond those of its method.
 
     A matrix of n weights costs 2n operations a token in the forward pass, 2n for the gradient of its input, and 2n for the
-    gradient of its weights where they are trained. With gradient checkpointing, layers run forward twice, or every n-th of them. Attention over rows of
-    s tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The loss computes its
-    logits a second time for their gradient. A pair is two texts. A reference model adds one forward pass over every text.
+    gradient of its weights where they are trained. With gradient checkpointing, layers run forward twice, or every n-th of them.
+    Attention over rows of s tokens costs 2 s * width a token forward (half of the square, twice), and 2.5 times that backward. The
+    loss computes its logits a second time for their gradient. A pair is two texts. A reference model adds one forward pass over
+    every text.
 
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """

@@ -166,20 +166,20 @@ def _shorten(value: str) -> str:
 def _name_settings(combinations: Sequence[dict[str, str]]) -> list[str]:
     """Return a name of each combination; long values are cut, unless two names would then be the same."""
     names = _name_keys(tuple(combinations[0]))
-    settings = [_name_setting(values, names) or "as the recipe says" for values in combinations]
-    if len(set(settings)) == len(settings):
-        return settings
-    return [", ".join(f"{names[key]}={value}" for key, value in values.items()) for values in combinations]
+    short = [{key: _shorten(value) for key, value in values.items()} for values in combinations]
+    settings = [_name_setting(values, names) or "as the recipe says" for values in short]
+    return settings if len(set(settings)) == len(settings) else [_name_setting(one, names) for one in combinations]
 
 
 def _name_setting(values: dict[str, str], names: dict[str, str]) -> str:
-    return ", ".join(f"{names[key]}={_shorten(value)}" for key, value in values.items())
+    return ", ".join(f"{names[key]}={value}" for key, value in values.items())
 
 
 def _name_folder(values: dict[str, str], names: dict[str, str]) -> str:
     """Return a name that stays when values are added to the sweep or taken away, and that no other setting has."""
     if not values:
         return "recipe"
-    plain = re.sub(r"[^\w.=+-]+", "-", _name_setting(values, names)).encode()[:_LONGEST_FOLDER_BYTES]
+    short = {key: _shorten(value) for key, value in values.items()}
+    plain = re.sub(r"[^\w.=+-]+", "-", _name_setting(short, names)).encode()[:_LONGEST_FOLDER_BYTES]
     content = "\n".join(f"{key}={value}" for key, value in sorted(values.items()))
     return f"{plain.decode(errors='ignore').strip('-.')}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
