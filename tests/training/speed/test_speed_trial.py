@@ -186,10 +186,20 @@ def test_layers_that_compute_something_else_stay_uncompiled(train, quick, monkey
 
 
 def test_a_resumed_run_does_as_it_began(train, quick, monkeypatch):
-    """Compiled layers round differently, so a run that began with them must go on with them, whatever a new trial would find."""
+    """Compiled layers round differently, so a run that began with them must go on with them, whatever a new trial would find.
+
+    Without a compiler it is refused: torch ended it with an error of its own at the first batch, when files had been written.
+    """
     straight, resumed = (train(name, *SAVING) for name in ("straight", "resumed"))
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(resumed / name)
+    before = {file: file.read_bytes() for file in resumed.rglob("*") if file.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(TrainingError) as refusal:
+        patch.setattr(shutil, "which", lambda name: None)
+        train("resumed", *SAVING, resume=True)
+    for words in (str(resumed), "began with compiled layers", "no C++ compiler is installed", "another output"):
+        assert words in str(refusal.value)
+    assert {file: file.read_bytes() for file in resumed.rglob("*") if file.is_file()} == before
     monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", math.inf)
     train("resumed", *SAVING, resume=True)
     assert read_speed(resumed)["ways"] == [COMPILED]
@@ -237,15 +247,3 @@ def test_records_are_read_as_this_and_older_versions_wrote_them(begun, recorded,
 def test_a_way_of_a_newer_version_is_refused(begun):
     with pytest.raises(TrainingError, match="warp drive"):
         read_choice(begun({"ways": ["warp drive"], "reason": "r"}))
-
-
-def test_a_resumed_run_without_what_it_began_with_is_refused(train, quick, monkeypatch):
-    """torch ended such a run with its own error at the first batch, after the run directory had been written to."""
-    run = train("run", *SAVING)
-    for name in ("adapter", "checkpoint-4"):
-        shutil.rmtree(run / name)
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(TrainingError, match=r"began with compiled layers.*no C\+\+ compiler is installed.*another output"):
-        train("run", *SAVING, resume=True)
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
