@@ -56,7 +56,7 @@ def compute_gradients(model, ids):
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return float(loss), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return float(loss.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def test_only_layers_that_train_use_them(calls):
