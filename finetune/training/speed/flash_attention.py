@@ -42,12 +42,16 @@ class FlashAttention(Switch):
         Raises:
             ValueError: the model's class does not leave the choice of the kernel to others.
         """
-        self._is_on = True
-        with self.around_batch():
+        before = name_attention(self._model.config)
+        try:
+            self._model.set_attn_implementation(KERNEL)  # transformers checks here what the kernel needs
             chosen = name_attention(self._model.config)
+        finally:
+            name_attention(self._model.config, before)
         if chosen != KERNEL:
             raise ValueError(f"{type(self._model).__name__} computes with {chosen}, whatever kernel it is told")
         self._on.callback(keep_documents_apart(self._model))
+        self._is_on = True
 
     def switch_off(self) -> None:
         """Let batches use the kernel that the model was loaded with."""
@@ -57,15 +61,13 @@ class FlashAttention(Switch):
     @contextlib.contextmanager
     def around_batch(self) -> Iterator[None]:
         """Let the model use the kernel inside the context."""
-        if not self._is_on:
-            yield
-            return
-        before = name_attention(self._model.config)
-        self._model.set_attn_implementation(KERNEL)
+        config = self._model.config
+        before = name_attention(config)
         try:
+            name_attention(config, KERNEL if self._is_on else None)
             yield
         finally:
-            self._model.set_attn_implementation(before)
+            name_attention(config, before)
 
 
 def find_missing_flash(device: torch.device) -> str | None:

@@ -25,12 +25,13 @@ def let_win(monkeypatch):
 
 
 @pytest.fixture
-def install(monkeypatch, let_win):
-    """Return a function that lets a way count as installed here, and as faster."""
+def install(monkeypatch):
+    """Return a function that lets these ways count as installed here, and as faster, and leaves the others out."""
 
-    def there(name):
-        let_win(name)
-        monkeypatch.setitem(WAYS, name, replace(WAYS[name], find_missing=lambda device: None))
+    def there(*names):
+        for name, way in WAYS.items():
+            missing = None if name in names else "left out"
+            monkeypatch.setitem(WAYS, name, replace(way, faster=math.inf, find_missing=lambda device, m=missing: m))
 
     return there
 

@@ -79,9 +79,9 @@ def test_only_layers_that_train_use_them(calls):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_run_uses_them_with_copies_and_resumes_with_them(train, read_losses, calls, let_win, monkeypatch):
+def test_a_run_uses_them_with_copies_and_resumes_with_them(train, read_losses, calls, install, monkeypatch):
     """Without the package a resumed run is refused, before anything is written."""
-    let_win("adapter copies")
+    install(FUSED, "adapter copies")
     half = ["model.dtype=bfloat16", "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.max_steps=4"]
     expected = read_losses(train("plain", *half))
     run = train("run", *half, "model.speed=auto")
