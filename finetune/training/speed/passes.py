@@ -98,7 +98,7 @@ def compare_passes(way: Way, plain: Pass, best: Pass, after: Pass, dtype: torch.
     )
     is_same = math.isclose(known.loss, after.loss, rel_tol=limit)
     if not is_same or not math.isclose(known.norm, after.norm, rel_tol=_NORM_FACTOR * (limit + known.spread)):
-        return Verdict(False, f"computes something else, which is a fault: {figures}")
+        return Verdict(False, f"computes something else than rounding explains: {figures}")
     if after.seconds > way.faster * best.seconds:
         return Verdict(False, f"not faster: {figures}")
     return Verdict(True, figures)

@@ -116,5 +116,5 @@ def check_choice(run: Path, device: torch.device) -> None:
         if (missing := WAYS[name].find_missing(device)) is not None:
             raise TrainingError(
                 f"{run}: the run began with {name} (model.speed: auto), and a resumed run must compute as it began; but {missing}; "
-                "install it, resume the run where it is, or start again with another output"
+                "mend this, resume the run on the machine where it began, or start again with another output"
             )
