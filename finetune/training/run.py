@@ -85,9 +85,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
         checkpoint = None
         if resume:
             check_same_processes(resolved.output)
+            check_choice(resolved.output, device)
             if (summary := _complete(resolved, config)) is not None:
                 return summary
-            check_choice(resolved.output, device)
             checkpoint = find_resume_point(resolved.recipe, resolved.output)
         tasks = plan_tasks(resolved.recipe.data.tasks, resolved.recipe.trainer)
         setup = prepare(resolved, config, precision)

@@ -110,7 +110,7 @@ def check_choice(run: Path, device: torch.device) -> None:
     Raises:
         TrainingError: something is missing that it began with.
     """
-    if find_result_folder(run) is not None:
+    if find_result_folder(run) is not None and read_run_record(run).get("status") != "running":
         return
     for name in read_choice(run).ways:
         if (missing := WAYS[name].find_missing(device)) is not None:

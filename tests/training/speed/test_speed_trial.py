@@ -3,6 +3,7 @@
 torch's eager backend stands for its compiler, which takes a minute: layers are traced as for it, and run without new kernels.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from finetune.training.speed import compiled_layers, speed_trial, ways
 from finetune.training.speed.compiled_layers import find_missing_compiler
 from finetune.training.speed.passes import Pass, compare_passes
 from finetune.training.speed.speed_trial import find_obstacle
-from finetune.training.speed.ways import WAYS, SpeedChoice, read_choice
+from finetune.training.speed.ways import WAYS, SpeedChoice, check_choice, read_choice
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -247,3 +248,14 @@ def test_records_are_read_as_this_and_older_versions_wrote_them(begun, recorded,
 def test_a_way_of_a_newer_version_is_refused(begun):
     with pytest.raises(TrainingError, match="warp drive"):
         read_choice(begun({"ways": ["warp drive"], "reason": "r"}))
+
+
+@pytest.mark.parametrize(("status", "trains"), [("running", True), ("saving", False), ("finished", False)])
+def test_a_run_that_trains_no_more_needs_nothing(begun, status, trains):
+    """A result is whole unless the run was still training; such a run is only completed, or told that it has finished."""
+    run = begun({"ways": ["flash attention"], "reason": "r"})
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": status}), encoding="utf-8")
+    (run / "adapter").mkdir()
+    with pytest.raises(TrainingError, match="began with flash attention") if trains else contextlib.nullcontext():
+        check_choice(run, torch.device("cpu"))
