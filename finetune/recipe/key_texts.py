@@ -37,8 +37,8 @@ KEYS: Mapping[str, str] = {
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
     "model.speed": (
         "auto tries on the first batch what is faster and computes the same, and uses it: FlashAttention and Liger's kernels where "
-        "installed, compiled layers (torch.compile) in runs of 10 minutes and more, 16-bit copies of the adapter. A resumed run does "
-        "as it began. none tries nothing."
+        "installed, compiled layers in runs of 10 minutes and more, 16-bit copies of the adapter; on a processor, products in "
+        "bfloat16. A resumed run does as it began. none tries nothing."
     ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (

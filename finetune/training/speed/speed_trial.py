@@ -148,7 +148,8 @@ class _SpeedTrial(TrainerCallback):
             return Verdict(False, f"cannot be used here: {type(error).__name__}: {first_line}"), best
         finally:
             self._switch_all_off()
-        verdict = compare_passes(WAYS[names[-1]], plain, best, after, self._type)
+        rounding = next((WAYS[name].rounds_to for name in names if WAYS[name].rounds_to), None) or self._type
+        verdict = compare_passes(WAYS[names[-1]], plain, best, after, rounding)
         return verdict, after if verdict.is_used else best
 
 

@@ -15,6 +15,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import read_run_record
 from finetune.runs.run_files import RECORD_FILE, find_result_folder
 from finetune.training.speed.adapter_copies import AdapterCopies, list_lora_matrices
+from finetune.training.speed.bfloat16_products import BFloat16Products, find_missing_instructions
 from finetune.training.speed.compiled_layers import CompiledLayers, find_missing_compiler
 from finetune.training.speed.flash_attention import FlashAttention, find_missing_flash
 from finetune.training.speed.fused_kernels import FusedKernels, find_missing_kernels
@@ -29,16 +30,22 @@ class Way:
     """A way to make training faster.
 
     `faster` is the part of the time that it may take at most. `same_bits`: it computes exactly what is computed without it, not
-    only the same within the rounding of the type. `needs_long_run`: it takes about a minute to begin. `without` names those that it
-    is not used together with.
+    only the same within the rounding of the type. `rounds_to` is the type whose rounding its figures may show, where that is not the
+    type that the run computes in without it. `needs_long_run`: it takes about a minute to begin. `without` names those that it is not
+    used together with.
     """
 
     make: Callable[[Trainer, ResolvedRecipe, torch.dtype], Switch]
     find_missing: Callable[[torch.device], str | None]
     faster: float = 0.97  # what is gained must be more than what the clock of a busy machine gains and loses
     same_bits: bool = False
+    rounds_to: torch.dtype | None = None
     needs_long_run: bool = False
     without: tuple[str, ...] = ()
+
+
+def _make_products(trainer: Trainer, resolved: ResolvedRecipe, dtype: torch.dtype) -> Switch:
+    return BFloat16Products(trainer, dtype, resolved.recipe.model.dtype)
 
 
 def _make_flash(trainer: Trainer, resolved: ResolvedRecipe, dtype: torch.dtype) -> Switch:
@@ -66,6 +73,7 @@ def _find_nothing_missing(device: torch.device) -> None:
 COMPILED = "compiled layers"
 # By name, as records of runs have them.
 WAYS: dict[str, Way] = {
+    "bfloat16 products": Way(_make_products, find_missing_instructions, rounds_to=torch.bfloat16),
     "flash attention": Way(_make_flash, find_missing_flash),
     COMPILED: Way(_make_compiled, find_missing_compiler, needs_long_run=True),
     "fused kernels": Way(_make_fused, find_missing_kernels, without=(COMPILED,)),
