@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_parts.settings import TEMPLATE, Setting
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding.tokenizer import load_tokenizer
@@ -82,13 +83,20 @@ def write_rows(folder: Path, case: Case, base: Path) -> Path:
     return path
 
 
+def write_conversations(path: Path, setting: Setting, base: Path) -> None:
+    """Write the rows that all steps of a setting take, each of the same length."""
+    answer = MARK * (setting.row_tokens - count_template_tokens(load_tokenizer(base)))
+    rows = (_make_conversation(f"{number:04d}", answer) for number in range(setting.row_count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def count_template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens a conversation of a question of 4 digits has beside its answer.
 
     Raises:
         ValueError: a mark is not one token.
     """
-    template = (Path(__file__).parents[2] / "templates" / "yulan-mini.jinja").read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8")
 
     def count(marks: int) -> int:
         messages = _make_conversation("0000", MARK * marks)["messages"]
