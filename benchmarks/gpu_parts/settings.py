@@ -1,5 +1,6 @@
 """What every program of the comparison trains, and what one step computes; no library is imported here, as Unsloth has to be the first."""
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,17 @@ SMALL = (Setting(256, 2, False), Setting(256, 2, True))
 def list_settings(is_rehearsal: bool) -> tuple[Setting, ...]:
     """Return the settings of the real size, or those of nano."""
     return SMALL if is_rehearsal else REAL
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add the arguments of every program, and read them."""
+    parser.add_argument("base", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
+    parser.add_argument("--wait", action="store_true", help="start to measure when the standard input ends")
+    parser.add_argument("--only", default="", help="a part of the names of some settings")
+    return parser.parse_args()
 
 
 def count_step_flops(base: Path, setting: Setting) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting
-from gpu_parts.timing import Train, measure_program, parse_arguments
+from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting, parse_arguments
+from gpu_parts.timing import Train, measure_program
 
 
 def train_ours(base: Path, rows: Path, output: Path, setting: Setting, *more: str) -> None:

@@ -17,17 +17,6 @@ from gpu_parts.settings import FIRST_MEASURED, PROFILED, Setting, count_step_flo
 Train = Callable[[Path, Path, Path, Setting], None]
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Add the arguments of every program, and read them."""
-    parser.add_argument("base", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
-    parser.add_argument("--wait", action="store_true", help="start to measure when the standard input ends")
-    parser.add_argument("--only", default="", help="a part of the names of some settings")
-    return parser.parse_args()
-
-
 def measure_program(program: str, train: Train, arguments: argparse.Namespace) -> None:
     """Measure one program at every setting, and write each result as soon as it is known."""
     if arguments.wait:

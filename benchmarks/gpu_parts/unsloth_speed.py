@@ -11,11 +11,21 @@ import os
 from pathlib import Path
 
 from gpu_parts.lines import explain, is_measured, read_lines, write_line
-from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting
+from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting, parse_arguments
 
 NAME = "Unsloth"
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VERSIONS = ("unsloth", "unsloth_zoo", "transformers", "trl", "peft", "datasets", "bitsandbytes", "xformers", "flash_attn")
+VERSIONS = (
+    "unsloth",
+    "unsloth_zoo",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "bitsandbytes",
+    "xformers",
+    "flash_attn",
+)
 
 
 def find_reason() -> str | None:
@@ -37,7 +47,12 @@ def train_unsloth(base: Path, rows: Path, output: Path, setting: Setting) -> Non
     from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(base), max_seq_length=setting.tokens, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+        str(base),
+        max_seq_length=setting.tokens,
+        dtype=torch.bfloat16,
+        load_in_4bit=True,
+        fix_tokenizer=False,  # a mended tokenizer splits the headers into other tokens
+        local_files_only=True,
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -81,13 +96,12 @@ def read_versions() -> dict[str, str]:
 
 def main() -> None:
     """Measure Unsloth at every setting, or write in one line why not."""
-    reason = find_reason()
-    from gpu_parts.timing import measure_program, parse_arguments  # imports transformers, which Unsloth replaces parts of
-
     arguments = parse_arguments(argparse.ArgumentParser(description=__doc__))
-    if reason:
+    if reason := find_reason():
         write_line(arguments.output, {"name": f"{NAME}: all settings", "skipped": reason})
         return
+    from gpu_parts.timing import measure_program  # imports transformers, of which Unsloth has replaced parts now
+
     arguments.base, arguments.output = arguments.base.resolve(), arguments.output.resolve()
     work = Path(os.environ["UNSLOTH_COMPILE_LOCATION"])
     work.mkdir(parents=True, exist_ok=True)
