@@ -5,7 +5,8 @@
 
 It makes a random checkpoint of YuLan-Mini's real sizes, so nothing is downloaded. Every part is a process of its own with a time
 limit, all together take 8 minutes at most, and every result is saved as soon as it is known. Without a GPU it says so and ends;
-`--rehearse` runs every part with nano's sizes on the processor. The results are gpu.json and gpu.md beside this file, or in `--output`.
+`--rehearse` runs every part with nano's sizes on the processor. The results are gpu.json and gpu.md beside this file, or in `--output`,
+and gpu.log holds the end of what each part said.
 A later call on the same card with the same versions adds to them: `--parts` names what runs again, `--missing` measures only what they
 do not hold yet. `--wheels` names a folder of gpu_wheels.py, for a machine that has PyTorch and no network.
 """
@@ -33,7 +34,7 @@ ROOT = HERE.parent
 
 # A card of this size holds several of the runs at once; each counts only the memory of its own process.
 SHARED_CARD, SHARES = 70 * 2**30, 3
-MINUTES, REHEARSAL_PATIENCE = 7.8, 5
+REHEARSAL_PATIENCE = 5
 
 
 def list_parts(folder: Path, options: Sequence[str], card_bytes: int, unsloth: Mapping[str, str]) -> list[Part]:
@@ -46,7 +47,7 @@ def list_parts(folder: Path, options: Sequence[str], card_bytes: int, unsloth: M
     def program(name: str, limit: int, *more: str) -> Part:
         return Part(name, (child("speed.py", name, "--wait", "--program", *more),), limit, (name,), waits=True)
 
-    workers = max(1, min(6, (os.cpu_count() or 1) // 2))
+    workers = max(2, min(6, (os.cpu_count() or 1) // 2))
     pytest = (
         "-m",
         "pytest",
@@ -68,12 +69,12 @@ def list_parts(folder: Path, options: Sequence[str], card_bytes: int, unsloth: M
     return [
         Part("tests", (tests,), 100, ("tests",)),
         Part("memory", memory, 185 if shares > 1 else 240, ("memory", "plans")),
-        program("speed", 60, "ours"),
-        program("plain", 60, "plain TRL"),
+        program("speed", 55, "ours"),
+        program("plain", 55, "plain TRL"),
         program("auto", 75, "ours, speed auto"),
-        Part("unsloth", (unsloth_command,), 90, ("unsloth",), waits=True, environment=unsloth),
+        Part("unsloth", (unsloth_command,), 80, ("unsloth",), waits=True, environment=unsloth),
         Part("export", (child("export_chat.py", "export"),), 60, ("export",)),
-        program("roomy", 60, "ours, no checkpointing", "--only", "4 rows"),
+        program("roomy", 60, "ours, no checkpointing", "--settings", "2"),
         Part("large", (child("memory.py", "large", *claims, "--alone"),), 60, ("large",)),
     ]
 
@@ -86,6 +87,13 @@ def join_checks(parts: list[Part], card_bytes: int) -> list[Part]:
     commands = tuple(command for part in first for command in part.commands)
     writes = tuple(name for part in first for name in part.writes)
     return [Part("checks", commands, max(part.limit for part in first), writes), *parts[2:]]
+
+
+def add_base(parts: list[Part], make: Command) -> list[Part]:
+    """Let the checkpoint be made beside the first part, if that one waits for it or does not need it, or before."""
+    if parts and parts[0].name in ("checks", "tests", "memory"):
+        return [replace(parts[0], commands=(make, *parts[0].commands)), *parts[1:]]
+    return [Part("base", (make,), 60, ()), *parts]
 
 
 def install_wheels(wheels: Path, folder: Path) -> Path:
@@ -137,10 +145,13 @@ def make_environments(arguments: argparse.Namespace, folder: Path) -> tuple[dict
         environment |= {"CUDA_VISIBLE_DEVICES": "", "GPU_TEST_REHEARSAL": "1"}
     if arguments.missing:
         environment["GPU_TEST_MISSING"] = "1"
+    # Nothing is sent, and what it compiles goes with the folder.
     unsloth = {
         "PYTHONPATH": os.pathsep.join(map(str, [*older, *path])),
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "unsloth_compiled" / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "unsloth_compiled" / "triton"),
     }
     return environment, unsloth
 
@@ -158,7 +169,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Make the checkpoint, run the parts that were asked for, and write the results whenever there are new ones."""
     # A rehearsal shares a processor with whatever else runs there.
     patience = arguments.patience * (REHEARSAL_PATIENCE if arguments.rehearse else 1)
-    end = time.monotonic() + 60 * MINUTES * patience
+    end = time.monotonic() + 60 * arguments.minutes * patience
     environment, unsloth = make_environments(arguments, folder)
     device = ask_device(environment)
     if not device["card"] and not arguments.rehearse:
@@ -177,13 +188,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             str(folder / "base"),
             *options,
         )
-        parts.insert(0, Part("base", (make,), 60, ()))
+        parts = add_base(parts, make)
     parts = [replace(part, limit=part.limit * patience) for part in parts]
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     store = Store(arguments.output, folder / "results", hash_sources(ROOT), device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     store.begin([name for part in parts for name in part.writes], keep=arguments.missing)
-    run_parts(parts, Place(ROOT, environment, logs), end, store.save)
+    run_parts(parts, Place(ROOT, environment, logs, arguments.output / "gpu.log"), end, store.save)
     print(describe(store.results))
 
 
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument("--parts", default="", help="what to measure; default: all")
     parser.add_argument("--missing", action="store_true", help="measure only what the results do not hold yet")
     parser.add_argument("--keep", type=Path, help="keep checkpoint and wheels in this folder, for another call")
+    parser.add_argument("--minutes", type=float, default=7.8, help="how long all parts may take")
     parser.add_argument("--patience", type=float, default=1.0, help="multiply the time limits, for a slow machine")
     parser.add_argument("--rehearse", action="store_true", help="every part with nano's sizes, on the processor")
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ import torch
 from gpu_parts.cases import GIB, Case, list_cases, list_overrides, write_rows
 from gpu_parts.clock import read_peaks, watch_trainers
 from gpu_parts.lines import record, write_line
+from gpu_parts.settings import wait_for_base
 
 import finetune
 from finetune.check.recipes import load_recipe
@@ -82,6 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="the cases that need the whole card")
     arguments = parser.parse_args()
+    wait_for_base(arguments.base)
     for case in list_cases(arguments.rehearse):
         if case.alone != arguments.alone or not claim(arguments.claims, case):
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 from gpu_parts.cases import Case, list_cases, list_overrides, write_rows
 from gpu_parts.lines import explain, is_measured, read_lines, write_line
+from gpu_parts.settings import wait_for_base
 
 from finetune.check.recipes import load_recipe
 from finetune.files.resources import list_all_recipes
@@ -35,6 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     known = {row["name"] for row in read_lines(arguments.output) if is_measured(row)} if arguments.missing else set()
     cases = [case for case in list_cases(arguments.rehearse) if case.name not in known]
+    wait_for_base(arguments.base)
     processes = max(1, (os.cpu_count() or 2) // 4)
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         futures = {pool.submit(plan_case, case, arguments.base): case.name for case in cases}

@@ -12,7 +12,9 @@ from typing import IO, Any
 
 Command = tuple[str, ...]
 SAVE_SECONDS = 10
-LOG_LINES, LOG_LINE = 3, 300
+# How much of what a part said is printed if it failed, and kept in any case.
+PRINTED_LINES, KEPT_LINES, LINE_LENGTH = 3, 150, 300
+PROGRESS_BAR = "it/s]"
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class Running:
 
 @dataclass(frozen=True)
 class Place:
-    """Where parts run: the folder and environment of their processes, and the folder of their logs."""
+    """Where parts run: the folder and environment of their processes, the folder of their logs, and the file of all their ends."""
 
     root: Path
     environment: Mapping[str, str]
     logs: Path
+    summary: Path
 
     def start(self, part: Part) -> Running:
         """Start the processes of a part."""
@@ -73,14 +76,21 @@ def run_parts(
     """Run parts one after the other until the time `end`; `save` gets each part and how it ended, and None in between."""
     running: Running | None = None
     following: Running | None = None
+    place.summary.write_text("", encoding="utf-8")
     try:
         for part, after in zip_longest(parts, parts[1:]):
             running, following = following or place.start(part), None
             if after is not None and after.waits:
                 following = place.start(after)
             limit = min(part.limit, end - time.monotonic())
-            save(part, finish(running, limit, lambda: save(None, {})))
+            ended = finish(running, limit, lambda: save(None, {}))
             running = None
+            said = read_end(place.logs / f"{part.name}.log")
+            if ended["status"]:
+                print("\n".join(f"    {line}" for line in said[-PRINTED_LINES:]), flush=True)
+            with place.summary.open("a", encoding="utf-8") as file:
+                file.write("\n".join([f"== {part.name}", *said, ""]))
+            save(part, ended)
     finally:
         for left in (running, following):
             if left is not None:
@@ -103,8 +113,6 @@ def finish(running: Running, limit: float, save: Callable[[], None]) -> dict[str
     status = None if None in statuses else max(map(abs, filter(None, statuses)), default=0)
     seconds = time.monotonic() - started
     print(f"{running.part.name:8} {describe_end(status)} after {seconds:.0f} s", flush=True)
-    if status:
-        print("\n".join(f"    {line}" for line in read_end(Path(running.log.name))), flush=True)
     return {"status": status, "seconds": round(seconds, 1), "measured": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 
 
@@ -114,9 +122,9 @@ def describe_end(status: int | None) -> str:
 
 
 def read_end(log: Path) -> list[str]:
-    """Return the last lines of what a part said, cut to a length that fits a short report."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return [line[:LOG_LINE] for line in lines[-LOG_LINES:]]
+    """Return the last lines of what a part said, without progress bars, cut to a length that a person can read."""
+    lines = (line.rpartition("\r")[2] for line in log.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [line[:LINE_LENGTH] for line in lines if line.strip() and PROGRESS_BAR not in line][-KEPT_LINES:]
 
 
 def stop(running: Running) -> None:

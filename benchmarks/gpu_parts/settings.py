@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 # The first steps are not measured; in the profiled one, the last, kernels are counted in place of time.
 STEPS, FIRST_MEASURED, PROFILED = 9, 3, 8
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
+BASE_SECONDS = 120
 TEMPLATE = Path(__file__).parents[2] / "templates" / "yulan-mini.jinja"
 
 
@@ -62,8 +64,21 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
     parser.add_argument("--wait", action="store_true", help="start to measure when the standard input ends")
-    parser.add_argument("--only", default="", help="a part of the names of some settings")
+    parser.add_argument("--settings", type=int, default=None, help="how many settings, the first ones")
     return parser.parse_args()
+
+
+def wait_for_base(base: Path) -> None:
+    """Wait until the checkpoint is there; the part that makes it may run at the same time.
+
+    Raises:
+        TimeoutError: it did not come.
+    """
+    end = time.monotonic() + BASE_SECONDS
+    while not (base / "rows").is_dir():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{base} was not made within {BASE_SECONDS} seconds")
+        time.sleep(0.2)
 
 
 def count_step_flops(base: Path, setting: Setting) -> float:

@@ -23,9 +23,7 @@ def measure_program(program: str, train: Train, arguments: argparse.Namespace) -
         sys.stdin.read()  # the libraries are imported while another part measures
     base = arguments.base / "llama"
     peak = measure_attainable(512 if arguments.rehearse else 8192)
-    for setting in list_settings(arguments.rehearse):
-        if arguments.only not in setting.name:
-            continue
+    for setting in list_settings(arguments.rehearse)[: arguments.settings]:
 
         def measure(setting: Setting = setting) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder, watch_trainers(PROFILED) as watch:

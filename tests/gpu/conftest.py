@@ -1,6 +1,6 @@
 """A machine with a GPU may be lent for minutes only, so every result is told and kept at once.
 
-`GPU_TEST_RESULTS` names a file of lines of JSON to which each result is added. With `GPU_TEST_MISSING` the tests that passed by that
+gpu.py names in `GPU_TEST_RESULTS` a file of lines of JSON to which each result is added, and says it. With `GPU_TEST_MISSING` the tests that passed by that
 file are left out. With `GPU_TEST_REHEARSAL` the tests that can run on a processor do so, which shows mistakes in the tests themselves.
 """
 
@@ -25,15 +25,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Print the end of a failure as soon as it is known, and how long each test took, and keep the result."""
+    """Print how long each test took and the end of a failure as soon as it is known, and keep the result."""
     outcome = yield
     report = outcome.get_result()
+    if "GPU_TEST_RESULTS" not in os.environ:
+        return
     if report.when == "call" and not report.skipped:
         print(f"{report.outcome} {report.duration:.1f} s {item.name}", file=sys.__stderr__, flush=True)
     if report.failed:
         print("\n".join(report.longreprtext.splitlines()[-25:]), file=sys.__stderr__, flush=True)
     # A test that fails before it runs, or after, counts as failed; one that is skipped ends before it runs.
-    if "GPU_TEST_RESULTS" in os.environ and (report.when == "call" or not report.passed):
+    if report.when == "call" or not report.passed:
         row = {"name": item.name, "outcome": report.outcome, "seconds": round(report.duration, 1)}
         with Path(os.environ["GPU_TEST_RESULTS"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

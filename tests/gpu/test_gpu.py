@@ -84,31 +84,6 @@ def test_a_resumed_run_is_the_same_run(train, kind):
     assert not any(apart.values()), f"weights differ by up to {max(apart.values()):.3g} after resuming"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, monkeypatch, kind):
-    """They round in another order, so losses agree within rounding; a resumed run has the same kernels, and so the same bits."""
-    monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
-    monkeypatch.setitem(speed_trial._FASTER, "compiled layers", math.inf)
-    if not HAS_GPU:  # a rehearsal: the compiler itself takes most of a minute
-        monkeypatch.setattr(compiled_layers, "COMPILER", {"backend": "aot_eager", "dynamic": True})
-    saving = [
-        *KINDS[kind],
-        "trainer.save_strategy=steps",
-        "trainer.save_steps=2",
-        "trainer.gradient_checkpointing=true",
-    ]
-    plain = read_losses(train("plain", *saving))
-    straight, resumed = train("straight", *saving, "model.speed=auto"), train("resumed", *saving, "model.speed=auto")
-    assert json.loads((straight / "run.json").read_text())["speed"]["way"] == "compiled layers"
-    assert read_losses(straight) == pytest.approx(plain, rel=ROUNDING)
-    for name in ("adapter", "checkpoint-4"):
-        shutil.rmtree(resumed / name)
-    torch._dynamo.reset()
-    train("resumed", *saving, "model.speed=auto", resume=True)
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.mark.parametrize("kind", ["bf16", "nf4", "int8", "all weights"])
 def test_an_export_equals_what_was_trained(train, tmp_path, kind):
     run = train("run", *KINDS[kind])
@@ -272,3 +247,28 @@ def test_a_deep_model_is_streamed_with_the_same_bits_in_less_memory(deep_model):
     assert all(map(torch.equal, streamed_weights, weights))
     assert stream.host.is_pinned()
     assert peak - streamed_peak > 0.8 * stream.host.nbytes
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, monkeypatch, kind):
+    """They round in another order, so losses agree within rounding; a resumed run has the same kernels, and so the same bits."""
+    monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
+    monkeypatch.setitem(speed_trial._FASTER, "compiled layers", math.inf)
+    if not HAS_GPU:  # a rehearsal: the compiler itself takes most of a minute
+        monkeypatch.setattr(compiled_layers, "COMPILER", {"backend": "aot_eager", "dynamic": True})
+    saving = [
+        *KINDS[kind],
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=2",
+        "trainer.gradient_checkpointing=true",
+    ]
+    plain = read_losses(train("plain", *saving))
+    straight, resumed = train("straight", *saving, "model.speed=auto"), train("resumed", *saving, "model.speed=auto")
+    assert json.loads((straight / "run.json").read_text())["speed"]["way"] == "compiled layers"
+    assert read_losses(straight) == pytest.approx(plain, rel=ROUNDING)
+    for name in ("adapter", "checkpoint-4"):
+        shutil.rmtree(resumed / name)
+    torch._dynamo.reset()
+    train("resumed", *saving, "model.speed=auto", resume=True)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
