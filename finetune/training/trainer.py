@@ -28,7 +28,13 @@ from finetune.rewards.judge import BorrowingJudge
 from finetune.rewards.reward_functions import AnswerRewards, CompletionWriter, list_weights
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.training.held_out_loss import average_over_rows, average_over_tokens
-from finetune.training.journal.progress import EarlyStopping, MetricsWriter, ProgressBar, ShortRunLogging
+from finetune.training.journal.progress import (
+    EarlyStopping,
+    MetricsWriter,
+    ProgressBar,
+    ShortRunLogging,
+    WholeCheckpoints,
+)
 from finetune.training.journal.reporters import guard_reporters
 from finetune.training.journal.safeguards import add_safeguards
 from finetune.training.observing.machine import MachineWriter
@@ -145,6 +151,7 @@ def add_journal(trainer: Trainer, run: Path, *, chooses_interval: bool = False) 
     guard_reporters(trainer)
     if chooses_interval:
         trainer.add_callback(ShortRunLogging())
+    trainer.add_callback(WholeCheckpoints())
     add_safeguards(trainer)
     trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))

@@ -14,6 +14,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from finetune.files.json_files import remove_later_lines
 from finetune.runs.run_files import METRICS_FILE
@@ -78,6 +79,45 @@ class ShortRunLogging(TrainerCallback):
     ) -> None:
         """Choose the interval."""
         state.logging_steps = min(state.logging_steps, max(1, state.max_steps // _FEWEST_LINES))
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Logs and evaluates before the checkpoint of the same step is saved, so that a run that continues from there lacks neither.
+
+    The trainer evaluates at the end of an epoch after it has saved the checkpoint of the epoch's last step. A run that was killed
+    between the two would go on without that evaluation, and with the random numbers of before it. A loss that is logged after a
+    checkpoint would be the mean over the steps since then only, where the run was resumed.
+    """
+
+    def __init__(self) -> None:
+        self._evaluated: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Leave out the evaluation before step 1 where a run goes on."""
+        if state.global_step:
+            args.eval_on_start = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Do what the trainer would do at the end of the epoch, and log where a checkpoint may be saved."""
+        epoch = float(state.epoch or 0)
+        ends = epoch.is_integer() or state.global_step >= state.max_steps
+        if ends and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= epoch:
+            control.should_evaluate, self._evaluated = True, state.global_step
+        best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        may_save = control.should_save or best or (ends and args.save_strategy == SaveStrategy.EPOCH)
+        if args.logging_strategy != IntervalStrategy.NO:
+            control.should_log |= may_save or (ends and args.logging_strategy == IntervalStrategy.EPOCH)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Evaluate once."""
+        if self._evaluated == state.global_step:
+            control.should_evaluate = False
 
 
 class MetricsWriter(TrainerCallback):

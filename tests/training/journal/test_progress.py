@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.check.recipes import load_recipe
 from finetune.training.journal.progress import ShortRunLogging
+from finetune.training.journal.safeguards import CheckpointSeal
 from finetune.training.run import run_training
 
 
@@ -26,3 +29,38 @@ def test_a_run_of_three_steps_has_a_curve(make_recipe, tmp_path):
     run = Path(run_training(load_recipe(file, [f"output={tmp_path / 'run'}", "trainer.max_steps=3"])).run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.save_strategy=steps", "trainer.save_steps=4", "trainer.eval_strategy=epoch", "trainer.logging_steps=3"],
+        ["trainer.save_strategy=epoch", "trainer.eval_on_start=true", "trainer.eval_strategy=epoch", "trainer.logging_steps=50"],
+        ["trainer.save_strategy=steps", "trainer.save_steps=4", "trainer.logging_strategy=epoch"],
+    ],
+)  # fmt: skip
+def test_a_run_killed_at_the_end_of_an_epoch_lacks_nothing_when_it_goes_on(make_recipe, train, monkeypatch, overrides):
+    """The epoch's evaluation was lost, and later steps drew other random numbers; a loss was the mean over other steps."""
+    settings = ["adapter.dropout=0.1", "trainer.max_steps=6", "trainer.lr_scheduler_type=constant", *overrides]
+    straight = train("straight", *settings)
+    seal = CheckpointSeal.on_save
+
+    def die(self, args, state, control, **values):
+        seal(self, args, state, control, **values)
+        if state.global_step == 4:  # 32 rows in batches of 8: the last step of the first epoch
+            raise SystemExit(137)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointSeal, "on_save", die)
+        with pytest.raises(SystemExit):
+            run_training(make_recipe("killed", *settings))
+    killed = train("killed", *settings, resume=True)
+    assert read_metrics(killed) == read_metrics(straight)
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, killed)]
+    assert not [name for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])]
+
+
+def read_metrics(run):
+    """Return what was logged, without times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(("runtime", "second"))} for line in lines]
