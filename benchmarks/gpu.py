@@ -133,7 +133,8 @@ def make_environments(arguments: argparse.Namespace, folder: Path) -> tuple[dict
         raise SystemExit(f"--unsloth-wheels {given}: there is no such folder")
     path = [*sites, *filter(None, [os.environ.get("PYTHONPATH")]), HERE, ROOT]
     environment = {
-        "OMP_NUM_THREADS": "4",  # several processes with a thread for every core each would wait for one another
+        # Several processes with a thread for every core each would wait for one another.
+        "OMP_NUM_THREADS": "1" if arguments.rehearse else "4",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(map(str, path)),
@@ -170,6 +171,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     # A rehearsal shares a processor with whatever else runs there.
     patience = arguments.patience * (REHEARSAL_PATIENCE if arguments.rehearse else 1)
     end = time.monotonic() + 60 * arguments.minutes * patience
+    choose_parts(
+        arguments, list_parts(folder, [], 0, {}), 0
+    )  # a name that is none is said before anything is installed
     environment, unsloth = make_environments(arguments, folder)
     device = ask_device(environment)
     if not device["card"] and not arguments.rehearse:

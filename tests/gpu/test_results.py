@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import time
 import zipfile
@@ -159,6 +160,18 @@ def test_a_part_that_waits_starts_early_and_measures_in_its_turn(tmp_path):
     assert "== second\nsaid\n" in (tmp_path / "all.log").read_text()
 
 
+@pytest.mark.parametrize(("card_gib", "first", "processes"), [(80, "checks", 6), (24, "tests", 2)])
+def test_a_large_card_is_shared_by_what_measures_no_time(tmp_path, card_gib, first, processes):
+    """The checkpoint is made beside the tests, which do not need it; three processes measure memory on a large card."""
+    gpu, size = importlib.import_module("gpu"), card_gib * 2**30
+    parts = gpu.add_base(gpu.join_checks(gpu.list_parts(tmp_path, [], size, {}), size), ("make",))
+    assert (parts[0].name, len(parts[0].commands), parts[0].commands[0]) == (first, processes, ("make",))
+    written = [name for part in parts for name in part.writes]
+    assert sorted(written) == sorted(importlib.import_module("gpu_parts.store").LISTS)
+    only_speed = [part for part in parts if part.name == "speed"]
+    assert [part.name for part in gpu.add_base(only_speed, ("make",))] == ["base", "speed"]
+
+
 def test_only_one_process_measures_a_case(tmp_path):
     memory, cases = importlib.import_module("gpu_parts.memory"), importlib.import_module("gpu_parts.cases")
     assert [memory.claim(tmp_path / "claims", case) for case in (*cases.CASES, *cases.CASES)] == [
@@ -182,3 +195,21 @@ def test_a_wheel_is_made_smaller(tmp_path):
             wheel.writestr(name, "text")
     wheels.keep_files(tmp_path / "some.whl", lambda name: not name.startswith(wheels.UNSLOTH_PROGRAM))
     assert zipfile.ZipFile(tmp_path / "some.whl").namelist() == ["some/a.py"]
+
+
+def test_the_readme_repeats_the_measured_memory():
+    """Only where the results are of the card that the README names: who measures another one is not told off."""
+    results = json.loads((ROOT / "benchmarks" / "gpu.json").read_text(encoding="utf-8"))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith("| GPU memory, planned / measured on an "))
+    if results["device"]["card"] not in line:
+        pytest.skip("the README names another card")
+    plans = {row["name"]: row["allocated"] for row in results["plans"] if "allocated" in row}
+    pairs = {
+        f"{plans[row['name']] / 2**30:.2f} / {(row['allocated'] - row['left']) / 2**30:.2f}"
+        for row in results["memory"]
+        if "allocated" in row and row["name"] in plans
+    }
+    said = set(re.findall(r"\d+\.\d\d / \d+\.\d\d", line))
+    assert len(said) == 8
+    assert said <= pairs
