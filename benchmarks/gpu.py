@@ -151,6 +151,7 @@ def make_environments(arguments: argparse.Namespace, folder: Path) -> tuple[dict
         "PYTHONPATH": os.pathsep.join(map(str, [*older, *path])),
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled"),
+        "HF_HOME": str(folder / "unsloth_compiled" / "hub"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "unsloth_compiled" / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "unsloth_compiled" / "triton"),
     }

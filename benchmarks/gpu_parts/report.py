@@ -1,5 +1,6 @@
 """The results of gpu.py as Markdown."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -53,7 +54,7 @@ def describe_memory(results: Mapping[str, Any]) -> list[str]:
         "| run | held to, GiB | allocated as planned, GiB | measured | difference | reserved | in all as planned |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in [*results.get("memory", []), *results.get("large", [])]:
+    for row in sorted([*results.get("memory", []), *results.get("large", [])], key=_order):
         plan = plans.get(row["name"], {"error": "not planned in time"})
         limit = f"{row['card_gib']:g}" if row.get("card_gib") else ""
         if not is_measured(row) or not is_measured(plan):
@@ -65,6 +66,12 @@ def describe_memory(results: Mapping[str, Any]) -> list[str]:
             f"| {allocated / plan['allocated'] - 1:+.1%} | {_gib(reserved)} | {_gib(plan['peak'])} |"
         )
     return lines
+
+
+def _order(row: Row) -> list[tuple[int, str]]:
+    """Order names as a person does, with 2,048 before 28,672; processes that share the cases end them in any order."""
+    pieces = re.split(r"(\d+)", row["name"].replace(",", ""))
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
 
 
 def describe_speed(results: Mapping[str, Any]) -> list[str]:

@@ -70,6 +70,7 @@ def train_unsloth(base: Path, rows: Path, output: Path, setting: Setting) -> Non
         max_length=setting.tokens,
         packing=setting.packing,
         assistant_only_loss=True,
+        dataset_num_proc=1,  # a few hundred rows: more processes take longer to start
         max_steps=STEPS,
         per_device_train_batch_size=setting.batch,
         gradient_accumulation_steps=1,
