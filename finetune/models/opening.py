@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -20,11 +21,14 @@ from finetune.files.folders import expand_home
 from finetune.models.loading import load_base
 from finetune.models.lora import apply_adapter
 from finetune.models.precision import choose_device, choose_precision
+from finetune.models.streaming.from_disk import read_stored, stream_model
 from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, check_result_files, is_result, list_checked_files, open_result
 from finetune.runs.trained_tokens import check_trained_tokens
+from finetune.yulan.llama_files import open_llama_tensors
+from finetune.yulan.tensors import open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -81,23 +85,27 @@ class LoadedModel:
         return Reply(str(text), len(tokens), ended_by)
 
 
-def open_model(name: str) -> LoadedModel:
+def open_model(name: str, *, streams: bool = False) -> LoadedModel:
     """Open a run, with its base model and adapter as they were trained, or a model by alias, hub id or folder.
+
+    `streams` saves memory on a CPU, for a model that makes a few passes over long rows: matrices that are computed with in float32 stay
+    on the disk, and each is read anew for every pass. The outputs have the same bits.
 
     Raises:
         FinetuneError: there is nothing of that name, or its template is not the one that it was trained with.
     """
     path = expand_home(name)
     if path.is_dir() and is_result(path):
-        return open_trained(open_result(path))
+        return open_trained(open_result(path), streams=streams)
     folder = as_llama(find_checkpoint(name))
-    device = choose_device()
-    model = load_base(folder, ModelSection(), choose_precision("auto", device, False), device)
+    model = _load(folder, ModelSection(), "auto", "language", None, streams=streams)
     return _complete(model, load_tokenizer(folder, needs_padding=False))
 
 
-def open_trained(result: Result) -> LoadedModel:
+def open_trained(result: Result, *, streams: bool = False) -> LoadedModel:
     """Open a language model as it was trained: its base in the run's quantization and dtype, with the adapter.
+
+    `streams` is that of `open_model`.
 
     Raises:
         FinetuneError: it is a reward model, or the base or the template is not the one that it was trained with.
@@ -107,27 +115,40 @@ def open_trained(result: Result) -> LoadedModel:
             f"{result.folder}: is a reward model, which scores texts and cannot generate answers; "
             "`finetune evaluate` measures it on pairs"
         )
-    return load_trained(result)
+    return load_trained(result, streams=streams)
 
 
-def load_trained(result: Result) -> LoadedModel:
+def load_trained(result: Result, *, streams: bool = False) -> LoadedModel:
     """Load a result as it was trained; a reward model gets its head for scores.
 
     Raises:
         FinetuneError: the base or the template is not the one that it was trained with.
     """
     check_result_files(result)
-    device, lineage = choose_device(), result.lineage
-    precision = choose_precision("auto" if lineage is None else lineage.dtype, device, False)
+    lineage = result.lineage
     base = find_base(result) if result.is_adapter else result.folder
     tokenizer = load_tokenizer(find_tokenizer_folder(result, base), needs_padding=lineage is not None)
     check_template(result, find_template("auto", tokenizer))
     check_trained_tokens(result, base, tokenizer)
     head: Head = "language" if result.method is None else result.method.head
-    model: PreTrainedModel | PeftModel = load_base(base, recall_model(result, base), precision, device, head)
-    if result.is_adapter:
-        model = apply_adapter(model, result.folder)
-    return _complete(model, tokenizer)
+    dtype = "auto" if lineage is None else lineage.dtype
+    adapter = result.folder if result.is_adapter else None
+    return _complete(_load(base, recall_model(result, base), dtype, head, adapter, streams=streams), tokenizer)
+
+
+def _load(
+    base: Path, section: ModelSection, dtype: str, head: Head, adapter: Path | None, *, streams: bool
+) -> PreTrainedModel | PeftModel:
+    device = choose_device()
+    precision = choose_precision(dtype, device, False)
+    can_stream = device.type == "cpu" and precision.weights == torch.float32 and section.quantize == "none"
+    if streams and can_stream and head == "language":
+        tensors = open_tensors(base) if section.architecture == "native" else open_llama_tensors(base)
+        model = load_base(base, section, precision, torch.device("meta"))
+        streamed: PreTrainedModel | PeftModel = stream_model(model, read_stored(tensors), device, adapter)
+        return streamed
+    model = load_base(base, section, precision, device, head)
+    return model if adapter is None else apply_adapter(model, adapter)
 
 
 def _complete(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:

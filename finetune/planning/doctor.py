@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from finetune.errors import MachineError
 from finetune.files.cache import examine_cache, find_cache
@@ -48,7 +49,7 @@ def examine_machine() -> Machine:
     """Examine the device that a run would choose, what can run on it, and the disk of the cache."""
     device = choose_device()
     quantization = tuple(name for name in ("nf4", "int8") if _can_quantize(name, device))
-    attention = ("sdpa", "eager", *(("flash_attention_2",) if find_spec("flash_attn") else ()))
+    attention = ("sdpa", "eager", *(("flash_attention_2",) if is_flash_attn_2_available() else ()))
     memory, free = _read_memory(device)
     cache, cached = find_cache(), examine_cache()
     disk = _read_free_disk(cache)
@@ -130,10 +131,13 @@ def _list_advice(device: torch.device, quantization: tuple[str, ...], has_bf16: 
         )
         if not find_spec("deepspeed"):
             advice.append("recipes/accelerate/zero2.yaml and zero3.yaml need DeepSpeed: pip install deepspeed")
-    if device.type == "cuda" and not find_spec("flash_attn"):
+    if device.type == "cuda" and not is_flash_attn_2_available():
         advice.append(
-            "torch's own flash kernel is used; model.attention: flash_attention_2 needs pip install flash-attn"
+            "torch's own flash kernel is used; after pip install flash-attn, model.speed: auto tries that one, and model.attention: "
+            "flash_attention_2 uses it"
         )
+    if device.type == "cuda" and not find_spec("liger_kernel"):
+        advice.append("model.speed: auto tries fused kernels too after pip install liger-kernel")
     if "nf4" not in quantization:
         advice.append(
             "model.quantize: nf4 does not run here; pip install bitsandbytes helps on NVIDIA GPUs and CPUs, else use sft_lora"

@@ -28,7 +28,7 @@ KEYS: Mapping[str, str] = {
         "are trained, auto holds them in float32 and multiplies in the smaller type (pretrain and anneal: it holds them in "
         "bfloat16, with float32 copies in the optimizer)."
     ),
-    "model.attention": "The attention kernel; auto leaves the choice to transformers.",
+    "model.attention": "The attention kernel; auto leaves the choice to transformers, and in training to model.speed.",
     "model.stream_layers": (
         "Keep the base model's layers in main memory and copy them to the GPU two at a time. It needs adapter.kind: lora and one "
         "GPU; the result has the same bits, and each step takes longer where copying is slower than computing."
@@ -36,8 +36,9 @@ KEYS: Mapping[str, str] = {
     "model.max_positions": "The longest position in tokens, to extend the context; null keeps the checkpoint's.",
     "model.rope_theta": "The base of the rotary position embedding (RoPE); null keeps the checkpoint's.",
     "model.speed": (
-        "auto tries on the first batch what is faster and computes the same, and uses it: compiled layers (torch.compile) in runs "
-        "of 10 minutes and more, else 16-bit copies of the adapter. A resumed run does as it began. none tries nothing."
+        "auto tries on the first batch what is faster and computes the same, and uses it: FlashAttention and Liger's kernels where "
+        "installed, compiled layers (torch.compile) in runs of 10 minutes and more, 16-bit copies of the adapter. A resumed run does "
+        "as it began. none tries nothing."
     ),
     "data": "The rows to train and evaluate on, and how they become tokens.",
     "data.train": (

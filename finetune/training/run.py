@@ -55,7 +55,8 @@ from finetune.training.preflight import EvaluationCheck, check_first_batch, chec
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
-from finetune.training.speed.speed_trial import read_choice, try_speed
+from finetune.training.speed.speed_trial import try_speed
+from finetune.training.speed.ways import check_choice, read_choice
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
 from finetune.training.training_rows import prepare_rows
 from finetune.watching.board_page import write_report
@@ -84,6 +85,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
         checkpoint = None
         if resume:
             check_same_processes(resolved.output)
+            check_choice(resolved.output, device)
             if (summary := _complete(resolved, config)) is not None:
                 return summary
             checkpoint = find_resume_point(resolved.recipe, resolved.output)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
 from finetune.training.run import run_training
 from finetune.training.speed import compiled_layers, speed_trial
+from finetune.training.speed.ways import WAYS
 from finetune.yulan.folding import fold_checkpoint
 
 HAS_GPU = torch.cuda.is_available()
@@ -249,13 +251,33 @@ def test_a_deep_model_is_streamed_with_the_same_bits_in_less_memory(deep_model):
     assert peak - streamed_peak > 0.8 * stream.host.nbytes
 
 
+@pytest.fixture
+def let_win(monkeypatch):
+    """Return a function that lets one way of `model.speed` count as faster and leaves the others out.
+
+    The test is skipped where the package of the way is missing.
+    """
+
+    def win(name):
+        if (missing := WAYS[name].find_missing(torch.device("cuda" if HAS_GPU else "cpu"))) is not None:
+            pytest.skip(missing)
+        for other, way in WAYS.items():
+            changed = {"faster": math.inf} if other == name else {"find_missing": lambda device: "left out"}
+            monkeypatch.setitem(WAYS, other, replace(way, **changed))
+        if not HAS_GPU:  # a rehearsal: the compiler itself takes most of a minute
+            monkeypatch.setattr(compiled_layers, "COMPILER", {"backend": "aot_eager", "dynamic": True})
+        monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0 if WAYS[name].needs_long_run else math.inf)
+        # Its gradients are otherwise added in any order where rows are long.
+        monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+
+    return win
+
+
+@pytest.mark.parametrize("way", ["compiled layers", "fused kernels", "flash attention"])
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, monkeypatch, kind):
+def test_a_faster_way_trains_the_same_run_and_resumes_it(train, read_losses, let_win, kind, way):
     """They round in another order, so losses agree within rounding; a resumed run has the same kernels, and so the same bits."""
-    monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
-    monkeypatch.setitem(speed_trial._FASTER, "compiled layers", math.inf)
-    if not HAS_GPU:  # a rehearsal: the compiler itself takes most of a minute
-        monkeypatch.setattr(compiled_layers, "COMPILER", {"backend": "aot_eager", "dynamic": True})
+    let_win(way)
     saving = [
         *KINDS[kind],
         "trainer.save_strategy=steps",
@@ -264,7 +286,8 @@ def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, mo
     ]
     plain = read_losses(train("plain", *saving))
     straight, resumed = train("straight", *saving, "model.speed=auto"), train("resumed", *saving, "model.speed=auto")
-    assert json.loads((straight / "run.json").read_text())["speed"]["way"] == "compiled layers"
+    speed = json.loads((straight / "run.json").read_text())["speed"]
+    assert speed["ways"] == [way], speed["reason"]
     assert read_losses(straight) == pytest.approx(plain, rel=ROUNDING)
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(resumed / name)
@@ -272,3 +295,11 @@ def test_compiled_layers_train_the_same_run_and_resume_it(train, read_losses, mo
     train("resumed", *saving, "model.speed=auto", resume=True)
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_flash_attention_keeps_packed_documents_apart(train, read_losses, let_win):
+    let_win("flash attention")
+    one = [*KINDS["bf16"], "trainer.max_steps=1", "trainer.per_device_train_batch_size=32"]
+    apart, packed = train("apart", *one), train("packed", *one, "trainer.packing=true", "model.speed=auto")
+    assert "flash attention" in json.loads((packed / "run.json").read_text())["speed"]["ways"]
+    assert read_losses(packed) == pytest.approx(read_losses(apart), rel=ROUNDING)

@@ -81,3 +81,27 @@ def test_texts_without_a_second_token_are_refused(nano_llama):
     loaded.tokenizer.add_bos_token = False
     with pytest.raises(DataError, match="no text has two tokens"):
         measure_activity(loaded, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "streams"),
+    [
+        (["adapter.train_tokens=[104]", "trainer.learning_rate=1e-2"], True),
+        (["model.architecture=native", "adapter={kind: none}"], True),
+        (["model.quantize=nf4"], False),  # is as small in memory, and its products are not those of float32
+    ],
+)
+def test_a_model_whose_matrices_stay_on_the_disk_has_the_same_activity_to_the_bit(train, overrides, streams):
+    run = str(train("run", "trainer.max_steps=1", *overrides))
+    streamed = open_model(run, streams=True)
+    placeholders = [
+        weights for weights in streamed.model.parameters() if weights.dim() == 2 and not any(weights.stride())
+    ]
+    assert bool(placeholders) == streams
+    assert measure_activity(streamed, TEXTS) == measure_activity(open_model(run), TEXTS)
+
+
+def test_a_checkpoint_whose_matrices_stay_on_the_disk_has_the_same_activity_to_the_bit(nano):
+    assert measure_activity(open_model(str(nano), streams=True), TEXTS) == measure_activity(
+        open_model(str(nano)), TEXTS
+    )

@@ -98,7 +98,8 @@ def _measure(visit: Visit, inputs: Inputs) -> None:
 
 
 def _run_model(visit: Visit, inputs: Inputs, missing: set[str], fingerprint: str) -> None:
-    loaded = open_model(visit.name)
+    # Texts are read in one pass each, where tasks take one for every token of an answer.
+    loaded = open_model(visit.name, streams=TASKS not in missing)
     if TASKS in missing:
         folder = visit.folder / TASKS
         make_folder(folder, describe_evaluation(fingerprint, inputs.prepared, inputs.tasks))

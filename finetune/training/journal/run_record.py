@@ -32,7 +32,7 @@ from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
-from finetune.training.speed.speed_trial import SpeedChoice
+from finetune.training.speed.ways import SpeedChoice
 from finetune.watching.board_page import write_report
 
 # The states of a run, in their order: it trains; it has trained its last step and writes its result; all is written.

@@ -17,6 +17,7 @@ from finetune.files.safety.manifests import MANIFEST_FILE, find_damage
 from finetune.recipe.sections import Recipe
 from finetune.training.pretraining.head_watch import HeadWatch
 from finetune.training.pretraining.optimizer import OptimizerFactory, make_groups
+from finetune.training.pretraining.packed_documents import keep_documents_apart
 from finetune.training.pretraining.schedule import plan_schedule
 from finetune.training.pretraining.state_loading import StatesLoader
 from finetune.training.training_rows import count_step_rows
@@ -72,6 +73,7 @@ def set_up_pretraining(trainer: Trainer, recipe: Recipe, states: OptimizerStates
     if isinstance(model, YuLanMiniForCausalLM):
         model.skips_logits = True  # evaluation keeps losses only
         model.z_terms = ZTerms()
+    keep_documents_apart(model)
     trainer.add_callback(HeadWatch())
     config = trainer.args
     effective_batch = count_step_rows(config)

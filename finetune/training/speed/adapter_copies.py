@@ -7,16 +7,16 @@ see only the float32 matrices.
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import Trainer
 
 from finetune.compat import replace_attribute
+from finetune.training.speed.switch import Switch
 
 
 def list_lora_matrices(model: nn.Module) -> list[nn.Linear]:
@@ -37,47 +37,40 @@ def _multiply(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(inputs, module.narrow if module.training else module.weight, module.bias)
 
 
-@dataclass
-class AdapterCopies:
+class AdapterCopies(Switch):
     """Copies of an adapter's matrices in the type of autocast; evaluation and generation read the matrices themselves."""
 
-    matrices: list[Any]
-    dtype: torch.dtype
-    _on: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _are_on: bool = False
+    def __init__(self, matrices: Sequence[Any], dtype: torch.dtype) -> None:
+        self._matrices, self._dtype = matrices, dtype
+        self._on = contextlib.ExitStack()
+        self._are_on = False
 
-    def switch_on(self, trainer: Trainer) -> None:
-        """Let training read copies, and bring their gradients to the matrices after every batch."""
-        step = trainer.training_step
+    def find_obstacle(self) -> str | None:
+        """Return why there is nothing to copy, or None."""
+        if self._dtype == torch.float32:
+            return "the run computes in float32"
+        return None if self._matrices else "no float32 matrices of a plain LoRA adapter are trained"
 
-        def step_with_copies(*arguments: Any, **options: Any) -> Any:
-            loss = step(*arguments, **options)
-            self.bring_gradients()
-            return loss
-
-        self._on.enter_context(replace_attribute(trainer, "training_step", step_with_copies))
-        for module in self.matrices:
+    def switch_on(self) -> None:
+        """Let training read copies."""
+        for module in self._matrices:
             # A plain attribute, no parameter of the module: nobody saves or steps it.
-            module.narrow = module.weight.detach().to(self.dtype).requires_grad_()
+            module.narrow = module.weight.detach().to(self._dtype).requires_grad_()
             self._on.enter_context(replace_attribute(module, "forward", MethodType(_multiply, module)))
         self._are_on = True
 
     def switch_off(self) -> None:
         """Let training read the matrices again."""
         self._on.close()
-        for module in self.matrices if self._are_on else ():
+        for module in self._matrices if self._are_on else ():
             del module.narrow
         self._are_on = False
 
-    def refresh(self) -> None:
-        """Make the copies anew from what the optimizer has changed."""
-        with torch.no_grad():
-            for module in self.matrices if self._are_on else ():
-                module.narrow.copy_(module.weight)
-
-    def bring_gradients(self) -> None:
+    @contextlib.contextmanager
+    def around_batch(self) -> Iterator[None]:
         """Widen the gradients of a batch to float32, and add them to those of the batches before."""
-        for module in self.matrices if self._are_on else ():
+        yield
+        for module in self._matrices if self._are_on else ():
             gradient, module.narrow.grad = module.narrow.grad, None
             if gradient is None:
                 continue
@@ -85,3 +78,9 @@ class AdapterCopies:
                 module.weight.grad = gradient.float()
             else:
                 module.weight.grad += gradient
+
+    def follow_optimizer(self) -> None:
+        """Make the copies anew from what the optimizer has changed."""
+        with torch.no_grad():
+            for module in self._matrices if self._are_on else ():
+                module.narrow.copy_(module.weight)

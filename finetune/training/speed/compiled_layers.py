@@ -3,14 +3,13 @@
 import contextlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from finetune.compat import replace_attribute
+from finetune.training.speed.switch import Switch, replace_in_training
 
 # The same random numbers as without compiling, and no choice between kernels by their measured time, which may differ on a resumed run.
 COMPILER: dict[str, Any] = {
@@ -20,34 +19,25 @@ COMPILER: dict[str, Any] = {
 }
 
 
-@dataclass
-class CompiledLayers:
+class CompiledLayers(Switch):
     """The decoder layers of a model; while they are on, those that train run compiled.
 
     All layers have one shape, so that the code of the first is the code of all. Evaluation and generation stay uncompiled: their
     figures are those of `finetune evaluate`, and no time goes into kernels for every length.
     """
 
-    layers: Sequence[nn.Module]
-    _on: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._on = contextlib.ExitStack()
 
     def switch_on(self) -> None:
         """Let the layers run compiled; their code is made when they first run."""
-        for layer in self.layers:
-            self._on.enter_context(replace_attribute(layer, "forward", _run_compiled_in_training(layer, layer.forward)))
+        for layer in self._layers:
+            replace_in_training(self._on, layer, torch.compile(layer.forward, **COMPILER), layer.forward)
 
     def switch_off(self) -> None:
         """Let the layers run as they were."""
         self._on.close()
-
-
-def _run_compiled_in_training(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(forward, **COMPILER)
-
-    def run(*arguments: Any, **values: Any) -> Any:
-        return (compiled if layer.training else forward)(*arguments, **values)
-
-    return run
 
 
 def find_missing_compiler(device: torch.device) -> str | None:

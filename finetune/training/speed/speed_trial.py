@@ -1,63 +1,29 @@
 """Try before step 1 what makes training faster, and use it only where it is faster and computes the same.
 
-`model.speed: auto` knows two ways. Compiled layers (torch.compile) are tried in long runs: loss and gradient norm of the first batch
-must agree within the rounding of the type that is computed in. Otherwise, 16-bit copies of the adapter's matrices: the same bits.
+`model.speed: auto` tries the ways of a table one after another, each on top of those that were chosen before it. A way is used where
+loss and gradient norm of the first batch agree within the rounding of the type that is computed in, and time is saved.
 """
 
 import contextlib
-import copy
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.compat import count_tokens
+from finetune.compat import replace_attribute
 from finetune.files.launcher import is_launched
 from finetune.models.engine import find_engine
-from finetune.models.streaming.from_main_memory import list_layers
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import read_run_record
 from finetune.training.preflight import draw_first_batch
-from finetune.training.speed.adapter_copies import AdapterCopies, list_lora_matrices
-from finetune.training.speed.compiled_layers import CompiledLayers, find_missing_compiler
+from finetune.training.speed.passes import Pass, Verdict, compare_passes, run_passes
+from finetune.training.speed.ways import WAYS, SpeedChoice, Way
 
 logger = logging.getLogger(__name__)
 
-Way = Literal["none", "compiled layers", "adapter copies"]
-
 # Compiling takes about a minute, so a shorter run is not made shorter.
 WORTHWHILE_SECONDS = 600
-_TIMED = 3
-# A compiled layer rounds its sums in another order. The mean over many tokens moves by less than one unit of a 16-bit type, and in
-# float32 by less than 1e-4; the gradient norm, which passes all layers twice, by some times as much.
-_SMALLEST_LIMIT, _NORM_FACTOR = 1e-4, 4
-# What is gained must be more than what the clock of a busy machine gains and loses; copies cost nothing, and may be as fast.
-_FASTER: Mapping[Way, float] = {"compiled layers": 0.97, "adapter copies": 1.05}
-
-
-@dataclass(frozen=True)
-class SpeedChoice:
-    """What was decided, and why; it is kept in the record of the run, so that a resumed run computes the same."""
-
-    way: Way
-    reason: str
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Loss and gradient norm of a batch, the seconds of its first run, and the median of the next ones."""
-
-    loss: float
-    norm: float
-    first_seconds: float
-    seconds: float
 
 
 @contextlib.contextmanager
@@ -95,97 +61,95 @@ class _SpeedTrial(TrainerCallback):
         self._trainer, self._resolved = trainer, resolved
         self._decided, self._earlier = decided, earlier
         self._type = _find_computed_type(trainer)
-        self._layers = CompiledLayers(list_layers(trainer.model))
-        self._copies = AdapterCopies(list_lora_matrices(trainer.model), self._type)
+        self._switches = {name: way.make(trainer, resolved, self._type) for name, way in WAYS.items()}
+        self._step = contextlib.ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Choose, say what was chosen, and switch it on."""
         choice = self._earlier or self._choose(state.max_steps * args.gradient_accumulation_steps)
-        self._switch_on(choice.way)
-        logger.info("model.speed: %s: %s", choice.way, choice.reason)
+        if choice.ways:
+            self._switch_on(choice.ways)
+            self._step.enter_context(replace_attribute(self._trainer, "training_step", self._wrap_step()))
+        logger.info("model.speed: %s", choice.describe())
         self._decided(choice)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Let copies follow the optimizer."""
-        self._copies.refresh()
+        """Let what is on follow the optimizer."""
+        for switch in self._switches.values():
+            switch.follow_optimizer()
 
-    def _switch_on(self, way: Way) -> None:
-        if way == "compiled layers":
-            self._layers.switch_on()
-        elif way == "adapter copies":
-            self._copies.switch_on(self._trainer)
+    def _wrap_step(self) -> Callable[..., Any]:
+        step = self._trainer.training_step
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            with self._around_batch():
+                return step(*arguments, **options)
+
+        return run
+
+    @contextlib.contextmanager
+    def _around_batch(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for switch in self._switches.values():
+                stack.enter_context(switch.around_batch())
+            yield
+
+    def _switch_on(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._switches[name].switch_on()
+
+    def _switch_all_off(self) -> None:
+        for switch in self._switches.values():
+            switch.switch_off()
 
     def switch_off(self) -> None:
-        """Leave the model as it was."""
-        self._layers.switch_off()
-        self._copies.switch_off()
+        """Leave trainer and model as they were."""
+        self._step.close()
+        self._switch_all_off()
 
     def _choose(self, batches: int) -> SpeedChoice:
         if (obstacle := find_obstacle(self._resolved)) is not None:
-            return SpeedChoice("none", obstacle)
-        batch = draw_first_batch(self._trainer)
-        before = self._run(batch)
-        compiled = find_missing_compiler(self._trainer.args.device) or _find_shortness(before.seconds * batches)
-        if compiled is None:
-            choice = self._try("compiled layers", before, batch, max(torch.finfo(self._type).eps, _SMALLEST_LIMIT))
-            if choice.way != "none":
-                return choice
-            compiled = choice.reason
-        if self._type == torch.float32 or not self._copies.matrices:
-            return SpeedChoice("none", compiled)
-        choice = self._try("adapter copies", before, batch, 0.0)
-        return SpeedChoice(choice.way, f"{choice.reason} (no compiled layers: {compiled})")
+            return SpeedChoice((), obstacle)
+        reasons = {name: self._find_way_obstacle(name, way) for name, way in WAYS.items()}
+        if all(reasons.values()):
+            return SpeedChoice((), _join(reasons))
+        batch, chosen = draw_first_batch(self._trainer), list[str]()
+        plain = best = run_passes(self._trainer, batch, self._around_batch)
+        for name, way in WAYS.items():
+            if any(other in chosen for other in way.without):
+                del reasons[name]
+                continue
+            shortness = _find_shortness(best.seconds * batches) if way.needs_long_run else None
+            reasons[name] = reasons[name] or shortness
+            if reasons[name] is None:
+                verdict, best = self._try([*chosen, name], plain, best, batch)
+                reasons[name] = verdict.reason
+                chosen += [name] if verdict.is_used else []
+        return SpeedChoice(tuple(chosen), _join(reasons))
 
-    def _try(self, way: Way, before: Pass, batch: Mapping[str, Any], limit: float) -> SpeedChoice:
-        """Return a way where it is faster and its figures are those of `before` within a limit, else `none`."""
-        self._switch_on(way)
+    def _find_way_obstacle(self, name: str, way: Way) -> str | None:
+        return way.find_missing(self._trainer.args.device) or self._switches[name].find_obstacle()
+
+    def _try(self, names: Sequence[str], plain: Pass, best: Pass, batch: Mapping[str, Any]) -> tuple[Verdict, Pass]:
+        """Return whether the last of these ways is used on top of the others, and the best pass after that."""
         try:
-            return compare_passes(way, before, self._run(batch), limit)
+            self._switch_on(names)
+            after = run_passes(self._trainer, batch, self._around_batch)
         except torch.OutOfMemoryError:
-            return SpeedChoice("none", f"memory ran out with {way}")
+            return Verdict(False, "memory ran out"), best
+        # What a library raises of a card, a type or a shape that its kernels do not know; the run does without them.
+        except Exception as error:
+            logger.debug("model.speed: %s cannot be used", names[-1], exc_info=True)
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            return Verdict(False, f"cannot be used here: {type(error).__name__}: {first_line}"), best
         finally:
-            self.switch_off()
-
-    def _run(self, batch: Mapping[str, Any]) -> Pass:
-        """Run a batch forward and backward several times; random numbers, gradients and counts are as before afterwards."""
-        trainer, device = self._trainer, self._trainer.args.device
-        metrics, tokens = vars(trainer).get("_metrics", {}), count_tokens(trainer)  # TRL counts in compute_loss
-        kept = copy.deepcopy(metrics)
-        seconds, loss, norm = [], 0.0, 0.0
-        trainer.model_wrapped.train()
-        try:
-            for _ in range(1 + _TIMED):
-                trainer.model.zero_grad(set_to_none=True)
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    _wait(device)
-                    started = time.perf_counter()
-                    with trainer.compute_loss_context_manager():
-                        found = trainer.compute_loss(trainer.model_wrapped, dict(batch))
-                    found.backward()
-                    self._copies.bring_gradients()
-                    _wait(device)
-                    seconds.append(time.perf_counter() - started)
-                loss, norm = float(found.detach()), _measure_norm(trainer.model)
-        finally:
-            trainer.model.zero_grad(set_to_none=True)
-            metrics.update(kept)
-            count_tokens(trainer, tokens)
-        return Pass(loss, norm, seconds[0], median(seconds[1:]))
-
-
-def _measure_norm(model: torch.nn.Module) -> float:
-    """Return the norm of all gradients together, in float32."""
-    gradients = [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            self._switch_all_off()
+        verdict = compare_passes(WAYS[names[-1]], plain, best, after, self._type)
+        return verdict, after if verdict.is_used else best
 
 
 def find_obstacle(resolved: ResolvedRecipe) -> str | None:
@@ -203,24 +167,8 @@ def _find_shortness(seconds: float) -> str | None:
     return f"the run takes about {minutes}, and compiling pays from {WORTHWHILE_SECONDS // 60} min on"
 
 
-def compare_passes(way: Way, before: Pass, after: Pass, limit: float) -> SpeedChoice:
-    """Choose a way where it is faster, and loss and gradient norm are those of `before` within a relative limit (0: the same bits)."""
-    figures = (
-        f"{after.seconds:.3f} s a batch in place of {before.seconds:.3f} s; loss {after.loss:.4f} and {before.loss:.4f}, gradient norm "
-        f"{after.norm:.4f} and {before.norm:.4f}; the first batch took {after.first_seconds:.0f} s"
-    )
-    is_same = math.isclose(before.loss, after.loss, rel_tol=limit)
-    if not is_same or not math.isclose(before.norm, after.norm, rel_tol=_NORM_FACTOR * limit):
-        return SpeedChoice("none", f"{way} compute something else, which is a fault: {figures}")
-    if after.seconds > _FASTER[way] * before.seconds:
-        return SpeedChoice("none", f"{way} are not faster: {figures}")
-    return SpeedChoice(way, figures)
-
-
-def read_choice(run: Path) -> SpeedChoice:
-    """Return what a run chose when it began, as its record says; a run without a choice goes on as it was."""
-    found = read_run_record(run).get("speed")
-    return SpeedChoice(**found) if isinstance(found, dict) else SpeedChoice("none", "the run began without")
+def _join(reasons: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _find_computed_type(trainer: Trainer) -> torch.dtype:

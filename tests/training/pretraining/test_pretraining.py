@@ -15,6 +15,7 @@ from finetune.files.resources import find_demo_data
 from finetune.models.opening import open_model
 from finetune.runs.export_settings import ExportSettings
 from finetune.runs.results import open_result
+from finetune.training.pretraining import packed_documents
 from finetune.training.run import run_training
 from finetune.yulan.states.optimizer_states import open_states, read_state
 
@@ -99,6 +100,21 @@ def test_a_run_that_goes_on_from_another_is_one_run(train, tokens, dtype):
         states = [read_state(opened, name, torch.Size(shape)) for opened in (one, other)]
         assert torch.equal(states[0].weight, states[1].weight)
         assert torch.equal(states[0].exp_avg_sq, states[1].exp_avg_sq)
+
+
+def test_a_kernel_without_a_mask_is_told_where_documents_begin(train, monkeypatch):
+    """A recipe's own flash kernel read positions only of one row; in batches of two, documents saw those before them."""
+    seen, prepare = [], packed_documents.prepare_fa_kwargs_from_position_ids
+    monkeypatch.setattr(packed_documents, "_MASKED", frozenset())  # so that the processor's kernel is told as well
+    monkeypatch.setattr(
+        packed_documents,
+        "prepare_fa_kwargs_from_position_ids",
+        lambda positions: seen.append(positions) or prepare(positions),
+    )
+    train("run", "schedule.length=1", "schedule.warmup=0", "data.eval=[]")
+    (positions,) = seen
+    assert positions.shape == (2, 32)
+    assert (positions == 0).sum() > 2
 
 
 def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tmp_path):

@@ -3,6 +3,7 @@
 torch's eager backend stands for its compiler, which takes a minute: layers are traced as for it, and run without new kernels.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, TrainingError
 from finetune.training.run import run_training
-from finetune.training.speed import compiled_layers, speed_trial
+from finetune.training.speed import compiled_layers, speed_trial, ways
 from finetune.training.speed.compiled_layers import find_missing_compiler
-from finetune.training.speed.speed_trial import Pass, compare_passes, find_obstacle
+from finetune.training.speed.passes import Pass, compare_passes
+from finetune.training.speed.speed_trial import find_obstacle
+from finetune.training.speed.ways import WAYS, SpeedChoice, check_choice, read_choice
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -26,25 +29,24 @@ AUTO = "model.speed=auto"
 COMPILED, COPIES = "compiled layers", "adapter copies"
 SAVING = [AUTO, "trainer.save_strategy=steps", "trainer.save_steps=2"]
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-HALF = torch.finfo(torch.bfloat16).eps
 BEFORE = Pass(loss=2.0, norm=1.0, first_seconds=1.0, seconds=1.0)
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, let_win):
     """Let the compiler take seconds, count as faster, and pay for every run."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled_layers, "COMPILER", {"backend": "aot_eager", "dynamic": True})
     monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", 0)
-    monkeypatch.setitem(speed_trial._FASTER, COMPILED, math.inf)
+    let_win(COMPILED)
     yield
     torch._dynamo.reset()
 
 
 @pytest.fixture
-def patient(monkeypatch):
+def patient(let_win):
     """Let copies count as faster, whatever the clock of a busy machine says."""
-    monkeypatch.setitem(speed_trial._FASTER, COPIES, math.inf)
+    let_win(COPIES)
 
 
 def read_speed(run):
@@ -63,30 +65,49 @@ def assert_same_bits(first, second):
 
 
 @pytest.mark.parametrize(
-    ("after", "way", "words"),
+    ("after", "is_used", "words"),
     [
-        (replace(BEFORE, seconds=0.5), COMPILED, "0.500 s a batch in place of 1.000 s"),
-        (replace(BEFORE, seconds=0.99), "none", "not faster"),
-        (replace(BEFORE, seconds=0.5, loss=2.03), "none", "something else"),
-        (replace(BEFORE, seconds=0.5, loss=2.01), COMPILED, "loss 2.0100 and 2.0000"),
-        (replace(BEFORE, seconds=0.5, norm=1.05), "none", "something else"),
-        (replace(BEFORE, seconds=0.5, loss=math.nan), "none", "something else"),
+        (replace(BEFORE, seconds=0.5), True, "0.500 s a batch in place of 1.000 s"),
+        (replace(BEFORE, seconds=0.99), False, "not faster"),
+        (replace(BEFORE, seconds=0.5, loss=2.03), False, "something else"),
+        (replace(BEFORE, seconds=0.5, loss=2.01), True, "loss 2.0100 and 2.0000"),
+        (replace(BEFORE, seconds=0.5, norm=1.05), False, "something else"),
+        (replace(BEFORE, seconds=0.5, loss=math.nan), False, "something else"),
     ],
 )
-def test_compiled_layers_are_used_where_they_are_faster_and_the_same(after, way, words):
-    choice = compare_passes(COMPILED, BEFORE, after, HALF)
-    assert choice.way == way
-    assert words in choice.reason
+def test_a_way_is_used_where_it_is_faster_and_the_same(after, is_used, words):
+    verdict = compare_passes(WAYS[COMPILED], BEFORE, BEFORE, after, torch.bfloat16)
+    assert verdict.is_used is is_used
+    assert words in verdict.reason
 
 
-def test_copies_must_give_the_same_bits():
-    assert compare_passes(COPIES, BEFORE, BEFORE, 0.0).way == COPIES
-    assert compare_passes(COPIES, BEFORE, replace(BEFORE, loss=math.nextafter(2.0, 3.0)), 0.0).way == "none"
+def test_copies_must_give_the_same_bits_as_what_they_are_added_to():
+    def compare(after, best=BEFORE):
+        return compare_passes(WAYS[COPIES], BEFORE, best, after, torch.bfloat16).is_used
+
+    other = replace(BEFORE, loss=math.nextafter(2.0, 3.0))
+    assert compare(BEFORE)
+    assert not compare(other)
+    assert compare(other, best=other)
+    # A kernel that adds in another order each time differs from itself.
+    moved = replace(BEFORE, norm=1.001)
+    assert not compare(moved)
+    assert compare(moved, best=replace(BEFORE, spread=0.001))
+
+
+def test_time_is_compared_with_the_best_so_far():
+    """What is tried second must be faster than the first, not only than the plain pass; its figures must be the plain ones."""
+    best = replace(BEFORE, seconds=0.5, loss=2.01)
+    assert not compare_passes(WAYS[COMPILED], BEFORE, best, replace(BEFORE, seconds=0.6), torch.bfloat16).is_used
+    assert not compare_passes(
+        WAYS[COMPILED], BEFORE, best, replace(BEFORE, seconds=0.4, loss=2.02), torch.bfloat16
+    ).is_used
+    assert compare_passes(WAYS[COMPILED], BEFORE, best, replace(BEFORE, seconds=0.4), torch.bfloat16).is_used
 
 
 def test_a_short_run_in_float32_is_left_alone(train):
     speed = read_speed(train("run", AUTO))
-    assert speed["way"] == "none"
+    assert speed["ways"] == []
     assert "compiling pays from 10 min on" in speed["reason"]
 
 
@@ -109,7 +130,7 @@ def test_without_the_key_nothing_is_tried(train):
 def test_copies_train_the_same_run_to_the_bit(train, patient, overrides):
     settings = ["model.dtype=bfloat16", *overrides]
     plain, copied = train("plain", *settings), train("copied", *settings, AUTO)
-    assert read_speed(copied)["way"] == COPIES
+    assert read_speed(copied)["ways"] == [COPIES]
     assert_same_bits(plain, copied)
     assert read_metrics(plain) == read_metrics(copied)
 
@@ -127,30 +148,30 @@ def test_pairs_train_the_same_with_copies(make_pairs_recipe, patient):
         Path(run_training(make_pairs_recipe(name, "dpo", "model.dtype=bfloat16", *more)).run)
         for name, more in (("plain", []), ("copied", [AUTO]))
     ]
-    assert read_speed(runs[1])["way"] == COPIES
+    assert read_speed(runs[1])["ways"] == [COPIES]
     assert_same_bits(*runs)
 
 
 def test_dora_has_no_copies(train):
     """Its norms are computed from the float32 matrices."""
     run = train("run", AUTO, "model.dtype=bfloat16", "adapter.dora=true", "trainer.max_steps=1")
-    assert read_speed(run)["way"] == "none"
+    assert read_speed(run)["ways"] == []
 
 
 def test_compiled_layers_train_the_same_run(train, read_losses, quick, monkeypatch):
     """The trial leaves random numbers, gradients, token counts and metrics as they were, and the layers are plain again afterwards."""
-    seen, find = [], speed_trial.list_layers
-    monkeypatch.setattr(speed_trial, "list_layers", lambda model: seen.append(find(model)) or seen[-1])
+    seen, find = [], ways.list_layers
+    monkeypatch.setattr(ways, "list_layers", lambda model: seen.append(find(model)) or seen[-1])
     settings = ["trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.gradient_checkpointing=true"]
     plain = train("plain", *settings, "adapter.dropout=0.1")
     compiled = train("compiled", AUTO, *settings, "adapter.dropout=0.1")
-    assert read_speed(compiled)["way"] == COMPILED
+    assert read_speed(compiled)["ways"] == [COMPILED]
     assert read_losses(compiled) == pytest.approx(read_losses(plain), rel=1e-5)
     metrics = read_metrics(plain), read_metrics(compiled)
     assert [sorted(line) for line in metrics[0]] == [sorted(line) for line in metrics[1]]
     assert [line.get("num_tokens") for line in metrics[0]] == [line.get("num_tokens") for line in metrics[1]]
-    assert [len(layers) for layers in seen] == [4]
-    assert not any("forward" in vars(layer) for layer in seen[0])
+    assert {len(layers) for layers in seen} == {4}
+    assert not any("forward" in vars(module) for layer in seen[0] for module in layer.modules())
 
 
 def test_layers_that_compute_something_else_stay_uncompiled(train, quick, monkeypatch):
@@ -166,13 +187,23 @@ def test_layers_that_compute_something_else_stay_uncompiled(train, quick, monkey
 
 
 def test_a_resumed_run_does_as_it_began(train, quick, monkeypatch):
-    """Compiled layers round differently, so a run that began with them must go on with them, whatever a new trial would find."""
+    """Compiled layers round differently, so a run that began with them must go on with them, whatever a new trial would find.
+
+    Without a compiler it is refused: torch ended it with an error of its own at the first batch, when files had been written.
+    """
     straight, resumed = (train(name, *SAVING) for name in ("straight", "resumed"))
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(resumed / name)
+    before = {file: file.read_bytes() for file in resumed.rglob("*") if file.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(TrainingError) as refusal:
+        patch.setattr(shutil, "which", lambda name: None)
+        train("resumed", *SAVING, resume=True)
+    for words in (str(resumed), "began with compiled layers", "no C++ compiler is installed", "another output"):
+        assert words in str(refusal.value)
+    assert {file: file.read_bytes() for file in resumed.rglob("*") if file.is_file()} == before
     monkeypatch.setattr(speed_trial, "WORTHWHILE_SECONDS", math.inf)
     train("resumed", *SAVING, resume=True)
-    assert read_speed(resumed)["way"] == COMPILED
+    assert read_speed(resumed)["ways"] == [COMPILED]
     assert_same_bits(straight, resumed)
 
 
@@ -186,3 +217,45 @@ def test_obstacles_are_named(make_recipe):
 def test_an_unknown_value_is_refused(make_recipe):
     with pytest.raises(RecipeError, match=r"model\.speed"):
         make_recipe("run", "model.speed=fast")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Return a function that makes a run directory whose record says something of the speed."""
+
+    def make(speed):
+        (tmp_path / "run.json").write_text(json.dumps({"speed": speed}), encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        ({"way": COPIES, "reason": "r"}, SpeedChoice((COPIES,), "r")),
+        ({"way": "none", "reason": "r"}, SpeedChoice((), "r")),
+        ({"ways": ["flash attention", COPIES], "reason": "r"}, SpeedChoice(("flash attention", COPIES), "r")),
+        ({"ways": [], "reason": "r"}, SpeedChoice((), "r")),
+        (None, SpeedChoice((), "the run began without")),
+    ],
+)
+def test_records_are_read_as_this_and_older_versions_wrote_them(begun, recorded, expected):
+    """The first version wrote one way, or "none"."""
+    assert read_choice(begun(recorded)) == expected
+
+
+def test_a_way_of_a_newer_version_is_refused(begun):
+    with pytest.raises(TrainingError, match="warp drive"):
+        read_choice(begun({"ways": ["warp drive"], "reason": "r"}))
+
+
+@pytest.mark.parametrize(("status", "trains"), [("running", True), ("saving", False), ("finished", False)])
+def test_a_run_that_trains_no_more_needs_nothing(begun, status, trains):
+    """A result is whole unless the run was still training; such a run is only completed, or told that it has finished."""
+    run = begun({"ways": ["flash attention"], "reason": "r"})
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": status}), encoding="utf-8")
+    (run / "adapter").mkdir()
+    with pytest.raises(TrainingError, match="began with flash attention") if trains else contextlib.nullcontext():
+        check_choice(run, torch.device("cpu"))

@@ -1,0 +1,77 @@
+"""Compute the attention of training passes with the package flash_attn, where it is installed.
+
+transformers gives its flash kernels no square mask: padding is cut out, and documents of a packed row are told apart by where they
+begin. The kernel is on for the forward and the backward pass of a batch, because gradient checkpointing computes layers again in
+the backward pass. Evaluation and answers keep the plain kernel, so that their figures are those of `finetune evaluate`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from finetune.compat import name_attention
+from finetune.training.pretraining.packed_documents import keep_documents_apart
+from finetune.training.speed.switch import Switch
+
+KERNEL = "flash_attention_2"
+
+
+class FlashAttention(Switch):
+    """The attention of a model; while it is on, batches of training use the kernel."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, attention: str) -> None:
+        """`dtype` is the type that is computed in; `attention` is what the recipe says of the kernel."""
+        self._model, self._dtype, self._attention = model, dtype, attention
+        self._on = contextlib.ExitStack()
+        self._is_on = False
+
+    def find_obstacle(self) -> str | None:
+        """Return why this run computes with another kernel, or None."""
+        if self._attention != "auto":
+            return f"model.attention asks for {self._attention}"
+        if self._dtype == torch.float32:
+            return "the run computes in float32, and the kernel knows 16 bits only"
+        return None
+
+    def switch_on(self) -> None:
+        """Let batches use the kernel.
+
+        Raises:
+            ValueError: the model's class does not leave the choice of the kernel to others.
+        """
+        before = name_attention(self._model.config)
+        try:
+            self._model.set_attn_implementation(KERNEL)  # transformers checks here what the kernel needs
+            chosen = name_attention(self._model.config)
+        finally:
+            name_attention(self._model.config, before)
+        if chosen != KERNEL:
+            raise ValueError(f"{type(self._model).__name__} computes with {chosen}, whatever kernel it is told")
+        self._on.callback(keep_documents_apart(self._model))
+        self._is_on = True
+
+    def switch_off(self) -> None:
+        """Let batches use the kernel that the model was loaded with."""
+        self._is_on = False
+        self._on.close()
+
+    @contextlib.contextmanager
+    def around_batch(self) -> Iterator[None]:
+        """Let the model use the kernel inside the context."""
+        config = self._model.config
+        before = name_attention(config)
+        try:
+            name_attention(config, KERNEL if self._is_on else None)
+            yield
+        finally:
+            name_attention(config, before)
+
+
+def find_missing_flash(device: torch.device) -> str | None:
+    """Return what the kernel lacks on this machine, or None."""
+    if device.type != "cuda":
+        return "FlashAttention needs an NVIDIA GPU"
+    return None if is_flash_attn_2_available() else "the package flash_attn is not installed (pip install flash-attn)"
