@@ -69,9 +69,9 @@ def list_parts(folder: Path, options: Sequence[str], card_bytes: int, unsloth: M
     return [
         Part("tests", (tests,), 100, ("tests",)),
         Part("memory", memory, 185 if shares > 1 else 240, ("memory", "plans")),
-        program("speed", 55, "ours"),
-        program("plain", 55, "plain TRL"),
-        program("auto", 75, "ours, speed auto"),
+        program("speed", 50, "ours"),
+        program("plain", 50, "plain TRL"),
+        program("auto", 85, "ours, speed auto"),
         Part("unsloth", (unsloth_command,), 80, ("unsloth",), waits=True, environment=unsloth),
         Part("export", (child("export_chat.py", "export"),), 60, ("export",)),
         program("roomy", 60, "ours, no checkpointing", "--settings", "2"),

@@ -2,16 +2,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpu_parts.lines import is_measured
 
 Row = Mapping[str, Any]
 
-# The parts that measure the speed of one program each, in the order of the table, and what the ratios are of.
+# The parts that measure the speed of one program each, in the order of the table, and those that the ratios are of.
 PROGRAMS = ("speed", "auto", "roomy", "plain", "unsloth")
-PLAIN = "plain"
+OTHERS = ("plain", "unsloth")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 NOTES = """\
 Tokens a second and TFLOP/s are those of the median step. TFLOP/s are the model's own operations, without the repeats of gradient
@@ -76,40 +76,65 @@ def _order(row: Row) -> list[tuple[int, str]]:
 
 def describe_speed(results: Mapping[str, Any]) -> list[str]:
     """Return the table of speed and memory, side by side, and what its columns mean."""
-    plain = {row["setting"]: row for row in results.get(PLAIN, []) if is_measured(row)}
-    lines = [
-        "| setting | program | tokens/s | of plain TRL | TFLOP/s | of attainable | GPU busy | kernels a step | allocated, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+    # The settings of the programs beside which each is put, without rows that took other tokens.
+    beside = [
+        {
+            row["setting"]: row["tokens_per_second"]
+            for row in results.get(name, [])
+            if "setting" in row and _is_alike(row)
+        }
+        for name in OTHERS
     ]
-    others = []
+    lines = [
+        "| setting | program | tokens/s | of plain TRL | of Unsloth | TFLOP/s | of attainable | GPU busy | kernels a step | allocated, GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    others, versions = [], []
     for row in (row for name in PROGRAMS for row in results.get(name, [])):
         if "versions" in row:
-            others.append(
+            versions.append(
                 row["name"].partition(":")[0] + " with " + ", ".join(" ".join(p) for p in row["versions"].items())
             )
         else:
-            lines.append(_describe_program(row, plain))
-    return [*lines, "", NOTES, *([UNSLOTH_NOTES] if others else []), *(f"{line}." for line in others)]
+            lines.append(_describe_program(row, beside))
+            if "speed" in row:
+                others.append(f"`model.speed: auto` of {row['name']}: {row['speed']['reason']}")
+    notes = [NOTES, *([UNSLOTH_NOTES] if versions else []), *(f"{line}." for line in versions)]
+    return [*lines, "", *notes, *([""] if others else []), *(f"- {line}." for line in others)]
 
 
-def _describe_program(row: Row, plain: Mapping[str, Row]) -> str:
+def _is_alike(row: Row) -> bool:
+    return bool(row.get("step_tokens") == row.get("expected_tokens"))
+
+
+def _describe_program(row: Row, beside: Sequence[Mapping[str, float]]) -> str:
     program, _, setting = row["name"].partition(": ")
     if not is_measured(row):
-        return f"| {setting} | {program} | {_find_reason(row)} |||||||"
-    other = plain.get(row["setting"])
-    # A program that took other rows than it was told to is not compared.
-    is_alike = row.get("step_tokens") == row.get("expected_tokens")
-    if not is_alike:
+        return f"| {setting} | {program} | {_find_reason(row)} ||||||||"
+    if "speed" in row:
+        program += f" ({', '.join(row['speed']['ways']) or 'none of the ways'})"
+    ratios = [
+        f"{row['tokens_per_second'] / speeds[setting]:.2f}" if setting in speeds and _is_alike(row) else ""
+        for speeds in beside
+    ]
+    if not _is_alike(row):
         setting += f" (took {row['step_tokens']:,} tokens a step in place of {row['expected_tokens']:,})"
-    ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}" if other and is_alike else ""
     share = f"{row['flops_per_second'] / row['attainable_flops']:.0%}" if "attainable_flops" in row else ""
     kernels = row.get("kernels", 0)  # on a processor none are counted
     busy, count = (f"{row['busy_seconds'] / row['seconds']:.0%}", f"{kernels:,}") if kernels else ("", "")
     flops = f"{row['flops_per_second'] / 1e12:.3g}"
-    return (
-        f"| {setting} | {program} | {row['tokens_per_second']:,.0f} | {ratio} | {flops} | {share} | {busy} | {count} "
-        f"| {_gib(row['allocated'])} |"
-    )
+    cells = [
+        setting,
+        program,
+        f"{row['tokens_per_second']:,.0f}",
+        *ratios,
+        flops,
+        share,
+        busy,
+        count,
+        _gib(row["allocated"]),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def describe_export(rows: Iterable[Row]) -> list[str]:

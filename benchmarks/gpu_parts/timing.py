@@ -1,6 +1,7 @@
 """Measure one program at every setting: tokens a second, the share of what the card attains, and the peak memory."""
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -27,8 +28,10 @@ def measure_program(program: str, train: Train, arguments: argparse.Namespace) -
 
         def measure(setting: Setting = setting) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder, watch_trainers(PROFILED) as watch:
-                train(base, arguments.base / "rows" / setting.file, Path(folder) / "run", setting)
-            return describe_speed(watch, setting, count_step_flops(base, setting)) | {"attainable_flops": peak}
+                run = Path(folder) / "run"
+                train(base, arguments.base / "rows" / setting.file, run, setting)
+                found = describe_speed(watch, setting, count_step_flops(base, setting)) | read_ways(run)
+            return found | {"attainable_flops": peak}
 
         record(arguments.output, f"{program}: {setting.name}", measure, arguments.missing)
 
@@ -49,6 +52,13 @@ def measure_attainable(width: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return 2 * width**3 / min(seconds)
+
+
+def read_ways(run: Path) -> dict[str, Any]:
+    """Return what `model.speed: auto` found of its ways, if it is a run of the kit that tried them."""
+    file = run / "run.json"
+    speed = json.loads(file.read_text(encoding="utf-8")).get("speed") if file.is_file() else None
+    return {"speed": speed} if speed else {}
 
 
 def describe_speed(watch: Watch, setting: Setting, flops: float) -> dict[str, Any]:

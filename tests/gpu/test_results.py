@@ -114,20 +114,26 @@ def test_the_table_has_ratios_and_shares_only_of_what_is_alike():
         "memory": [MEMORY, {"name": "large", "card_gib": 80, "skipped": "this card has 24 GiB"}],
         "plans": [{"name": "case", "allocated": 2 * 2**30, "peak": 5 * 2**30}],
         "speed": [speed("ours", "short", kernels=7, busy_seconds=0.25), {"name": "ours: long", "error": "no memory"}],
+        "auto": [speed("ours, speed auto", "short", speed={"ways": ["a", "b"], "reason": "both help"})],
         "plain": [speed("plain TRL", "short", tokens_per_second=1600.0)],
         "unsloth": [
-            speed("Unsloth", "short", step_tokens=250),
+            speed("Unsloth", "short", tokens_per_second=2500.0),
+            speed("Unsloth", "packed", step_tokens=250),
             {"name": "Unsloth: versions", "versions": {"trl": "0.9"}},
         ],
+        "roomy": [speed("ours, no checkpointing", "packed")],
     }
     table = report.describe(results).splitlines()
     assert "Tests: 1 passed, 1 failed: `b` failed." in table
     assert "| case | 6 | 2.00 | 2.00 | +0.0% | 3.00 | 5.00 |" in table
     assert "| large | 80 | not measured: this card has 24 GiB |||||" in table
-    assert "| short | ours | 2,000 | 1.25 | 3 | 25% | 50% | 7 | 1.00 |" in table
-    assert "| long | ours | no memory |||||||" in table
-    took = "short (took 250 tokens a step in place of 1,000)"
-    assert f"| {took} | Unsloth | 2,000 |  | 3 | 25% |  |  | 1.00 |" in table
+    assert "| short | ours | 2,000 | 1.25 | 0.80 | 3 | 25% | 50% | 7 | 1.00 |" in table
+    assert "| short | ours, speed auto (a, b) | 2,000 | 1.25 | 0.80 | 3 | 25% |  |  | 1.00 |" in table
+    assert "- `model.speed: auto` of ours, speed auto: short: both help." in table
+    assert "| long | ours | no memory ||||||||" in table
+    assert "| packed | ours, no checkpointing | 2,000 |  |  | 3 | 25% |  |  | 1.00 |" in table
+    took = "packed (took 250 tokens a step in place of 1,000)"
+    assert f"| {took} | Unsloth | 2,000 |  |  | 3 | 25% |  |  | 1.00 |" in table
     assert "Unsloth with trl 0.9." in table
     assert "Parts: speed (ran out of time after 50 s, 2026-11-27 10:00)" in table
 
