@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_parts.cases import write_conversations
 from gpu_parts.clock import watch_trainers
-from gpu_parts.speed import Setting, write_conversations
+from gpu_parts.settings import Setting
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.checkpoints.finding import as_llama, find_checkpoint

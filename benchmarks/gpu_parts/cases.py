@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_parts.settings import TEMPLATE, Setting
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding.tokenizer import load_tokenizer
@@ -18,30 +19,38 @@ MARK, OTHER_MARK = "%", "^"
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe with its overrides; `tokens` is the length of every row, `card_gib` the card that it has to fit."""
+    """One recipe with its overrides; `tokens` is the length of every row, `card_gib` the card that it has to fit.
+
+    One that needs a large card for itself is measured `alone`.
+    """
 
     name: str
     recipe: str
     tokens: int
     overrides: tuple[str, ...] = ()
     card_gib: float | None = None
+    alone: bool = False
 
 
-FIRST_CASES = (
-    Case("sft_qlora, 1,024 tokens", "sft_qlora", 1024),
-    Case("sft_qlora, 2,048 tokens", "sft_qlora", 2048),
-    Case("sft_qlora, 4,096 tokens", "sft_qlora", 4096),
-    Case("sft_qlora, 8,192 tokens", "sft_qlora", 8192),
-    Case("sft_qlora, 28,672 tokens", "sft_qlora", 28672),
+# The most important first, and of these the cheap ones, as the measurement may run out of time.
+STREAMED = ("model.stream_layers=true",)
+CASES = (
+    Case("sft_qlora, 2,048 tokens", "sft_qlora", 2048, card_gib=6),
+    Case("streamed sft_qlora, 2,048 tokens", "sft_qlora", 2048, STREAMED, card_gib=4),
     Case("sft_lora, 2,048 tokens", "sft_lora", 2048),
     Case("sft_full, 2,048 tokens", "sft_full", 2048),
     Case("dpo_qlora, 2,048 tokens", "dpo_qlora", 2048),
+    Case("sft_qlora, 1,024 tokens", "sft_qlora", 1024),
+    Case("sft_qlora, 4,096 tokens", "sft_qlora", 4096),
+    Case("sft_qlora, 8,192 tokens", "sft_qlora", 8192),
     Case("anneal, 28,672 tokens", "anneal", 28672, ("optimizer.states=fresh",)),
-)
-STREAMED = ("model.stream_layers=true",)
-TIERS = (
+    Case("sft_qlora, 28,672 tokens", "sft_qlora", 28672),
     Case("tiers/4gb", "tiers/4gb", 4096, card_gib=4),
-    Case("streamed sft_qlora, 2,048 tokens", "sft_qlora", 2048, STREAMED, card_gib=4),
+    Case("tiers/6gb", "tiers/6gb", 4096, card_gib=6),
+    Case("tiers/12gb", "tiers/12gb", 8192, card_gib=12),
+    Case("tiers/24gb", "tiers/24gb", 4096, card_gib=24),
+    Case("tiers/8gb", "tiers/8gb", 28672, card_gib=8),
+    Case("tiers/16gb", "tiers/16gb", 28672, card_gib=16),
     Case(
         "streamed sft_qlora, 28,672 tokens",
         "sft_qlora",
@@ -49,13 +58,8 @@ TIERS = (
         (*STREAMED, "trainer.activation_offloading=true"),
         card_gib=6,
     ),
-    Case("tiers/6gb", "tiers/6gb", 4096, card_gib=6),
-    Case("tiers/8gb", "tiers/8gb", 28672, card_gib=8),
-    Case("tiers/12gb", "tiers/12gb", 8192, card_gib=12),
-    Case("tiers/16gb", "tiers/16gb", 28672, card_gib=16),
-    Case("tiers/24gb", "tiers/24gb", 4096, card_gib=24),
+    Case("tiers/80gb", "tiers/80gb", 28672, card_gib=80, alone=True),
 )
-CASES = (*FIRST_CASES, *TIERS)
 REHEARSED = (
     Case("sft_qlora, 128 tokens", "sft_qlora", 128),
     Case("sft_lora, 128 tokens", "sft_lora", 128),
@@ -67,6 +71,7 @@ REHEARSED = (
         64,
         ("optimizer.states=fresh", "model.max_positions=null"),
     ),
+    Case("sft_full, 128 tokens", "sft_full", 128, alone=True),
 )
 
 
@@ -82,13 +87,20 @@ def write_rows(folder: Path, case: Case, base: Path) -> Path:
     return path
 
 
+def write_conversations(path: Path, setting: Setting, base: Path) -> None:
+    """Write the rows that all steps of a setting take, each of the same length."""
+    answer = MARK * (setting.row_tokens - count_template_tokens(load_tokenizer(base)))
+    rows = (_make_conversation(f"{number:04d}", answer) for number in range(setting.row_count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def count_template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens a conversation of a question of 4 digits has beside its answer.
 
     Raises:
         ValueError: a mark is not one token.
     """
-    template = (Path(__file__).parents[2] / "templates" / "yulan-mini.jinja").read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8")
 
     def count(marks: int) -> int:
         messages = _make_conversation("0000", MARK * marks)["messages"]

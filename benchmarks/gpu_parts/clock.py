@@ -38,9 +38,10 @@ def read_context() -> int:
 
 @dataclass
 class Watch(TrainerCallback):
-    """The seconds of every step, the losses, and the peaks before and during the training."""
+    """The seconds and tokens of every step, the losses, and the peaks before and during the training."""
 
     seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     loading: tuple[int, int] = (0, 0)
@@ -53,9 +54,13 @@ class Watch(TrainerCallback):
     busy_seconds: float = 0.0
     longest: list[tuple[float, int, str]] = field(default_factory=list)
     profiler: Any = None
+    counter: Any = None
 
-    def on_step_begin(self, *arguments: Any, **values: Any) -> None:
-        """Start the clock."""
+    def on_step_begin(self, *arguments: Any, model: Any = None, **values: Any) -> None:
+        """Start the clock, and count the tokens that reach the model."""
+        self.tokens.append(0)
+        if self.counter is None and model is not None:
+            self.counter = model.get_input_embeddings().register_forward_pre_hook(self._count_tokens)
         synchronize()
         if len(self.seconds) == self.profiled_step and torch.cuda.is_available():
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -78,6 +83,14 @@ class Watch(TrainerCallback):
                 self.longest.append((event.self_device_time_total / 1e6, event.count, event.key))
         self.longest = sorted(self.longest, reverse=True)[:_LONGEST]
         self.profiler, self.profiled_step = None, None
+
+    def _count_tokens(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.tokens[-1] += inputs[0].numel()
+
+    def on_train_end(self, *arguments: Any, **values: Any) -> None:
+        """Leave the model as it was."""
+        if self.counter is not None:
+            self.counter.remove()
 
     def on_log(self, *arguments: Any, logs: dict[str, Any] | None = None, **values: Any) -> None:
         """Keep the loss."""

@@ -47,10 +47,18 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
     arguments = parser.parse_args()
-    record(arguments.output, "chat", lambda: measure_chat(arguments.base))
-    record(arguments.output, "export without verification", lambda: measure_export(arguments.base, False))
-    record(arguments.output, "export with verification", lambda: measure_export(arguments.base, True))
+    record(arguments.output, "chat", lambda: measure_chat(arguments.base), arguments.missing)
+    record(
+        arguments.output,
+        "export without verification",
+        lambda: measure_export(arguments.base, False),
+        arguments.missing,
+    )
+    record(
+        arguments.output, "export with verification", lambda: measure_export(arguments.base, True), arguments.missing
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train two steps of every case and write the peaks of the device's memory; a process of its own, started by gpu.py."""
 
 import argparse
+import contextlib
 import gc
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from gpu_parts.cases import GIB, Case, list_cases, list_overrides, write_rows
 from gpu_parts.clock import read_peaks, watch_trainers
-from gpu_parts.lines import record
+from gpu_parts.lines import record, write_line
+from gpu_parts.settings import wait_for_base
 
 import finetune
 from finetune.check.recipes import load_recipe
@@ -33,6 +35,7 @@ def measure_case(case: Case, base: Path) -> dict[str, Any]:
         with watch_trainers() as watch:
             finetune.train(resolved, force=True)
     return {
+        "card_gib": case.card_gib,
         "loading_allocated": watch.loading[0],
         "allocated": watch.training[0],
         "reserved": watch.training[1],
@@ -50,17 +53,48 @@ def count_held() -> int:
     return max(0, torch.cuda.memory_allocated() - CUBLAS_BYTES)
 
 
+def find_obstacle(case: Case) -> str | None:
+    """Return why a case cannot be measured on this card, or None."""
+    if case.card_gib is None or not torch.cuda.is_available():
+        return None
+    # A card of 80 GB has a little less than 80 GiB.
+    has = torch.cuda.get_device_properties(0).total_memory / GIB
+    return f"this card has {has:.0f} GiB" if has < 0.95 * case.card_gib else None
+
+
+def claim(folder: Path, case: Case) -> bool:
+    """Say whether this process is the first of those that share the cases to ask for one."""
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / case.name.replace("/", "_")).touch(exist_ok=False)
+        return True
+    return False
+
+
 def main() -> None:
-    """Measure all cases, one after the other."""
+    """Measure the cases that no other process has begun, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--share", default="0/1", help="which cases of how many shares, such as 0/3")
+    parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
+    parser.add_argument(
+        "--claims", type=Path, required=True, help="a folder, empty at first, of the cases that were begun"
+    )
+    parser.add_argument("--alone", action="store_true", help="the cases that need the whole card")
     arguments = parser.parse_args()
-    number, shares = map(int, arguments.share.split("/"))
-    for case in list_cases(arguments.rehearse)[number::shares]:
-        record(arguments.output, case.name, lambda case=case: measure_case(case, arguments.base))
+    wait_for_base(arguments.base)
+    for case in list_cases(arguments.rehearse):
+        if case.alone != arguments.alone or not claim(arguments.claims, case):
+            continue
+        if reason := find_obstacle(case):
+            write_line(arguments.output, {"name": case.name, "card_gib": case.card_gib, "skipped": reason})
+            continue
+
+        def measure(case: Case = case) -> dict[str, Any]:
+            return measure_case(case, arguments.base)
+
+        record(arguments.output, case.name, measure, arguments.missing)
 
 
 if __name__ == "__main__":

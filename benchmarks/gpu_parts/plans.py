@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts.cases import Case, list_cases, list_overrides, write_rows
-from gpu_parts.lines import write_line
+from gpu_parts.lines import explain, is_measured, read_lines, write_line
+from gpu_parts.settings import wait_for_base
 
 from finetune.check.recipes import load_recipe
 from finetune.files.resources import list_all_recipes
@@ -31,13 +32,17 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="only what the output does not hold yet")
     arguments = parser.parse_args()
+    known = {row["name"] for row in read_lines(arguments.output) if is_measured(row)} if arguments.missing else set()
+    cases = [case for case in list_cases(arguments.rehearse) if case.name not in known]
+    wait_for_base(arguments.base)
     processes = max(1, (os.cpu_count() or 2) // 4)
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(plan_case, case, arguments.base): case.name for case in list_cases(arguments.rehearse)}
+        futures = {pool.submit(plan_case, case, arguments.base): case.name for case in cases}
         for future in concurrent.futures.as_completed(futures):
             error = future.exception()
-            values = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:600]} if error else future.result()
+            values = {"error": explain(error)} if error else future.result()
             write_line(arguments.output, {"name": futures[future], **values})
 
 

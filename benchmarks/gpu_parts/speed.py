@@ -1,52 +1,14 @@
 """Train the same rows with the kit or with a plain TRL script, and write tokens a second and the peak memory; started by gpu.py."""
 
 import argparse
+import importlib
 import json
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from gpu_parts.cases import MARK, count_template_tokens
-from gpu_parts.clock import Watch, watch_trainers
-from gpu_parts.lines import record
-
-from finetune.data.encoding.tokenizer import load_tokenizer
-
-# Rows of one length, so that a step of either program computes the same tokens.
-STEPS, FIRST_MEASURED, PROFILED = 10, 3, 8
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both programs train: the length of the rows, how many a step takes, and whether short ones are packed."""
-
-    tokens: int
-    batch: int
-    packing: bool
-
-    @property
-    def name(self) -> str:
-        """Return the setting as a few words."""
-        return f"{self.batch} rows of {self.tokens:,} tokens" + (", packed from short rows" if self.packing else "")
-
-
-REAL = (Setting(2048, 4, False), Setting(2048, 16, False), Setting(2048, 4, True))
-SMALL = (Setting(256, 2, False), Setting(256, 2, True))
-
-
-def write_conversations(path: Path, setting: Setting, base: Path) -> None:
-    """Write enough rows for all steps: of the setting's length, or of a fourth of it where they are packed."""
-    length = setting.tokens // 4 if setting.packing else setting.tokens
-    count = setting.batch * STEPS * (4 if setting.packing else 1)
-    answer = MARK * (length - count_template_tokens(load_tokenizer(base)))
-    rows = (
-        {"messages": [{"role": "user", "content": f"{number:04d}"}, {"role": "assistant", "content": answer}]}
-        for number in range(count)
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting, parse_arguments
+from gpu_parts.timing import Train, measure_program
 
 
 def train_ours(base: Path, rows: Path, output: Path, setting: Setting, *more: str) -> None:
@@ -96,9 +58,8 @@ def train_plain(base: Path, rows: Path, output: Path, setting: Setting, keeps_fl
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    template = Path(__file__).parents[2] / "templates" / "yulan-mini.jinja"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -118,7 +79,7 @@ def train_plain(base: Path, rows: Path, output: Path, setting: Setting, keeps_fl
         max_steps=STEPS,
         per_device_train_batch_size=setting.batch,
         gradient_accumulation_steps=1,
-        learning_rate=2e-4,
+        learning_rate=LEARNING_RATE,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
@@ -132,7 +93,7 @@ def train_plain(base: Path, rows: Path, output: Path, setting: Setting, keeps_fl
         args=config,
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if keeps_float32:
         for parameter in trainer.model.parameters():
@@ -146,73 +107,33 @@ def train_plain_float32(base: Path, rows: Path, output: Path, setting: Setting) 
     train_plain(base, rows, output, setting, keeps_float32=True)
 
 
-PROGRAMS: dict[str, Callable[[Path, Path, Path, Setting], None]] = {
-    "ours": train_ours,
-    "ours, speed auto": train_fast,
-    "ours, no checkpointing": train_roomy,
-    "plain TRL": train_plain,
-    "plain TRL, float32 adapter": train_plain_float32,
+@dataclass(frozen=True)
+class Program:
+    """What trains, and the modules that it needs, imported before its turn to measure comes."""
+
+    train: Train
+    modules: tuple[str, ...]
+
+
+_OURS, _PLAIN = ("finetune.training.run", "bitsandbytes"), ("trl.trainer.sft_trainer", "bitsandbytes")
+PROGRAMS = {
+    "ours": Program(train_ours, _OURS),
+    "ours, speed auto": Program(train_fast, _OURS),
+    "ours, no checkpointing": Program(train_roomy, _OURS),
+    "plain TRL": Program(train_plain, _PLAIN),
+    "plain TRL, float32 adapter": Program(train_plain_float32, _PLAIN),
 }
-
-
-def describe_speed(watch: Watch, setting: Setting, flops: float) -> dict[str, Any]:
-    """Return seconds a step, tokens a second, the share of the device's rate, and the peak memory, without the first steps.
-
-    `flops` are those of one step, counted by `finetune plan` for rows that are all full.
-    """
-    measured = sorted(watch.seconds[FIRST_MEASURED:])
-    median = measured[len(measured) // 2]
-    return {
-        "setting": setting.name,
-        "seconds": median,
-        "tokens_per_second": setting.tokens * setting.batch / median,
-        "flops_per_second": flops / median,
-        "allocated": watch.training[0],
-        "reserved": watch.training[1],
-        "kernels": watch.kernels,
-        "busy_seconds": watch.busy_seconds,
-        "longest_kernels": watch.longest,
-        "all_seconds": watch.seconds,
-        "losses": watch.losses,
-    }
-
-
-def count_step_flops(base: Path, setting: Setting) -> float:
-    """Count the floating point operations of a step without the repeats of gradient checkpointing: six for a weight and token."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    width, depth = config["hidden_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    head_width = config.get("head_dim") or width // config["num_attention_heads"]
-    layer = width * head_width * (heads + config["num_attention_heads"]) + 3 * width * config["intermediate_size"]
-    weights = depth * layer + width * config["vocab_size"]
-    # The base is frozen: two operations for the forward pass, two for the gradients of activations, none for those of weights.
-    tokens = setting.tokens * setting.batch
-    attention = 2 * depth * config["num_attention_heads"] * head_width * setting.tokens  # causal: half of 4 x tokens
-    return float(tokens * (4 * weights + 3 * attention))
 
 
 def main() -> None:
     """Measure one program at every setting."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--program", choices=PROGRAMS, required=True)
-    parser.add_argument("--only", default="", help="a part of the names of some settings")
-    arguments = parser.parse_args()
-    base = arguments.base / "llama"
-    for setting in SMALL if arguments.rehearse else REAL:
-        if arguments.only not in setting.name:
-            continue
-
-        def measure(setting: Setting = setting) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder, watch_trainers(PROFILED) as watch:
-                rows = Path(folder) / "rows.jsonl"
-                write_conversations(rows, setting, base)
-                PROGRAMS[arguments.program](base, rows, Path(folder) / "run", setting)
-            return describe_speed(watch, setting, count_step_flops(base, setting))
-
-        record(arguments.output, f"{arguments.program}: {setting.name}", measure)
+    arguments = parse_arguments(parser)
+    program = PROGRAMS[arguments.program]
+    for module in program.modules:
+        importlib.import_module(module)
+    measure_program(arguments.program, program.train, arguments)
 
 
 if __name__ == "__main__":
