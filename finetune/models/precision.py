@@ -11,6 +11,8 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.yulan.tensors import WEIGHT_DTYPES
 
 AutocastDtype = Literal["no", "bf16", "fp16"]
+# Instructions for products in bfloat16, as torch names them: of x86 processors, and of ARM's.
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,14 @@ def choose_planned_precision(
     if trains_all and (dtype in ("auto", "float16") or widens or not has_bf16):
         return Precision(torch.float32, "bf16")
     return choose_precision("float32" if dtype == "float32" else "bfloat16", cpu, trains_all)
+
+
+def find_missing_instructions(device: torch.device) -> str | None:
+    """Return what a processor lacks for products in bfloat16, or None."""
+    if device.type != "cpu":
+        return f"they are for a processor, and the run uses a {device.type} device"
+    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.13 has it, 2.6 does not
+    known = {} if read is None else read()
+    if any(known.get(name) for name in _BF16_INSTRUCTIONS):
+        return None
+    return "torch finds no instructions for bfloat16 in this processor (AMX, AVX-512 BF16 or ARM's)"

@@ -16,8 +16,7 @@ from finetune.errors import MachineError
 from finetune.files.cache import examine_cache, find_cache
 from finetune.files.sizes import GIB
 from finetune.models.loading import check_quantization
-from finetune.models.precision import choose_device, choose_precision
-from finetune.training.speed.bfloat16_products import find_missing_instructions
+from finetune.models.precision import choose_device, choose_precision, find_missing_instructions
 
 # The base checkpoint in 16 bits as published, its folded copy, and an export.
 _DISK_BYTES = 15 * 10**9

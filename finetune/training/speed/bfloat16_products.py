@@ -13,9 +13,6 @@ from transformers import Trainer
 from finetune.compat import replace_attribute
 from finetune.training.speed.switch import Switch
 
-# As torch names them: of x86 processors, and of ARM's.
-_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
-
 
 class BFloat16Products(Switch):
     """The products of the passes of a trainer; while it is on, those of training passes have factors in bfloat16."""
@@ -48,14 +45,3 @@ class BFloat16Products(Switch):
     def switch_off(self) -> None:
         """Let training passes compute in float32 again."""
         self._on.close()
-
-
-def find_missing_instructions(device: torch.device) -> str | None:
-    """Return what a processor lacks for products in bfloat16, or None."""
-    if device.type != "cpu":
-        return f"they are for a processor, and the run uses a {device.type} device"
-    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.12 has it, 2.6 does not
-    known = {} if read is None else read()
-    if any(known.get(name) for name in _INSTRUCTIONS):
-        return None
-    return "torch finds no instructions for bfloat16 in this processor (AMX, AVX-512 BF16 or ARM's)"

@@ -10,12 +10,13 @@ from peft import PeftModel
 from transformers import Trainer
 
 from finetune.errors import TrainingError
+from finetune.models.precision import find_missing_instructions
 from finetune.models.streaming.from_main_memory import list_layers
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import read_run_record
 from finetune.runs.run_files import RECORD_FILE, find_result_folder
 from finetune.training.speed.adapter_copies import AdapterCopies, list_lora_matrices
-from finetune.training.speed.bfloat16_products import BFloat16Products, find_missing_instructions
+from finetune.training.speed.bfloat16_products import BFloat16Products
 from finetune.training.speed.compiled_layers import CompiledLayers, find_missing_compiler
 from finetune.training.speed.flash_attention import FlashAttention, find_missing_flash
 from finetune.training.speed.fused_kernels import FusedKernels, find_missing_kernels

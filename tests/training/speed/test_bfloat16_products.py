@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.evaluation.token_loss import evaluate_path
-from finetune.models.precision import Precision
+from finetune.models.precision import Precision, find_missing_instructions
 from finetune.training import run as run_module
-from finetune.training.speed.bfloat16_products import find_missing_instructions
 
 PRODUCTS = "bfloat16 products"
 SAVING = ["model.speed=auto", "adapter.dropout=0.1", "trainer.save_strategy=steps", "trainer.save_steps=2"]
