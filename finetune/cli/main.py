@@ -19,7 +19,6 @@ from finetune.cli.libraries import quiet_libraries
 from finetune.cli.parser import make_parser
 from finetune.cli.printing import BUG, INTERRUPTED, SUCCESS, USER_ERROR
 from finetune.errors import FinetuneError
-from finetune.files.launcher import is_launched
 from finetune.files.terminal import escape_controls
 
 # What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
@@ -28,28 +27,31 @@ _OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, e
 _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 
 
+def enter() -> None:
+    """Run the verb of this process's command line, and end the process as `_Leaving` does."""
+    leaving = _Leaving()
+    atexit.register(leaving.leave)  # the first to be registered runs last
+    try:
+        main()
+    except SystemExit as stopped:
+        leaving.status = stopped.code if isinstance(stopped.code, int) else BUG
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 success, 2 an error in the user's input, 1 a bug (with its traceback), 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
-    leaving = _Leaving()
-    try:
-        leaving.status = _run(argv, leaving)
-    except SystemExit as stopped:
-        leaving.status = stopped.code if isinstance(stopped.code, int) else BUG
-        raise
-    sys.exit(leaving.status)
+    sys.exit(_run(argv))
 
 
-def _run(argv: Sequence[str] | None, leaving: _Leaving) -> int:
+def _run(argv: Sequence[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     signals = _Signals()
     try:
         signals.watch()
         _check_current_folder()
-        if is_launched():
-            atexit.register(leaving.leave)  # the first to be registered runs last
         quiet_libraries()
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -99,10 +101,10 @@ def _print_fault(verb: str, message: str) -> None:
 
 
 class _Leaving:
-    """Ends a process of a launch with its status, without the destructors of C++ libraries.
+    """Ends a process with its status when its work is done, without taking apart all that it has loaded.
 
-    One of them waits for threads of gloo that may still run: one launch in some hundreds ended in "terminate called without an active
-    exception" after its work was done, and `accelerate launch` reported a failure.
+    With torch that takes half a second. A destructor of its C++ libraries waits for threads of gloo that may still run: one launch in
+    some hundreds ended in "terminate called without an active exception", and `accelerate launch` reported a failure.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """A signal ends a verb also where Python drops its exception, or a library turns it into an error of its own."""
 
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -84,3 +85,41 @@ def test_another_error_keeps_its_traceback(monkeypatch, run):
 
     with pytest.raises(TypeError, match="a bug"):
         run(work)
+
+
+ENDING = """
+import atexit, sys, threading, time
+from finetune.cli import main
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+verb = main.main
+
+def run():
+    atexit.register(lambda: print("cleaned up"))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("the thread has ended"))).start()
+    verb()
+
+main.main = run
+sys.argv = ["finetune", *{words}]
+main.enter()
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [(["recipes"], 0), (["plan", "no-such-recipe"], 2)])
+def test_a_process_ends_when_its_work_is_done_without_taking_apart_what_it_has_loaded(words, status):
+    """With torch that took half a second after the result was there."""
+    ended = subprocess.run([sys.executable, "-c", ENDING.format(words=words)], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert "the thread has ended" in lines
+    assert lines[-1] == "cleaned up"
+
+
+def test_a_bug_keeps_its_traceback_and_status(tmp_path):
+    code = "from finetune.cli import main\nmain.main = lambda: 1 / 0\nmain.enter()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")

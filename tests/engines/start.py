@@ -2,11 +2,11 @@
 
 import os
 
-from finetune.cli.main import main
+from finetune.cli.main import enter
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-main()
+enter()
