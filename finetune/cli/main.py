@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import io
 import math
@@ -22,7 +23,10 @@ from finetune.errors import FinetuneError
 from finetune.files.terminal import escape_controls
 
 # What a path that the user gave, or the disk under it, causes anywhere; it is no bug.
-_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, *_FULL)
+# A write that fails does not say where.
+_NO_NAME = "standard output, or a file that was being written"
 # Seconds before a signal is sent again whose exception was dropped, and within which an error is taken for its doing.
 _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 
@@ -36,6 +40,9 @@ def enter() -> None:
     except SystemExit as stopped:
         leaving.status = stopped.code if isinstance(stopped.code, int) else BUG
         raise
+    except KeyboardInterrupt:
+        leaving.status = INTERRUPTED
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,33 +54,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = make_parser().parse_args(argv)
-    signals = _Signals()
+    signals, name = _Signals(), "finetune"
     try:
+        arguments = make_parser().parse_args(argv)
+        name = f"finetune {arguments.verb}"
         signals.watch()
         _check_current_folder()
         quiet_libraries()
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
+        _flush_output()
     except FinetuneError as error:
-        _print_fault(arguments.verb, str(error))
+        _print_fault(name, str(error))
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reading program (head, less) has ended. The rest of the buffer must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE or error.filename is None:
+        place = error.filename or (_NO_NAME if error.errno in _FULL else None)
+        if error.errno not in _OF_THE_MACHINE or place is None:
             raise
-        _print_fault(arguments.verb, f"{error.filename}: {error.strerror}")
+        _print_fault(name, f"{place}: {error.strerror}")
         return USER_ERROR
     except Exception:
         if signals.just_stopped is None:
             raise
-        print(f"finetune {arguments.verb}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 128 + signals.just_stopped
     finally:
         signals.leave()
@@ -92,12 +101,18 @@ def _check_current_folder() -> None:
         raise FinetuneError("the current folder has been removed; change to another folder") from error
 
 
-def _print_fault(verb: str, message: str) -> None:
+def _flush_output() -> None:
+    if sys.stdout is not None:  # a caller may close it (`>&-`)
+        sys.stdout.flush()
+
+
+def _print_fault(name: str, message: str) -> None:
     """Print what is wrong; what only one process of a launch meets, such as a file that its machine lacks, only that one can say."""
     # Read as text, since the message may be that these variables are no numbers.
     size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
     process = f" (process {rank})" if size not in ("", "1") and rank not in ("", "0") else ""
-    print(escape_controls(f"finetune {verb}{process}: {message}"), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the status says it, too, where standard error is a file on a full disk
+        print(escape_controls(f"{name}{process}: {message}"), file=sys.stderr)
 
 
 class _Leaving:
@@ -113,7 +128,13 @@ class _Leaving:
     def leave(self) -> None:
         """Write what is buffered and end."""
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            try:
+                if stream is not None:
+                    stream.flush()
+            except BrokenPipeError:
+                continue  # the reading program has ended
+            except OSError:
+                self.status = self.status or USER_ERROR
         os._exit(self.status)
 
 

@@ -83,6 +83,20 @@ def read_last_step(checkpoint: Path) -> tuple[int, int]:
     return int(step), int(last)
 
 
+def has_stopped_early(checkpoint: Path) -> bool:
+    """Tell whether a run ended at a whole checkpoint because its evaluations got no better.
+
+    Raises:
+        TrainingError: the trainer's state is not what a trainer writes.
+    """
+    file = checkpoint / TRAINER_STATE_FILE
+    try:
+        control = json.loads(read_regular_text(file)).get("stateful_callbacks", {}).get("TrainerControl", {})
+        return bool(control.get("args", {}).get("should_training_stop", False))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TrainingError(f"{file}: cannot be read ({error}); remove the folder") from error
+
+
 def read_token_count(checkpoint: Path) -> int | None:
     """Return how many tokens a run had trained until a whole checkpoint; None for a trainer that does not count them.
 

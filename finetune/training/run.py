@@ -35,7 +35,7 @@ from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.resuming import check_same_inputs, check_same_recipe, find_resume_point, hold_output
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE
 from finetune.runs.summary import RunSummary
-from finetune.runs.trainer_checkpoints import check_states, read_last_step
+from finetune.runs.trainer_checkpoints import check_states, has_stopped_early, read_last_step
 from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.processes import (
@@ -233,7 +233,7 @@ def _train(resolved: ResolvedRecipe, trainer: Trainer, checkpoint: Path | None) 
         translate_lost_workers(),
         translate_lost_processes(),
         translate_damaged_states(checkpoint),
-        skip_steps(trainer) if step >= last else contextlib.nullcontext(),
+        skip_steps(trainer) if step >= last or has_stopped_early(checkpoint) else contextlib.nullcontext(),
     ):
         return int(trainer.train(resume_from_checkpoint=str(checkpoint)).global_step)
 

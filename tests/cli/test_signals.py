@@ -1,10 +1,12 @@
 """A signal ends a verb also where Python drops its exception, or a library turns it into an error of its own."""
 
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +125,25 @@ def test_a_bug_keeps_its_traceback_and_status(tmp_path):
     code = "from finetune.cli import main\nmain.main = lambda: 1 / 0\nmain.enter()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
+FULL = "standard output, or a file that was being written: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("recipes > /dev/full", 2, f"finetune recipes: {FULL}"),
+        ("--version > /dev/full", 2, f"finetune: {FULL}"),
+        ("recipes >&-", 0, ""),
+        ("recipes | true", 0, ""),
+        ("plan no-such-recipe 2> /dev/full", 2, ""),
+        ("plan no-such-recipe >&- 2>&-", 2, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_bug(line, status, said):
+    """A full disk and a closed output ended in a traceback and the status of a bug, also after the work was done."""
+    shell = f"set -o pipefail; {shlex.quote(sys.executable)} -m finetune {line}"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, said)

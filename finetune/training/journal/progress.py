@@ -154,6 +154,15 @@ class MetricsWriter(TrainerCallback):
 class EarlyStopping(EarlyStoppingCallback):
     """Stops a run when evaluations get no better; the evaluation before step 1, which only checks that it fits, does not count."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Count on from the checkpoint that a run continues from."""
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        if state.global_step and isinstance(kept, dict):
+            self.early_stopping_patience_counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+
     def on_evaluate(
         self,
         args: TrainingArguments,

@@ -1,5 +1,6 @@
 """How often a run logs: its curve has points, however short the run is."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -43,20 +44,55 @@ def test_a_run_killed_at_the_end_of_an_epoch_lacks_nothing_when_it_goes_on(make_
     """The epoch's evaluation was lost, and later steps drew other random numbers; a loss was the mean over other steps."""
     settings = ["adapter.dropout=0.1", "trainer.max_steps=6", "trainer.lr_scheduler_type=constant", *overrides]
     straight = train("straight", *settings)
+    with (
+        killed_at(monkeypatch, 4),
+        pytest.raises(SystemExit),
+    ):  # 32 rows in batches of 8: the last step of the first epoch
+        run_training(make_recipe("killed", *settings))
+    killed = train("killed", *settings, resume=True)
+    check_same_run(killed, straight)
+
+
+def test_a_run_killed_while_it_counts_evaluations_stops_where_it_would_have_stopped(make_recipe, train, monkeypatch):
+    """The count began anew, and a run that was killed after its last checkpoint went on to train."""
+    settings = [
+        "trainer.max_steps=6",
+        "trainer.early_stopping_patience=2",
+        "trainer.load_best_model_at_end=true",
+        "trainer.greater_is_better=true",  # the loss falls, so that no evaluation after the first is better
+        "trainer.metric_for_best_model=eval_loss",
+        *(f"trainer.{name}_strategy=steps" for name in ("eval", "save")),
+        *(f"trainer.{name}_steps=1" for name in ("eval", "save")),
+    ]
+    straight = train("straight", *settings)
+    assert read_metrics(straight)[-1]["step"] == 3
+    for step in (2, 3):
+        with killed_at(monkeypatch, step), pytest.raises(SystemExit):
+            run_training(make_recipe(f"killed {step}", *settings))
+        check_same_run(train(f"killed {step}", *settings, resume=True), straight)
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch, step):
+    """End a run when the checkpoint of a step is sealed."""
     seal = CheckpointSeal.on_save
 
     def die(self, args, state, control, **values):
         seal(self, args, state, control, **values)
-        if state.global_step == 4:  # 32 rows in batches of 8: the last step of the first epoch
+        if state.global_step == step:
             raise SystemExit(137)
 
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointSeal, "on_save", die)
-        with pytest.raises(SystemExit):
-            run_training(make_recipe("killed", *settings))
-    killed = train("killed", *settings, resume=True)
-    assert read_metrics(killed) == read_metrics(straight)
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, killed)]
+        yield
+
+
+def check_same_run(one, other):
+    """Check that two runs have the same metrics, summary and adapter."""
+    assert read_metrics(one) == read_metrics(other)
+    results = [json.loads((run / "run.json").read_text(encoding="utf-8"))["result"] for run in (one, other)]
+    assert len({json.dumps({**result, "run": "", "seconds": 0}) for result in results}) == 1
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)]
     assert not [name for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])]
 
 
