@@ -105,8 +105,9 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             add_journal(trainer, resolved.output, chooses_interval="logging_steps" not in resolved.recipe.trainer)
             _check_rows(trainer, setup, add_task_scores(trainer, setup, tasks))
             describe_work(trainer, setup.splits.report)
-            record = RunRecord(setup, trained.model, resumed=checkpoint is not None, planned_bytes=planned_bytes)
-            earlier = None if checkpoint is None else read_choice(resolved.output)
+            resumes = checkpoint is not None
+            earlier = read_choice(resolved.output) if resumes and resolved.recipe.model.speed == "auto" else None
+            record = RunRecord(setup, trained.model, resumed=resumes, speed=earlier, planned_bytes=planned_bytes)
             sheets = _open_sheets(setup, trainer)
             if is_writer:
                 record.write_start()

@@ -43,13 +43,20 @@ class RunRecord:
     """Writes what a run is before its first step, and its results after the last one."""
 
     def __init__(
-        self, setup: Setup, model: PreTrainedModel | PeftModel, *, resumed: bool, planned_bytes: int | None = None
+        self,
+        setup: Setup,
+        model: PreTrainedModel | PeftModel,
+        *,
+        resumed: bool,
+        speed: SpeedChoice | None = None,
+        planned_bytes: int | None = None,
     ) -> None:
+        """`speed` is what a resumed run chose when it began; it may be stopped again before it trains."""
         self._setup = setup
         self._model = model
         self._resumed = resumed
         self._planned_bytes = planned_bytes
-        self._speed: SpeedChoice | None = None
+        self._speed = speed
 
     def note_speed(self, choice: SpeedChoice) -> None:
         """Write what was decided about the speed, so that a resumed run does the same."""

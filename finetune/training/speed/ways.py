@@ -102,8 +102,13 @@ def read_choice(run: Path) -> SpeedChoice:
         TrainingError: the record names a way that this version does not know.
     """
     found = read_run_record(run).get("speed")
-    if not isinstance(found, dict):
+    if found is None:
         return SpeedChoice((), "the run began without")
+    if not isinstance(found, dict) or not {"way", "ways"}.intersection(found):
+        raise TrainingError(
+            f"{run / RECORD_FILE}: speed: must be an object with the ways that the run trains with; found {found!r}; the folder is "
+            "damaged; restore this file"
+        )
     names = found["ways"] if "ways" in found else [name for name in [found.get("way")] if name != _NO_WAY]
     if not isinstance(names, list) or not all(isinstance(name, str) and name in WAYS for name in names):
         raise TrainingError(

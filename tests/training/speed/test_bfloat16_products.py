@@ -48,10 +48,18 @@ def test_training_passes_are_those_of_autocast_and_evaluations_are_in_float32(
     assert is_same(read_weights(cast), read_weights(auto))
 
 
-def test_a_resumed_run_goes_on_in_bfloat16(train):
+def stop(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_run_goes_on_in_bfloat16(train, monkeypatch):
+    """A run that was resumed, and stopped again before its first step, forgot what it had chosen, and went on in float32."""
     straight, resumed = (train(name, *SAVING) for name in ("straight", "resumed"))
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(resumed / name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "_train", stop)
+        train("resumed", *SAVING, resume=True)
     train("resumed", *SAVING, resume=True)
     assert is_same(read_weights(straight), read_weights(resumed))
 

@@ -250,6 +250,13 @@ def test_a_way_of_a_newer_version_is_refused(begun):
         read_choice(begun({"ways": ["warp drive"], "reason": "r"}))
 
 
+@pytest.mark.parametrize("damaged", ["fast", [COPIES], {}, {"reason": "r"}, {"ways": COPIES}, {"ways": [[COPIES]]}, {"way": 1}])
+def test_a_damaged_record_is_refused(begun, damaged):
+    """A record that was no object counted as one of a run that had begun without, and such a run went on with other bits."""
+    with pytest.raises(TrainingError, match=r"run\.json: speed: "):
+        read_choice(begun(damaged))
+
+
 @pytest.mark.parametrize(("status", "trains"), [("running", True), ("saving", False), ("finished", False)])
 def test_a_run_that_trains_no_more_needs_nothing(begun, status, trains):
     """A result is whole unless the run was still training; such a run is only completed, or told that it has finished."""
