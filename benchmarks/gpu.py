@@ -12,9 +12,12 @@ do not hold yet. `--wheels` names a folder of gpu_wheels.py, for a machine that 
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +104,11 @@ def install_wheels(wheels: Path, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
-        subprocess.run([*pip, "--target", str(unfinished), *map(str, sorted(wheels.glob("*.whl")))], check=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # pip leaves what is there as it is
+        if not (files := sorted(wheels.glob("*.whl"))):
+            raise SystemExit(f"{wheels}: there are no wheels; benchmarks/gpu_wheels.py collects them")
+        if subprocess.run([*pip, "--target", str(unfinished), *map(str, files)]).returncode:
+            raise SystemExit(f"{wheels}: pip cannot install these wheels; the lines above say why")
         unfinished.rename(folder)
     return folder
 
@@ -197,11 +204,27 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     parts = [replace(part, limit=part.limit * patience) for part in parts]
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    store = Store(arguments.output, folder / "results", hash_sources(ROOT), device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    store = Store(make_folder("--output", arguments.output), folder / "results", hash_sources(ROOT), device)
     store.begin([name for part in parts for name in part.writes], keep=arguments.missing)
     run_parts(parts, Place(ROOT, environment, logs, arguments.output / "gpu.log"), end, store.save)
     print(describe(store.results))
+
+
+def read_positive(text: str) -> float:
+    """Read a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0; found {text!r}")
+
+
+def make_folder(option: str, folder: Path) -> Path:
+    """Make the folder of an option, if it is not there, and return its whole path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{option} {folder}: cannot be made a folder: {error.strerror}") from error
+    return folder.resolve()
 
 
 def main() -> None:
@@ -215,14 +238,15 @@ def main() -> None:
     parser.add_argument("--parts", default="", help="what to measure; default: all")
     parser.add_argument("--missing", action="store_true", help="measure only what the results do not hold yet")
     parser.add_argument("--keep", type=Path, help="keep checkpoint and wheels in this folder, for another call")
-    parser.add_argument("--minutes", type=float, default=7.8, help="how long all parts may take")
-    parser.add_argument("--patience", type=float, default=1.0, help="multiply the time limits, for a slow machine")
+    parser.add_argument("--minutes", type=read_positive, default=7.8, help="how long all parts may take")
+    parser.add_argument(
+        "--patience", type=read_positive, default=1.0, help="multiply the time limits, for a slow machine"
+    )
     parser.add_argument("--rehearse", action="store_true", help="every part with nano's sizes, on the processor")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what runs is stopped too
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.keep or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder("--keep", arguments.keep or Path(temporary))
         measure(arguments, folder)
 
 

@@ -89,7 +89,8 @@ def download(folder: Path, names: list[str], python: str) -> None:
     platforms = [option for platform in PLATFORMS for option in ("--platform", f"{platform}_x86_64")]
     target = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*pip, *target, *wanted], check=True)
+    if subprocess.run([*pip, *target, *wanted]).returncode:
+        raise SystemExit(f"{folder}: not all wheels are there; the lines above say what pip could not get")
 
 
 def keep_files(wheel: Path, is_kept: Callable[[str], bool]) -> None:
@@ -100,6 +101,17 @@ def keep_files(wheel: Path, is_kept: Callable[[str], bool]) -> None:
             if is_kept(item.filename):
                 target.writestr(item, source.read(item))
     smaller.replace(wheel)
+
+
+def keep_libraries(wheel: Path, cuda: str) -> None:
+    """Keep only the libraries for the processor and for one CUDA version in the wheel of bitsandbytes."""
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+    libraries = ("_cpu.so", f"_cuda{cuda}.so")
+    if not any(name.endswith(libraries[1]) for name in names):
+        known = sorted(name.split("_cuda")[1].removesuffix(".so") for name in names if "_cuda" in name)
+        raise SystemExit(f"--cuda {cuda}: {wheel.name} has no library for it; it has {', '.join(known)}")
+    keep_files(wheel, lambda name: not name.endswith(".so") or name.endswith(libraries))
 
 
 def print_sizes(folder: Path) -> float:
@@ -113,7 +125,10 @@ def print_sizes(folder: Path) -> float:
 
 def collect(folder: Path, names: list[str], python: str) -> None:
     """Make a folder and download into it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{folder}: cannot be made a folder: {error.strerror}") from error
     download(folder, names, python)
 
 
@@ -127,9 +142,8 @@ def main() -> None:
     parser.add_argument("--unsloth", action="store_true", help="what Unsloth needs, in a folder inside")
     arguments = parser.parse_args()
     collect(arguments.folder, [*PACKAGES, *arguments.also], arguments.python)
-    libraries = ("_cpu.so", f"_cuda{arguments.cuda}.so")
     for wheel in arguments.folder.glob("bitsandbytes-*.whl"):
-        keep_files(wheel, lambda name: not name.endswith(".so") or name.endswith(libraries))
+        keep_libraries(wheel, arguments.cuda)
     size = print_sizes(arguments.folder)
     if arguments.unsloth:
         inner = arguments.folder / "unsloth"

@@ -56,7 +56,7 @@ class Store:
         file = self.output / RESULT
         if not file.is_file():
             return {"device": dict(self.device), "parts": {}}
-        earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        earlier = _read_results(file)
         if all(earlier["device"].get(name, value) == value for name, value in self.device.items()):
             return earlier | {"device": dict(self.device)}
         card = "".join(letter if letter.isalnum() else "_" for letter in earlier["device"]["card"] or "cpu")
@@ -76,3 +76,21 @@ class Store:
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / RESULT).write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         (self.output / TABLE).write_text(describe(self.results) + notes, encoding="utf-8")
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    """Read the results of an earlier call; the program ends where they are damaged, and they stay as they are."""
+    advice = f"restore {file}, or move it away to measure anew"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{file}: cannot be read ({error}); {advice}") from error
+    objects = ("device", "parts", "states")
+    is_whole = isinstance(found, dict) and all(isinstance(found.get(name, {}), dict) for name in objects)
+    if not is_whole or not {"device", "parts"}.issubset(found) or not isinstance(found["device"].get("card"), str):
+        raise SystemExit(f"{file}: is no result of this program, which holds the objects device and parts; {advice}")
+    for name in LISTS:
+        rows = found.get(name, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise SystemExit(f"{file}: {name} is no list of objects; {advice}")
+    return found

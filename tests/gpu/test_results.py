@@ -78,6 +78,51 @@ def test_results_of_another_card_are_not_mixed(make_store, tmp_path):
     assert [row["name"] for row in earlier["memory"]] == ["case"]
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ["{", "[]", "{}", '{"device": {"card": 1}, "parts": {}}', json.dumps({"device": DEVICE, "parts": {}, "tests": 5})],
+)
+def test_damaged_results_are_named_and_kept(make_store, tmp_path, damaged):
+    (tmp_path / "out" / "gpu.json").write_text(damaged)
+    with pytest.raises(SystemExit, match=r"gpu\.json: .*; restore .*, or move it away"):
+        make_store(["memory"])
+    assert (tmp_path / "out" / "gpu.json").read_text() == damaged
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--wheels", "empty", "--rehearse"], "empty: there are no wheels; benchmarks/gpu_wheels.py collects them"),
+        (["--keep", "file"], "--keep file: cannot be made a folder: File exists"),
+        (["--minutes", "nan"], "argument --minutes: must be a number above 0; found 'nan'"),
+        (["--patience", "0"], "argument --patience: must be a number above 0; found '0'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_message(tmp_path, monkeypatch, capsys, options, message):
+    """`--minutes nan` measured without end; the others ended in a traceback."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module("gpu").main()
+    assert message in f"{left.value.code} {capsys.readouterr().err}"
+
+
+def test_wheels_without_a_library_for_the_card_are_refused(tmp_path):
+    """The folder was made, and the card would have had no kernels."""
+    wheels = importlib.import_module("gpu_wheels")
+    wheel = tmp_path / "bitsandbytes-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as content:
+        for name in ("cpu", "cuda126", "cuda130"):
+            content.writestr(f"bitsandbytes/libbitsandbytes_{name}.so", "library")
+    with pytest.raises(SystemExit, match=r"--cuda 999: .* has no library for it; it has 126, 130"):
+        wheels.keep_libraries(wheel, "999")
+    wheels.keep_libraries(wheel, "130")
+    assert [name[-11:] for name in zipfile.ZipFile(wheel).namelist()] == ["ytes_cpu.so", "_cuda130.so"]
+
+
 def test_half_a_line_of_a_part_that_was_stopped_is_left_out(tmp_path):
     lines = importlib.import_module("gpu_parts.lines")
     (tmp_path / "rows").write_text('{"name": "whole"}\n{"name": "ha')

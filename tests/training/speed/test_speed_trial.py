@@ -250,7 +250,9 @@ def test_a_way_of_a_newer_version_is_refused(begun):
         read_choice(begun({"ways": ["warp drive"], "reason": "r"}))
 
 
-@pytest.mark.parametrize("damaged", ["fast", [COPIES], {}, {"reason": "r"}, {"ways": COPIES}, {"ways": [[COPIES]]}, {"way": 1}])
+@pytest.mark.parametrize(
+    "damaged", ["fast", [COPIES], {}, {"reason": "r"}, {"ways": COPIES}, {"ways": [[COPIES]]}, {"way": 1}]
+)
 def test_a_damaged_record_is_refused(begun, damaged):
     """A record that was no object counted as one of a run that had begun without, and such a run went on with other bits."""
     with pytest.raises(TrainingError, match=r"run\.json: speed: "):
