@@ -16,6 +16,8 @@ from finetune.compat import count_tokens
 from finetune.training.speed.ways import Way
 
 _TIMED = 3
+# What TRL's trainers collect in compute_loss until the next log; the second is that of ORPO and CPO (TRL 1.16).
+_COUNTS = ("_metrics", "_stored_metrics")
 # Kernels round their sums in another order. The mean over many tokens moves by less than one unit of a 16-bit type, and in float32
 # by less than 1e-4; the gradient norm, which passes all layers twice, by some times as much.
 _SMALLEST_LIMIT, _NORM_FACTOR = 1e-4, 4
@@ -48,8 +50,8 @@ def run_passes(
 ) -> Pass:
     """Run a batch several times inside `around`; random numbers, gradients and counts are as before afterwards."""
     device = trainer.args.device
-    metrics, tokens = vars(trainer).get("_metrics", {}), count_tokens(trainer)  # TRL counts in compute_loss
-    kept = copy.deepcopy(metrics)
+    counts = [vars(trainer)[name] for name in _COUNTS if name in vars(trainer)]
+    kept, tokens = copy.deepcopy(counts), count_tokens(trainer)
     seconds, norms, loss = [], [], 0.0
     trainer.model_wrapped.train()
     try:
@@ -68,7 +70,9 @@ def run_passes(
             norms.append(_measure_norm(trainer.model))
     finally:
         trainer.model.zero_grad(set_to_none=True)
-        metrics.update(kept)
+        for count, before in zip(counts, kept, strict=True):
+            count.clear()
+            count.update(before)
         count_tokens(trainer, tokens)
     spread = (max(norms) - min(norms)) / norms[-1] if norms[-1] else 0.0
     return Pass(loss, norms[-1], seconds[0], median(seconds[1:]), spread)

@@ -143,13 +143,16 @@ def test_a_resumed_run_makes_its_copies_anew(train, patient):
     assert_same_bits(straight, resumed)
 
 
-def test_pairs_train_the_same_with_copies(make_pairs_recipe, patient):
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_pairs_train_the_same_with_copies(make_pairs_recipe, patient, method):
+    """The first logged figures of ORPO, CPO and SimPO were means over the first step and the passes of the trial."""
     runs = [
-        Path(run_training(make_pairs_recipe(name, "dpo", "model.dtype=bfloat16", *more)).run)
+        Path(run_training(make_pairs_recipe(name, method, "model.dtype=bfloat16", *more)).run)
         for name, more in (("plain", []), ("copied", [AUTO]))
     ]
     assert read_speed(runs[1])["ways"] == [COPIES]
     assert_same_bits(*runs)
+    assert read_metrics(runs[0]) == read_metrics(runs[1])
 
 
 def test_dora_has_no_copies(train):
