@@ -73,7 +73,8 @@ class _SpeedTrial(TrainerCallback):
             self._switch_on(choice.ways)
             self._step.enter_context(replace_attribute(self._trainer, "training_step", self._wrap_step()))
         logger.info("model.speed: %s", choice.describe())
-        self._decided(choice)
+        if state.is_world_process_zero:  # the others would write the same file at the same time
+            self._decided(choice)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -9,17 +9,20 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from finetune.errors import RecipeError, TrainingError
 from finetune.training.run import run_training
 from finetune.training.speed import compiled_layers, speed_trial, ways
 from finetune.training.speed.compiled_layers import find_missing_compiler
 from finetune.training.speed.passes import Pass, compare_passes
-from finetune.training.speed.speed_trial import find_obstacle
+from finetune.training.speed.speed_trial import find_obstacle, try_speed
 from finetune.training.speed.ways import WAYS, SpeedChoice, check_choice, read_choice
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
@@ -215,6 +218,18 @@ def test_obstacles_are_named(make_recipe):
     assert "generates answers" in find_obstacle(online)
     assert find_obstacle(make_recipe("other")) is None
     assert "mps device" in find_missing_compiler(torch.device("mps"))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_only_the_first_of_several_processes_writes_the_record(make_recipe, monkeypatch, is_first):
+    """Both wrote run.json by way of the same partial file, and a launch of two ended in a FileNotFoundError most often."""
+    monkeypatch.setattr(speed_trial, "WAYS", {})
+    callbacks, decided, choice = list[Any](), list[SpeedChoice](), SpeedChoice((), "several processes share the run")
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(bf16=False, fp16=False), add_callback=callbacks.append)
+    with try_speed(trainer, make_recipe("run", AUTO), decided.append, choice):
+        state = TrainerState(is_world_process_zero=is_first)
+        callbacks[0].on_train_begin(trainer.args, state, TrainerControl())
+    assert decided == [choice] * is_first
 
 
 def test_an_unknown_value_is_refused(make_recipe):
