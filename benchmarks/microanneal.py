@@ -7,10 +7,10 @@ annealing of these two. The held-out rows are web, code and mathematics. The win
 every word shuffled, and the third one more web and code texts, in their shares.
 """
 
+import argparse
 import json
 import random
 import runpy
-import sys
 import tempfile
 from pathlib import Path
 
@@ -132,8 +132,8 @@ def tabulate(found: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]).resolve())
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", nargs="?", type=Path, help="where the runs go (default: a temporary folder)")
+    given = parser.parse_args().folder
+    with tempfile.TemporaryDirectory() as temporary:
+        main((given or Path(temporary)).resolve())

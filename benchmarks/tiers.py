@@ -76,7 +76,16 @@ TIERS = (
         f"learning_rate: 2e-4\n  {CHECKPOINTING}",
         False,
     ),
-    Tier("cpu_16gb", "CPU, 16 GB", 12, "quantize: nf4", LORA, 1024, f"learning_rate: 2e-4\n  {CHECKPOINTING}", False),
+    Tier(
+        "cpu_16gb",
+        "CPU, 16 GB",
+        12,
+        "quantize: nf4\n  speed: auto",
+        LORA,
+        1024,
+        f"learning_rate: 2e-4\n  {CHECKPOINTING}",
+        False,
+    ),
 )
 
 
