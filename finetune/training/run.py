@@ -116,7 +116,8 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
                         sheet.write_before(trained.model)
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
-        summary = summarise_run(trainer, resolved.output, steps, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        summary = summarise_run(trainer, resolved.output, steps, seconds, resumed=checkpoint is not None)
         with translate_os_errors(resolved.output, _LEFT):
             if is_writer:
                 record.write_saving(summary)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -67,6 +68,16 @@ def test_tokens_are_counted_on(straight, train):
         shutil.rmtree(resumed / name)
     train("resumed", *CONSTANT, resume=True)
     assert read_record(resumed)["result"]["tokens"] == read_record(straight)["result"]["tokens"]
+
+
+def test_a_resumed_run_that_logs_nothing_has_no_mean_loss(train):
+    """It was the mean of the steps since the checkpoint, and 0.0 where that was the last one."""
+    quiet = [*CONSTANT, "trainer.logging_strategy=no"]
+    run = train("run", *quiet)
+    assert read_record(run)["result"]["train_loss"] > 1
+    shutil.rmtree(run / "adapter")
+    train("run", *quiet, resume=True)
+    assert math.isnan(read_record(run)["result"]["train_loss"])
 
 
 def test_a_run_killed_between_result_and_record_is_completed(straight, make_recipe, monkeypatch):

@@ -37,7 +37,7 @@ def describe_work(trainer: Trainer, report: DataReport) -> None:
     logger.info("training %s parameters on %s", f"{trainable:,}", config.device)
 
 
-def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> RunSummary:
+def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float, *, resumed: bool) -> RunSummary:
     """Return the summary of a finished run; evaluate once more where the last step was not evaluated."""
     # Every process has the trainer's history; only the first writes the file.
     lines = trainer.state.log_history
@@ -51,7 +51,8 @@ def summarise_run(trainer: Trainer, run: Path, steps: int, seconds: float) -> Ru
     def last(*names: str) -> float | None:
         return next((line[name] for name in names for line in reversed(kept) if name in line), None)
 
-    loss = last("loss", "train_loss")  # a run of fewer steps than trainer.logging_steps has only its mean
+    # A run that logs nothing has only its mean, which is that of the steps since it was resumed.
+    loss = last("loss") if resumed else last("loss", "train_loss")
     return RunSummary(
         run=str(run),
         steps=steps,
