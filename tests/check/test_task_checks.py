@@ -19,7 +19,6 @@ def test_a_folder_without_a_file_of_its_task(make_recipe, tmp_path):
     """`check` called it fine, and the training ended before its first step."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "gsm8k_test.jsonl").write_text("")
-    (tmp_path / "tasks" / "lambada.bak").write_text("")  # no file that can be read
     rows, folder = str(tmp_path / "rows.jsonl"), str(tmp_path / "tasks")
     assert refuse(make_recipe, [{"name": "lambada", "path": folder}]) == [
         f"data.tasks[1].path: {folder} holds no file of lambada, such as lambada.jsonl or lambada_test.jsonl"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.reading.raw_files import has_known_ending
 from finetune.data.settings import HubDataset
 from finetune.errors import describe_unknown_name
 
@@ -88,10 +87,9 @@ def describe_unknown_task(name: str) -> str:
     return describe_unknown_name(name, TASKS, "an unknown task")
 
 
-def find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path | None:
+def find_in_folder(task: Task, files: Sequence[Path], endings: Sequence[str]) -> Path | None:
     """Return the file of a task among the data files of a folder, or None where there is none."""
-    files = sorted(file for file in folder.iterdir() if has_known_ending(file))
-    stems = {file.name.split(".")[0].lower(): file for file in files}
+    stems = {file.name.split(".")[0].lower(): file for file in sorted(files)}
     return next((stems[stem] for ending in endings if (stem := f"{task.name}{ending}") in stems), None)
 
 
