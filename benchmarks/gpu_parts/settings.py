@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The first steps are not measured; in the profiled one, the last, kernels are counted in place of time.
 STEPS, FIRST_MEASURED, PROFILED = 9, 3, 8
@@ -66,6 +67,26 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--wait", action="store_true", help="start to measure when the standard input ends")
     parser.add_argument("--settings", type=int, default=None, help="how many settings, the first ones")
     return parser.parse_args()
+
+
+def list_trl_options(output: Path, setting: Setting, on_gpu: bool) -> dict[str, Any]:
+    """Return what the programs that use TRL's trainer set of `SFTConfig`, so that they train alike."""
+    return {
+        "output_dir": str(output),
+        "max_length": setting.tokens,
+        "packing": setting.packing,
+        "assistant_only_loss": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": setting.batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "bf16": True,
+        "use_cpu": not on_gpu,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def wait_for_base(base: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting, parse_arguments
+from gpu_parts.settings import ALPHA, RANK, STEPS, TEMPLATE, Setting, list_trl_options, parse_arguments
 from gpu_parts.timing import Train, measure_program
 
 
@@ -71,22 +71,7 @@ def train_plain(base: Path, rows: Path, output: Path, setting: Setting, keeps_fl
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantized, dtype=torch.bfloat16, device_map=device
     )
-    config = SFTConfig(
-        output_dir=str(output),
-        max_length=setting.tokens,
-        packing=setting.packing,
-        assistant_only_loss=True,
-        max_steps=STEPS,
-        per_device_train_batch_size=setting.batch,
-        gradient_accumulation_steps=1,
-        learning_rate=LEARNING_RATE,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        logging_steps=10,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    config = SFTConfig(**list_trl_options(output, setting, torch.cuda.is_available()))
     conversations = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     trainer = SFTTrainer(
         model=model,

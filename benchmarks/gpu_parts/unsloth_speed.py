@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from gpu_parts.lines import explain, is_measured, read_lines, write_line
-from gpu_parts.settings import ALPHA, LEARNING_RATE, RANK, STEPS, TEMPLATE, Setting, parse_arguments
+from gpu_parts.settings import ALPHA, RANK, TEMPLATE, Setting, list_trl_options, parse_arguments
 
 NAME = "Unsloth"
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,23 +65,9 @@ def train_unsloth(base: Path, rows: Path, output: Path, setting: Setting) -> Non
     )
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     conversations = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    config = SFTConfig(
-        output_dir=str(output),
-        max_length=setting.tokens,
-        packing=setting.packing,
-        assistant_only_loss=True,
-        dataset_num_proc=1,  # a few hundred rows: more processes take longer to start
-        max_steps=STEPS,
-        per_device_train_batch_size=setting.batch,
-        gradient_accumulation_steps=1,
-        learning_rate=LEARNING_RATE,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        logging_steps=10,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    options = list_trl_options(output, setting, torch.cuda.is_available())
+    # A few hundred rows: more processes take longer to start.
+    config = SFTConfig(**options, dataset_num_proc=1)
     rows_of_texts = Dataset.from_list(conversations)
     SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows_of_texts, args=config).train()
 
