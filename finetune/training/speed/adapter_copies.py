@@ -41,9 +41,8 @@ class AdapterCopies(Switch):
     """Copies of an adapter's matrices in the type of autocast; evaluation and generation read the matrices themselves."""
 
     def __init__(self, matrices: Sequence[Any], dtype: torch.dtype) -> None:
+        super().__init__()
         self._matrices, self._dtype = matrices, dtype
-        self._on = contextlib.ExitStack()
-        self._are_on = False
 
     def find_obstacle(self) -> str | None:
         """Return why there is nothing to copy, or None."""
@@ -51,26 +50,19 @@ class AdapterCopies(Switch):
             return "the run computes in float32"
         return None if self._matrices else "no float32 matrices of a plain LoRA adapter are trained"
 
-    def switch_on(self) -> None:
+    def change(self, undo: contextlib.ExitStack) -> None:
         """Let training read copies."""
         for module in self._matrices:
             # A plain attribute, no parameter of the module: nobody saves or steps it.
             module.narrow = module.weight.detach().to(self._dtype).requires_grad_()
-            self._on.enter_context(replace_attribute(module, "forward", MethodType(_multiply, module)))
-        self._are_on = True
-
-    def switch_off(self) -> None:
-        """Let training read the matrices again."""
-        self._on.close()
-        for module in self._matrices if self._are_on else ():
-            del module.narrow
-        self._are_on = False
+            undo.callback(delattr, module, "narrow")
+            undo.enter_context(replace_attribute(module, "forward", MethodType(_multiply, module)))
 
     @contextlib.contextmanager
     def around_batch(self) -> Iterator[None]:
         """Widen the gradients of a batch to float32, and add them to those of the batches before."""
         yield
-        for module in self._matrices if self._are_on else ():
+        for module in self._matrices if self.is_on else ():
             gradient, module.narrow.grad = module.narrow.grad, None
             if gradient is None:
                 continue
@@ -82,5 +74,5 @@ class AdapterCopies(Switch):
     def follow_optimizer(self) -> None:
         """Make the copies anew from what the optimizer has changed."""
         with torch.no_grad():
-            for module in self._matrices if self._are_on else ():
+            for module in self._matrices if self.is_on else ():
                 module.narrow.copy_(module.weight)

@@ -19,9 +19,9 @@ class BFloat16Products(Switch):
 
     def __init__(self, trainer: Trainer, computed: torch.dtype, asked: str) -> None:
         """`computed` is the type that the trainer computes in; `asked` is what the recipe says of it."""
+        super().__init__()
         self._trainer: Any = trainer
         self._computed, self._asked = computed, asked
-        self._on = contextlib.ExitStack()
 
     def find_obstacle(self) -> str | None:
         """Return why this run computes in another type, or None."""
@@ -29,7 +29,7 @@ class BFloat16Products(Switch):
             return "the run computes in 16 bits already"
         return None if self._asked == "auto" else f"model.dtype asks for {self._asked}"
 
-    def switch_on(self) -> None:
+    def change(self, undo: contextlib.ExitStack) -> None:
         """Let training passes run under autocast; the backward pass follows the types of the forward pass by itself."""
         trainer, plain = self._trainer, self._trainer.compute_loss_context_manager
 
@@ -40,8 +40,4 @@ class BFloat16Products(Switch):
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             return stack
 
-        self._on.enter_context(replace_attribute(trainer, "compute_loss_context_manager", enter))
-
-    def switch_off(self) -> None:
-        """Let training passes compute in float32 again."""
-        self._on.close()
+        undo.enter_context(replace_attribute(trainer, "compute_loss_context_manager", enter))

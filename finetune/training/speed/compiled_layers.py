@@ -27,17 +27,13 @@ class CompiledLayers(Switch):
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
         self._layers = layers
-        self._on = contextlib.ExitStack()
 
-    def switch_on(self) -> None:
+    def change(self, undo: contextlib.ExitStack) -> None:
         """Let the layers run compiled; their code is made when they first run."""
         for layer in self._layers:
-            replace_in_training(self._on, layer, torch.compile(layer.forward, **COMPILER), layer.forward)
-
-    def switch_off(self) -> None:
-        """Let the layers run as they were."""
-        self._on.close()
+            replace_in_training(undo, layer, torch.compile(layer.forward, **COMPILER), layer.forward)
 
 
 def find_missing_compiler(device: torch.device) -> str | None:

@@ -24,9 +24,8 @@ class FlashAttention(Switch):
 
     def __init__(self, model: Any, dtype: torch.dtype, attention: str) -> None:
         """`dtype` is the type that is computed in; `attention` is what the recipe says of the kernel."""
+        super().__init__()
         self._model, self._dtype, self._attention = model, dtype, attention
-        self._on = contextlib.ExitStack()
-        self._is_on = False
 
     def find_obstacle(self) -> str | None:
         """Return why this run computes with another kernel, or None."""
@@ -36,7 +35,7 @@ class FlashAttention(Switch):
             return "the run computes in float32, and the kernel knows 16 bits only"
         return None
 
-    def switch_on(self) -> None:
+    def change(self, undo: contextlib.ExitStack) -> None:
         """Let batches use the kernel.
 
         Raises:
@@ -50,13 +49,7 @@ class FlashAttention(Switch):
             name_attention(self._model.config, before)
         if chosen != KERNEL:
             raise ValueError(f"{type(self._model).__name__} computes with {chosen}, whatever kernel it is told")
-        self._on.callback(keep_documents_apart(self._model))
-        self._is_on = True
-
-    def switch_off(self) -> None:
-        """Let batches use the kernel that the model was loaded with."""
-        self._is_on = False
-        self._on.close()
+        undo.callback(keep_documents_apart(self._model))
 
     @contextlib.contextmanager
     def around_batch(self) -> Iterator[None]:
@@ -64,7 +57,7 @@ class FlashAttention(Switch):
         config = self._model.config
         before = name_attention(config)
         try:
-            name_attention(config, KERNEL if self._is_on else None)
+            name_attention(config, KERNEL if self.is_on else None)
             yield
         finally:
             name_attention(config, before)

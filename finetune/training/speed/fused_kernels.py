@@ -38,22 +38,18 @@ class FusedKernels(Switch):
     """The norms and MLPs of the decoder layers; while they are on, those that train use the kernels."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
         self._modules = [module for layer in layers for module in layer.modules() if type(module) in _MAKERS]
-        self._on = contextlib.ExitStack()
 
     def find_obstacle(self) -> str | None:
         """Return that the model has none of the modules, or None."""
         return None if self._modules else "the model has no modules for which there are kernels"
 
-    def switch_on(self) -> None:
+    def change(self, undo: contextlib.ExitStack) -> None:
         """Let the modules use the kernels."""
         kernels = load_kernels()
         for module in self._modules:
-            replace_in_training(self._on, module, _MAKERS[type(module)](module, kernels), module.forward)
-
-    def switch_off(self) -> None:
-        """Let the modules compute as they did."""
-        self._on.close()
+            replace_in_training(undo, module, _MAKERS[type(module)](module, kernels), module.forward)
 
 
 def _fuse_norm(module: Any, kernels: Kernels) -> Callable[..., Any]:

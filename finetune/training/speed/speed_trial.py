@@ -113,7 +113,7 @@ class _SpeedTrial(TrainerCallback):
         self._switch_all_off()
 
     def _choose(self, batches: int) -> SpeedChoice:
-        if (obstacle := find_obstacle(self._resolved)) is not None:
+        if (obstacle := find_run_obstacle(self._resolved)) is not None:
             return SpeedChoice((), obstacle)
         reasons = {name: self._find_way_obstacle(name, way) for name, way in WAYS.items()}
         if all(reasons.values()):
@@ -154,7 +154,7 @@ class _SpeedTrial(TrainerCallback):
         return verdict, after if verdict.is_used else best
 
 
-def find_obstacle(resolved: ResolvedRecipe) -> str | None:
+def find_run_obstacle(resolved: ResolvedRecipe) -> str | None:
     """Return why nothing can be tried in this run, or None."""
     if find_engine() != "one" or is_launched():
         return "several processes share the run"

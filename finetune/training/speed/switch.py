@@ -12,17 +12,27 @@ from finetune.compat import replace_attribute
 class Switch:
     """One way in one run. Only what a way needs is overridden; evaluation and generation never use it."""
 
+    def __init__(self) -> None:
+        self.is_on = False
+        self._undo = contextlib.ExitStack()
+
     def find_obstacle(self) -> str | None:
         """Return why the way changes nothing in this run, or None."""
         return None
 
-    def switch_on(self) -> None:
-        """Let training use the way from now on."""
+    def change(self, undo: contextlib.ExitStack) -> None:
+        """Change what training computes with; `undo` is given what changes it back."""
         raise NotImplementedError
 
+    def switch_on(self) -> None:
+        """Let training use the way from now on."""
+        self.change(self._undo)
+        self.is_on = True
+
     def switch_off(self) -> None:
-        """Let training do without it again; a way that is off stays off."""
-        raise NotImplementedError
+        """Let training do without it again, also where switching it on has failed halfway; a way that is off stays off."""
+        self.is_on = False
+        self._undo.close()
 
     def around_batch(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which a batch runs forward and backward."""

@@ -22,7 +22,7 @@ from finetune.training.run import run_training
 from finetune.training.speed import compiled_layers, speed_trial, ways
 from finetune.training.speed.compiled_layers import find_missing_compiler
 from finetune.training.speed.passes import Pass, compare_passes
-from finetune.training.speed.speed_trial import find_obstacle, try_speed
+from finetune.training.speed.speed_trial import find_run_obstacle, try_speed
 from finetune.training.speed.ways import WAYS, SpeedChoice, check_choice, read_choice
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
@@ -215,8 +215,8 @@ def test_a_resumed_run_does_as_it_began(train, quick, monkeypatch):
 
 def test_obstacles_are_named(make_recipe):
     online = make_recipe("run", "method=grpo", "rewards.rules={one_sentence: 1.0}")
-    assert "generates answers" in find_obstacle(online)
-    assert find_obstacle(make_recipe("other")) is None
+    assert "generates answers" in find_run_obstacle(online)
+    assert find_run_obstacle(make_recipe("other")) is None
     assert "mps device" in find_missing_compiler(torch.device("mps"))
 
 
