@@ -16,8 +16,9 @@ def refuse(make_recipe, tasks):
 
 
 def test_a_folder_without_a_file_of_its_task(make_recipe, tmp_path):
-    """`check` called it fine, and the training ended before its first step."""
+    """`check` called it fine, and the training ended before its first step; files of no rows counted as well."""
     (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "lambada.bak").write_text("")
     (tmp_path / "tasks" / "gsm8k_test.jsonl").write_text("")
     rows, folder = str(tmp_path / "rows.jsonl"), str(tmp_path / "tasks")
     assert refuse(make_recipe, [{"name": "lambada", "path": folder}]) == [

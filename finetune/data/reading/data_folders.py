@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from finetune.data.reading.file_kinds import KINDS, has_known_ending
 from finetune.data.reading.patterns import expand_pattern, has_signs
-from finetune.data.reading.raw_files import describe_missing, has_known_ending, list_endings
+from finetune.data.reading.raw_files import describe_missing
 from finetune.data.settings import SplitName
 from finetune.errors import DataError, Place, describe_count
 
@@ -82,7 +83,7 @@ def choose_files(path: Path, split: SplitName = "train") -> DataFiles:
         missing = (
             "holds no data files" if path.is_dir() else describe_missing(path) if not found else "matches no data file"
         )
-        raise DataError(f"{missing}; known are {list_endings()}", Place(str(path)))
+        raise DataError(f"{missing}; known are {', '.join(KINDS)}", Place(str(path)))
     splits = {file: _find_split(file.relative_to(root)) for file in data}
     taken = _choose_split(splits, root, split)
     left_out |= {file.relative_to(root).as_posix(): _name_split(splits[file]) for file in data if file not in taken}

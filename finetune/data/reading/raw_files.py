@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.reading.arrow_rows import RawRow, read_arrow, read_parquet
+from finetune.data.reading.file_kinds import COMPRESSIONS, KINDS, find_kind
 from finetune.data.reading.json_lists import HUGE_NUMBER, ROW_DECODER, JsonList, UnusableJsonError
 from finetune.data.reading.text_lines import (
-    COMPRESSIONS,
     OLD_LINE_ENDS,
     UTF8,
     NumberedLine,
@@ -34,10 +34,10 @@ def read_file(path: Path, encoding: str = UTF8) -> Iterator[RawRow]:
     if not path.is_file():
         raise DataError(describe_missing(path), whole)
     suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix
-    reader = _READERS.get(_find_kind(path))
+    reader = READERS.get(find_kind(path))
     if reader is None:
         raise DataError(
-            f"the ending {suffix or '(none)'} is not known; known are {', '.join(_READERS)}, the text kinds also with "
+            f"the ending {suffix or '(none)'} is not known; known are {', '.join(KINDS)}, the text kinds also with "
             f"{' or '.join(COMPRESSIONS)}",
             whole,
         )
@@ -60,25 +60,9 @@ def describe_missing(path: Path) -> str:
     return "does not exist" + (f"; {path.parent / matches[0]} does" if matches else "")
 
 
-def has_known_ending(path: Path) -> bool:
-    """Tell whether a file is of a kind that can be read, by its name."""
-    return _find_kind(path) in _READERS
-
-
-def _find_kind(path: Path) -> str:
-    """Return the ending that says how a file is written, without that of its compression."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    return inner.suffix.lower()
-
-
-def list_endings() -> str:
-    """Return the endings of the files that can be read, for a message."""
-    return ", ".join(_READERS)
-
-
 def _read_json(path: Path, encoding: str) -> Iterator[RawRow]:
     """Yield the rows of a JSON list or of JSON lines, whichever the file holds; its name does not decide."""
-    lines = read_lines_or_faults(path, encoding, None if _find_kind(path) == ".json" else _MOST_ROW_BYTES)
+    lines = read_lines_or_faults(path, encoding, None if find_kind(path) == ".json" else _MOST_ROW_BYTES)
     head: list[NumberedLine] = []
     for number, line in lines:
         head.append((number, line))
@@ -96,7 +80,7 @@ def _begins_list(first: str, path: Path) -> bool:
     """Tell by its first line whether a file holds one list, or an object that takes several lines, and no JSON lines."""
     if first.lstrip().startswith("["):
         return True
-    if _find_kind(path) != ".json":
+    if find_kind(path) != ".json":
         return False
     try:
         json.loads(first)
@@ -195,7 +179,7 @@ def _read_tsv(path: Path, encoding: str) -> Iterator[RawRow]:
 
 _MOST_ROW_BYTES = 32 * 10**6
 _LONGEST_CELL = 2**31 - 1
-_READERS: Mapping[str, Callable[[Path, str], Iterator[RawRow]]] = {
+READERS: Mapping[str, Callable[[Path, str], Iterator[RawRow]]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".ndjson": _read_json,

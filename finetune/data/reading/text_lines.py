@@ -9,10 +9,10 @@ from typing import AnyStr
 
 import pyarrow
 
+from finetune.data.reading.file_kinds import COMPRESSIONS
 from finetune.errors import DataError, Place
 
 UTF8 = "utf-8"
-COMPRESSIONS: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 1 << 20
 # Text shrinks to a tenth or so; what unpacks to so many times its size was made to fill a memory or a disk.
 _MOST_UNPACKED, _MOST_TIMES = 1 << 28, 200

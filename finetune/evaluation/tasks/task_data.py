@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.reading.arrow_rows import require_row
-from finetune.data.reading.raw_files import has_known_ending
 from finetune.data.reading.sources import read_source
 from finetune.data.settings import HubDataset, Source
 from finetune.errors import DataError, Place
@@ -84,7 +83,7 @@ def _find_file(task: Task, data: Path, is_only_task: bool) -> Path:
 
 
 def _find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path:
-    found = find_in_folder(task, [file for file in folder.iterdir() if has_known_ending(file)], endings)
+    found = find_in_folder(task, list(folder.iterdir()), endings)
     if found is None:
         raise DataError(describe_wanted(task, endings), Place(str(folder)))
     return found

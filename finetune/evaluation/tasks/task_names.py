@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.data.reading.file_kinds import has_known_ending
 from finetune.data.settings import HubDataset
 from finetune.errors import describe_unknown_name
 
@@ -88,8 +89,8 @@ def describe_unknown_task(name: str) -> str:
 
 
 def find_in_folder(task: Task, files: Sequence[Path], endings: Sequence[str]) -> Path | None:
-    """Return the file of a task among the data files of a folder, or None where there is none."""
-    stems = {file.name.split(".")[0].lower(): file for file in sorted(files)}
+    """Return the file of a task among the files of a folder, or None where there is none."""
+    stems = {file.name.split(".")[0].lower(): file for file in sorted(files) if has_known_ending(file)}
     return next((stems[stem] for ending in endings if (stem := f"{task.name}{ending}") in stems), None)
 
 

@@ -1,4 +1,4 @@
-"""What Python reads from JSON and no row may hold: numbers that are not finite."""
+"""The kinds of files that have a reader, and what Python reads from JSON and no row may hold: numbers that are not finite."""
 
 import json
 
@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from finetune.data.lint.row_writer import RowWriter
-from finetune.data.reading.raw_files import read_file
+from finetune.data.reading.file_kinds import COMPRESSIONS, KINDS, has_known_ending
+from finetune.data.reading.raw_files import READERS, read_file
 from finetune.errors import DataError
 
 ROW = '{"prompt": "Q", "completion": "A", "score": %s}'
@@ -39,3 +40,9 @@ def test_the_nan_of_a_parquet_file_is_written_as_null(tmp_path):
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"text": "a", "score": None}, {"text": "b", "score": 0.5}]
     assert "NaN" not in lines[0]
+
+
+def test_every_kind_has_a_reader_and_every_reader_a_kind(tmp_path):
+    assert tuple(READERS) == KINDS
+    assert all(has_known_ending(tmp_path / f"rows{kind}{packed}") for kind in KINDS for packed in ("", *COMPRESSIONS))
+    assert not has_known_ending(tmp_path / "rows.jsonl.bak")
