@@ -1,4 +1,4 @@
-"""What `accelerate launch` or torchrun tells a process by environment variables, and how to start one that sees less of it.
+"""The environment variables of this process: what `accelerate launch` or torchrun tells by them, and changing them for a while.
 
 Never imports torch.
 """
@@ -6,7 +6,7 @@ Never imports torch.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 from finetune.errors import MachineError
@@ -72,6 +72,18 @@ def _read_number(name: str, default: int) -> int:
     if text and not text.isdecimal():
         raise MachineError(f"{name}: must be a number, as a launcher sets it; found {text!r}; unset this variable")
     return int(text) if text else default
+
+
+@contextlib.contextmanager
+def add_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside this context; one that a person has set stays as it is."""
+    added = {name: text for name, text in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

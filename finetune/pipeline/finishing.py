@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 
 from finetune.errors import OutputError, TrainingError
 from finetune.pipeline.memory_ladder import restore_choices, train_on_device
+from finetune.pipeline.same_speed import join_choices
 from finetune.recipe.sections import dump_recipe
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import check_same_recipe, has_saved_result, remove_made_files
+from finetune.runs.resuming import check_same_recipe, has_saved_result, read_speed, remove_made_files
 from finetune.runs.run_files import RECIPE_FILE, RECORD_FILE, find_result_folder
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 from finetune.training.run import check_finished_run
@@ -39,8 +40,9 @@ def finish_training(
     wait: Callable[[], None] = lambda: None,
     *,
     is_writer: bool = True,
+    shared: frozenset[str] | None = None,
 ) -> FinishedTraining:
-    """Train what is left of a recipe; `force` also trains what by the plan does not fit.
+    """Train what is left of a recipe; `force` also trains what by the plan does not fit, `shared` is that of `run_training`.
 
     Where several processes call it together, `wait` waits for all of them, and one is the writer.
 
@@ -59,8 +61,21 @@ def finish_training(
     if is_writer and run.is_dir() and checkpoint is None and not is_saved:
         remove_made_files(run)
     wait()
-    outcome = train_on_device(resolved, checkpoint is not None or is_saved, force)
+    outcome = train_on_device(resolved, checkpoint is not None or is_saved, force, shared)
     return FinishedTraining(json.loads(json.dumps(asdict(outcome))), False)
+
+
+def finish_compared(resolved: ResolvedRecipe, runs: Iterable[Path]) -> FinishedTraining:
+    """Train what is left of a recipe whose result is compared with that of other runs; `runs` are their folders, and may hold its own.
+
+    With `model.speed: auto` the first of them that trains decides by its clock, and the others do the same.
+
+    Raises:
+        FinetuneError: see `finish_training`, and the record of another run is damaged.
+    """
+    others = (run for run in runs if run.resolve() != resolved.output.resolve())
+    shared = join_choices(others) if resolved.recipe.model.speed == "auto" else None
+    return finish_training(resolved, shared=shared)
 
 
 def check_earlier_run(resolved: ResolvedRecipe) -> None:
@@ -78,6 +93,8 @@ def check_earlier_run(resolved: ResolvedRecipe) -> None:
             check_same_recipe(saved, dump_recipe(resolved.recipe), "run")
         else:
             check_finished_run(resolved)
+        if resolved.recipe.model.speed == "auto":  # the other runs read it, too
+            read_speed(run)
     except TrainingError as error:
         raise OutputError(f"{error}\nor choose another folder with -o") from error
 

@@ -30,20 +30,28 @@ from finetune.training.run import run_training
 logger = logging.getLogger(__name__)
 
 
-def train_on_device(resolved: ResolvedRecipe, resume: bool = False, force: bool = False) -> RunSummary:
+def train_on_device(
+    resolved: ResolvedRecipe, resume: bool = False, force: bool = False, shared: frozenset[str] | None = None
+) -> RunSummary:
     """Train on this process's device: by the plan on a GPU or with `trainer.auto`, else as the recipe says.
+
+    `shared` is that of `run_training`.
 
     Raises:
         FinetuneError: see `train_as_planned` and `run_training`.
     """
     device = choose_device(resolved.uses_cpu)
     if device.type == "cuda" or resolved.recipe.trainer.get(AUTO):
-        return train_as_planned(resolved, device, resume, force)
-    return run_training(resolved, resume)
+        return train_as_planned(resolved, device, resume, force, shared)
+    return run_training(resolved, resume, shared=shared)
 
 
 def train_as_planned(
-    resolved: ResolvedRecipe, device: torch.device, resume: bool = False, force: bool = False
+    resolved: ResolvedRecipe,
+    device: torch.device,
+    resume: bool = False,
+    force: bool = False,
+    shared: frozenset[str] | None = None,
 ) -> RunSummary:
     """Choose the settings that `trainer.auto` leaves open, refuse what does not fit a GPU unless forced, and train.
 
@@ -60,10 +68,15 @@ def train_as_planned(
         planned = choices[-1].peak_bytes
     elif device.type == "cuda" and not force:
         planned = plan_apart(check_fits, resolved, target).peak_bytes
-    return train_within_memory(resolved, resume, planned)
+    return train_within_memory(resolved, resume, planned, shared)
 
 
-def train_within_memory(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
+def train_within_memory(
+    resolved: ResolvedRecipe,
+    resume: bool = False,
+    planned_bytes: int | None = None,
+    shared: frozenset[str] | None = None,
+) -> RunSummary:
     """Train; where memory runs out under `trainer.auto`, change settings that keep the updates the same, and continue.
 
     The run continues from its newest checkpoint, or starts again where it has none.
@@ -74,7 +87,7 @@ def train_within_memory(resolved: ResolvedRecipe, resume: bool = False, planned_
     started_fresh = not resume
     while True:
         try:
-            return run_training(resolved, resume, planned_bytes)
+            return run_training(resolved, resume, planned_bytes, shared)
         except torch.OutOfMemoryError as error:
             reason = ". ".join(str(error).split(". ")[:2])
             traceback.clear_frames(error.__traceback__)  # the frames would keep their tensors on the device

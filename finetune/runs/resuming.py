@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ from finetune.runs.run_files import (
 from finetune.runs.trainer_checkpoints import check_name, find_complete_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+# What a run wrote in the place of the ways, when there was one at most.
+_NO_WAY = "none"
+
+
+@dataclass(frozen=True)
+class SpeedChoice:
+    """The ways to train faster that were chosen, and why; the record of the run keeps it, so that a resumed run computes the same."""
+
+    ways: tuple[str, ...]
+    reason: str
+
+    def describe(self) -> str:
+        """Return the choice in words."""
+        return f"{' and '.join(self.ways) or 'nothing is changed'} ({self.reason})"
 
 
 @contextlib.contextmanager
@@ -131,6 +148,26 @@ def read_run_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise TrainingError(f"{file}: must hold an object; the folder is damaged; restore this file")
     return record
+
+
+def read_speed(run: Path) -> SpeedChoice | None:
+    """Return what `model.speed: auto` chose when a run began, as its record says, or None where the run tried nothing.
+
+    Raises:
+        FinetuneError: the record is damaged.
+    """
+    found = read_run_record(run).get("speed")
+    if found is None:
+        return None
+    names = None
+    if isinstance(found, dict):
+        names = [name for name in [found["way"]] if name != _NO_WAY] if "way" in found else found.get("ways")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TrainingError(
+            f"{run / RECORD_FILE}: speed: must be an object with the ways that the run trains with, a list of names; found {found!r}; "
+            "the folder is damaged; restore this file"
+        )
+    return SpeedChoice(tuple(names), str(found.get("reason")))
 
 
 def has_saved_result(run: Path) -> bool:

@@ -55,6 +55,7 @@ from finetune.training.preflight import EvaluationCheck, check_first_batch, chec
 from finetune.training.pretraining.state_loading import save_states
 from finetune.training.result import CheckpointOrigin, write_result
 from finetune.training.setup import Setup, TrainedModel, build_model, prepare
+from finetune.training.speed.flash_attention import keep_order_of_sums
 from finetune.training.speed.speed_trial import try_speed
 from finetune.training.speed.ways import check_choice, read_choice
 from finetune.training.trainer import MethodInputs, add_journal, build_trainer, make_config
@@ -66,8 +67,15 @@ logger = logging.getLogger(__name__)
 _LEFT = f"what was saved before is whole: make room, and continue with {name_option('--resume')}"
 
 
-def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: int | None = None) -> RunSummary:
+def run_training(
+    resolved: ResolvedRecipe,
+    resume: bool = False,
+    planned_bytes: int | None = None,
+    shared: frozenset[str] | None = None,
+) -> RunSummary:
     """Train what a recipe says and write a run directory. `planned_bytes` is the peak memory of its plan, if one was made.
+
+    `shared` are the ways to train faster that the runs which it is compared with have chosen: it uses no others.
 
     Raises:
         FinetuneError: the user can mend what stopped the run; before step 1 nothing is left behind.
@@ -114,7 +122,7 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
                 with translate_os_errors(resolved.output):
                     for sheet in sheets if checkpoint is None else ():
                         sheet.write_before(trained.model)
-            with try_speed(trainer, resolved, record.note_speed, earlier):
+            with keep_order_of_sums(), try_speed(trainer, resolved, record.note_speed, earlier, shared):
                 steps = _train(resolved, trainer, checkpoint)
         seconds = time.monotonic() - started
         summary = summarise_run(trainer, resolved.output, steps, seconds, resumed=checkpoint is not None)

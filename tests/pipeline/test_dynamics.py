@@ -206,15 +206,21 @@ def test_without_tasks_the_weights_alone_are_compared(call, phases):
     assert "written: out" in out
 
 
-def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, no_pictures, monkeypatch):
+def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, no_pictures, monkeypatch, set_clock):
     """Every checkpoint is trained, resumed and evaluated by itself; `--keep none` leaves no weights."""
     write_lines(phases / "web.jsonl", [{"text": text} for text in TEXTS[:3]])
-    arguments = ["one", "two", *TASK, "--rows", "web.jsonl", "--sft", "recipe.yaml", "-s", "trainer.max_steps=2"]
+    own = ["--rows", "web.jsonl", "--sft", "recipe.yaml", "-s", "model.speed=auto", "-s", "trainer.max_steps=2"]
+    arguments = ["one", "two", *TASK, *own]
     trained = []
     train = dynamics.train_tuning
-    monkeypatch.setattr(
-        dynamics, "train_tuning", lambda tuning: (trained.append(tuning.folder.parent.name), train(tuning))[1]
-    )
+
+    def train_once(tuning):
+        """Let the clock call a way faster for the first run, and slower for the second."""
+        trained.append(tuning.folder.parent.name)
+        set_clock(is_faster=len(trained) == 1)
+        return train(tuning)
+
+    monkeypatch.setattr(dynamics, "train_tuning", train_once)
     status, out, _ = call(*arguments, "--keep", "none", "-o", "out", "--json")
     assert status == 0
     found = json.loads(out)
@@ -224,6 +230,7 @@ def test_the_same_fine_tuning_is_compared(call, make_recipe, phases, no_pictures
         assert entry["tuned"]["scores"]["lambada"]["acc"]["n"] == 12
         assert len(entry["activity"]["layers"]) == 4
         assert list(entry["activity"]["sources"]) == ["web"]
+    assert "model.speed: all fine-tunings train with bfloat16 products, as the first of them chose" in found["notes"]
     assert any(" (tuned) is best from " in sentence for sentence in found["sentences"])
     assert not list(Path("out").glob("checkpoints/*/tuned/run/adapter"))
     assert len(list(Path("out").glob("checkpoints/*/tuned/run/run.json"))) == 2

@@ -15,6 +15,7 @@ import finetune
 from finetune.check.recipes import load_recipe
 from finetune.cli.main import main
 from finetune.errors import ArgumentError, DataError, FinetuneError
+from finetune.pipeline.microanneal import anneal_run
 from finetune.pipeline.microanneal.anneal_plan import AnnealRequest, plan_anneal
 from finetune.pipeline.microanneal.anneal_results import RowLosses, compare_losses
 from finetune.pipeline.microanneal.anneal_rows import prepare_anneal_rows
@@ -99,7 +100,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch):
+def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch, set_clock):
     """The stopped command continues to the bits of an undisturbed run; a larger version is benchmarks/microanneal.py."""
     monkeypatch.setattr(training, "draw_losses", lambda run, title: None)  # saves seconds
     monkeypatch.setattr(training, "write_report", lambda run: None)
@@ -137,10 +138,34 @@ def test_a_candidate_that_wins_after_a_stop_and_one_that_loses(call, monkeypatch
     assert {key for key in old["data"] if old["data"][key] != new["data"][key]} == {"train"}
     assert Path("win/microanneal.png").stat().st_size > 10_000
     assert "sums.jsonl, 50% of 2,048 tokens: better. held-out loss" in Path("win/report.md").read_text(encoding="utf-8")
-    tuned = ("--sft", "tuning.yaml", "--tasks", "lambada", "--task-data", "lambada.jsonl", "--limit", "4")
-    status, out, err = call("--candidate", "noise.jsonl", *COMMON, "-o", "lose", *tuned)
+    tuned = (
+        "--sft",
+        "tuning.yaml",
+        "--sft-set",
+        "model.speed=auto",
+        "--tasks",
+        "lambada",
+        "--task-data",
+        "lambada.jsonl",
+        "--limit",
+        "4",
+    )
+    finish = anneal_run.finish_compared
+
+    def finish_one(resolved, runs):
+        """Let the clock call a way faster for the first run, and slower for the second."""
+        set_clock(is_faster=resolved.output.name == "old")
+        return finish(resolved, runs)
+
+    monkeypatch.setattr(anneal_run, "finish_compared", finish_one)
+    status, out, err = call("--candidate", "noise.jsonl", *COMMON, "-o", "lose", "-s", "model.speed=auto", *tuned)
     assert status == 0 and out.startswith("noise.jsonl, 50% of 2,048 tokens: worse. ")
     found = json.loads(Path("lose/microanneal.json").read_text(encoding="utf-8"))
+    said = [note for note in found["notes"] if note.startswith("model.speed")]
+    assert said == [
+        f"model.speed: all {what} train with bfloat16 products, as the first of them chose"
+        for what in ("runs", "fine-tunings")
+    ]
     assert [(line["stage"], line["name"], line["rows"]) for line in found["lines"][3:]] == [
         ("annealed", "lambada acc", 4),
         ("annealed", "lambada perplexity (its log-likelihood is tested)", 4),

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from finetune.cli.main import main
 from finetune.errors import RecipeError, TrainingError
+from finetune.pipeline.same_speed import describe_choices, join_choices
 from finetune.pipeline.sweeping import sweep_run
 from finetune.pipeline.sweeping.sweep_grid import plan_sweep, split_values
 from finetune.pipeline.sweeping.sweep_report import Outcome, SweepReport
@@ -182,6 +183,67 @@ def test_a_stopped_sweep_continues_to_the_same_table_and_a_failed_run_is_named(
     again = json.loads(out)
     assert (status, err.count("finished already")) == (2, 1)
     assert again["runs"][0] == good and again["runs"][1]["failed"] == "no trainer was expected"
+
+
+PRODUCTS = "bfloat16 products"
+
+
+def read_ways(folder):
+    found = {}
+    for file in sorted(Path(folder).glob("runs/*/run.json")):
+        found[file.parent.name.rpartition("-")[2]] = json.loads(file.read_text(encoding="utf-8"))["speed"]
+    return found
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_the_first_run_decides_how_all_train(call, set_clock, monkeypatch, is_faster):
+    """Each run asked the clock, so that two that are compared could differ by rounding because the machine was busy."""
+    monkeypatch.setattr(training, "draw_losses", lambda run, title: None)  # saves seconds
+    monkeypatch.setattr(training, "write_report", lambda run: None)
+    monkeypatch.setattr(sweep_run, "draw_sweep", lambda report, folder: None)
+    arguments = ("-s", "model.speed=auto", *(part for text in SMALL for part in ("-s", text)))
+    arguments = (*arguments, "-s", "trainer.max_steps=1", "--json", "-o", "out")
+    set_clock(is_faster=is_faster)
+    status, out, _ = call(*arguments)
+    chosen = [PRODUCTS] if is_faster else []
+    assert (status, read_ways("out")["seed42"]["ways"]) == (0, chosen)
+    set_clock(is_faster=not is_faster)
+    status, out, _ = call(*arguments, "--seeds", "2")
+    assert (status, read_ways("out")["seed43"]["ways"]) == (0, chosen)
+    said = f"with {PRODUCTS}" if is_faster else "as without it"
+    assert json.loads(out)["notes"] == [f"model.speed: all runs train {said}, as the first of them chose"]
+    if is_faster:
+        assert "loss" in read_ways("out")["seed43"]["reason"]  # it is compared again, by its figures alone
+    else:
+        assert (
+            "bfloat16 products: the runs that this one is compared with do without"
+            in read_ways("out")["seed43"]["reason"]
+        )
+
+
+def test_runs_that_cannot_train_alike_are_named(tmp_path):
+    """A run whose settings do not allow a way does without; losses that rounding may part are not compared unsaid."""
+    runs = {}
+    for name, speed in (("a", {"ways": [PRODUCTS], "reason": "r"}), ("b", {"ways": [], "reason": "r"}), ("c", None)):
+        (tmp_path / name).mkdir()
+        record = {} if speed is None else {"speed": speed}
+        (tmp_path / name / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        runs[name] = tmp_path / name
+    assert join_choices(runs.values()) == {PRODUCTS}
+    assert join_choices([runs["b"]]) == frozenset() and join_choices([runs["c"]]) is None
+    (said,) = describe_choices(runs)
+    assert said.endswith(f"may differ by rounding: with {PRODUCTS}: a; as without it: b, c")
+    assert describe_choices({"c": runs["c"]}) == ()
+
+
+def test_a_damaged_choice_is_one_message_before_anything_is_trained(call):
+    (run,) = plan_sweep(Path("recipe.yaml"), ("model.speed=auto",), 1, Path("out")).runs
+    run.resolved.output.mkdir(parents=True)
+    (run.resolved.output / "recipe.yaml").write_text(dump_recipe(run.resolved.recipe), encoding="utf-8")
+    (run.resolved.output / "run.json").write_text(json.dumps({"status": "running", "speed": "fast"}), encoding="utf-8")
+    status, out, err = call("-s", "model.speed=auto", "-o", "out")
+    assert (status, out) == (2, "")
+    assert "run.json: speed: must be an object" in err and "choose another folder with -o" in err
 
 
 def test_runs_of_another_recipe_are_refused(call):

@@ -24,6 +24,7 @@ from finetune.pipeline.dynamics.dynamics_inputs import (
 )
 from finetune.pipeline.dynamics.tuning import describe_tuning, plan_tuning
 from finetune.pipeline.dynamics.visits import Visit, list_other_checkpoints
+from finetune.pipeline.same_speed import describe_choices
 from finetune.runs.results import find_earlier
 
 
@@ -50,8 +51,16 @@ def gather(visits: Sequence[Visit], inputs: Inputs, output: Path) -> Growth:
         notes.append(
             f"the published scores are taken to come from the protocol {PUBLISHED_PROTOCOL}, not from {protocol}"
         )
-    notes += _describe_left_out(visits, inputs, output)
+    notes += [*_describe_speed(visits, inputs), *_describe_left_out(visits, inputs, output)]
     return Growth(str(output), protocol, tuple(entries), lines, tuple(dict.fromkeys(notes)))
+
+
+def _describe_speed(visits: Sequence[Visit], inputs: Inputs) -> tuple[str, ...]:
+    if (tuning := inputs.settings.tuning) is None:
+        return ()
+    return describe_choices(
+        {visit.label: plan_tuning(visit, tuning).resolved.output for visit in visits}, "fine-tunings"
+    )
 
 
 def _describe_left_out(visits: Sequence[Visit], inputs: Inputs, output: Path) -> Iterator[str]:

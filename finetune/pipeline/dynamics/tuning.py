@@ -16,13 +16,14 @@ from finetune.files.json_files import read_json, write_json
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.opening import fingerprint_model
 from finetune.pipeline.dynamics.visits import KEPT, Visit, find_earlier_folder
-from finetune.pipeline.finishing import REPORTED, finish_training
+from finetune.pipeline.finishing import REPORTED, finish_compared
 from finetune.recipe.sections import to_plain
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.run_files import MADE_FOLDERS, list_trainer_checkpoints
 from finetune.training.training_rows import read_data_settings
 
 _RECORD_FILE = "tuned.json"
+_FOLDER, _RUN_FOLDER = "tuned", "run"
 _OWNED = ("model.checkpoint=", "output=", "model=")
 
 
@@ -73,9 +74,9 @@ def plan_tuning(visit: Visit, settings: TuningSettings) -> Tuning:
     if owned:
         problem = f"--set {owned[0]}: dynamics sets model.checkpoint and output for each checkpoint; leave it out"
         raise RecipeError(str(settings.recipe), [problem])
-    folder = visit.folder / "tuned"
+    folder = visit.folder / _FOLDER
     name = find_earlier_folder(visit.name) or visit.name
-    own = [f"model.checkpoint={name}", f"output={(folder / 'run').absolute()}"]
+    own = [f"model.checkpoint={name}", f"output={(folder / _RUN_FOLDER).absolute()}"]
     return Tuning(load_recipe(settings.recipe, [*settings.overrides, *own]), folder)
 
 
@@ -85,12 +86,13 @@ def choose_tuned_tasks(tasks: TaskSettings, settings: TuningSettings) -> TaskSet
 
 
 def train_tuning(tuning: Tuning) -> str:
-    """Train what is left of the recipe; return the hash of the trained weights.
+    """Train what is left of the recipe, in the same way as from the other checkpoints; return the hash of the trained weights.
 
     Raises:
-        FinetuneError: see `finish_training`.
+        FinetuneError: see `finish_compared`.
     """
-    finished = finish_training(tuning.resolved)
+    runs = tuning.folder.parent.parent.glob(f"*/{_FOLDER}/{_RUN_FOLDER}")
+    finished = finish_compared(tuning.resolved, runs)
     record = {name: finished.summary.get(name) for name in REPORTED}
     fingerprint = fingerprint_model(str(tuning.resolved.output))
     with translate_os_errors(tuning.folder, KEPT):

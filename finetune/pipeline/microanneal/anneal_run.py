@@ -28,7 +28,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.growth.scores.score_lines import make_measured_lines
 from finetune.models.opening import LoadedModel, fingerprint_model, open_model
 from finetune.pipeline.experiment_folder import hold_experiment
-from finetune.pipeline.finishing import REPORTED, check_earlier_run, finish_training, free_memory
+from finetune.pipeline.finishing import REPORTED, check_earlier_run, finish_compared, free_memory
 from finetune.pipeline.microanneal.anneal_plan import ARMS, NEW, OLD, ROWS_FOLDER, RUNS_FOLDER, AnnealPlan
 from finetune.pipeline.microanneal.anneal_plot import draw_anneal
 from finetune.pipeline.microanneal.anneal_report import write_anneal
@@ -41,6 +41,7 @@ from finetune.pipeline.microanneal.anneal_results import (
     list_loss_lines,
 )
 from finetune.pipeline.microanneal.anneal_rows import HELD_OUT, AnnealRows, hash_content, prepare_anneal_rows
+from finetune.pipeline.same_speed import describe_choices
 from finetune.runs.resolved_recipe import ResolvedRecipe
 from finetune.runs.run_files import HEAD_NORM, Z_TERM, read_metrics
 from finetune.training.training_rows import prepare_rows, read_data_settings
@@ -77,11 +78,13 @@ def run_microanneal(plan: AnnealPlan, tasks: TaskSettings | None = None) -> Anne
             check_earlier_run(resolved)
         with _leave_nothing_before_step_one(output):
             runs = {arm: _train(arm, ARMS[arm], resolved) for arm, resolved in arms.items()}
+        speed = describe_choices({ARMS[arm]: resolved.output for arm, resolved in arms.items()})
         lines = _compare_arms(plan, rows, arms, asked)
         if plan.request.tuning is not None:
             tuned, found = _tune(plan, arms, asked)
             runs |= {f"{arm}, fine-tuned": summary for arm, summary in tuned.items()}
             lines += found
+            speed += describe_choices({ARMS[arm]: Path(run["run"]) for arm, run in tuned.items()}, "fine-tunings")
         notes = [*read_data_settings(plan.reading).notes, *(one.describe() for one in rows.accounts), *rows.notes]
         if rows.cut:
             limit = plan.reading.recipe.data.max_tokens
@@ -98,7 +101,7 @@ def run_microanneal(plan: AnnealPlan, tasks: TaskSettings | None = None) -> Anne
             tuple(lines),
             runs,
             {arm: _read_curve(resolved) for arm, resolved in arms.items()},
-            (*notes, *(note for one in asked.prepared for note in one.notes)),
+            (*notes, *speed, *(note for one in asked.prepared for note in one.notes)),
         )
         with translate_os_errors(output, _KEPT):
             draw_anneal(report, output)
@@ -127,7 +130,7 @@ def _read_tasks(settings: TaskSettings | None) -> _Tasks:
 
 def _train(name: str, title: str, resolved: ResolvedRecipe) -> dict[str, Any]:
     logger.info("%s: %s", name, title)
-    summary = finish_training(resolved).summary
+    summary = finish_compared(resolved, resolved.output.parent.glob("*")).summary
     free_memory()
     return {key: summary[key] for key in REPORTED}
 

@@ -72,7 +72,7 @@ class SettingResult:
 class SweepReport:
     """The runs of a sweep so far, of `planned` ones. `notes` say why they cannot be compared; there are none where they can.
 
-    `others` names finished runs in the same folder that are none of this sweep's.
+    `others` names finished runs in the same folder that are none of this sweep's. `speed` says which ways of `model.speed` they train with.
     """
 
     recipe: str
@@ -81,6 +81,7 @@ class SweepReport:
     notes: tuple[str, ...]
     planned: int
     others: tuple[str, ...] = ()
+    speed: tuple[str, ...] = ()
 
     @property
     def measure(self) -> str:
@@ -186,9 +187,9 @@ class SweepReport:
 
     def _list_notes(self) -> list[str]:
         if not self.others:
-            return list(self.notes)
+            return [*self.notes, *self.speed]
         count = describe_count(len(self.others), "finished run in this folder is", "finished runs in this folder are")
-        return [*self.notes, f"{count} not in the table: {', '.join(self.others)}"]
+        return [*self.notes, *self.speed, f"{count} not in the table: {', '.join(self.others)}"]
 
     def _tabulate(self) -> Iterator[list[str]]:
         yield ["setting", "seeds", self.measure, "±", "best in run", "±", "difference", "±", "p", "seconds"]

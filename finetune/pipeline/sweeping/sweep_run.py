@@ -15,7 +15,8 @@ from finetune.errors import FinetuneError, MachineError, TrainingError
 from finetune.files.launcher import is_launched
 from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.pipeline.experiment_folder import hold_experiment
-from finetune.pipeline.finishing import check_earlier_run, finish_training, free_memory, read_summary
+from finetune.pipeline.finishing import check_earlier_run, finish_compared, free_memory, read_summary
+from finetune.pipeline.same_speed import describe_choices
 from finetune.pipeline.sweeping.sweep_grid import RUNS_FOLDER, Sweep, SweptRun
 from finetune.pipeline.sweeping.sweep_plot import draw_sweep
 from finetune.pipeline.sweeping.sweep_report import Outcome, SweepReport, write_sweep
@@ -51,7 +52,15 @@ def run_sweep(sweep: Sweep) -> SweepReport:
             outcome, was_done = _train(run)
             outcomes.append(outcome)
             free_memory()
-            report = SweepReport(sweep.recipe, str(sweep.output), tuple(outcomes), notes, len(sweep.runs), others)
+            report = SweepReport(
+                sweep.recipe,
+                str(sweep.output),
+                tuple(outcomes),
+                notes,
+                len(sweep.runs),
+                others,
+                _describe_speed(outcomes),
+            )
             if was_done and number < len(sweep.runs):
                 continue
             with translate_os_errors(sweep.output, _KEPT):
@@ -68,6 +77,10 @@ def _list_others(sweep: Sweep) -> tuple[str, ...]:
     folder, own = sweep.output / RUNS_FOLDER, {run.resolved.output.name for run in sweep.runs}
     found = folder.iterdir() if folder.is_dir() else ()
     return tuple(sorted(run.name for run in found if run.name not in own and read_summary(run) is not None))
+
+
+def _describe_speed(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    return describe_choices({one.name: Path(one.run) for one in outcomes if one.failed is None})
 
 
 def _compare_rows(runs: Sequence[SweptRun]) -> tuple[str, ...]:
@@ -103,7 +116,7 @@ def _train(run: SweptRun) -> tuple[Outcome, bool]:
     """Train what is left of a run; return what it has reached, and whether it had finished before."""
     outcome = Outcome(run.setting, run.values, run.seed, str(run.resolved.output))
     try:
-        finished = finish_training(run.resolved)
+        finished = finish_compared(run.resolved, run.resolved.output.parent.glob("*"))
     except FinetuneError as error:
         logger.warning("%s, seed %d: failed: %s", run.setting, run.seed, error)
         return replace(outcome, failed=str(error)), False

@@ -75,7 +75,7 @@ def build_dry_model(
     model_class: Any = YuLanMiniForCausalLM if section.architecture == "native" else LlamaForCausalLM
     if resolved.method.trains_reward_model:
         model_class, config.num_labels = LlamaForSequenceClassification, 1
-    attention = "sdpa" if section.attention == "auto" else section.attention
+    attention = "eager" if section.attention == "eager" else "sdpa"  # the kernels of flash_attn run on a GPU only
     with no_init_weights(), torch.device("meta"):
         base = make_without_weights(model_class, config, dtype=precision.weights, attn_implementation=attention)
         base.tie_weights()  # no_init_weights skips it, and a tied table would be counted twice

@@ -37,6 +37,7 @@ from finetune.planning.step.kernels import (
     CACHED_VIEW,
     GPU_WORKSPACES,
     MASKED_SELECTION,
+    REPEATABLE_WORKSPACES,
     OffloadedActivations,
     allocate_as_gpu,
     answer_item_calls,
@@ -49,6 +50,7 @@ from finetune.planning.step.step_parts import (
     follow_training,
     list_weights,
     make_optimizer_states,
+    may_use_flash,
 )
 from finetune.planning.step.tracker import MemoryTracker, Peak
 from finetune.recipe.batches import read_accumulation, read_batch
@@ -191,7 +193,8 @@ def _make_tracker(resolved: ResolvedRecipe, is_gpu: bool, sharing: Sharing) -> M
     share = sharing.count_share if sharing.processes > 1 else None
     if is_gpu and resolved.recipe.optimizer.moments == "cpu":
         share = _leave_out_optimizer
-    return MemoryTracker(GPU_WORKSPACES if is_gpu else {}, substitutes, share)
+    workspaces = REPEATABLE_WORKSPACES if may_use_flash(resolved) else GPU_WORKSPACES
+    return MemoryTracker(workspaces if is_gpu else {}, substitutes, share)
 
 
 def _leave_out_optimizer(tensor: torch.Tensor, part: str) -> int:

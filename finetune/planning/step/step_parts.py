@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import is_flash_attn_2_available
 
 from finetune.compat import wrap_backward
 from finetune.models.reference_model import REFERENCE
@@ -195,3 +196,10 @@ def count_copy_bytes(resolved: ResolvedRecipe, trained: int) -> int:
     recipe = resolved.recipe
     tries = recipe.model.speed == "auto" and not resolved.method.is_online
     return _COPY_BYTES * trained if tries and not resolved.trains_all_weights and not recipe.adapter.dora else 0
+
+
+def may_use_flash(resolved: ResolvedRecipe) -> bool:
+    """Tell whether a run trains with the package flash_attn, or tries it on this machine."""
+    model = resolved.recipe.model
+    tries = model.speed == "auto" and model.attention == "auto" and not resolved.method.is_online
+    return model.attention == "flash_attention_2" or (tries and is_flash_attn_2_available())

@@ -2,19 +2,19 @@
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from finetune.errors import TrainingError
+from finetune.files.launcher import add_variables
 
 logger = logging.getLogger(__name__)
 
 _BEGIN = "on_train_begin"
-# MLflow tries a server that does not answer for several minutes. A variable that a person has set stays.
+# MLflow tries a server that does not answer for several minutes.
 _PATIENCE: Mapping[str, str] = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -34,7 +34,7 @@ def _guard(callback: TrainerCallback, name: str) -> None:
             if failed:
                 return None
             try:
-                with _lose_patience() if event == _BEGIN else contextlib.nullcontext():
+                with add_variables(_PATIENCE) if event == _BEGIN else contextlib.nullcontext():
                     return call(*arguments, **options)
             except Exception as error:  # every dashboard has errors of its own
                 failed.append(error)
@@ -50,17 +50,6 @@ def _guard(callback: TrainerCallback, name: str) -> None:
     for event in dir(TrainerCallback):
         if event.startswith("on_"):
             setattr(callback, event, wrap(event, getattr(callback, event)))
-
-
-@contextlib.contextmanager
-def _lose_patience() -> Iterator[None]:
-    added = {name: text for name, text in _PATIENCE.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def _describe(error: Exception) -> str:

@@ -18,7 +18,7 @@ from finetune.files.safety.disk_errors import translate_os_errors
 from finetune.models.lora import save_adapter
 from finetune.recipe.sections import dump_recipe, to_plain
 from finetune.rewards.judge import fingerprint_judge
-from finetune.runs.resuming import read_run_record, remove_made_files
+from finetune.runs.resuming import SpeedChoice, read_run_record, remove_made_files
 from finetune.runs.run_files import (
     PISSA_START_FOLDER,
     RECIPE_FILE,
@@ -32,7 +32,6 @@ from finetune.training.journal.environment import describe_environment
 from finetune.training.journal.loss_plot import draw_losses
 from finetune.training.journal.processes import describe_processes
 from finetune.training.setup import Setup
-from finetune.training.speed.ways import SpeedChoice
 from finetune.watching.board_page import write_report
 
 # The states of a run, in their order: it trains; it has trained its last step and writes its result; all is written.

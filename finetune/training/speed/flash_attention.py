@@ -13,10 +13,15 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from finetune.compat import name_attention
+from finetune.files.launcher import add_variables
 from finetune.training.pretraining.packed_documents import keep_documents_apart
 from finetune.training.speed.switch import Switch
 
 KERNEL = "flash_attention_2"
+# transformers reads it at each call of a flash kernel. Without it the backward pass adds in another order each time, on rows of more
+# than one block of keys, so that a resumed run would be another run.
+# Source: _process_flash_attention_kwargs in transformers/modeling_flash_attention_utils.py of 5.23.
+_SAME_ORDER = {"FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 class FlashAttention(Switch):
@@ -61,6 +66,11 @@ class FlashAttention(Switch):
             yield
         finally:
             name_attention(config, before)
+
+
+def keep_order_of_sums() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which FlashAttention adds in the same order each time, unless the variable of transformers is set."""
+    return add_variables(_SAME_ORDER)
 
 
 def find_missing_flash(device: torch.device) -> str | None:

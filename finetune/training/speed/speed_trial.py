@@ -6,7 +6,9 @@ loss and gradient norm of the first batch agree within the rounding of the type 
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from finetune.compat import replace_attribute
 from finetune.files.launcher import is_launched
 from finetune.models.engine import find_engine
 from finetune.runs.resolved_recipe import ResolvedRecipe
+from finetune.runs.resuming import SpeedChoice
 from finetune.training.preflight import draw_first_batch
 from finetune.training.speed.passes import Pass, Verdict, compare_passes, run_passes
-from finetune.training.speed.ways import WAYS, SpeedChoice, Way
+from finetune.training.speed.ways import WAYS, Way
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +35,17 @@ def try_speed(
     resolved: ResolvedRecipe,
     decided: Callable[[SpeedChoice], None],
     earlier: SpeedChoice | None,
+    shared: frozenset[str] | None = None,
 ) -> Iterator[None]:
     """Let a trainer that trains inside the block try what `model.speed` says, and leave its model as it was.
 
     `decided` is given the choice. `earlier` is what the run chose when it began: a resumed run does the same without a trial.
+    `shared` are the ways of the runs which it is compared with: the clock decides nothing, and each of them that computes the same is used.
     """
     if resolved.recipe.model.speed != "auto":
         yield
         return
-    trial = _SpeedTrial(trainer, resolved, decided, earlier)
+    trial = _SpeedTrial(trainer, resolved, decided, earlier, shared)
     trainer.add_callback(trial)
     try:
         yield
@@ -57,9 +62,10 @@ class _SpeedTrial(TrainerCallback):
         resolved: ResolvedRecipe,
         decided: Callable[[SpeedChoice], None],
         earlier: SpeedChoice | None,
+        shared: frozenset[str] | None,
     ) -> None:
         self._trainer, self._resolved = trainer, resolved
-        self._decided, self._earlier = decided, earlier
+        self._decided, self._earlier, self._shared = decided, earlier, shared
         self._type = _find_computed_type(trainer)
         self._switches = {name: way.make(trainer, resolved, self._type) for name, way in WAYS.items()}
         self._step = contextlib.ExitStack()
@@ -124,8 +130,8 @@ class _SpeedTrial(TrainerCallback):
             if any(other in chosen for other in way.without):
                 del reasons[name]
                 continue
-            shortness = _find_shortness(best.seconds * batches) if way.needs_long_run else None
-            reasons[name] = reasons[name] or shortness
+            if way.needs_long_run and self._shared is None:
+                reasons[name] = reasons[name] or _find_shortness(best.seconds * batches)
             if reasons[name] is None:
                 verdict, best = self._try([*chosen, name], plain, best, batch)
                 reasons[name] = verdict.reason
@@ -133,7 +139,10 @@ class _SpeedTrial(TrainerCallback):
         return SpeedChoice(tuple(chosen), _join(reasons))
 
     def _find_way_obstacle(self, name: str, way: Way) -> str | None:
-        return way.find_missing(self._trainer.args.device) or self._switches[name].find_obstacle()
+        own = way.find_missing(self._trainer.args.device) or self._switches[name].find_obstacle()
+        if own is None and self._shared is not None and name not in self._shared:
+            return "the runs that this one is compared with do without"
+        return own
 
     def _try(self, names: Sequence[str], plain: Pass, best: Pass, batch: Mapping[str, Any]) -> tuple[Verdict, Pass]:
         """Return whether the last of these ways is used on top of the others, and the best pass after that."""
@@ -150,7 +159,8 @@ class _SpeedTrial(TrainerCallback):
         finally:
             self._switch_all_off()
         rounding = next((WAYS[name].rounds_to for name in names if WAYS[name].rounds_to), None) or self._type
-        verdict = compare_passes(WAYS[names[-1]], plain, best, after, rounding)
+        way = WAYS[names[-1]] if self._shared is None else replace(WAYS[names[-1]], faster=math.inf)
+        verdict = compare_passes(way, plain, best, after, rounding)
         return verdict, after if verdict.is_used else best
 
 

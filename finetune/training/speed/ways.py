@@ -1,4 +1,4 @@
-"""The ways to make training faster, in the order in which they are tried, and which of them a run has chosen."""
+"""The ways to make training faster, in the order in which they are tried, and whether a resumed run can use those that it chose."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from finetune.errors import TrainingError
 from finetune.models.precision import find_missing_instructions
 from finetune.models.streaming.from_main_memory import list_layers
 from finetune.runs.resolved_recipe import ResolvedRecipe
-from finetune.runs.resuming import read_run_record
+from finetune.runs.resuming import SpeedChoice, read_run_record, read_speed
 from finetune.runs.run_files import RECORD_FILE, find_result_folder
 from finetune.training.speed.adapter_copies import AdapterCopies, list_lora_matrices
 from finetune.training.speed.bfloat16_products import BFloat16Products
@@ -21,9 +21,6 @@ from finetune.training.speed.compiled_layers import CompiledLayers, find_missing
 from finetune.training.speed.flash_attention import FlashAttention, find_missing_flash
 from finetune.training.speed.fused_kernels import FusedKernels, find_missing_kernels
 from finetune.training.speed.switch import Switch
-
-# What a run that began without any of them wrote in the place of their names, when there was one at most.
-_NO_WAY = "none"
 
 
 @dataclass(frozen=True)
@@ -83,39 +80,20 @@ WAYS: dict[str, Way] = {
 }
 
 
-@dataclass(frozen=True)
-class SpeedChoice:
-    """The ways that were chosen, and why; it is kept in the record of the run, so that a resumed run computes the same."""
-
-    ways: tuple[str, ...]
-    reason: str
-
-    def describe(self) -> str:
-        """Return the choice in words."""
-        return f"{' and '.join(self.ways) or 'nothing is changed'} ({self.reason})"
-
-
 def read_choice(run: Path) -> SpeedChoice:
     """Return what a run chose when it began, as its record says; a run without a choice goes on as it was.
 
     Raises:
-        TrainingError: the record names a way that this version does not know.
+        TrainingError: the record is damaged, or names a way that this version does not know.
     """
-    found = read_run_record(run).get("speed")
-    if found is None:
+    if (choice := read_speed(run)) is None:
         return SpeedChoice((), "the run began without")
-    if not isinstance(found, dict) or not {"way", "ways"}.intersection(found):
+    if unknown := [name for name in choice.ways if name not in WAYS]:
         raise TrainingError(
-            f"{run / RECORD_FILE}: speed: must be an object with the ways that the run trains with; found {found!r}; the folder is "
-            "damaged; restore this file"
+            f"{run / RECORD_FILE}: speed: the run trains with {', '.join(unknown)}, and this version knows {', '.join(WAYS)}; resume it "
+            "with the version that began it, or start again with another output"
         )
-    names = found["ways"] if "ways" in found else [name for name in [found.get("way")] if name != _NO_WAY]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in WAYS for name in names):
-        raise TrainingError(
-            f"{run / RECORD_FILE}: speed: the run trains with {names!r}, and this version knows {', '.join(WAYS)}; resume it with the "
-            "version that began it, or start again with another output"
-        )
-    return SpeedChoice(tuple(names), str(found.get("reason")))
+    return choice
 
 
 def check_choice(run: Path, device: torch.device) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from finetune.checkpoints.finding import find_base_folder
+from finetune.compat import load_operations
 from finetune.models.loading import load_base
 from finetune.models.precision import Precision, choose_planned_precision
 from finetune.planning.forecast import Target, describe_plan, make_plan
 from finetune.planning.hardware import CUBLAS_BYTES
+from finetune.planning.step.kernels import GPU_WORKSPACES, REPEATABLE_WORKSPACES
 from finetune.planning.step.step_memory import measure_step
 from finetune.planning.step.step_parts import (
     ADAPTER,
@@ -23,7 +25,9 @@ from finetune.planning.step.step_parts import (
     SCALES,
     SMALL,
     TABLES,
+    WORKSPACE,
     list_weights,
+    may_use_flash,
 )
 from finetune.yulan.layout import PUBLISHED_SIZES
 from tests.planning.conftest import measure_run
@@ -120,6 +124,23 @@ def test_nf4_layout_is_that_of_quantized_weights(make_recipe, larger_start, size
             sizes[part] = sizes.get(part, 0) + storage.nbytes()
     for part in ("weights: linear layers, nf4", SCALES, TABLES, SMALL):
         assert predicted[part] == sizes[part], part
+
+
+def test_flash_attn_is_planned_on_a_machine_without_it(make_recipe):
+    """The plan asked transformers for the package, and ended with an ImportError.
+
+    So that a resumed run is the same run, the kernel keeps the gradients of queries in several parts: as many as give each
+    multiprocessor of the card a part of a head.
+    """
+    recipe = make_recipe(*CASES["lora-keeps-activations"], "model.attention=flash_attention_2")
+    assert may_use_flash(recipe) and not may_use_flash(make_recipe(*LORA))
+    heads, width, parts = 5, 64, 34  # 170 / 5
+    extra = (parts - 1) * 256 * heads * width * 4
+    assert measure_step(recipe, is_gpu=True).peak.parts[WORKSPACE] > extra
+    arguments = [None, torch.empty(1, heads, 250, width), torch.empty(1, heads, 250, width)]
+    operation = load_operations().attention_backward
+    plain, repeatable = (table[operation](arguments, None) for table in (GPU_WORKSPACES, REPEATABLE_WORKSPACES))
+    assert repeatable - plain == extra
 
 
 def test_whole_modules_match_a_formula(make_recipe):

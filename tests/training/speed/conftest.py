@@ -56,15 +56,23 @@ def attend(query, key, value, scale, causal):
 
 @dataclass
 class StandIn:
-    """Plain arithmetic in the place of flash_attn's two functions: what they are asked is kept, as (number of documents, gradients on)."""
+    """Plain arithmetic in the place of flash_attn's two functions: what they are asked is kept, as (number of documents, gradients on).
+
+    `orders` holds whether passes with gradients were asked to add in the same order each time.
+    """
 
     calls: list = field(default_factory=list)
+    orders: set = field(default_factory=set)
     keeps_apart: bool = True
 
-    def dense(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    def _keep(self, documents, has_gradients, deterministic):
+        self.calls.append((documents, has_gradients))
+        self.orders |= {deterministic} if has_gradients else set()
+
+    def dense(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
         """Stand for `flash_attn_func`: rows of equal length without padding."""
         assert q.dtype == torch.bfloat16
-        self.calls.append((len(q), torch.is_grad_enabled()))
+        self._keep(len(q), torch.is_grad_enabled(), deterministic)
         return attend(q, k, v, softmax_scale, causal)
 
     def ragged(
@@ -79,13 +87,14 @@ class StandIn:
         dropout_p=0.0,
         softmax_scale=None,
         causal=False,
+        deterministic=False,
     ):
         """Stand for `flash_attn_varlen_func`: documents one after another, (tokens, heads, width)."""
         assert q.dtype == torch.bfloat16
         lengths = cu_seqlens_q.diff().tolist()
         assert sum(lengths) == len(q) == len(k)
         assert int(max_seqlen_q) == int(max_seqlen_k) == max(lengths)
-        self.calls.append((len(lengths), torch.is_grad_enabled()))
+        self._keep(len(lengths), torch.is_grad_enabled(), deterministic)
         if not self.keeps_apart:
             lengths = [len(q)]
         parts = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)

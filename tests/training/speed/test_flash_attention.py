@@ -1,18 +1,21 @@
 """FlashAttention in training passes: the same losses, documents and padding kept out, and the plain kernel everywhere else."""
 
 import json
+import os
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.compat import name_attention
+from finetune.training import run as training
 from finetune.training.pretraining.packed_documents import keep_documents_apart
-from finetune.training.speed.flash_attention import FlashAttention, find_missing_flash
+from finetune.training.speed.flash_attention import FlashAttention, find_missing_flash, keep_order_of_sums
 from finetune.yulan.native.configuration import YuLanMiniConfig
 from finetune.yulan.native.modeling import YuLanMiniForCausalLM
 
 FLASH, AUTO = "flash attention", "model.speed=auto"
+ORDER = "FLASH_ATTENTION_DETERMINISTIC"
 HALF = ["model.dtype=bfloat16", "trainer.max_steps=2"]
 ROUNDING = torch.finfo(torch.bfloat16).eps
 SIZES = {
@@ -48,8 +51,9 @@ def compute_logits(model, batch, switch=None):
     return logits
 
 
-def test_training_uses_it_and_evaluation_does_not(train, read_losses, flash, install):
+def test_training_uses_it_and_evaluation_does_not(train, read_losses, flash, install, monkeypatch):
     """Gradient checkpointing computes the layers once more in the backward pass: three calls for each layer and two for each batch."""
+    monkeypatch.delenv(ORDER, raising=False)
     settings = [*HALF, "trainer.gradient_checkpointing=true", "trainer.eval_strategy=steps", "trainer.eval_steps=1"]
     plain = train("plain", *settings)
     assert flash.calls == []
@@ -60,13 +64,43 @@ def test_training_uses_it_and_evaluation_does_not(train, read_losses, flash, ins
     layers, trial, steps = 4, 4, 2
     # Each batch of 8 rows has padding. Copies of the adapter are tried on top of the kernel, so there are two trials.
     passes = 2 * layers * (2 * trial + steps)
-    assert flash.calls == [(8, True)] * passes
+    assert (flash.calls, flash.orders) == ([(8, True)] * passes, {True})
     metrics = [
         [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()] for found in (plain, run)
     ]
     evaluated = [[line["eval_loss"] for line in lines if "eval_loss" in line] for lines in metrics]
     assert len(evaluated[0]) == 2
     assert evaluated[1] == pytest.approx(evaluated[0], rel=ROUNDING)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, True), ("0", False)])
+def test_sums_are_added_in_the_same_order_unless_a_person_says_otherwise(flash, monkeypatch, asked, expected):
+    monkeypatch.delenv(ORDER, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(ORDER, asked)
+    model = make_model("llama")
+    with keep_order_of_sums():
+        compute_logits(model, {"input_ids": torch.arange(12)[None]}, FlashAttention(model, torch.bfloat16, "auto"))
+    assert flash.orders == {expected}
+    assert os.environ.get(ORDER) == asked
+
+
+def test_a_kernel_that_the_recipe_names_adds_in_the_same_order(train, flash, monkeypatch):
+    """The backward pass adds in another order each time unless it is told, and a resumed run was another run.
+
+    The kernel is put where `model.attention: flash_attention_2` puts it, which transformers refuses here for want of the package.
+    """
+    monkeypatch.delenv(ORDER, raising=False)
+    build = training.build_model
+
+    def build_flash(*arguments, **options):
+        trained = build(*arguments, **options)
+        name_attention(trained.model.get_base_model().config, "stand_in")
+        return trained
+
+    monkeypatch.setattr(training, "build_model", build_flash)
+    train("run", "model.dtype=bfloat16", "trainer.max_steps=1", "trainer.per_device_train_batch_size=1")
+    assert flash.orders == {True}
 
 
 def test_packing_trains_the_same_tokens_as_separate_rows(train, read_losses, flash):

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from finetune.errors import RecipeError, TrainingError
+from finetune.runs.resuming import SpeedChoice
 from finetune.training.run import run_training
 from finetune.training.speed import compiled_layers, speed_trial, ways
 from finetune.training.speed.compiled_layers import find_missing_compiler
 from finetune.training.speed.passes import Pass, compare_passes
 from finetune.training.speed.speed_trial import find_run_obstacle, try_speed
-from finetune.training.speed.ways import WAYS, SpeedChoice, check_choice, read_choice
+from finetune.training.speed.ways import WAYS, check_choice, read_choice
 
 # torch looks at the gradients of inner tensors while it traces a layer, and warns itself of that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
