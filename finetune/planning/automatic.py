@@ -82,7 +82,8 @@ def choose_settings(resolved: ResolvedRecipe, target: Target) -> tuple[ResolvedR
     resolved, plan, choices = _choose_level(resolved, target)
     if is_split:
         return resolved, tuple(choices)
-    resolved, plan = _grow_batch(resolved, target, plan, rows)
+    if BATCH not in said:
+        resolved, plan = _grow_batch(resolved, target, plan, rows)
     settings = {key: resolved.recipe.trainer[key] for key in (BATCH, ACCUMULATION)}
     return resolved, (*choices, Choice(settings, f"effective batch size {rows * target.processes}", plan.peak_bytes, 0))
 

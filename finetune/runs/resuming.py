@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.api_arguments import name_option
 from finetune.checkpoints.finding import fingerprint_checkpoint
 from finetune.errors import OutputError, TrainingError
@@ -219,16 +221,31 @@ def check_same_recipe(saved: Path, current: str, what: str) -> None:
         raise TrainingError(
             f"{saved}: cannot be read ({error}); restore it, or start again with another output"
         ) from error
-    changes = _list_changes(_move_paths(before, current), current)
-    if any(not change[2:].startswith("output: ") for change in changes):
+    moved = _move_paths(before, current)
+    changes = _list_changes(moved, current)
+    if any(not change[2:].startswith("output: ") for change in changes) and not _says_the_same(moved, current):
         raise TrainingError(
             f"{saved.parent}: the recipe has changed since this {what} started, so it cannot be resumed:\n"
             + "\n".join(f"  {change}" for change in changes)
             + f"\nrestore these lines, or resume with the {what}'s own recipe: finetune train {saved} --resume"
         )
-    if before != current and is_main_process():
+    if _read_output(before) != _read_output(current) and is_main_process():
         logger.info("%s: this %s was moved here from another folder", saved.parent, what)
         write_text(saved, current)
+
+
+def _says_the_same(saved: str, current: str) -> bool:
+    """Tell whether two recipes differ in nothing but outputs and the order of keys, which says nothing."""
+    try:
+        return bool(_leave_out_outputs(yaml.safe_load(saved)) == _leave_out_outputs(yaml.safe_load(current)))
+    except yaml.YAMLError:
+        return False
+
+
+def _leave_out_outputs(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _leave_out_outputs(value) for key, value in content.items() if key != "output"}
+    return [_leave_out_outputs(value) for value in content] if isinstance(content, list) else content
 
 
 def _move_paths(saved: str, current: str) -> str:

@@ -1,6 +1,7 @@
 """`trainer.auto`: what it chooses, that it keeps the rows of a step, and that running out of memory changes no update."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from finetune.planning.forecast import Plan, Target
 from finetune.recipe.batches import read_checkpointing
 from finetune.recipe.recipe_file import ACCUMULATION, BATCH, read_recipe
 from finetune.recipe.sections import dump_recipe
+from finetune.runs.run_files import list_trainer_checkpoints
 
 EVERY_4TH, EVERY_2ND = ({"gradient_checkpointing_kwargs": {"every_n_layers": every}} for every in (4, 2))
 AUTO = ("sft_lora", "adapter.train_tokens=[]", "trainer.auto=true", "trainer.global_batch=12")
@@ -79,6 +81,9 @@ def test_as_little_as_needed_is_changed(make_auto, plan_by_formula, memory, expe
 def test_what_the_recipe_says_is_kept(make_auto, plan_by_formula):
     recipe, _ = choose_settings(make_auto("trainer.optim=adamw_torch"), Target(True, 119))
     assert recipe.recipe.trainer["optim"] == "adamw_torch"
+    # Only the rest of the split is open; it was raised to 12, and the run could not be resumed.
+    begun, _ = choose_settings(make_auto(f"trainer.{BATCH}=2"), Target(True, 10_000))
+    assert (begun.recipe.trainer[BATCH], begun.recipe.trainer[ACCUMULATION]) == (2, 6)
     fixed = make_auto("trainer.gradient_checkpointing=true")
     recipe, _ = choose_settings(fixed, Target(True, 10_000))
     assert recipe.recipe.trainer["gradient_checkpointing"] is True
@@ -187,6 +192,9 @@ eval_strategy: "no", disable_tqdm: true, use_cpu: true}'
 )
 
 
+SAVING = ["-s", "trainer.save_strategy=steps", "-s", "trainer.save_steps=1"]
+
+
 @pytest.fixture
 def small_run(tmp_path, nano_llama):
     """A recipe file of four steps on nano, automatic, and a function that reads its losses."""
@@ -230,7 +238,7 @@ def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, 
     assert code == 0 and "trainer.auto chose" in caplog.text
     expected = read_losses(json.loads(out)["run"])
     run_out_of_memory(monkeypatch, at_step=2, most_rows=2)
-    for name, saving in (("saved", ["-s", "trainer.save_strategy=steps", "-s", "trainer.save_steps=1"]), ("fresh", [])):
+    for name, saving in (("saved", SAVING), ("fresh", [])):
         caplog.clear()
         code, _, _ = train(capsys, small_run, "-s", f"output={tmp_path / name}", *saving)
         assert code == 0
@@ -242,6 +250,22 @@ def test_the_ladder_changes_no_update(small_run, tmp_path, monkeypatch, capsys, 
         assert read_losses(tmp_path / name) == pytest.approx(expected, abs=1e-4)
         resolved = read_recipe(tmp_path / name / "recipe.yaml").recipe.trainer
         assert (resolved["per_device_train_batch_size"], resolved["gradient_accumulation_steps"]) == (2, 4)
+    resume_by_both_recipes(capsys, small_run, tmp_path / "saved")
+
+
+def resume_by_both_recipes(capsys, small_run, run):
+    """Resume a run from its first checkpoint by the recipe that it was started with, and then by its own.
+
+    Every stopped run of `trainer.auto` was refused: what it had chosen stood in another place of the recipe.
+    """
+    for recipe, given in ((small_run, ["-s", f"output={run}", *SAVING]), (run / "recipe.yaml", [])):
+        shutil.rmtree(run / "adapter")
+        for checkpoint in list_trainer_checkpoints(run)[:-1]:
+            shutil.rmtree(checkpoint)
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        (run / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+        status, _, err = train(capsys, recipe, *given, "--resume")
+        assert status == 0, err
 
 
 def test_a_run_that_stepped_down_goes_on_as_it_is(make_recipe, tmp_path):
