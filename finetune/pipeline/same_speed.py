@@ -32,5 +32,6 @@ def describe_choices(runs: Mapping[str, Path], what: str = "runs") -> tuple[str,
         groups.setdefault(how, []).append(name)
     if len(groups) == 1:
         return (f"model.speed: all {what} train {next(iter(groups))}, as the first of them chose",)
-    parts = "; ".join(f"{how}: {', '.join(names)}" for how, names in groups.items())
-    return (f"model.speed: not all {what} train the same way, so their losses may differ by rounding: {parts}",)
+    # A name may hold commas.
+    parts = ". ".join(f"{how.capitalize()}: {'; '.join(names)}" for how, names in groups.items())
+    return (f"model.speed: not all {what} train the same way, so their losses may differ by rounding. {parts}",)

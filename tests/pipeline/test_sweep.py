@@ -232,7 +232,7 @@ def test_runs_that_cannot_train_alike_are_named(tmp_path):
     assert join_choices(runs.values()) == {PRODUCTS}
     assert join_choices([runs["b"]]) == frozenset() and join_choices([runs["c"]]) is None
     (said,) = describe_choices(runs)
-    assert said.endswith(f"may differ by rounding: with {PRODUCTS}: a; as without it: b, c")
+    assert said.endswith(f"may differ by rounding. With {PRODUCTS}: a. As without it: b; c")
     assert describe_choices({"c": runs["c"]}) == ()
 
 
