@@ -216,6 +216,7 @@ function show(parts) {
 function draw(board) {
   const isAlone = board.runs.length === 1;
   const parts = board.runs.flatMap((run) => drawRun(run, isAlone));
+  for (const fault of board.left_out) parts.push(make("p", { class: "quiet" }, `left out: ${fault}`));
   const differences = Object.entries(board.differences);
   if (differences.length) {
     parts.push(make("h2", {}, "What differs in the recipes"));
