@@ -33,6 +33,7 @@ _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 
 def enter() -> None:
     """Run the verb of this process's command line, and end the process as `_Leaving` does."""
+    _fill_closed_streams()
     leaving = _Leaving()
     atexit.register(leaving.leave)  # the first to be registered runs last
     try:
@@ -43,6 +44,21 @@ def enter() -> None:
     except KeyboardInterrupt:
         leaving.status = INTERRUPTED
         raise
+
+
+def _fill_closed_streams() -> None:
+    """Let nothing take the place of a stream that the caller has closed, as `2>&-` does.
+
+    Python prints to standard output what is meant for a standard error that is closed. The next file that is opened would get the
+    number of the closed stream, and what a library in C++ writes to it would stand in that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -112,8 +112,11 @@ def run_training(resolved: ResolvedRecipe, resume: bool = False, planned_bytes: 
             if is_writer:
                 record.write_start()
                 with translate_os_errors(resolved.output):
-                    for sheet in sheets if checkpoint is None else ():
-                        sheet.write_before(trained.model)
+                    for sheet in sheets:
+                        if checkpoint is None:
+                            sheet.write_before(trained.model)
+                        else:
+                            sheet.check_before()
             with try_speed(trainer, resolved, record.note_speed, earlier):
                 steps = _train(resolved, trainer, checkpoint)
         seconds = time.monotonic() - started

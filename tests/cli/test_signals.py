@@ -140,10 +140,26 @@ FULL = "standard output, or a file that was being written: No space left on devi
         ("recipes | true", 0, ""),
         ("plan no-such-recipe 2> /dev/full", 2, ""),
         ("plan no-such-recipe >&- 2>&-", 2, ""),
+        ("plan no-such-recipe 2>&-", 2, ""),
+        ("no-such-verb 2>&- <&-", 2, ""),
     ],
 )
 def test_output_that_cannot_be_written_is_no_bug(line, status, said):
-    """A full disk and a closed output ended in a traceback and the status of a bug, also after the work was done."""
+    """A full disk and a closed output ended in a traceback and the status of a bug, also after the work was done.
+
+    With standard error closed, its messages went to standard output.
+    """
     shell = f"set -o pipefail; {shlex.quote(sys.executable)} -m finetune {line}"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (status, said)
+    assert status != 2 or not ended.stdout
+
+
+def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path):
+    """The first file that was opened got the number 2, and a library's message would have been written into it."""
+    code = (
+        "import os; from finetune.cli import main\n"
+        f"main.main = lambda: print(os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY) > 2)\nmain.enter()"
+    )
+    ended = subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} 0<&- 2>&-"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert ended.stdout == "True\n"

@@ -86,7 +86,9 @@ def test_a_list_without_a_run_and_a_mistyped_path_are_refused(write_run, tmp_pat
     run, page = write_run(), tmp_path / "page.html"
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FinetuneError, match=r"^none of the 2 named paths can be shown:\n  .*empty: .*\n  .*notes.txt: "):
+    with pytest.raises(
+        FinetuneError, match=r"^none of the 2 named paths can be shown:\n  .*empty: .*\n  .*notes.txt: "
+    ):
         write_board_page([tmp_path / "empty", tmp_path / "notes.txt"], page)
     with pytest.raises(FinetuneError, match="tow: there is no such file or folder"):
         write_board_page([run, tmp_path / "tow"], page)
