@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +34,8 @@ _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 def enter() -> None:
     """Run the verb of this process's command line, and end the process as `_Leaving` does."""
     _fill_closed_streams()
+    buffer = os.fdopen(2, "wb", closefd=False)
+    sys.stderr = _Messages(buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
     leaving = _Leaving()
     atexit.register(leaving.leave)  # the first to be registered runs last
     try:
@@ -59,6 +61,28 @@ def _fill_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+class _Messages(io.TextIOWrapper):
+    """Standard error of a work that goes on where nobody reads its messages any more, as in `train … 2>&1 | head`."""
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it where the reading program has ended."""
+        with self._dropped():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it where the reading program has ended."""
+        with self._dropped():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # also for what is still buffered, and for libraries in C++
 
 
 def main(argv: Sequence[str] | None = None) -> None:

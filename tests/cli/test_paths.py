@@ -1,8 +1,11 @@
 """Paths and names that cannot be, on the command line: one message and status 2, never a traceback."""
 
+import shutil
+
 import pytest
 
 from finetune.cli.main import main
+from finetune.files.resources import find_demo_data, list_recipes
 
 LONG = "a" * 300
 
@@ -44,6 +47,29 @@ def test_names_that_are_too_long(fail, words):
 )
 def test_the_home_of_nobody(fail, words):
     assert "~nouser/x" in fail(*words)
+
+
+@pytest.mark.parametrize("option", ["-o ~/new/{}", "--output=~/new/{}"])
+@pytest.mark.parametrize(
+    ("words", "name"), [("recipes demo", "r.yaml"), ("fold nano", "nano"), ("lint ~/demo.yaml", "rows")]
+)
+def test_a_home_that_no_shell_has_replaced(tmp_path, monkeypatch, words, name, option):
+    """A shell replaces no `~` in quotes or behind `=`: files were written into a folder of that name, other verbs refused it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(find_demo_data("demo.jsonl").parent, tmp_path / "data")
+    shutil.copy(list_recipes()["demo"], tmp_path / "demo.yaml")
+    option = option.replace("-o ", "--fix ").replace("--output", "--fix") if words.startswith("lint") else option
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), *option.format(name).split()])
+    assert ended.value.code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name] and not (tmp_path / "~").exists()
+
+
+def test_a_new_file_in_the_home_of_nobody(fail, tmp_path):
+    assert "~nobody-here/r.yaml: there is no user of this name" in fail("recipes", "demo", "-o", "~nobody-here/r.yaml")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

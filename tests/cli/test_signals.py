@@ -1,5 +1,6 @@
 """A signal ends a verb also where Python drops its exception, or a library turns it into an error of its own."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -163,3 +164,23 @@ def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path):
     )
     ended = subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} 0<&- 2>&-"], stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert ended.stdout == "True\n"
+
+
+def test_work_goes_on_where_nobody_reads_its_messages(tmp_path):
+    """`train … 2>&1 | head -1` ended at its second message: no run was left, and the status was that of success."""
+    code = (
+        "import sys; from finetune.cli import main\n"
+        f"main.main = lambda: [print('message', file=sys.stderr), sys.stderr.flush(), open({str(tmp_path / 'work')!r}, 'w')]\n"
+        "main.enter()"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing)
+    os.close(writing)
+    assert (tmp_path / "work").is_file()
+    assert ended.stdout == b""
+    reading, writing = os.pipe()
+    os.close(reading)
+    status = subprocess.run([sys.executable, "-m", "finetune", "plan", "no-such"], stderr=writing).returncode
+    os.close(writing)
+    assert status == 2
