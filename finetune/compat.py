@@ -175,16 +175,14 @@ def leave_adapters_in_place() -> contextlib.AbstractContextManager[None]:
 # --- bitsandbytes 0.50 ------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def answer_autocast_as_gpu() -> Iterator[None]:
+def answer_autocast_as_gpu() -> contextlib.AbstractContextManager[None]:
     """Let `torch.is_autocast_enabled()`, which asks for CUDA, tell of the CPU's autocast, which stands for it in a dry run.
 
     PEFT's quantized layers ask that way, and without autocast they copy their inputs to float32.
     """
     torch = _load("torch")
     ask = torch.is_autocast_enabled
-    with replace_attribute(torch, "is_autocast_enabled", lambda device_type="cpu": ask(device_type)):
-        yield
+    return replace_attribute(torch, "is_autocast_enabled", lambda device_type="cpu": ask(device_type))
 
 
 def keep_weights_differentiable(model: Any) -> None:
@@ -220,13 +218,10 @@ def shard_on_cpu(precision: str) -> None:
     if precision != "no":
         plugin.set_mixed_precision(precision)
     state.fsdp_plugin = plugin
-    shared = states.PartialState._shared_state
-    state.distributed_type = shared["distributed_type"] = utils.DistributedType.FSDP
+    state.distributed_type = states.PartialState._shared_state["distributed_type"] = utils.DistributedType.FSDP
 
 
-def wrap_backward(
-    trainer: Any, wrap: Callable[[Callable[..., None]], Callable[..., None]]
-) -> contextlib.AbstractContextManager[None]:
+def wrap_backward(trainer: Any, wrap: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
     """Wrap the function with which a trainer starts its backward passes; there is no callback for that moment."""
     return replace_attribute(trainer.accelerator, "backward", wrap(trainer.accelerator.backward))
 
@@ -273,6 +268,11 @@ def load_dispatch_mode() -> type[Any]:
     """Return a base class for modes that see every operation, without torch's guard against compiling, a third of each call."""
     mode = _load("torch.utils._python_dispatch").TorchDispatchMode
     return type("DispatchMode", (mode,), {"_should_skip_dynamo": classmethod(lambda cls: False)})
+
+
+def copy_each(targets: list[Any], sources: list[Any]) -> None:
+    """Copy tensors into others, also of another type, with one kernel for many on a GPU, as torch's optimizers do."""
+    _load("torch")._foreach_copy_(targets, sources)
 
 
 def find_share(shape: Any, mesh: Any, placements: Any) -> tuple[Sequence[int], Sequence[int]]:

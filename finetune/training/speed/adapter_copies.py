@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune.compat import replace_attribute
+from finetune.compat import copy_each, replace_attribute
 from finetune.training.speed.switch import Switch
 
 
@@ -62,17 +62,22 @@ class AdapterCopies(Switch):
     def around_batch(self) -> Iterator[None]:
         """Widen the gradients of a batch to float32, and add them to those of the batches before."""
         yield
+        new, narrow = list[torch.Tensor](), list[torch.Tensor]()
         for module in self._matrices if self.is_on else ():
             gradient, module.narrow.grad = module.narrow.grad, None
             if gradient is None:
                 continue
             if module.weight.grad is None:
-                module.weight.grad = gradient.float()
+                module.weight.grad = torch.empty_like(module.weight)
+                new.append(module.weight.grad)
+                narrow.append(gradient)
             else:
                 module.weight.grad += gradient
+        if new:
+            copy_each(new, narrow)
 
     def follow_optimizer(self) -> None:
         """Make the copies anew from what the optimizer has changed."""
-        with torch.no_grad():
-            for module in self._matrices if self.is_on else ():
-                module.narrow.copy_(module.weight)
+        if self.is_on:
+            with torch.no_grad():
+                copy_each([module.narrow for module in self._matrices], [module.weight for module in self._matrices])
