@@ -10,7 +10,7 @@ from typing import Any
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
 from finetune.files.json_files import explain_damage, read_json
-from finetune.runs.run_files import RECORD_FILE, read_metrics
+from finetune.runs.run_files import RECORD_FILE, name_inner_run, read_metrics
 from finetune.watching.answers_view import Answer, cut_text, read_answers, read_completions
 from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
 from finetune.watching.machine_view import list_machine_figures, read_machine
@@ -137,10 +137,7 @@ def read_run(folder: Path) -> RunView:
     folder = expand_home(folder)
     record = read_json(folder / RECORD_FILE)
     if not isinstance(record, dict):
-        inside = sorted(file.parent for file in folder.glob(f"*/{RECORD_FILE}")) or sorted(
-            file.parent for file in folder.glob(f"*/*/{RECORD_FILE}")
-        )
-        name = f"name one inside, such as {inside[0]}" if inside else "name the output of a recipe"
+        name = name_inner_run(folder) or "name the output of a recipe"
         raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; {name}")
     with explain_damage(folder / RECORD_FILE):
         return _view_run(folder, record)

@@ -72,6 +72,17 @@ def test_a_new_file_in_the_home_of_nobody(fail, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", ["chat all --prompt a", "evaluate all --data rows.jsonl", "export all -o out"])
+def test_the_folder_of_a_chain_or_of_runs_names_one_inside(fail, tmp_path, words):
+    """`chat` and `evaluate` said "holds no config.json, so it is not a checkpoint", and `export` named no run."""
+    for name in ("sft", "dpo"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "run.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "all: is neither a run directory nor " in (message := fail(*words.split()))
+    assert "; name one inside, such as all/dpo" in message
+
+
 @pytest.mark.parametrize(
     ("name", "close"),
     [("8gb", "tiers/8gb"), ("8GB", "tiers/8gb"), ("SFT_qlora", "sft_qlora"), ("sft_qlor", "sft_qlora")],

@@ -129,6 +129,7 @@ def test_unknown_keys_propose_a_mapping():
             {"instruction": "i", "context": "x", "response": "o"},
             "data.columns: {input: context, prompt: instruction, completion: response}",
         ),
+        ({"编号": 1, "问题": "q", "答案": "a"}, "data.columns: {prompt: 问题, completion: 答案}"),
         ({"system": "s", "user": "q", "assistant": "a"}, "data.columns: {prompt: user, completion: assistant}"),
         (
             {"data": [{"prompt": "q", "completion": "a"}]},

@@ -169,7 +169,8 @@ def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRo
 
 def _read_names(cells: Sequence[str], place: Place, delimiter: str) -> list[str]:
     if len(cells) == 1 and (others := [mark for mark in ",;\t|" if mark in cells[0] and mark != delimiter]):
-        kind, tab = ("CSV", "; a file with tabs is named .tsv") if delimiter == "," else ("TSV", "")
+        kind = "CSV" if delimiter == "," else "TSV"
+        tab = "; a file with tabs is named .tsv" if others[0] == "\t" else ""
         fault = f"names one column, {cells[0]!r}: its columns are separated by {others[0]!r}, and those of {kind} by {delimiter!r}"
         raise DataError(f"{fault}; save it with {delimiter!r}{tab}", place)
     if twice := sorted({name for name in cells if cells.count(name) > 1}):
