@@ -87,9 +87,10 @@ class _Messages(io.TextIOWrapper):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 success, 2 an error in the user's input, 1 a bug (with its traceback), 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
+            # A console that cannot show Chinese, or that sends bytes of another encoding, must not end the run.
+            stream.reconfigure(errors="replace")
     sys.exit(_run(argv))
 
 
