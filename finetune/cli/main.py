@@ -58,7 +58,8 @@ def _fill_closed_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            # It takes the lowest free number; processes that are started later have it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
@@ -81,7 +82,10 @@ class _Messages(io.TextIOWrapper):
     def _dropped(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            # A script of bash that is called with `2>&-` hands on its own file, open for reading, under the number 2.
+            if error.errno not in (errno.EPIPE, errno.EBADF):
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # also for what is still buffered, and for libraries in C++
 
 

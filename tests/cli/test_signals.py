@@ -179,6 +179,10 @@ def test_work_goes_on_where_nobody_reads_its_messages(tmp_path):
     os.close(writing)
     assert (tmp_path / "work").is_file()
     assert ended.stdout == b""
+    (tmp_path / "work").unlink()
+    with Path(__file__).open("rb") as script:  # open for reading alone, as a script of bash hands it on for `2>&-`
+        subprocess.run([sys.executable, "-c", code], stderr=script)
+    assert (tmp_path / "work").is_file()
     reading, writing = os.pipe()
     os.close(reading)
     status = subprocess.run([sys.executable, "-m", "finetune", "plan", "no-such"], stderr=writing).returncode
