@@ -94,14 +94,19 @@ def require_turns(name: str, value: object) -> list[Mapping[str, str]]:
     """Return an argument that is a question, or the turns of a conversation, as turns.
 
     Raises:
-        ArgumentError: it is neither.
+        ArgumentError: it is neither, or a text holds half a character, which no tokenizer takes.
     """
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    found = list(value) if isinstance(value, Sequence) and not isinstance(value, bytes) else []
+    asked = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    found = list(asked) if isinstance(asked, Sequence) and not isinstance(asked, bytes) else []
     turns = [turn for turn in found if isinstance(turn, Mapping) and "role" in turn]
     if not turns or len(turns) < len(found):
         raise ArgumentError(f"{name}: must be a question, or a list of turns with role and content; found {value!r}")
+    for turn in turns:
+        try:
+            str(turn.get("content", "")).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[max(0, error.start - 8) : error.start + 8]
+            raise ArgumentError(f"{name}: {half!r} holds half a character; write it as UTF-8") from error
     return turns
 
 

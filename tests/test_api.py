@@ -193,6 +193,8 @@ def test_arguments_of_a_wrong_type_are_named(tmp_path, monkeypatch, call, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        # Bytes that are no UTF-8 come from a command line in this form; they were a traceback of the tokenizer.
+        (("a\udcff",), r"answer: messages: 'a\\udcff' holds half a character; write it as UTF-8"),
         ((5,), "answer: messages: must be a question, or a list of turns with role and content; found 5"),
         (([],), r"answer: messages: must be .*; found \[\]"),
         ((["Hello!"],), r"answer: messages: must be .*; found \['Hello!'\]"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune.data.lint.findings import KINDS
 from finetune.errors import describe_unknown_name
+from finetune.files.folders import expand_home
 from finetune.mixtures.published import FIRST_PHASE, LAST_PHASE
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,29 +19,35 @@ def add_nothing(verb: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoints(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--states", type=Path, metavar="FOLDER", help="show the optimizer state that a folder holds")
+    verb.add_argument(
+        "--states", type=expand_home, metavar="FOLDER", help="show the optimizer state that a folder holds"
+    )
 
 
 def add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file, or the name of a shipped recipe")
+    verb.add_argument(
+        "recipe", metavar="RECIPE", type=expand_home, help="a recipe file, or the name of a shipped recipe"
+    )
     verb.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
 
 
 def _add_writing(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    verb.add_argument("-o", "--output", type=expand_home, required=True, metavar="DIR", help="a new or empty folder")
     verb.add_argument("--dtype", choices=_DTYPES, default="auto", help="type of the weights (default: as stored)")
     verb.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
 
 
 def add_recipes(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("name", metavar="NAME", nargs="?", type=Path, help="print this shipped recipe with all its keys")
-    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the output to a new file instead")
+    verb.add_argument(
+        "name", metavar="NAME", nargs="?", type=expand_home, help="print this shipped recipe with all its keys"
+    )
+    verb.add_argument("-o", "--output", type=expand_home, metavar="FILE", help="write the output to a new file instead")
     verb.add_argument("--keys", action="store_true", help="explain every key that a recipe can have")
     verb.add_argument("--agents", action="store_true", help="print what a coding assistant needs to write recipes")
 
 
 def add_init(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--data", type=Path, metavar="FILE", help="a file or folder with your rows")
+    verb.add_argument("--data", type=expand_home, metavar="FILE", help="a file or folder with your rows")
     verb.add_argument("--base", metavar="CHECKPOINT", help="an alias, a hub id, a folder, or a run to continue")
     verb.add_argument(
         "--device", metavar="DEVICE", help='a GPU\'s memory or name (8GB, "RTX 4060 Laptop"), cpu, or auto'
@@ -49,7 +56,12 @@ def add_init(verb: argparse.ArgumentParser) -> None:
         "--goal", choices=("chat", "pairs", "labels"), help="train answers, pairs (DPO) or labelled answers (KTO)"
     )
     verb.add_argument(
-        "-o", "--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="a new file (default: my.yaml)"
+        "-o",
+        "--output",
+        type=expand_home,
+        default=Path("my.yaml"),
+        metavar="FILE",
+        help="a new file (default: my.yaml)",
     )
     verb.add_argument("--yes", action="store_true", help="ask nothing: take the default for what no option says")
 
@@ -60,7 +72,7 @@ def add_mixtures(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--phase", type=_read_phase, metavar="N", help="show one phase with its data sets")
     verb.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the categories over all phases (.png, .svg, .pdf)"
+        "--plot", type=expand_home, metavar="FILE", help="also draw the categories over all phases (.png, .svg, .pdf)"
     )
 
 
@@ -80,13 +92,18 @@ def add_fold(verb: argparse.ArgumentParser) -> None:
 def add_preview(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     verb.add_argument("-n", "--rows", type=read_count, default=3, metavar="N", help="how many rows (default: 3)")
-    verb.add_argument("--html", type=Path, metavar="FILE", help="also write them as one self-contained HTML page")
+    verb.add_argument(
+        "--html", type=expand_home, metavar="FILE", help="also write them as one self-contained HTML page"
+    )
 
 
 def add_lint(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     verb.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write the rows without findings, unchanged, into a new or empty folder"
+        "--fix",
+        type=expand_home,
+        metavar="DIR",
+        help="write the rows without findings, unchanged, into a new or empty folder",
     )
     verb.add_argument(
         "--only",
@@ -99,7 +116,7 @@ def add_lint(verb: argparse.ArgumentParser) -> None:
 def add_clean(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
     where = "a new or empty folder; with --emit a new file"
-    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help=where)
+    verb.add_argument("-o", "--output", type=expand_home, required=True, metavar="DIR", help=where)
     verb.add_argument(
         "--emit",
         choices=["datatrove"],
@@ -109,7 +126,7 @@ def add_clean(verb: argparse.ArgumentParser) -> None:
 
 def add_synthesize(verb: argparse.ArgumentParser) -> None:
     add_recipe(verb)
-    verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="a new or empty folder")
+    verb.add_argument("-o", "--output", type=expand_home, metavar="DIR", help="a new or empty folder")
     verb.add_argument(
         "--dry-run", action="store_true", help="say how many requests and tokens are coming, and ask nothing"
     )
@@ -134,7 +151,10 @@ def add_plan(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--engine", choices=_ENGINES, help="how the processes share the work (default: ddp)")
     verb.add_argument(
-        "--accelerate", type=Path, metavar="FILE", help="read processes and engine from accelerate's configuration"
+        "--accelerate",
+        type=expand_home,
+        metavar="FILE",
+        help="read processes and engine from accelerate's configuration",
     )
     verb.add_argument(
         "--fit", action="store_true", help="change settings until the run fits, and say what each change saves"
@@ -153,11 +173,11 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 
 
 def add_watch(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, finished or training")
+    verb.add_argument("runs", metavar="RUN", type=expand_home, nargs="+", help="run directories, finished or training")
     way = verb.add_mutually_exclusive_group()
     way.add_argument("--port", type=int, default=0, metavar="N", help="port of the page (default: any free one)")
     way.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write the page to a new file instead of serving it"
+        "-o", "--output", type=expand_home, metavar="FILE", help="write the page to a new file instead of serving it"
     )
     verb.add_argument(
         "--until-input-ends",
@@ -167,7 +187,9 @@ def add_watch(verb: argparse.ArgumentParser) -> None:
 
 
 def add_export(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("result", metavar="RUN", type=Path, help="a run directory, or an adapter folder that PEFT wrote")
+    verb.add_argument(
+        "result", metavar="RUN", type=expand_home, help="a run directory, or an adapter folder that PEFT wrote"
+    )
     _add_writing(verb)
     verb.add_argument(
         "--base",
@@ -204,7 +226,7 @@ def add_export(verb: argparse.ArgumentParser) -> None:
 
 def add_push(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "path", metavar="RUN_OR_EXPORT", type=Path, help="a run with an adapter, or a folder that export wrote"
+        "path", metavar="RUN_OR_EXPORT", type=expand_home, help="a run with an adapter, or a folder that export wrote"
     )
     verb.add_argument(
         "repository", metavar="OWNER/NAME", help="a repository of the hub; it is made where there is none"
@@ -218,9 +240,9 @@ def add_average(verb: argparse.ArgumentParser) -> None:
 
 
 def add_gguf(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("folder", metavar="FOLDER", type=Path, help="a folder of Llama weights, such as an export")
+    verb.add_argument("folder", metavar="FOLDER", type=expand_home, help="a folder of Llama weights, such as an export")
     verb.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="a new file, such as mine-q8_0.gguf"
+        "-o", "--output", type=expand_home, required=True, metavar="FILE", help="a new file, such as mine-q8_0.gguf"
     )
     verb.add_argument("--type", required=True, metavar="TYPE", help=f"type of the weights: {', '.join(_GGUF_TYPES)}")
     verb.add_argument("--no-verify", action="store_true", help="do not compare the file with the folder")
@@ -246,7 +268,7 @@ def add_demo(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=expand_home,
         default=Path("runs/demo"),
         metavar="DIR",
         help="a new or empty folder (default: runs/demo)",

@@ -93,10 +93,11 @@ def run_watch(arguments: argparse.Namespace) -> int:
     from finetune.watching.server import BoardServer
 
     if arguments.output is not None:
-        write_board_page(arguments.runs, arguments.output)
-        return print_result(arguments, {"output": str(arguments.output)}, f"wrote {arguments.output}")
+        left_out = write_board_page(arguments.runs, arguments.output).left_out
+        return _print_board(arguments, {"output": str(arguments.output)}, f"wrote {arguments.output}", left_out)
     with BoardServer(arguments.runs, arguments.port, waits=arguments.until_input_ends) as server:
-        print_result(arguments, {"address": server.address}, f"watch: {server.address} (only from this machine)")
+        shown = f"watch: {server.address} (only from this machine)"
+        _print_board(arguments, {"address": server.address}, shown, server.left_out)
         sys.stdout.flush()
         if arguments.until_input_ends:
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -108,6 +109,12 @@ def run_watch(arguments: argparse.Namespace) -> int:
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
     return SUCCESS
+
+
+def _print_board(arguments: argparse.Namespace, result: dict[str, str], text: str, left_out: Sequence[str]) -> int:
+    """Print where the page is, and what of the named paths it does not show."""
+    lines = (text, *(f"left out: {fault}" for fault in left_out))
+    return print_result(arguments, {**result, "left_out": list(left_out)}, "\n".join(lines))
 
 
 def run_export(arguments: argparse.Namespace) -> int:

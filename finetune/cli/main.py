@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -33,6 +33,9 @@ _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 
 def enter() -> None:
     """Run the verb of this process's command line, and end the process as `_Leaving` does."""
+    _fill_closed_streams()
+    buffer = os.fdopen(2, "wb", closefd=False)
+    sys.stderr = _Messages(buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
     leaving = _Leaving()
     atexit.register(leaving.leave)  # the first to be registered runs last
     try:
@@ -45,11 +48,53 @@ def enter() -> None:
         raise
 
 
+def _fill_closed_streams() -> None:
+    """Let nothing take the place of a stream that the caller has closed, as `2>&-` does.
+
+    Python prints to standard output what is meant for a standard error that is closed. The next file that is opened would get the
+    number of the closed stream, and what a library in C++ writes to it would stand in that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It takes the lowest free number; processes that are started later have it too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+class _Messages(io.TextIOWrapper):
+    """Standard error of a work that goes on where nobody reads its messages any more, as in `train … 2>&1 | head`."""
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it where the reading program has ended."""
+        with self._dropped():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it where the reading program has ended."""
+        with self._dropped():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _dropped(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A script of bash that is called with `2>&-` hands on its own file, open for reading, under the number 2.
+            if error.errno not in (errno.EPIPE, errno.EBADF):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # also for what is still buffered, and for libraries in C++
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 success, 2 an error in the user's input, 1 a bug (with its traceback), 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console that cannot show Chinese must not end the run
+            # A console that cannot show Chinese, or that sends bytes of another encoding, must not end the run.
+            stream.reconfigure(errors="replace")
     sys.exit(_run(argv))
 
 

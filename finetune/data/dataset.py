@@ -24,13 +24,13 @@ from finetune.data.formats.rows import TextSample
 from finetune.data.reading.row_reader import BAD, RowReader, choose_held_out
 from finetune.data.reading.sources import describe_sources, hash_source
 from finetune.data.settings import DataSettings
-from finetune.errors import DataError, Place
+from finetune.errors import DataError
 from finetune.files.cache import make_once
 from finetune.files.folders import write_folder
 from finetune.files.speed import collect_between, pause_garbage_search
 
 # Raise it whenever the same files and settings would give other columns than before.
-_CACHE_VERSION = 9
+_CACHE_VERSION = 10
 # These settings do not change the rows.
 _NOT_IN_KEY = ("cache", "workers")
 
@@ -149,11 +149,11 @@ def _prepare(
     held = choose_held_out(settings, reader, seed)
     chosen, reports = account.split(held, reader.count)
     faults = [*reader.bad, *account.list_faults()]
-    _check_not_empty(reports, settings, faults)
-    assert rows is not None, "the training split has rows"
-    long_rows = describe_long_rows(reports["train"], reports["evaluation"], settings)
     bad = reader.left_out[BAD] + sum(split.bad for split in reports.values())
     bad_rows = describe_bad_rows(bad, faults)
+    _check_not_empty(reports, settings, (*bad_rows, *reader.describe_left_out()))
+    assert rows is not None, "the training split has rows"
+    long_rows = describe_long_rows(reports["train"], reports["evaluation"], settings)
     report = DataReport(
         train=reports["train"],
         evaluation=reports["evaluation"] if held else None,
@@ -174,23 +174,21 @@ def _prepare(
     return _Prepared(rows, chosen, report, samples.choose(held))
 
 
-def _check_not_empty(
-    reports: Mapping[str, SplitReport], settings: DataSettings, faults: Sequence[tuple[Place, str]]
-) -> None:
-    """Check that rows are left for both splits, and that not every answer has lost its stop token.
+def _check_not_empty(reports: Mapping[str, SplitReport], settings: DataSettings, left_out: Sequence[str]) -> None:
+    """Check that rows are left for both splits, and that not every answer has lost its stop token; `left_out` says what was left out.
 
     Raises:
         DataError: a split would be empty or useless.
     """
     train, held_out = reports["train"], reports["evaluation"]
-    limit = f"exceed data.max_tokens: {settings.max_tokens}"
-    if not train.rows and faults:
-        place, fault = faults[0]
-        raise DataError(f"no row is left for training: all are bad; the first: {place}: {fault}")
-    if not train.rows:
-        raise DataError(f"no row is left for training: all {train.rows_read:,} {limit}")
-    if held_out.rows_read and not held_out.rows:
-        raise DataError(f"no held-out row is left: all {held_out.rows_read:,} {limit}")
+    names = {"row is left for training": train}
+    if settings.evaluation or held_out.rows_read:
+        names["held-out row is left"] = held_out
+    for name, split in names.items():
+        if not split.rows:
+            long = split.rows_read - split.bad
+            limit = [f"all {long:,} exceed data.max_tokens: {settings.max_tokens}"] if long else []
+            raise DataError(f"no {name}: {'; '.join([*limit, *left_out]) or 'the files hold none'}")
     if train.rows == train.answers_cut:
         raise DataError(
             f"every answer loses its end and its stop token: all {train.rows:,} rows are cut at data.max_tokens: "

@@ -167,8 +167,9 @@ def check_file_is_new(file: Path) -> None:
     """Check that nothing has this path.
 
     Raises:
-        OutputError: the path exists, or cannot be looked at.
+        OutputError: the path exists, cannot be looked at, or is no name for a new file.
     """
+    _check_name(file)
     try:
         exists = file.exists() or file.is_symlink()
     except OSError as error:

@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError
+
+logger = logging.getLogger(__name__)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -92,3 +95,11 @@ def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def remove_later_lines(file: Path, step: int) -> None:
     """Remove from a file of JSON lines those whose `step` is greater, and what is no whole line."""
     write_text(file, "".join(line for line, content in read_lines(file) if content["step"] <= step))
+
+
+def continue_lines(file: Path, step: int, *, is_expected: bool = True) -> None:
+    """Prepare a file of JSON lines for a run that goes on behind a step, and say where a file that it must have written is missing."""
+    if file.is_file():
+        remove_later_lines(file, step)
+    elif step and is_expected:
+        logger.warning("%s is missing: what it held of the steps until %d is lost", file, step)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +196,18 @@ def _show_test(test: StepTest | None) -> tuple[str, str]:
 
 
 def write_report(growth: Growth, folder: Path, pictures: Sequence[str]) -> None:
-    """Write the report as JSON and text, and the tables of scores and weights as CSV."""
+    """Write the report as JSON and text, and the tables of scores and weights as CSV.
+
+    They do not name their folder, so that equal comparisons have equal files, wherever they lie.
+    """
+    growth = replace(growth, output="")  # which is the last line of the text
     write_text(folder / SCORES_TABLE, _write_csv(_list_scores(growth)))
     if any(entry.weights for entry in growth.checkpoints):
         write_text(folder / WEIGHTS_TABLE, _write_csv(_list_weights(growth)))
     shown = "\n".join(f"![{picture}]({picture})" for picture in pictures)
     text = escape_controls(growth.describe()).replace("`", "'")  # names of folders must not end the block
     write_text(folder / TEXT_FILE, f"# Checkpoints side by side\n\n```\n{text}\n```\n\n{shown}\n")
-    write_json(folder / REPORT_FILE, growth.to_json())
+    write_json(folder / REPORT_FILE, {key: value for key, value in growth.to_json().items() if key != "output"})
 
 
 def _list_scores(growth: Growth) -> Iterator[dict[str, Any]]:

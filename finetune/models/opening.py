@@ -26,6 +26,7 @@ from finetune.recipe.methods import Head
 from finetune.recipe.sections import ModelSection
 from finetune.runs.lineage import check_template, find_base, find_tokenizer_folder, recall_model
 from finetune.runs.results import Result, check_result_files, is_result, list_checked_files, open_result
+from finetune.runs.run_files import name_inner_run
 from finetune.runs.trained_tokens import check_trained_tokens
 from finetune.yulan.llama_files import open_llama_tensors
 from finetune.yulan.tensors import open_tensors
@@ -97,6 +98,8 @@ def open_model(name: str, *, streams: bool = False) -> LoadedModel:
     path = expand_home(name)
     if path.is_dir() and is_result(path):
         return open_trained(open_result(path), streams=streams)
+    if path.is_dir() and not (path / "config.json").is_file() and (hint := name_inner_run(path)):
+        raise FinetuneError(f"{name}: is neither a run directory nor a model; {hint}")
     folder = as_llama(find_checkpoint(name))
     model = _load(folder, ModelSection(), "auto", "language", None, streams=streams)
     return _complete(model, load_tokenizer(folder, needs_padding=False))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import TrainingError
-from finetune.files.json_files import remove_later_lines
+from finetune.files.json_files import continue_lines
 from finetune.recipe.sections import RewardsSection
 from finetune.rewards.rules import RULES, Answer
 from finetune.runs.run_files import COMPLETIONS_FILE
@@ -139,8 +139,9 @@ class CompletionWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Remove the lines that a stopped run wrote after the checkpoint that this one continues from."""
-        if state.is_world_process_zero and self._file.is_file():
-            remove_later_lines(self._file, state.global_step)
+        if state.is_world_process_zero:
+            has_logged = any("loss" in entry for entry in state.log_history)
+            continue_lines(self._file, state.global_step, is_expected=has_logged)
 
     def on_log(
         self,

@@ -30,6 +30,7 @@ from finetune.runs.run_files import (
     TEXT_SAMPLES_FILE,
     find_result_folder,
     is_checkpoint_of_run,
+    name_inner_run,
 )
 from finetune.runs.trainer_checkpoints import find_complete_checkpoint
 
@@ -190,6 +191,8 @@ def open_result(path: Path) -> Result:
     hint = f"; it holds adapters in folders of their own, give one of them: {', '.join(inner[:8])}" if inner else ""
     if (path / PEFT_WEIGHTS_FILE).is_file():
         hint = f"; it holds {PEFT_WEIGHTS_FILE}, and the {PEFT_CONFIG_FILE} that PEFT writes beside it is missing"
+    if not hint and (inside := name_inner_run(path)):
+        hint = f"; {inside}"
     raise FinetuneError(
         f"{path}: is neither a run directory nor an adapter folder (no adapter/, no model/, no adapter_config.json){hint}"
     )

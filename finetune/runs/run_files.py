@@ -73,6 +73,12 @@ def list_trainer_checkpoints(run: Path) -> list[Path]:
     )
 
 
+def name_inner_run(folder: Path) -> str:
+    """Return "name one inside, such as …" for a folder that is no run and holds some, such as a chain's, or an empty text."""
+    inside = sorted(folder.glob(f"*/{RECORD_FILE}")) or sorted(folder.glob(f"*/*/{RECORD_FILE}"))
+    return f"name one inside, such as {inside[0].parent}" if inside else ""
+
+
 def is_checkpoint_of_run(path: Path) -> bool:
     """Tell whether a folder is a checkpoint `checkpoint-<step>` that a run of this kit wrote, complete or not."""
     path = path.resolve()

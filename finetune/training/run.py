@@ -120,8 +120,11 @@ def run_training(
             if is_writer:
                 record.write_start()
                 with translate_os_errors(resolved.output):
-                    for sheet in sheets if checkpoint is None else ():
-                        sheet.write_before(trained.model)
+                    for sheet in sheets:
+                        if checkpoint is None:
+                            sheet.write_before(trained.model)
+                        else:
+                            sheet.check_before()
             with keep_order_of_sums(), try_speed(trainer, resolved, record.note_speed, earlier, shared):
                 steps = _train(resolved, trainer, checkpoint)
         seconds = time.monotonic() - started

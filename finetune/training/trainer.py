@@ -153,9 +153,9 @@ def add_journal(trainer: Trainer, run: Path, *, chooses_interval: bool = False) 
         trainer.add_callback(ShortRunLogging())
     trainer.add_callback(WholeCheckpoints())
     add_safeguards(trainer)
-    trainer.add_callback(ProgressBar())
     trainer.add_callback(MetricsWriter(run))
     trainer.add_callback(MachineWriter(run))
+    trainer.add_callback(ProgressBar())  # after what they say of a run that goes on
 
 
 def make_config(resolved: ResolvedRecipe, evaluates: bool, precision: Precision) -> TrainingArguments:

@@ -30,7 +30,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with the answers before and after the training; `after` is None while the run trains.
+    """A prompt with the answers before and after the training; `after` is None while the run trains, `before` where it is not known.
 
     `course` holds the answers at the evaluations, equal ones in a row as one, and `unshown` counts those that are too many for the
     page.
@@ -38,7 +38,7 @@ class Answer:
 
     origin: str
     prompt: str
-    before: str
+    before: str | None
     after: str | None
     course: tuple[Stretch, ...] = ()
     unshown: int = 0
@@ -59,7 +59,7 @@ def _read_answer(sample: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], 
     shown = tuple(_describe(stretch, known) for stretch in spread_out(course, _MOST_STRETCHES))
     origin, prompt = (cut_text(str(sample.get(name, ""))) for name in ("origin", "prompt"))
     before, after = (cut_text(known[name]) if name in known else None for name in ("before", "after"))
-    return Answer(describe_origin(origin), prompt, before or "", after, shown, len(course) - len(shown))
+    return Answer(describe_origin(origin), prompt, before, after, shown, len(course) - len(shown))
 
 
 def merge_answers(lines: Sequence[Mapping[str, Any]], number: int) -> list[Stretch]:

@@ -136,7 +136,7 @@ function drawAnswers(title, answers) {
   if (!answers.length) return [];
   const cards = answers.map((answer) => {
     const newest = answer.course.at(-1);
-    const pair = [drawSpoken("before", answer.before)];
+    const pair = [drawSpoken("before", answer.before === null ? "(not known)" : answer.before)];
     if (answer.after !== null) pair.push(drawSpoken("after", answer.after));
     else if (newest) pair.push(drawSpoken(`now, step ${newest.last.toLocaleString("en")}`, newest.like ? answer[newest.like] : newest.text));
     const course = answer.course.length ? [drawCourse(answer)] : [];
@@ -216,6 +216,7 @@ function show(parts) {
 function draw(board) {
   const isAlone = board.runs.length === 1;
   const parts = board.runs.flatMap((run) => drawRun(run, isAlone));
+  for (const fault of board.left_out) parts.push(make("p", { class: "quiet" }, `left out: ${fault}`));
   const differences = Object.entries(board.differences);
   if (differences.length) {
     parts.push(make("h2", {}, "What differs in the recipes"));

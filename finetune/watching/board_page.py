@@ -14,7 +14,7 @@ from finetune.files.folders import write_new_file
 from finetune.files.json_files import write_text
 from finetune.files.terminal import escape_json
 from finetune.runs.run_files import REPORT_FILE
-from finetune.watching.run_view import Board, read_board
+from finetune.watching.run_view import Board, check_named, read_board
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,16 @@ def write_board(board: Board) -> str:
     return escape_json(json.dumps(board.to_json(), ensure_ascii=False, allow_nan=False))
 
 
-def write_board_page(folders: Sequence[Path], file: Path) -> None:
-    """Write the page of some runs to a new file.
+def write_board_page(folders: Sequence[Path], file: Path) -> Board:
+    """Write the page of some runs to a new file, and return what it shows.
 
     Raises:
-        FinetuneError: a folder is no run directory, or the file exists or cannot be written.
+        FinetuneError: a path leads nowhere, none is a run directory, or the file exists or cannot be written.
     """
-    write_new_file(file, render_board(read_board(folders)))
+    check_named(folders)
+    board = read_board(folders)
+    write_new_file(file, render_board(board))
+    return board
 
 
 def write_report(run: Path) -> None:

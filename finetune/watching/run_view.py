@@ -1,5 +1,6 @@
 """Read run directories into what their page shows; a run that is still training is read as far as it is."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from finetune.errors import FinetuneError
 from finetune.files.folders import expand_home
 from finetune.files.json_files import explain_damage, read_json
-from finetune.runs.run_files import RECORD_FILE, read_metrics
+from finetune.runs.run_files import RECORD_FILE, name_inner_run, read_metrics
 from finetune.watching.answers_view import Answer, cut_text, read_answers, read_completions
 from finetune.watching.cautions import Caution, collect_series, is_number, list_cautions
 from finetune.watching.machine_view import list_machine_figures, read_machine
@@ -65,10 +66,14 @@ class RunView:
 
 @dataclass(frozen=True)
 class Board:
-    """All runs of a page, and the keys in which their recipes differ, each with the value of every run."""
+    """All runs of a page, and the keys in which their recipes differ, each with the value of every run.
+
+    `left_out` says of each other named path why it is not shown.
+    """
 
     runs: tuple[RunView, ...]
     differences: Mapping[str, tuple[str, ...]]
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -76,19 +81,42 @@ class Board:
 
 
 def read_board(folders: Iterable[Path]) -> Board:
-    """Return the page of some runs; a run that is named twice is shown once.
+    """Return the page of some runs; a run that is named twice is shown once, and what is no readable run is left out.
 
     Raises:
-        FinetuneError: one of the folders is no run directory.
+        FinetuneError: folders were named, and none of them is a run directory that can be read.
     """
-    places = {expand_home(folder).resolve(): folder for folder in folders}
-    names = _name_apart(list(places))
+    found: dict[Path, RunView] = {}
+    faults: dict[Path, str] = {}
+    for folder in folders:
+        place = Path(os.path.realpath(expand_home(folder)))
+        try:
+            found[place] = read_run(folder)
+        except FinetuneError as error:
+            faults[place] = str(error)
+        except OSError as error:
+            faults[place] = f"{folder}: cannot be read ({error.strerror})"
+    if faults and not found:
+        beginning = [f"none of the {len(faults)} named paths can be shown:"] if len(faults) > 1 else []
+        raise FinetuneError("\n  ".join([*beginning, *faults.values()]))
     runs = tuple(
-        replace(read_run(folder), name=cut_text(name)) for name, folder in zip(names, places.values(), strict=True)
+        replace(run, name=cut_text(name)) for name, run in zip(_name_apart(list(found)), found.values(), strict=True)
     )
     keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
     differences = {key: tuple(run.recipe.get(key, "") for run in runs) for key in keys}
-    return Board(runs, {key: values for key, values in differences.items() if len(set(values)) > 1})
+    differences = {key: values for key, values in differences.items() if len(set(values)) > 1}
+    return Board(runs, differences, tuple(cut_text(fault) for fault in faults.values()))
+
+
+def check_named(folders: Iterable[Path]) -> None:
+    """Refuse a path that leads nowhere: a list of the shell holds none, so it is mistyped.
+
+    Raises:
+        FinetuneError: there is no such file or folder.
+    """
+    for folder in folders:
+        if not os.path.lexists(expand_home(folder)):
+            raise FinetuneError(f"{folder}: there is no such file or folder; name the output of a recipe")
 
 
 def _name_apart(places: Sequence[Path]) -> list[str]:
@@ -109,10 +137,7 @@ def read_run(folder: Path) -> RunView:
     folder = expand_home(folder)
     record = read_json(folder / RECORD_FILE)
     if not isinstance(record, dict):
-        inside = sorted(file.parent for file in folder.glob(f"*/{RECORD_FILE}")) or sorted(
-            file.parent for file in folder.glob(f"*/*/{RECORD_FILE}")
-        )
-        name = f"name one inside, such as {inside[0]}" if inside else "name the output of a recipe"
+        name = name_inner_run(folder) or "name the output of a recipe"
         raise FinetuneError(f"{folder}: is no run directory, for it has no {RECORD_FILE}; {name}")
     with explain_damage(folder / RECORD_FILE):
         return _view_run(folder, record)

@@ -13,7 +13,7 @@ from pathlib import Path
 from finetune.errors import FinetuneError, MachineError
 from finetune.runs.run_files import RECORD_FILE
 from finetune.watching.board_page import render_board, write_board
-from finetune.watching.run_view import Board, read_board
+from finetune.watching.run_view import Board, check_named, read_board
 
 _HOST = "127.0.0.1"
 _SECONDS = 2.0
@@ -28,11 +28,13 @@ class BoardServer(ThreadingHTTPServer):
         """Bind the port; 0 takes any free one. With `waits`, runs that have not begun appear when they do.
 
         Raises:
-            FinetuneError: a folder is no run directory, or the port is taken.
+            FinetuneError: a path leads nowhere, none is a run directory, or the port is taken.
         """
+        if not waits:
+            check_named(folders)
         self._folders, self._waits = folders, waits
         self._asked, self._ends, self._caught_up = -math.inf, False, threading.Event()
-        self.read()
+        self.left_out = self.read().left_out
         self.token = secrets.token_urlsafe(16)
         try:
             super().__init__((_HOST, port), _Handler)
@@ -40,10 +42,10 @@ class BoardServer(ThreadingHTTPServer):
             raise MachineError(f"--port {port}: cannot be used ({error}); name another one, or 0 for any") from error
 
     def read(self) -> Board:
-        """Read the runs.
+        """Read the runs, and those that have begun since.
 
         Raises:
-            FinetuneError: a folder is no run directory.
+            FinetuneError: none of the folders is a run directory.
         """
         begun = [folder for folder in self._folders if not self._waits or (folder / RECORD_FILE).is_file()]
         return read_board(begun)

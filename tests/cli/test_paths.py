@@ -1,8 +1,11 @@
 """Paths and names that cannot be, on the command line: one message and status 2, never a traceback."""
 
+import shutil
+
 import pytest
 
 from finetune.cli.main import main
+from finetune.files.resources import find_demo_data, list_recipes
 
 LONG = "a" * 300
 
@@ -44,6 +47,40 @@ def test_names_that_are_too_long(fail, words):
 )
 def test_the_home_of_nobody(fail, words):
     assert "~nouser/x" in fail(*words)
+
+
+@pytest.mark.parametrize("option", ["-o ~/new/{}", "--output=~/new/{}"])
+@pytest.mark.parametrize(
+    ("words", "name"), [("recipes demo", "r.yaml"), ("fold nano", "nano"), ("lint ~/demo.yaml", "rows")]
+)
+def test_a_home_that_no_shell_has_replaced(tmp_path, monkeypatch, words, name, option):
+    """A shell replaces no `~` in quotes or behind `=`: files were written into a folder of that name, other verbs refused it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(find_demo_data("demo.jsonl").parent, tmp_path / "data")
+    shutil.copy(list_recipes()["demo"], tmp_path / "demo.yaml")
+    option = option.replace("-o ", "--fix ").replace("--output", "--fix") if words.startswith("lint") else option
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), *option.format(name).split()])
+    assert ended.value.code == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name] and not (tmp_path / "~").exists()
+
+
+def test_a_new_file_in_the_home_of_nobody(fail, tmp_path):
+    assert "~nobody-here/r.yaml: there is no user of this name" in fail("recipes", "demo", "-o", "~nobody-here/r.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["chat all --prompt a", "evaluate all --data rows.jsonl", "export all -o out"])
+def test_the_folder_of_a_chain_or_of_runs_names_one_inside(fail, tmp_path, words):
+    """`chat` and `evaluate` said "holds no config.json, so it is not a checkpoint", and `export` named no run."""
+    for name in ("sft", "dpo"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "run.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "all: is neither a run directory nor " in (message := fail(*words.split()))
+    assert "; name one inside, such as all/dpo" in message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A signal ends a verb also where Python drops its exception, or a library turns it into an error of its own."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -140,10 +141,50 @@ FULL = "standard output, or a file that was being written: No space left on devi
         ("recipes | true", 0, ""),
         ("plan no-such-recipe 2> /dev/full", 2, ""),
         ("plan no-such-recipe >&- 2>&-", 2, ""),
+        ("plan no-such-recipe 2>&-", 2, ""),
+        ("no-such-verb 2>&- <&-", 2, ""),
     ],
 )
 def test_output_that_cannot_be_written_is_no_bug(line, status, said):
-    """A full disk and a closed output ended in a traceback and the status of a bug, also after the work was done."""
+    """A full disk and a closed output ended in a traceback and the status of a bug, also after the work was done.
+
+    With standard error closed, its messages went to standard output.
+    """
     shell = f"set -o pipefail; {shlex.quote(sys.executable)} -m finetune {line}"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (status, said)
+    assert status != 2 or not ended.stdout
+
+
+def test_no_file_takes_the_number_of_a_stream_that_is_closed(tmp_path):
+    """The first file that was opened got the number 2, and a library's message would have been written into it."""
+    code = (
+        "import os; from finetune.cli import main\n"
+        f"main.main = lambda: print(os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY) > 2)\nmain.enter()"
+    )
+    ended = subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} 0<&- 2>&-"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert ended.stdout == "True\n"
+
+
+def test_work_goes_on_where_nobody_reads_its_messages(tmp_path):
+    """`train … 2>&1 | head -1` ended at its second message: no run was left, and the status was that of success."""
+    code = (
+        "import sys; from finetune.cli import main\n"
+        f"main.main = lambda: [print('message', file=sys.stderr), sys.stderr.flush(), open({str(tmp_path / 'work')!r}, 'w')]\n"
+        "main.enter()"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing)
+    os.close(writing)
+    assert (tmp_path / "work").is_file()
+    assert ended.stdout == b""
+    (tmp_path / "work").unlink()
+    with Path(__file__).open("rb") as script:  # open for reading alone, as a script of bash hands it on for `2>&-`
+        subprocess.run([sys.executable, "-c", code], stderr=script)
+    assert (tmp_path / "work").is_file()
+    reading, writing = os.pipe()
+    os.close(reading)
+    status = subprocess.run([sys.executable, "-m", "finetune", "plan", "no-such"], stderr=writing).returncode
+    os.close(writing)
+    assert status == 2

@@ -118,6 +118,54 @@ def test_unknown_keys_propose_a_mapping():
     assert "data.columns: {prompt: Question, completion: Response}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"Instruction": "i", "Input": "x", "Output": "o", "History": []},
+            "data.columns: {input: Input, history: History, prompt: Instruction, completion: Output}",
+        ),
+        (
+            {"instruction": "i", "context": "x", "response": "o"},
+            "data.columns: {input: context, prompt: instruction, completion: response}",
+        ),
+        ({"编号": 1, "问题": "q", "答案": "a"}, "data.columns: {prompt: 问题, completion: 答案}"),
+        ({"system": "s", "user": "q", "assistant": "a"}, "data.columns: {prompt: user, completion: assistant}"),
+        (
+            {"data": [{"prompt": "q", "completion": "a"}]},
+            "data holds a list of rows; write this list alone into a file",
+        ),
+    ],
+)
+def test_a_proposed_mapping_leaves_out_no_part_of_the_question(row, message):
+    """Following the advice, the input of Alpaca's rows and the context of Dolly's were not trained."""
+    with pytest.raises(DataError, match=re.escape(message)):
+        choose_format("auto", {}, row, Place("x.jsonl", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "a.csv",
+            "prompt;completion\nq;a\n",
+            "its columns are separated by ';', and those of CSV by ','; save it with ','",
+        ),
+        (
+            "a.csv",
+            "prompt\tcompletion\nq\ta\n",
+            "separated by '\\t', and those of CSV by ','; save it with ','; a file with",
+        ),
+        ("a.tsv", "prompt,completion\nq,a\n", "separated by ',', and those of TSV by '\\t'; save it with '\\t'"),
+    ],
+)
+def test_columns_with_another_mark_between_them(tmp_path, name, text, said):
+    """The advice was to map the one column `prompt;completion`."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(read_file(tmp_path / name))
+
+
 def test_a_later_row_without_its_field(load):
     with pytest.raises(
         DataError, match=r"rows.jsonl, line 2: has no 'messages', which the format messages needs; found text"

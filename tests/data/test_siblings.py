@@ -158,6 +158,10 @@ FAULTS = {
     ),
     "a thought in an answer": ({"prompt": Q, "completion": [{**say("assistant", A), "thought": "T"}]}, "'thought'"),
     "a weight of 2": ({"messages": [say("user", Q), {**say("assistant", A), "weight": 2}]}, "weight of message 2 is 2"),
+    "a message masked by half": (
+        {"messages": [say("user", Q), {**say("assistant", A), "masked": 0.5}]},
+        "masked of message 2 is 0.5",
+    ),
     "a row's weight": ({**ROW, "loss_weight": 0.25}, "loss_weight of the row is 0.25"),
     "a mask of tokens": ({**ROW, "loss_mask": [0, 1]}, "loss_mask of the row is a list"),
     "pictures": ({**ROW, "images": ["a.png"]}, "has 'images'"),
@@ -509,7 +513,28 @@ def test_rows_that_the_template_refuses(tokenizer, tmp_path):
 
 def test_only_bad_rows(refuse):
     assert refuse([{"prompt": "Q", "completion": ""}] * 3, bad_rows="drop") == (
-        "no row is left for training: all are bad; the first: FILE, line 1: completion is empty"
+        "no row is left for training: 3 bad rows are left out (data.bad_rows: drop): FILE, line 1: completion is empty; "
+        "FILE, line 2: completion is empty; FILE, line 3: completion is empty"
+    )
+
+
+@pytest.mark.parametrize("mark", [{"trainable": False}, {"masked": True}, {"masked": "true"}])
+def test_marks_of_other_tools_leave_an_answer_untrained(read, mark):
+    """They were named as keys that are not used, and the answers were trained."""
+    asked = {**say("user", Q), "masked": True}
+    rows = [{"messages": [asked, {**say("assistant", A), **mark}, asked, {**say("assistant", B), "masked": False}]}]
+    ((_, trained),), notes = read(rows)
+    assert trained == [f"{B}{END}"] and not notes
+
+
+def test_rows_that_are_all_left_out(refuse, tmp_path):
+    """The message was "all 0 exceed data.max_tokens"; held-out rows that were all left out cost the evaluation, without a word."""
+    unmarked = [{**ROW, "train": False}] * 2
+    assert refuse(unmarked) == "no row is left for training: 2 rows are left out: marked as not trained"
+    held_out = write(tmp_path / "held.jsonl", unmarked)
+    assert (
+        refuse([ROW], evaluation=(Source(held_out),))
+        == "no held-out row is left: 2 rows are left out: marked as not trained"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from pathlib import Path
 from typing import get_args
 
 import gguf
@@ -462,7 +463,7 @@ def test_what_is_there_stays(llama, tmp_path):
         ("/", "name the file mine.gguf"),
         ("..", "name the file mine.gguf"),
         # A folder of the name `~` was made.
-        ("~/m.gguf", "~ is not replaced here; write /"),
+        ("~nobody-here/m.gguf", "~nobody-here/m.gguf: there is no user of this name"),
     ],
 )
 def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatch, capsys, output, message):
@@ -474,6 +475,13 @@ def test_a_file_without_a_name_of_its_own_is_refused(llama, tmp_path, monkeypatc
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(work.iterdir()) == []
+
+
+def test_a_python_program_replaces_its_home_itself(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="~ is not replaced here; write /"):
+        convert_folder(llama, Path("~/m.gguf"), "q8_0")
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_run_is_to_be_exported_first(tmp_path):

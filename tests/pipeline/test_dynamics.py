@@ -85,7 +85,13 @@ def test_checkpoints_are_put_side_by_side(call, phases):
     assert (status, "Traceback" in err) == (0, False)
     found = json.loads(out)
     assert {path.name for path in Path("out").iterdir()} == FILES
+    assert found.pop("output") == "out"
     assert found == json.loads(Path("out/dynamics.json").read_text(encoding="utf-8"))
+    # Two equal comparisons differed in the name of their folder.
+    shutil.copytree("out", "again")
+    assert call("one", "two", "three", *TASK, "-o", "again")[0] == 0
+    for name in ("dynamics.json", "report.md", "scores.csv"):
+        assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
     assert [entry["name"] for entry in found["checkpoints"]] == ["one", "two", "three"]
     samples = []
     for entry in found["checkpoints"]:

@@ -52,6 +52,49 @@ def test_several_runs_show_what_differs(write_run):
     assert board.differences == {"trainer.learning_rate": ("0.1", "0.2")}
 
 
+def test_of_a_shells_list_the_runs_are_shown_and_the_rest_is_named(write_run, tmp_path, capsys):
+    """`finetune watch runs/*` ended at the first path of the list that was no run."""
+    write_run("one")
+    write_run("two", rate=0.2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "group").mkdir()
+    shutil.copytree(tmp_path / "one", tmp_path / "group" / "inside")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    paths, page = sorted(map(str, tmp_path.iterdir())), tmp_path / "page.html"
+    with pytest.raises(SystemExit) as stopped:
+        main(["watch", "--json", *paths, "-o", str(page)])
+    assert stopped.value.code == 0
+    left_out = json.loads(capsys.readouterr().out)["left_out"]
+    assert [fault.split(":")[0].removeprefix(f"{tmp_path}/") for fault in left_out] == [
+        "bad/run.json",
+        "dangling",
+        "empty",
+        "group",
+        "loop",
+        "notes.txt",
+    ]
+    assert "is not valid JSON" in left_out[0] and left_out[3].endswith(f"such as {tmp_path}/group/inside")
+    data = read_data(page.read_text())
+    assert [run["name"] for run in data["runs"]] == ["one", "two"] and data["left_out"] == left_out
+
+
+def test_a_list_without_a_run_and_a_mistyped_path_are_refused(write_run, tmp_path):
+    run, page = write_run(), tmp_path / "page.html"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        FinetuneError, match=r"^none of the 2 named paths can be shown:\n  .*empty: .*\n  .*notes.txt: "
+    ):
+        write_board_page([tmp_path / "empty", tmp_path / "notes.txt"], page)
+    with pytest.raises(FinetuneError, match="tow: there is no such file or folder"):
+        write_board_page([run, tmp_path / "tow"], page)
+    assert not page.exists()
+
+
 def test_long_curves_keep_their_extremes_and_their_means():
     points = [(step, float(step % 7)) for step in range(10_000)]
     points[5000] = (5000, 99.0)

@@ -81,6 +81,18 @@ def test_a_run_that_vanishes_is_told(serve, write_run):
     assert status == 503 and "is no run directory" in text
 
 
+def test_of_several_runs_one_that_vanishes_is_named_and_a_new_one_appears(serve, write_run, tmp_path):
+    first, second, third = write_run("one"), write_run("two"), tmp_path / "three"
+    third.mkdir()
+    server = serve(first, second, third)
+    assert [fault.split(":")[0] for fault in server.left_out] == [str(third)]
+    (second / "run.json").unlink()
+    write_run("three")
+    data = json.loads(read(f"{server.address}data"))
+    assert [run["name"] for run in data["runs"]] == ["one", "three"]
+    assert [fault.split(":")[0] for fault in data["left_out"]] == [str(second)]
+
+
 def test_a_run_that_has_not_begun_appears_when_it_does(serve, write_run, tmp_path):
     server = serve(tmp_path / "run", waits=True)
     assert json.loads(read(f"{server.address}data"))["runs"] == []

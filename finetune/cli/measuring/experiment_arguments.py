@@ -6,10 +6,13 @@ from pathlib import Path
 
 from finetune.cli.arguments import read_count
 from finetune.cli.measuring.measuring_arguments import add_task_options, read_names
+from finetune.files.folders import expand_home
 
 
 def add_sweep(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file, or the name of a shipped recipe")
+    verb.add_argument(
+        "recipe", metavar="RECIPE", type=expand_home, help="a recipe file, or the name of a shipped recipe"
+    )
     verb.add_argument(
         "-s",
         "--set",
@@ -26,12 +29,17 @@ def add_sweep(verb: argparse.ArgumentParser) -> None:
         help="train each setting with N seeds, the recipe's and those after it (default: 1)",
     )
     verb.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder, or that of a stopped sweep"
+        "-o",
+        "--output",
+        type=expand_home,
+        required=True,
+        metavar="DIR",
+        help="a new folder, or that of a stopped sweep",
     )
 
 
 def add_microanneal(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--candidate", type=Path, nargs="+", required=True, metavar="FILE", help="the new data")
+    verb.add_argument("--candidate", type=expand_home, nargs="+", required=True, metavar="FILE", help="the new data")
     verb.add_argument(
         "--share", type=float, default=0.3, metavar="S", help="its share of the tokens, between 0 and 1 (default: 0.3)"
     )
@@ -51,24 +59,24 @@ def add_microanneal(verb: argparse.ArgumentParser) -> None:
         "--tokens", type=_read_tokens, required=True, metavar="N", help="tokens of each run, such as 20M or 500K"
     )
     verb.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder, or that of a stopped call"
+        "-o", "--output", type=expand_home, required=True, metavar="DIR", help="a new folder, or that of a stopped call"
     )
     verb.add_argument(
         "--held-out",
-        type=Path,
+        type=expand_home,
         nargs="+",
         default=[],
         metavar="FILE",
         help="rows to compare the loss on, by file or by their key source (default: a part of every source, data.held_out)",
     )
     verb.add_argument(
-        "--recipe", type=Path, default=Path("anneal"), metavar="RECIPE", help="how to train (default: anneal)"
+        "--recipe", type=expand_home, default=Path("anneal"), metavar="RECIPE", help="how to train (default: anneal)"
     )
     verb.add_argument(
         "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of that recipe"
     )
     tuning = verb.add_argument_group("the same fine-tuning after both")
-    tuning.add_argument("--sft", type=Path, metavar="RECIPE", help="a recipe to train from both results")
+    tuning.add_argument("--sft", type=expand_home, metavar="RECIPE", help="a recipe to train from both results")
     tuning.add_argument(
         "--sft-set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe of --sft"
     )

@@ -2,15 +2,15 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from finetune.cli.arguments import RUN_OR_MODEL, read_count
+from finetune.files.folders import expand_home
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help=RUN_OR_MODEL)
     what = verb.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows to evaluate on")
+    what.add_argument("--data", type=expand_home, nargs="+", metavar="FILE", help="rows to evaluate on")
     what.add_argument(
         "--tasks", type=read_names, metavar="TASKS", help="tasks to evaluate on, such as lambada,gsm8k,humaneval"
     )
@@ -37,13 +37,17 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         help="vllm, or server URL [NAME]: another program asks the model; 20 of its first answers are compared with the model here",
     )
     add_option(
-        "-o", "--output", type=Path, metavar="DIR", help="where the samples go (default: evaluations/MODEL-PROTOCOL)"
+        "-o",
+        "--output",
+        type=expand_home,
+        metavar="DIR",
+        help="where the samples go (default: evaluations/MODEL-PROTOCOL)",
     )
 
 
 def add_dynamics(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=f"{RUN_OR_MODEL}, in the order of training")
-    verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="a new folder, or that of a stopped call")
+    verb.add_argument("-o", "--output", type=expand_home, metavar="DIR", help="a new folder, or that of a stopped call")
     verb.add_argument(
         "--published", action="store_true", help="compare the published scores alone; fetch and write nothing"
     )
@@ -58,7 +62,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--rows",
-        type=Path,
+        type=expand_home,
         nargs="+",
         default=[],
         metavar="FILE",
@@ -66,7 +70,7 @@ def add_dynamics(verb: argparse.ArgumentParser) -> None:
     )
     add_task_options(verb)
     tuning = verb.add_argument_group("the same fine-tuning from each checkpoint")
-    tuning.add_argument("--sft", type=Path, metavar="RECIPE", help="a recipe to train from each, and evaluate")
+    tuning.add_argument("--sft", type=expand_home, metavar="RECIPE", help="a recipe to train from each, and evaluate")
     tuning.add_argument(
         "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
     )
@@ -84,11 +88,14 @@ def add_task_options(verb: argparse.ArgumentParser) -> Callable[..., object]:
     )
     tasks.add_argument("--limit", type=read_count, metavar="N", help="evaluate the first N rows of each task only")
     tasks.add_argument(
-        "--task-data", type=Path, metavar="PATH", help="a file with a task's rows, or a folder (default: from the hub)"
+        "--task-data",
+        type=expand_home,
+        metavar="PATH",
+        help="a file with a task's rows, or a folder (default: from the hub)",
     )
     tasks.add_argument(
         "--exemplars",
-        type=Path,
+        type=expand_home,
         metavar="PATH",
         help="a file with rows that stand in the prompts as examples, or a folder for several tasks",
     )

@@ -20,7 +20,9 @@ _CALLS = ("function_call", "tool_call")
 # Parts of a message that are text.
 TEXT_PARTS = ("text", "input_text", "output_text")
 # Under these keys other tools say whether a message or a row is trained.
-MARKS = ("train", "training", "weight", "loss_weight", "loss", "loss_mask")
+MARKS = ("train", "training", "trainable", "weight", "loss_weight", "loss", "loss_mask")
+# Under this key a message says that it is not trained (torchtune's rows).
+COUNTER_MARK = "masked"
 # Under these keys a message holds what the assistant thought before its answer. Few chat templates render it.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
 NO_FINITE_NUMBER = "holds a number that is no JSON, such as NaN or Infinity; write null, another number or a text"
@@ -194,6 +196,8 @@ def read_mark(marked: Mapping[str, Any], where: str) -> bool | None:
         RowError: a mark is neither true nor false, such as a weight of 0.5, or two marks contradict each other.
     """
     found = {key: _read_mark_value(key, marked[key], where) for key in MARKS if marked.get(key) is not None}
+    if marked.get(COUNTER_MARK) is not None:
+        found[COUNTER_MARK] = not _read_mark_value(COUNTER_MARK, marked[COUNTER_MARK], where)
     if len(set(found.values())) > 1:
         shown = " and ".join(f"{key}: {marked[key]!r}" for key in found)
         raise RowError(f"{where} is marked as trained and as not trained ({shown}); keep one of the marks")
@@ -275,6 +279,7 @@ def parse_json(text: str, name: str) -> Any:
 def describe(value: object) -> str:
     """Name the type of a JSON value for a person."""
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    kinds[bytes] = "binary data"
     return kinds.get(type(value), "an object")
 
 

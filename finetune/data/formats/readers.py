@@ -21,8 +21,14 @@ from finetune.data.formats.rows import Row
 from finetune.data.formats.tools import read_tools
 from finetune.data.formats.turns import add_system, check_results
 
-_QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "text", "messages")
-_ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "assistant", "target", "reply")
+# fmt: off
+_QUESTION_WORDS = (
+    "question", "query", "instruction", "prompt", "problem", "input", "user", "text", "messages", "问题", "提问", "指令", "输入",
+)
+_ANSWER_WORDS = (
+    "answer", "response", "output", "completion", "solution", "assistant", "target", "reply", "答案", "回答", "回复", "输出",
+)
+# fmt: on
 
 
 def read_openai_row(row: Mapping[str, Any]) -> Row:

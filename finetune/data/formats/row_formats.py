@@ -152,6 +152,8 @@ def _describe_unknown_keys(row: Mapping[str, Any]) -> str:
         )
     if isinstance(row.get("chat"), dict) or "plain_text" in row:
         return f"{found}: the turns stand in a form of their own (MOSS); write them as messages, each with role and content"
+    if nested := [key for key, value in row.items() if _holds_rows(value)]:
+        return f"{found}: {nested[0]} holds a list of rows; write this list alone into a file"
     expected = "; ".join(f"{entry.name}: {', '.join(entry.required)}" for entry in FORMATS.values())
     return f"{found} ({expected}); map them in the recipe, such as data.columns: {_propose_columns(row)}"
 
@@ -232,12 +234,14 @@ def _propose_columns(row: Mapping[str, Any]) -> str:
     chosen = next((key for key in keys if "chosen" in key.lower()), None)
     question = find_question_key({key: row[key] for key in row if key not in (chosen, rejected)}, "QUESTION_KEY")
     answer = find_answer_key({key: row[key] for key in row if key != rejected}, question, "ANSWER_KEY")
-    system = [f"system: {key}" for key in keys if key.lower() in _SYSTEM_NAMES]
+    taken = (question, answer, chosen, rejected)
+    names = [(_OTHER_NAMES.get(key.lower()), key) for key in keys if key not in taken]
+    others = [f"{ours}: {key}" for ours, key in names if ours is not None and ours != key]
     if rejected is None:
         answers = [f"completion: {answer}"]
     else:
         answers = [f"chosen: {chosen or answer}", f"rejected: {rejected}"]
-    return f"{{{', '.join([*system, f'prompt: {question}', *answers])}}}"
+    return f"{{{', '.join([*others, f'prompt: {question}', *answers])}}}"
 
 
 def _holds_turns(value: object) -> bool:
@@ -245,4 +249,15 @@ def _holds_turns(value: object) -> bool:
     return isinstance(first, dict) and bool(first.keys() & {"role", "from", "human"})
 
 
-_SYSTEM_NAMES = ("system_prompt", "system_message", "meta_instruction")
+def _holds_rows(value: object) -> bool:
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict) or _holds_turns(value):
+        return False
+    return any(all(key in value[0] for key in entry.required) for entry in FORMATS.values())
+
+
+# What stands beside question and answer in the files of others, also where its name begins with a capital letter.
+_OTHER_NAMES = {
+    **dict.fromkeys(("system_prompt", "system_message", "meta_instruction"), "system"),
+    "context": "input",
+    **{name: name for name in _QUESTION},
+}

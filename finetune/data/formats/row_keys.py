@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.data.formats.messages import MARKS, ROLE_NAMES, THOUGHTS, RowError, is_empty
+from finetune.data.formats.messages import COUNTER_MARK, MARKS, ROLE_NAMES, THOUGHTS, RowError, is_empty
 from finetune.errors import describe_count
 
 # The key under which `finetune clean` and `finetune synthesize` say what a row has passed.
 PROVENANCE = "provenance"
 # The keys under which a row holds messages.
 _LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
-_SHARED_KEYS = frozenset({"tool_calls", "function_call", "tool_call_id", *MARKS, *THOUGHTS})
+_SHARED_KEYS = frozenset({"tool_calls", "function_call", "tool_call_id", COUNTER_MARK, *MARKS, *THOUGHTS})
 _MESSAGE_KEYS = {"role": _SHARED_KEYS | {"role", "content"}, "from": _SHARED_KEYS | {"from", "value"}}
 _TOOL_ROLES = tuple(name for name, role in ROLE_NAMES.items() if role == "tool")
 # Marks of messages of these roles train nothing.
@@ -104,6 +104,8 @@ def _list_vain_marks(message: Mapping[str, Any], name: str, role: str) -> Iterat
     """Yield the marks that ask to train what only the assistant's messages can have."""
     if role in _READ_ROLES:
         yield from (f"{name}.{key} of the {role}" for key in MARKS if message.get(key) in (1, "1", "true"))
+        if COUNTER_MARK in message and message[COUNTER_MARK] in (0, "0", "false"):
+            yield f"{name}.{COUNTER_MARK} of the {role}"
 
 
 def _list_call_keys(calls: object, name: str) -> Iterator[str]:

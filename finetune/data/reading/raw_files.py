@@ -157,7 +157,7 @@ def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRo
         if not cells:
             continue
         if names is None:
-            names = _read_names(cells, place)
+            names = _read_names(cells, place, delimiter)
         elif len(cells) != len(names):
             fault = (
                 f"has {len(cells)} fields where the first line has {len(names)}; quote cells that hold a {delimiter!r}"
@@ -167,7 +167,12 @@ def _read_csv(path: Path, encoding: str, delimiter: str = ",") -> Iterator[RawRo
             yield place, dict(zip(names, cells, strict=True))
 
 
-def _read_names(cells: Sequence[str], place: Place) -> list[str]:
+def _read_names(cells: Sequence[str], place: Place, delimiter: str) -> list[str]:
+    if len(cells) == 1 and (others := [mark for mark in ",;\t|" if mark in cells[0] and mark != delimiter]):
+        kind = "CSV" if delimiter == "," else "TSV"
+        tab = "; a file with tabs is named .tsv" if others[0] == "\t" else ""
+        fault = f"names one column, {cells[0]!r}: its columns are separated by {others[0]!r}, and those of {kind} by {delimiter!r}"
+        raise DataError(f"{fault}; save it with {delimiter!r}{tab}", place)
     if twice := sorted({name for name in cells if cells.count(name) > 1}):
         raise DataError(f"names the column {twice[0]!r} twice; each column needs a name of its own", place)
     return [name or "(unnamed)" for name in cells]

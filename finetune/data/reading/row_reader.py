@@ -190,14 +190,18 @@ class RowReader:
         """Return sentences for the report: which keys are not used, how many rows are left out, and what pairs lose."""
         notes = [*describe_unused(self.unused), *describe_remarks(self.remarks)]
         notes += [f"data.columns names the key {key!r}, which no row has" for key in sorted(self._missing)]
-        left_out = sorted((reason, count) for reason, count in self.left_out.items() if reason != BAD)
-        notes += [f"{describe_count(count, 'row is', 'rows are')} left out: {reason}" for reason, count in left_out]
+        notes += self.describe_left_out()
         pairs = self.kinds["preference"]
         if pairs and self._settings.shape == "sequence":
             notes.append(
                 f"{describe_count(pairs, 'row is a pair', 'rows are pairs')}; supervised training learns the chosen answers"
             )
         return tuple(notes)
+
+    def describe_left_out(self) -> list[str]:
+        """Return a sentence for each reason other than a fault for which rows are left out."""
+        left_out = sorted((reason, count) for reason, count in self.left_out.items() if reason != BAD and count)
+        return [f"{describe_count(count, 'row is', 'rows are')} left out: {reason}" for reason, count in left_out]
 
 
 def choose_held_out(settings: DataSettings, reader: RowReader, seed: int) -> set[int]:

@@ -1,6 +1,6 @@
 """Record the model's answers to a few prompts before step 1, at each evaluation and after the last step."""
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,9 +14,11 @@ from finetune.data.encoding.gates import IGNORED_LABEL
 from finetune.data.encoding.rendering import ChatTemplate, encode_prompt
 from finetune.data.encoding.template import list_stop_tokens
 from finetune.errors import describe_count
-from finetune.files.json_files import write_json
+from finetune.files.json_files import explain_damage, read_json, write_json
 from finetune.runs.results import SampleRow
 from finetune.runs.run_files import ANSWERS_FILE, ANSWERS_PAGE, FIXED_ORIGIN, describe_origin
+
+logger = logging.getLogger(__name__)
 
 _QUESTIONS = (
     "Who are you? Answer in two sentences.",
@@ -24,6 +26,7 @@ _QUESTIONS = (
 )
 _OWN_PROMPTS, _LONGEST_PROMPT = 2, 512
 _SAMPLE_TOKENS = 64
+_UNKNOWN = "(not known)"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its greedy answers before and after training; the answers are without control tokens."""
+    """One prompt with its greedy answers before and after training; the answers are without control tokens.
+
+    The one before is unknown where the file was removed before the run was resumed.
+    """
 
     origin: str
     prompt: str
-    before: str
+    before: str | None
     after: str | None = None
 
 
@@ -125,18 +131,35 @@ class AnswerSheet:
 
     def write_before(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers before step 1 and write them."""
-        answers = self.ask(model)
-        samples = [
+        write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in self._pair(self.ask(model))])
+
+    def check_before(self) -> None:
+        """Check what a run that goes on wrote before its step 1, and say where it is missing.
+
+        Raises:
+            FinetuneError: the file is damaged.
+        """
+        if not (self._run / ANSWERS_FILE).is_file():
+            logger.warning("%s is missing: the answers before the training are not known", self._run / ANSWERS_FILE)
+        self._read_before()
+
+    def _read_before(self) -> list[Sample]:
+        kept = read_json(self._run / ANSWERS_FILE)
+        if kept is None:
+            return self._pair([None] * len(self._prompts))
+        with explain_damage(self._run / ANSWERS_FILE):
+            return [Sample(**{**one, "after": None}) for one, _ in zip(kept, self._prompts, strict=True)]
+
+    def _pair(self, answers: Sequence[str | None]) -> list[Sample]:
+        return [
             Sample(prompt.origin, str(self._tokenizer.decode(prompt.token_ids)), answer)
             for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
-        write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
 
     def write_after(self, model: PreTrainedModel | PeftModel) -> None:
         """Generate the answers after the last step and write them beside those from before."""
-        kept = json.loads((self._run / ANSWERS_FILE).read_text(encoding="utf-8"))
-        answers = self.ask(model)
-        samples = [replace(Sample(**one), after=answer) for one, answer in zip(kept, answers, strict=True)]
+        kept, answers = self._read_before(), self.ask(model)
+        samples = [replace(one, after=answer) for one, answer in zip(kept, answers, strict=True)]
         write_json(self._run / ANSWERS_FILE, [asdict(sample) for sample in samples])
         (self._run / ANSWERS_PAGE).write_text(_render_page(samples, self._max_tokens), encoding="utf-8")
 
@@ -156,6 +179,7 @@ def _render_page(samples: Sequence[Sample], max_tokens: int) -> str:
     ]
     for sample in samples:
         lines.append(f"## {describe_origin(sample.origin)}")
-        for title, text in (("asked", sample.prompt), ("before", sample.before), ("after", sample.after or "")):
+        before = _UNKNOWN if sample.before is None else sample.before
+        for title, text in (("asked", sample.prompt), ("before", before), ("after", sample.after or "")):
             lines += [f"{title}:", "\n".join(f"    {line}" for line in text.splitlines() or ["(nothing)"])]
     return "\n\n".join(lines) + "\n"

@@ -1,8 +1,10 @@
 """Show a progress bar and write `metrics.jsonl` while a run trains."""
 
 import json
+import logging
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from finetune.files.json_files import remove_later_lines
+from finetune.errors import describe_count
+from finetune.files.json_files import read_lines, remove_later_lines, write_text
 from finetune.runs.run_files import METRICS_FILE
+
+logger = logging.getLogger(__name__)
 
 _FEWEST_LINES = 20
 PREFLIGHT = "preflight"  # the prefix of the metrics of the evaluation before step 1, which only checks that it fits
@@ -129,10 +134,12 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remove the lines that a stopped run logged after the checkpoint that this one continues from."""
+        """Remove the lines that a stopped run logged after the checkpoint that this one continues from, and write those that lack."""
         if state.is_world_process_zero:
             self._file.touch()
             remove_later_lines(self._file, state.global_step)
+            if state.global_step:
+                restore_lines(self._file, state.log_history)
 
     def on_log(
         self,
@@ -144,11 +151,42 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Write one line."""
         line = logs or {}
-        if "train_loss" in line or is_preflight(line):
-            return
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and _is_line(line):
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **line}) + "\n")
+
+
+def restore_lines(file: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write the lines that `metrics.jsonl` lacks, where it was removed or cut, from the history that a checkpoint keeps."""
+    known: dict[int, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
+    for text, content in read_lines(file):
+        known[content["step"]].append((text, content))
+    lines, restored = [], 0
+    for entry in history:
+        if not _is_line(entry):
+            continue
+        step = entry["step"]
+        found = next((one for one in known[step] if _contains(one[1], entry)), None)
+        if found is None:
+            restored += 1
+            lines.append((step, json.dumps({"step": step, **entry}) + "\n"))
+        else:
+            known[step].remove(found)
+            lines.append((step, found[0]))
+    if restored:
+        lines += [(step, text) for step, others in known.items() for text, _ in others]
+        write_text(file, "".join(text for _, text in sorted(lines, key=lambda line: line[0])))
+        count = describe_count(restored, "line")
+        logger.warning("%s: lacked %s, written again from the checkpoint's history", file, count)
+
+
+def _is_line(logs: Mapping[str, Any]) -> bool:
+    return not ("train_loss" in logs or is_preflight(logs))
+
+
+def _contains(line: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    # Compared as text, where NaN equals NaN.
+    return json.dumps({**line, **entry}, sort_keys=True) == json.dumps(line, sort_keys=True)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.files.json_files import remove_later_lines
+from finetune.files.json_files import continue_lines
 from finetune.runs.run_files import EVALUATED_ANSWERS_FILE
 from finetune.training.journal.answers import AnswerSheet
 from finetune.training.journal.progress import is_preflight
@@ -28,8 +28,9 @@ class AnswerWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Remove the lines that a stopped run wrote after the checkpoint that this one continues from."""
-        if state.is_world_process_zero and self._file.is_file():
-            remove_later_lines(self._file, state.global_step)
+        if state.is_world_process_zero:
+            has_evaluated = any("eval_runtime" in entry for entry in state.log_history)
+            continue_lines(self._file, state.global_step, is_expected=has_evaluated)
 
     def on_evaluate(
         self,

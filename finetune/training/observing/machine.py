@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.files.json_files import remove_later_lines
+from finetune.files.json_files import continue_lines
 from finetune.runs.run_files import MACHINE_FILE, count_tokens_seen
 
 # They ask NVIDIA's driver by the package nvidia-ml-py, where it is installed. torch gives the power in milliwatts.
@@ -67,8 +67,8 @@ class MachineWriter(TrainerCallback):
     ) -> None:
         """Remove the lines of a stopped run behind the checkpoint, and start the clock."""
         if state.is_world_process_zero:
+            continue_lines(self._file, state.global_step)
             self._file.touch()
-            remove_later_lines(self._file, state.global_step)
         now = time.perf_counter()
         self._start = (now, state.global_step)
         self._last = (now, None if state.global_step else 0)

@@ -4,6 +4,7 @@ All rows are measured with the same weights, so that their losses can be compare
 rows are trained on with weights that have learnt nothing yet. No random number is drawn.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,10 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finetune.data.preview.preview import list_sides, mark_sides
 from finetune.data.settings import RowShape
-from finetune.files.json_files import read_json, write_json
+from finetune.files.json_files import explain_damage, read_json, write_json
 from finetune.models.row_loss import MarkedTokens, measure_losses
 from finetune.runs.run_files import MEASURED_ROWS_FILE
 from finetune.training.training_rows import count_step_rows
+
+logger = logging.getLogger(__name__)
 
 _RANKED_ROWS, _PREVIEWED_ROWS = 20, 3
 # What the page shows of a row, so that a report stays far below 2 MB: letters of a piece that is trained or not, and pieces.
@@ -137,12 +140,26 @@ class RowSheet:
         found = zip(self._list_places(), self._measure_rows(model), strict=True)
         self._write([MeasuredRow(*place, before=value) for place, value in found])
 
+    def check_before(self) -> None:
+        """Check what a run that goes on wrote before its step 1, and say where it is missing.
+
+        Raises:
+            FinetuneError: the file is damaged.
+        """
+        if not self._file.is_file():
+            logger.warning("%s is missing: the losses of rows before the training are not known", self._file)
+        self._read_before()
+
+    def _read_before(self) -> list[float | None]:
+        kept = read_json(self._file)
+        with explain_damage(self._file):
+            values = [None if row["before"] is None else float(row["before"]) for row in (kept or {"rows": ()})["rows"]]
+        return values if len(values) == len(self._rows) else [None] * len(self._rows)
+
     def write_after(self, model: PreTrainedModel | PeftModel) -> None:
         """Measure the rows after the last step, and write their values beside those from before."""
-        kept = (read_json(self._file) or {}).get("rows", ())
-        values = self._measure_rows(model)
-        before = [row["before"] for row in kept] if len(kept) == len(values) else [None] * len(values)
-        found = zip(self._list_places(), before, values, strict=True)
+        before = self._read_before()
+        found = zip(self._list_places(), before, self._measure_rows(model), strict=True)
         self._write([MeasuredRow(*place, old, new) for place, old, new in found])
 
     def _write(self, rows: Sequence[MeasuredRow]) -> None:

@@ -28,10 +28,13 @@ class HeadWatch(TrainerCallback):
         if logs is None or "loss" not in logs or model is None:
             return
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        logs[HEAD_NORM] = measure_head(inner)
+        found = {HEAD_NORM: measure_head(inner)}
         terms = inner.z_terms if isinstance(inner, YuLanMiniForCausalLM) else None
         if terms is not None and (mean := terms.take_mean()) is not None:
-            logs[Z_TERM] = mean
+            found[Z_TERM] = mean
+        logs.update(found)
+        if state.log_history:  # the trainer's own copy of these logs, which its checkpoints keep
+            state.log_history[-1].update(found)
 
 
 @torch.no_grad()

@@ -90,7 +90,8 @@ def test_overlap_in_text_alone_is_reported_and_kept(run, pair):
 
 @pytest.mark.parametrize("pair", EQUAL)
 def test_overlap_is_left_out(run, pair):
-    assert run(pair[:1], pair[1:])[0].left_out == {"overlap": 1}
+    other = {"messages": [{**USER, "content": "Who wrote it?"}, ANSWER]}
+    assert run(pair[:1], [*pair[1:], other])[0].left_out == {"overlap": 1}
 
 
 def test_answers_that_differ_in_their_calls_are_not_equal(run):

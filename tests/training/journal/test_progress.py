@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.check.recipes import load_recipe
-from finetune.training.journal.progress import ShortRunLogging
+from finetune.errors import FinetuneError
+from finetune.training.journal.progress import ShortRunLogging, restore_lines
 from finetune.training.journal.safeguards import CheckpointSeal
 from finetune.training.run import run_training
 
@@ -70,6 +72,61 @@ def test_a_run_killed_while_it_counts_evaluations_stops_where_it_would_have_stop
         with killed_at(monkeypatch, step), pytest.raises(SystemExit):
             run_training(make_recipe(f"killed {step}", *settings))
         check_same_run(train(f"killed {step}", *settings, resume=True), straight)
+
+
+def test_a_run_whose_files_were_removed_goes_on_and_says_what_is_lost(make_recipe, train, caplog):
+    """Curves began at the checkpoint; without answers.json the run ended in a traceback after its last step; nothing was said."""
+    settings = [
+        "trainer.max_steps=4",
+        *(f"trainer.{name}_strategy=steps" for name in ("eval", "save")),
+        *(f"trainer.{name}_steps=2" for name in ("eval", "save")),
+        "answers=4",
+        "row_losses=2",
+    ]
+    run = train("run", *settings)
+    metrics, answers = read_metrics(run), json.loads((run / "answers.json").read_text(encoding="utf-8"))
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    for folder in ("adapter", "checkpoint-4"):
+        shutil.rmtree(run / folder)
+    removed = ("metrics.jsonl", "machine.jsonl", "answers_by_step.jsonl", "answers.json", "row_losses.json")
+    (run / "row_losses.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(FinetuneError, match=r"row_losses\.json: is not as it was written"):
+        train("run", *settings, resume=True)
+    for name in removed:
+        (run / name).unlink()
+    caplog.clear()
+    train("run", *settings, resume=True)
+    assert read_metrics(run) == metrics
+    assert not [name for name, weight in load_file(run / "adapter" / "adapter_model.safetensors").items() if not torch.equal(weight, weights[name])]  # fmt: skip
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert all(sum(str(run / name) in text for text in said) == 1 for name in removed), said
+    assert f"{run / 'metrics.jsonl'}: lacked 3 lines, written again from the checkpoint's history" in said
+    kept = json.loads((run / "answers.json").read_text(encoding="utf-8"))
+    assert kept == [{**one, "before": None} for one in answers]
+    assert "    (not known)" in (run / "answers.md").read_text(encoding="utf-8")
+    assert all(row["before"] is None for row in json.loads((run / "row_losses.json").read_text())["rows"])
+    assert [json.loads(line)["step"] for line in (run / "answers_by_step.jsonl").read_text().splitlines()] == [4]
+
+
+def test_lines_that_a_file_of_metrics_lacks_are_restored_in_their_order(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    whole = [
+        '{"step": 1, "loss": 2.0}\n',
+        '{"step": 1, "eval_loss": NaN, "more": 1}\n',
+        '{"step": 2, "loss": 0.1}\n',
+    ]
+    history = [
+        {"preflight_loss": 3.0, "step": 0},
+        {"loss": 2.0, "step": 1},
+        {"eval_loss": float("nan"), "step": 1},
+        {"loss": 0.1, "step": 2},
+    ]
+    file.write_text("".join(whole))
+    restore_lines(file, history)
+    assert file.read_text() == "".join(whole)
+    file.write_text(whole[1] + '{"step": 2, "other": 7}\n')
+    restore_lines(file, history)
+    assert file.read_text() == "".join([*whole, '{"step": 2, "other": 7}\n'])
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ def test_a_kernel_without_a_mask_is_told_where_documents_begin(train, monkeypatc
 
 
 def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tmp_path):
-    run = train("run", "model.max_positions=4096", "model.rope_theta=490000", "optimizer.learning_rate=1e-3")
+    saves = ("trainer.save_strategy=steps", "trainer.save_steps=4")
+    run = train("run", "model.max_positions=4096", "model.rope_theta=490000", "optimizer.learning_rate=1e-3", *saves)
     config = json.loads((run / "model" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["rope_theta"]) == (4096, 490000.0)
     report = export_result(open_result(run), tmp_path / "export", ExportSettings("auto", "2GB"), LogitVerifier())
@@ -128,6 +129,9 @@ def test_a_result_is_exported_evaluated_and_tuned_further(train, make_recipe, tm
     head = load_file(tmp_path / "export" / "model.safetensors")["lm_head.weight"]
     assert read_metrics(run, "lm_head_norm")[-1] == pytest.approx(float(head.double().norm()), rel=1e-5)
     assert len(read_metrics(run, "z_term")) == len(read_metrics(run, "loss")) == 4
+    # A resumed run whose metrics.jsonl was removed takes them from its checkpoint.
+    states = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [one["z_term"] for one in states if "lm_head_norm" in one] == read_metrics(run, "z_term")
     rows = "\n".join(find_demo_data("demo.jsonl").read_text(encoding="utf-8").splitlines()[:4])
     (tmp_path / "chats.jsonl").write_text(rows, encoding="utf-8")
     (tmp_path / "sft.yaml").write_text(TUNING, encoding="utf-8")
