@@ -209,8 +209,8 @@ def find_root(node):
     return node.id if isinstance(node, ast.Name) else None
 
 
-# Python documents both: a way to end at once, and a hook that is there to be set.
-DOCUMENTED = ("os._exit", "sys.unraisablehook")
+# Python documents each: a way to end at once, and a hook and a stream that are there to be set.
+DOCUMENTED = ("os._exit", "sys.unraisablehook", "sys.stderr")
 
 
 def is_private(name):
