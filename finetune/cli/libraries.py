@@ -1,10 +1,11 @@
-"""Keep the libraries quiet, and print in one process only."""
+"""Keep the libraries quiet, print in one process only, and warn of libraries that the kit was not tried with."""
 
 import logging
 import sys
 
 from finetune.files.launcher import is_main_process
 from finetune.files.terminal import escape_controls, silence_libraries
+from finetune.files.version import list_other_versions
 
 
 class _SafeFormatter(logging.Formatter):
@@ -22,3 +23,5 @@ def quiet_libraries() -> None:
     ours.handlers = [handler]  # replaced, so that repeated calls from another program add no second handler
     ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     silence_libraries()
+    for fault in list_other_versions():
+        ours.warning("%s", fault)

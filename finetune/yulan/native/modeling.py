@@ -124,13 +124,8 @@ class YuLanMiniModel(YuLanMiniPreTrainedModel):
         elif attention_mask is not None and past_key_values is None and bool((attention_mask == 1).all()):
             attention_mask = None  # transformers looks for packed documents only where no mask is given
         # The mask is made before the cache, because with a cache, even an empty one, transformers sees one document in a row.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By place, since transformers 5.24 has another name for the fourth.
+        mask = create_causal_mask(self.config, states, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         rotation = self.rotary_emb(states, position_ids=position_ids)
