@@ -84,7 +84,7 @@ def _check_task_folders(task: TaskSection, key: str, folder: Path) -> Iterator[s
         found = find_file(file, folder) if file else None
         if row is None or found is None or not found.is_dir() or (name == "exemplars" and row.shots is None):
             continue
-        if find_in_folder(row, list(found.iterdir()), endings) is None:
+        if find_in_folder(row, found, endings) is None:
             yield f"{key}.{name}: {file} {describe_wanted(row, endings)}"
 
 

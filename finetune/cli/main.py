@@ -34,8 +34,8 @@ _AGAIN, _AFTER_SIGNAL = 0.05, 5.0
 def enter() -> None:
     """Run the verb of this process's command line, and end the process as `_Leaving` does."""
     _fill_closed_streams()
-    buffer = os.fdopen(2, "wb", closefd=False)
-    sys.stderr = _Messages(buffer, encoding=sys.stderr.encoding, errors="replace", line_buffering=True)
+    encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+    sys.stderr = _Messages(os.fdopen(2, "wb", closefd=False), encoding=encoding, line_buffering=True)
     leaving = _Leaving()
     atexit.register(leaving.leave)  # the first to be registered runs last
     try:
@@ -60,8 +60,6 @@ def _fill_closed_streams() -> None:
         except OSError:
             # It takes the lowest free number; processes that are started later have it too.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 class _Messages(io.TextIOWrapper):

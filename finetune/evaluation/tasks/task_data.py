@@ -83,7 +83,7 @@ def _find_file(task: Task, data: Path, is_only_task: bool) -> Path:
 
 
 def _find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path:
-    found = find_in_folder(task, list(folder.iterdir()), endings)
+    found = find_in_folder(task, folder, endings)
     if found is None:
         raise DataError(describe_wanted(task, endings), Place(str(folder)))
     return found

@@ -88,9 +88,10 @@ def describe_unknown_task(name: str) -> str:
     return describe_unknown_name(name, TASKS, "an unknown task")
 
 
-def find_in_folder(task: Task, files: Sequence[Path], endings: Sequence[str]) -> Path | None:
-    """Return the file of a task among the files of a folder, or None where there is none."""
-    stems = {file.name.split(".")[0].lower(): file for file in sorted(files) if has_known_ending(file)}
+def find_in_folder(task: Task, folder: Path, endings: Sequence[str]) -> Path | None:
+    """Return the file of a task among the data files of a folder, or None where there is none."""
+    files = sorted(file for file in folder.iterdir() if has_known_ending(file))
+    stems = {file.name.split(".")[0].lower(): file for file in files}
     return next((stems[stem] for ending in endings if (stem := f"{task.name}{ending}") in stems), None)
 
 
