@@ -29,9 +29,18 @@ def list_other_versions() -> list[str]:
         wanted = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
         return []
+    installed = [(one, _find_installed(one.name)) for one in wanted if one.name in _WATCHED]
     return [
         f"{one.name} {found} is installed, and the kit was tried with {one.specifier} only, so its numbers may be wrong; mend it by: "
         f"pip install '{one.name}{one.specifier}'"
-        for one in wanted
-        if one.name in _WATCHED and not one.specifier.contains(found := metadata.version(one.name), prereleases=True)
+        for one, found in installed
+        if found is not None and not one.specifier.contains(found, prereleases=True)
     ]
+
+
+def _find_installed(name: str) -> str | None:
+    """Return the version of a library, or None where it is absent: what needs it says so when it is imported."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

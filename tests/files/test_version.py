@@ -64,3 +64,14 @@ def test_a_checkout_that_is_not_installed_says_nothing(monkeypatch):
 
     monkeypatch.setattr(metadata, "requires", fail)
     assert list_other_versions() == []
+
+
+def test_a_library_that_is_absent_is_left_to_what_imports_it(monkeypatch):
+    """Every verb ended in a traceback where one of them was not installed, also those that need none."""
+    monkeypatch.setattr(metadata, "requires", lambda name: ["bitsandbytes<0.51,>=0.50"])
+    monkeypatch.setattr(metadata, "version", fail_to_find)
+    assert list_other_versions() == []
+
+
+def fail_to_find(name):
+    raise metadata.PackageNotFoundError(name)
